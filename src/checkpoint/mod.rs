@@ -1,0 +1,3 @@
+//! checkpoint
+pub mod source;
+pub use source::{LocalDirectory, Source};

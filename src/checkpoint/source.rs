@@ -1,0 +1,101 @@
+//! Where a checkpoint's files come from: a local directory, or the Hub by ranges.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use crate::bytes::Bytes;
+use crate::error::{Error, Result};
+use crate::fs;
+
+/// The files of one checkpoint, read in parts. File names come from the
+/// checkpoint itself, so every implementation confines them to the checkpoint.
+pub trait Source: Send + Sync {
+    /// Whether the checkpoint has this file.
+    ///
+    /// # Errors
+    /// The source cannot be asked.
+    fn has(&self, file: &str) -> Result<bool>;
+
+    /// A whole file of at most `cap` bytes.
+    ///
+    /// # Errors
+    /// The file is missing, larger, or cannot be read.
+    fn read(&self, file: &str, cap: Bytes) -> Result<Vec<u8>>;
+
+    /// The size of a file.
+    ///
+    /// # Errors
+    /// The file is missing or no regular file.
+    fn size(&self, file: &str) -> Result<Bytes>;
+
+    /// `len` bytes from `offset` on, or fewer where the file ends.
+    ///
+    /// # Errors
+    /// The file is missing or cannot be read.
+    fn read_range(&self, file: &str, offset: u64, len: usize) -> Result<Vec<u8>>;
+
+    /// The file's name in messages.
+    fn display(&self, file: &str) -> String;
+
+    /// The local directory that holds the files, if one does.
+    fn directory(&self) -> Option<&Path>;
+}
+
+/// A checkpoint in a local directory.
+#[derive(Debug)]
+pub struct LocalDirectory(PathBuf);
+
+impl LocalDirectory {
+    /// # Errors
+    /// `path` is missing or no directory.
+    pub fn new(path: impl Into<PathBuf>) -> Result<Self> {
+        let path = path.into();
+        let metadata = std::fs::metadata(&path).map_err(|e| Error::io("open", &path, e))?;
+        if metadata.is_dir() {
+            Ok(Self(path))
+        } else {
+            Err(Error::input(format!("`{}` is not a directory", path.display()))
+                .hint("name the directory that holds the checkpoint's config.json"))
+        }
+    }
+
+    fn open(&self, file: &str) -> Result<(PathBuf, File)> {
+        let path = fs::confined(&self.0, file)?;
+        let opened = fs::open_regular(&path)?;
+        Ok((path, opened))
+    }
+}
+
+impl Source for LocalDirectory {
+    fn has(&self, file: &str) -> Result<bool> {
+        Ok(std::fs::symlink_metadata(self.0.join(file)).is_ok())
+    }
+
+    fn read(&self, file: &str, cap: Bytes) -> Result<Vec<u8>> {
+        fs::read_capped(&fs::confined(&self.0, file)?, cap)
+    }
+
+    fn size(&self, file: &str) -> Result<Bytes> {
+        let (path, file) = self.open(file)?;
+        let metadata = file.metadata().map_err(|e| Error::io("read", &path, e))?;
+        Ok(Bytes(metadata.len()))
+    }
+
+    fn read_range(&self, file: &str, offset: u64, len: usize) -> Result<Vec<u8>> {
+        let (path, file) = self.open(file)?;
+        let available = file.metadata().map_err(|e| Error::io("read", &path, e))?.len();
+        let len = len.min(usize::try_from(available.saturating_sub(offset)).unwrap_or(usize::MAX));
+        let mut buffer = vec![0; len];
+        file.read_exact_at(&mut buffer, offset).map_err(|e| Error::io("read", &path, e))?;
+        Ok(buffer)
+    }
+
+    fn display(&self, file: &str) -> String {
+        self.0.join(file).display().to_string()
+    }
+
+    fn directory(&self) -> Option<&Path> {
+        Some(&self.0)
+    }
+}

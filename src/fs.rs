@@ -1,0 +1,187 @@
+//! Files: opened, read and written in one way only.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::{Component, Path, PathBuf};
+
+use crate::bytes::Bytes;
+use crate::error::{Error, Result, printable};
+
+/// Opens a regular file for reading; a pipe, a device or a directory is refused unopened.
+///
+/// # Errors
+/// The file is missing, unreadable or no regular file.
+pub fn open_regular(path: &Path) -> Result<File> {
+    let metadata = std::fs::metadata(path).map_err(|e| Error::io("open", path, e))?;
+    if !metadata.is_file() {
+        let kind = if metadata.is_dir() { "a directory" } else { "a pipe or a device" };
+        return Err(Error::input(format!("`{}` is {kind}, not a regular file", path.display())));
+    }
+    File::open(path).map_err(|e| Error::io("open", path, e))
+}
+
+/// Reads a whole regular file of at most `cap` bytes.
+///
+/// # Errors
+/// As [`open_regular`], or the file is larger.
+pub fn read_capped(path: &Path, cap: Bytes) -> Result<Vec<u8>> {
+    let file = open_regular(path)?;
+    let mut bytes = Vec::new();
+    file.take(cap.0.saturating_add(1))
+        .read_to_end(&mut bytes)
+        .map_err(|e| Error::io("read", path, e))?;
+    if bytes.len() as u64 > cap.0 {
+        return Err(Error::input(format!("`{}` is larger than {cap}, the most that is read of such a file", path.display())));
+    }
+    Ok(bytes)
+}
+
+/// The path of `name`, a file name taken from a file, inside `directory`.
+///
+/// Only plain relative names pass, and what they lead to must lie in
+/// `directory`; in a Hugging Face cache a symbolic link may also lead into the
+/// `blobs` folder of the same repository.
+///
+/// # Errors
+/// The name or the link leads elsewhere, or the file is missing.
+pub fn confined(directory: &Path, name: &str) -> Result<PathBuf> {
+    let plain = !name.is_empty()
+        && !name.contains(['\\', ':', '\0'])
+        && Path::new(name).components().all(|part| matches!(part, Component::Normal(_)));
+    if !plain {
+        return Err(Error::input(format!(
+            "`{}` is no file name inside `{}`",
+            printable(name),
+            directory.display()
+        )));
+    }
+    let path = directory.join(name);
+    let canonical = |path: &Path| path.canonicalize().map_err(|e| Error::io("open", path, e));
+    let (real, home) = (canonical(&path)?, canonical(directory)?);
+    let in_blobs = || {
+        let snapshots = home.parent().filter(|p| p.file_name().is_some_and(|n| n == "snapshots"))?;
+        Some(real.starts_with(snapshots.parent()?.join("blobs")))
+    };
+    if real.starts_with(&home) || in_blobs() == Some(true) {
+        Ok(path)
+    } else {
+        Err(Error::input(format!("`{}` is a link to a file outside its directory", path.display())))
+    }
+}
+
+/// Writes `bytes` to `path` whole or not at all: a temporary file beside it,
+/// synced, then renamed. An existing file is replaced only with `overwrite`.
+///
+/// # Errors
+/// Any failure; the file under the final name is then as it was.
+pub fn write_atomic(path: &Path, bytes: &[u8], overwrite: bool) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let failed = |e| Error::io("write", path, e);
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let mut file = tempfile::Builder::new()
+        .prefix(".evenkeel-")
+        .permissions(std::fs::Permissions::from_mode(0o666))
+        .tempfile_in(directory)
+        .map_err(failed)?;
+    file.write_all(bytes).map_err(failed)?;
+    file.as_file().sync_all().map_err(failed)?;
+    if overwrite {
+        file.persist(path).map_err(|e| failed(e.error))?;
+    } else {
+        file.persist_noclobber(path).map_err(|e| {
+            if e.error.kind() == std::io::ErrorKind::AlreadyExists {
+                Error::usage(format!("`{}` is there already", path.display())).hint("`--force` replaces it")
+            } else {
+                failed(e.error)
+            }
+        })?;
+    }
+    File::open(directory).and_then(|d| d.sync_all()).map_err(failed)
+}
+
+/// A nameless file of `len` bytes in `directory`, its space reserved; it is
+/// gone when it is closed, however the process ends.
+///
+/// # Errors
+/// The directory cannot be written or has no such space.
+pub fn scratch_file(directory: &Path, len: Bytes) -> Result<File> {
+    let file = tempfile::tempfile_in(directory).map_err(|e| Error::io("make a scratch file in", directory, e))?;
+    let failed = |e| {
+        Error::io("reserve space in", directory, e).hint(format!("{len} is needed there; `--offload-dir` names another place"))
+    };
+    match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, len.0.max(1)) {
+        Err(rustix::io::Errno::OPNOTSUPP) => file.set_len(len.0).map_err(failed)?,
+        result => result.map_err(|e| failed(e.into()))?,
+    }
+    Ok(file)
+}
+
+/// The bytes that an unprivileged user may still write in `directory`.
+///
+/// # Errors
+/// The directory cannot be asked.
+pub fn free_space(directory: &Path) -> Result<Bytes> {
+    let stat = rustix::fs::statvfs(directory).map_err(|e| Error::io("read the free space of", directory, e.into()))?;
+    Ok(Bytes(stat.f_bavail.saturating_mul(stat.f_frsize)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_lead_out_are_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let home = root.path().join("model");
+        std::fs::create_dir(&home).unwrap();
+        std::fs::write(root.path().join("secret.safetensors"), "x").unwrap();
+        std::fs::write(home.join("own.safetensors"), "x").unwrap();
+        std::os::unix::fs::symlink("../secret.safetensors", home.join("link.safetensors")).unwrap();
+        assert!(confined(&home, "own.safetensors").is_ok());
+        for name in ["../secret.safetensors", "/etc/passwd", "C:\\x", "a\\..\\b", ".", "..", "", "x\0", "link.safetensors", "./own.safetensors/.."] {
+            assert!(confined(&home, name).is_err(), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn a_link_may_lead_into_the_blobs_of_its_own_cache() {
+        let root = tempfile::tempdir().unwrap();
+        let snapshot = root.path().join("models--a--b/snapshots/abc");
+        let blobs = root.path().join("models--a--b/blobs");
+        std::fs::create_dir_all(&snapshot).unwrap();
+        std::fs::create_dir_all(&blobs).unwrap();
+        std::fs::write(blobs.join("f00"), "x").unwrap();
+        std::os::unix::fs::symlink("../../blobs/f00", snapshot.join("model.safetensors")).unwrap();
+        assert!(confined(&snapshot, "model.safetensors").is_ok());
+    }
+
+    #[test]
+    fn writing_replaces_only_when_told_to() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("map.json");
+        write_atomic(&path, b"one", false).unwrap();
+        assert!(write_atomic(&path, b"two", false).is_err());
+        assert_eq!(std::fs::read(&path).unwrap(), b"one");
+        write_atomic(&path, b"two", true).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"two");
+        assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 1, "no temporary file stays");
+    }
+
+    #[test]
+    fn a_failed_write_leaves_nothing() {
+        let error = write_atomic(Path::new("/proc/nowhere/map.json"), b"x", false).unwrap_err();
+        assert!(error.to_string().contains("/proc/nowhere/map.json"));
+    }
+
+    #[test]
+    fn reading_stops_at_the_cap() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), [0; 11]).unwrap();
+        assert_eq!(read_capped(file.path(), Bytes(11)).unwrap().len(), 11);
+        assert!(read_capped(file.path(), Bytes(10)).is_err());
+        assert!(read_capped(Path::new("/dev/zero"), Bytes(10)).is_err());
+    }
+}
