@@ -127,6 +127,11 @@ impl<'a> Node<'a> {
         self.raw.starts_with('{')
     }
 
+    /// Whether the value is a list.
+    pub fn is_list(&self) -> bool {
+        self.raw.starts_with('[')
+    }
+
     /// Whether the value is a text.
     pub fn is_text(&self) -> bool {
         self.raw.starts_with('"')
@@ -166,6 +171,14 @@ impl<'a> Node<'a> {
             .deserialize_seq(Elements)
             .map_err(|_| self.wrong("a list"))?;
         Ok(raws.into_iter().map(|raw| self.child(raw)).collect())
+    }
+
+    /// The value as a type that serde reads.
+    ///
+    /// # Errors
+    /// The value has another shape.
+    pub fn parse<T: serde::Deserialize<'a>>(&self) -> Result<T> {
+        serde_json::from_str(self.raw).map_err(|e| self.error("this value is not as it must be").caused_by(e))
     }
 
     /// A text.

@@ -1,0 +1,181 @@
+//! The JSON device map: which module goes where, and under what conditions.
+//!
+//! Two forms are read. The plain dictionary of Hugging Face,
+//! `{"model.embed_tokens": 0, "lm_head": "cpu"}`, and the form that
+//! `evenkeel plan --output` writes, which carries model, schemes, context and
+//! budgets beside it. Keys are module paths, `""` the whole model, and in our
+//! form ranges of blocks (`model.layers.0-19`); the longest path wins.
+
+mod resolve;
+mod write;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use crate::bytes::{Bytes, MIB};
+use crate::device::DeviceId;
+use crate::error::{Error, Result, did_you_mean, printable};
+use crate::fs;
+use crate::json::{Document, Member, Node, Place};
+use crate::quant::{QuantizeRules, Scheme};
+
+pub use write::to_json;
+
+/// The version of the form that is written and read.
+pub const SCHEMA_VERSION: u64 = 1;
+/// The largest map that is read.
+const CAP: Bytes = Bytes(4 * MIB);
+const MAX_BATCH: u64 = 1 << 16;
+const MAX_CONTEXT: u64 = 1 << 28;
+
+/// Budgets by device.
+pub type MaxMemory = BTreeMap<DeviceId, Bytes>;
+
+/// A device map as it was read; not yet held against a model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DeviceMap {
+    origin: String,
+    /// The model that the map was made for.
+    pub model: Option<String>,
+    /// The schemes that its sizes assume.
+    pub quantize: Option<QuantizeRules>,
+    /// Longest context, in tokens.
+    pub context: Option<usize>,
+    /// Sequences at once.
+    pub batch: Option<usize>,
+    /// Budgets.
+    pub max_memory: Option<MaxMemory>,
+    entries: Vec<Entry>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+struct Entry {
+    path: String,
+    device: DeviceId,
+    place: Place,
+}
+
+impl DeviceMap {
+    /// Reads a map from a file.
+    ///
+    /// # Errors
+    /// The file is missing or too large, or [`DeviceMap::parse`] refuses it.
+    pub fn open(path: &Path) -> Result<Self> {
+        Self::parse(&path.display().to_string(), fs::read_capped(path, CAP)?)
+    }
+
+    /// Reads a map from JSON; `origin` is its name in messages.
+    ///
+    /// # Errors
+    /// No JSON, duplicate keys, unknown keys of our form, or values that name no device or size.
+    pub fn parse(origin: &str, json: Vec<u8>) -> Result<Self> {
+        let document = Document::parse(origin, json)?;
+        let members = document.root().members()?;
+        let mut map = Self {
+            origin: origin.to_owned(),
+            model: None,
+            quantize: None,
+            context: None,
+            batch: None,
+            max_memory: None,
+            entries: Vec::new(),
+        };
+        // `model` alone does not tell: it is a module's path too.
+        if !members.iter().any(|member| member.name != "model" && KEYS.contains(&member.name.as_str())) {
+            map.entries = entries(document.root())?;
+            return Ok(map);
+        }
+        let mut has_entries = false;
+        for member in &members {
+            let value = member.value;
+            match member.name.as_str() {
+                "schema_version" => {
+                    let version = value.whole()?;
+                    if version != SCHEMA_VERSION {
+                        return Err(value.error(format!("schema_version {version} is not known; {SCHEMA_VERSION} is")));
+                    }
+                }
+                "model" => map.model = Some(value.text()?),
+                "quantize" => map.quantize = Some(rules(value)?),
+                "context" => map.context = Some(count(value, "context", MAX_CONTEXT)?),
+                "batch" => map.batch = Some(count(value, "batch", MAX_BATCH)?),
+                "max_memory" => map.max_memory = Some(max_memory(value)?),
+                "device_map" => {
+                    map.entries = entries(value)?;
+                    has_entries = true;
+                }
+                other => return Err(unknown_key(member, other)),
+            }
+        }
+        if has_entries { Ok(map) } else { Err(document.root().error("`device_map` is missing")) }
+    }
+}
+
+const KEYS: &[&str] = &["schema_version", "model", "quantize", "context", "batch", "max_memory", "device_map"];
+
+fn unknown_key(member: &Member, name: &str) -> Error {
+    let error = member.key.error(format!("`{}` is no key of a device map", printable(name)));
+    match did_you_mean(name, KEYS.iter().copied()) {
+        Some(near) => error.hint(format!("did you mean `{near}`?")),
+        None => error.hint(format!("the keys are {}", KEYS.join(", "))),
+    }
+}
+
+fn count(node: Node, key: &str, max: u64) -> Result<usize> {
+    let number = node.whole()?;
+    usize::try_from(number)
+        .ok()
+        .filter(|_| (1..=max).contains(&number))
+        .ok_or_else(|| node.error(format!("`{key}` is {number}; it must be from 1 to {max}")))
+}
+
+fn rules(node: Node) -> Result<QuantizeRules> {
+    if node.is_text() {
+        let scheme: Scheme = node.text()?.parse().map_err(|e| node.error(e))?;
+        return Ok(QuantizeRules::whole_model(scheme));
+    }
+    let rules = node.members()?.into_iter().map(|member| {
+        let scheme = member.value.text()?.parse().map_err(|e| member.value.error(e))?;
+        Ok((member.name, scheme))
+    });
+    rules.collect::<Result<_>>().map(QuantizeRules::new)
+}
+
+fn max_memory(node: Node) -> Result<MaxMemory> {
+    let budgets = node.members()?.into_iter().map(|member| {
+        let device: DeviceId = member.name.parse().map_err(|e| member.key.error(e))?;
+        let bytes = if member.value.is_text() {
+            member.value.text()?.parse().map_err(|e| member.value.error(e))?
+        } else {
+            Bytes(member.value.whole()?)
+        };
+        Ok((device, bytes))
+    });
+    budgets.collect()
+}
+
+fn entries(node: Node) -> Result<Vec<Entry>> {
+    let members = node.members()?;
+    if members.is_empty() {
+        return Err(node.error("the device map is empty"));
+    }
+    let entries = members.into_iter().map(|member| {
+        let device = if member.value.is_text() {
+            member.value.text()?.parse().map_err(|e| member.value.error(e))?
+        } else {
+            let index = member.value.whole()?;
+            u32::try_from(index)
+                .map(DeviceId::Cuda)
+                .map_err(|_| member.value.error(format!("{index} is no index of a GPU")))?
+        };
+        Ok(Entry {
+            path: member.name,
+            device,
+            place: member.key.place(),
+        })
+    });
+    entries.collect()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,141 @@
+//! A device map held against the modules of a model.
+
+use std::collections::HashSet;
+
+use super::{DeviceMap, Entry};
+use crate::architecture::{BLOCKS, ModuleKind, ModuleTree};
+use crate::device::DeviceId;
+use crate::error::{Error, Result, did_you_mean, first_five, printable};
+use crate::module_path::{block_range, contains, longest_prefix};
+
+impl DeviceMap {
+    /// The device of every module, in the order of [`ModuleTree::modules`].
+    ///
+    /// A tied head that the map does not name goes where the embedding goes.
+    ///
+    /// # Errors
+    /// The map names a module that the model does not have, leaves one out,
+    /// has an entry to which longer ones leave nothing, splits a block, or
+    /// parts a tied head from its embedding.
+    pub fn resolve(&self, tree: &ModuleTree) -> Result<Vec<DeviceId>> {
+        let entries = self.expand(tree)?;
+        let paths = || entries.iter().map(|entry| entry.path.as_str());
+        let mut used = HashSet::new();
+        let mut devices = Vec::with_capacity(tree.modules.len());
+        let mut uncovered = Vec::new();
+        for module in &tree.modules {
+            let mut at: Option<usize> = None;
+            for parameter in &module.parameters {
+                let Some(entry) = longest_prefix(paths(), &parameter.module) else {
+                    uncovered.push(parameter.module.as_str());
+                    continue;
+                };
+                used.insert(entry);
+                if let Some(first) = at
+                    && entries[first].device != entries[entry].device
+                {
+                    return Err(self.split(&module.path, &entries[first], &entries[entry]));
+                }
+                at = at.or(Some(entry));
+            }
+            let device = match (at, module.kind) {
+                (None, ModuleKind::Head) if tree.tied => self.tied_head(&entries, devices.first().copied())?,
+                (at, _) => at.map(|entry| entries[entry].device),
+            };
+            // A module without a device is among the uncovered, which is an error below.
+            devices.push(device.unwrap_or(DeviceId::Cpu));
+        }
+        if !uncovered.is_empty() {
+            let count = uncovered.len();
+            return Err(Error::input(format!(
+                "device map `{}` leaves out {count} module{}: {}",
+                self.origin,
+                if count == 1 { "" } else { "s" },
+                first_five(uncovered)
+            ))
+            .hint("`\"\": \"cpu\"` catches all that no longer path places; `evenkeel plan --output FILE` writes a whole map"));
+        }
+        for (at, entry) in entries.iter().enumerate() {
+            let places_weights = tree.parameters().any(|(_, parameter)| contains(&entry.path, &parameter.module));
+            if places_weights && !used.contains(&at) {
+                return Err(self.wrong(
+                    format!("has an entry `{}` that places nothing", entry.path),
+                    entry,
+                    "longer paths take all of its modules",
+                ));
+            }
+        }
+        Ok(devices)
+    }
+
+    fn wrong(&self, what: String, entry: &Entry, why: &str) -> Error {
+        Error::input(format!("device map `{}` {what}", self.origin)).caused_by(format!("{}: {why}", entry.place))
+    }
+
+    fn split(&self, module: &str, first: &Entry, second: &Entry) -> Error {
+        self.wrong(
+            format!("splits `{module}` between {} and {}", first.device, second.device),
+            second,
+            "a block is placed whole",
+        )
+    }
+
+    fn tied_head(&self, entries: &[Entry], embedding: Option<DeviceId>) -> Result<Option<DeviceId>> {
+        let named = entries.iter().find(|entry| entry.path == "lm_head");
+        match (named, embedding) {
+            (Some(entry), Some(embedding)) if entry.device != embedding => Err(self.wrong(
+                format!("puts `lm_head` on {} and `model.embed_tokens` on {embedding}", entry.device),
+                entry,
+                "the model ties them: they share one copy of their weights",
+            )),
+            _ => Ok(embedding),
+        }
+    }
+
+    /// The entries with ranges of blocks written out, every path known to the model.
+    fn expand(&self, tree: &ModuleTree) -> Result<Vec<Entry>> {
+        let mut expanded = Vec::new();
+        let mut seen = HashSet::new();
+        let blocks = tree.modules.iter().filter(|module| matches!(module.kind, ModuleKind::Block(_))).count();
+        for entry in &self.entries {
+            let paths = match block_range(&entry.path) {
+                Some((BLOCKS, first, last)) => {
+                    if first > last || last >= blocks {
+                        return Err(self.wrong(
+                            format!("places unknown blocks `{}`", printable(&entry.path)),
+                            entry,
+                            &format!("the model has the blocks 0 to {}", blocks.saturating_sub(1)),
+                        ));
+                    }
+                    (first..=last).map(|index| format!("{BLOCKS}.{index}")).collect()
+                }
+                _ => vec![entry.path.clone()],
+            };
+            for path in paths {
+                if !tree.names(&path) {
+                    return Err(self.unknown(&path, entry, tree));
+                }
+                if !seen.insert(path.clone()) {
+                    return Err(self.wrong(format!("places `{path}` twice"), entry, "an earlier entry places it already"));
+                }
+                expanded.push(Entry { path, ..entry.clone() });
+            }
+        }
+        Ok(expanded)
+    }
+
+    fn unknown(&self, path: &str, entry: &Entry, tree: &ModuleTree) -> Error {
+        let error = self.wrong(
+            format!("places unknown module `{}`", printable(path)),
+            entry,
+            "the model has no such module",
+        );
+        let modules = tree.modules.iter().map(|module| module.path.as_str());
+        let parameters = tree.parameters().map(|(_, parameter)| parameter.module.as_str());
+        let groups = ["model", BLOCKS];
+        match did_you_mean(path, groups.into_iter().chain(modules).chain(parameters)) {
+            Some(near) => error.hint(format!("did you mean `{near}`?")),
+            None => error.hint("`evenkeel plan --output FILE` writes a map with this model's own names"),
+        }
+    }
+}

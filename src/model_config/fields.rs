@@ -1,0 +1,85 @@
+//! Typed access to the members of a JSON object, with ranges.
+
+use std::fmt;
+
+use crate::error::{Error, Result};
+use crate::json::{Member, Node};
+
+/// The members of an object; a member that is `null` counts as absent.
+pub struct Fields<'a> {
+    object: Node<'a>,
+    members: Vec<Member<'a>>,
+}
+
+impl<'a> Fields<'a> {
+    pub fn of(object: Node<'a>) -> Result<Self> {
+        Ok(Self {
+            object,
+            members: object.members()?,
+        })
+    }
+
+    pub fn optional(&self, key: &str) -> Option<Node<'a>> {
+        let member = self.members.iter().find(|member| member.name == key)?;
+        (!member.value.is_null()).then_some(member.value)
+    }
+
+    pub fn required(&self, key: &str) -> Result<Node<'a>> {
+        self.optional(key).ok_or_else(|| self.object.error(format!("`{key}` is missing")))
+    }
+
+    /// An error at `key`, or at the object where `key` is absent.
+    pub fn error(&self, key: &str, problem: impl fmt::Display) -> Error {
+        self.optional(key).unwrap_or(self.object).error(problem)
+    }
+
+    /// A whole number from 1 to `max`.
+    pub fn size(&self, key: &str, max: u64) -> Result<usize> {
+        let node = self.required(key)?;
+        let number = node.whole()?;
+        usize::try_from(number)
+            .ok()
+            .filter(|_| (1..=max).contains(&number))
+            .ok_or_else(|| node.error(format!("`{key}` is {number}; it must be from 1 to {max}")))
+    }
+
+    pub fn size_or(&self, key: &str, max: u64, default: usize) -> Result<usize> {
+        if self.optional(key).is_some() { self.size(key, max) } else { Ok(default) }
+    }
+
+    /// A number above 0 and at most `max`.
+    pub fn positive(&self, key: &str, max: f64) -> Result<f64> {
+        let node = self.required(key)?;
+        let number = node.number()?;
+        if number > 0.0 && number <= max {
+            Ok(number)
+        } else {
+            Err(node.error(format!("`{key}` is {number}; it must be above 0 and at most {max}")))
+        }
+    }
+
+    pub fn positive_or(&self, key: &str, max: f64, default: f64) -> Result<f64> {
+        if self.optional(key).is_some() { self.positive(key, max) } else { Ok(default) }
+    }
+
+    pub fn truth_or(&self, key: &str, default: bool) -> Result<bool> {
+        self.optional(key).map_or(Ok(default), |node| node.truth())
+    }
+
+    pub fn text_or_none(&self, key: &str) -> Result<Option<String>> {
+        self.optional(key).map(|node| node.text()).transpose()
+    }
+
+    /// A token id or a list of them; none where `key` is absent.
+    pub fn token_ids(&self, key: &str) -> Result<Vec<u32>> {
+        let id = |node: &Node| {
+            let number = node.whole()?;
+            u32::try_from(number).map_err(|_| node.error(format!("{number} is no token id")))
+        };
+        match self.optional(key) {
+            None => Ok(Vec::new()),
+            Some(node) if node.is_list() => node.elements()?.iter().map(id).collect(),
+            Some(node) => Ok(vec![id(&node)?]),
+        }
+    }
+}

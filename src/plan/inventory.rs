@@ -1,0 +1,89 @@
+//! What a machine has: its devices and how much of each is free.
+
+use serde::Serialize;
+
+use crate::bytes::Bytes;
+use crate::device::DeviceId;
+use crate::error::{Error, Result};
+
+/// A device of a machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Device {
+    /// Its name in maps.
+    pub id: DeviceId,
+    /// What it is, where that is known.
+    pub name: Option<String>,
+    /// Bytes that can be taken now.
+    pub free: Bytes,
+    /// Bytes that it has.
+    pub total: Bytes,
+}
+
+/// The devices that a plan may use, in the order in which they are filled.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Inventory {
+    /// Devices that compute, or hold weights for one that does.
+    pub devices: Vec<Device>,
+    /// GPUs that are there and that nothing can run on yet.
+    pub idle: Vec<Device>,
+}
+
+impl Inventory {
+    /// A machine that need not be there, from descriptions such as
+    /// `cuda:0=24GiB`, separated by commas.
+    ///
+    /// # Errors
+    /// A description is malformed, or names a device twice.
+    pub fn described(text: &str) -> Result<Self> {
+        let mut devices = Vec::new();
+        for description in text.split(',') {
+            let usage = |why: String| {
+                Error::usage(format!("`{description}` describes no device: {why}"))
+                    .hint("describe a device as `--device cuda:0=24GiB` or `--device cpu=64GiB`")
+            };
+            let (id, bytes) = description.split_once('=').ok_or_else(|| usage("it has no `=`".to_owned()))?;
+            let id: DeviceId = id.trim().parse().map_err(|e| usage(format!("{e}")))?;
+            let bytes: Bytes = bytes.parse().map_err(|e| usage(format!("{e}")))?;
+            if devices.iter().any(|device: &Device| device.id == id) {
+                return Err(usage(format!("{id} is described already")));
+            }
+            devices.push(Device {
+                id,
+                name: None,
+                free: bytes,
+                total: bytes,
+            });
+        }
+        devices.sort_by_key(|device| device.id);
+        Ok(Self {
+            devices,
+            idle: Vec::new(),
+        })
+    }
+
+    /// The device of that name.
+    pub fn device(&self, id: DeviceId) -> Option<&Device> {
+        self.devices.iter().find(|device| device.id == id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn descriptions_parse_in_any_order() {
+        let inventory = Inventory::described("cpu=64GiB,cuda:1=12GiB,cuda:0=24GiB").unwrap();
+        let ids: Vec<_> = inventory.devices.iter().map(|device| device.id.to_string()).collect();
+        assert_eq!(ids, ["cuda:0", "cuda:1", "cpu"]);
+        assert_eq!(inventory.device(DeviceId::Cuda(1)).unwrap().free, Bytes(12 << 30));
+    }
+
+    #[test]
+    fn malformed_descriptions_are_refused() {
+        for text in ["", "cuda:0", "cuda:0=", "gpu=1GiB", "cuda:0=24", "cpu=1GiB,cpu=2GiB"] {
+            let refused = Inventory::described(text).is_err();
+            assert_eq!(refused, text != "cuda:0=24", "{text}");
+        }
+    }
+}

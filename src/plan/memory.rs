@@ -1,0 +1,219 @@
+//! The bytes of everything that a load allocates. The loader and the backends
+//! take their sizes from here and from nowhere else.
+
+use std::collections::BTreeMap;
+
+use crate::architecture::Weight;
+use crate::bytes::{Bytes, MIB};
+use crate::device::DeviceId;
+use crate::error::{Error, Result};
+use crate::model_config::ModelConfig;
+use crate::quant::{GROUP_SIZE, MatrixLayout, QuantizeRules, Scheme, Storage};
+
+/// Tokens that prefill takes at once.
+pub const PREFILL_CHUNK: usize = 512;
+/// What a CUDA context takes of a GPU before anything is allocated.
+const CUDA_CONTEXT: Bytes = Bytes(330 * MIB);
+/// The staging ring of a GPU.
+const CUDA_STAGING: Bytes = Bytes(3 * 64 * MIB);
+/// Bytes of a slab of the host's staging ring, unless a single row is longer.
+const SLAB: u64 = 4 * MIB;
+/// Slabs in the host's staging ring.
+pub const STAGING_SLABS: usize = 4;
+/// No single allocation may be planned beyond this.
+const MAX_BYTES: u64 = 1 << 60;
+
+/// A parameter and its place in its device's weights arena.
+#[derive(Clone, Debug)]
+pub struct Placed<'a> {
+    /// The parameter and its tensor.
+    pub weight: Weight<'a>,
+    /// The device that holds it.
+    pub device: DeviceId,
+    /// How it is packed.
+    pub layout: MatrixLayout,
+    /// Offset of the matrix in the arena.
+    pub offset: u64,
+}
+
+/// Every weight with its layout and its offset in the arena of its device;
+/// `devices` has one for every module of the tree.
+///
+/// # Errors
+/// A size is beyond what a plan can hold.
+pub fn lay_out<'a>(weights: &[Weight<'a>], devices: &[DeviceId], rules: &QuantizeRules) -> Result<Vec<Placed<'a>>> {
+    let mut ends: BTreeMap<DeviceId, u64> = BTreeMap::new();
+    weights
+        .iter()
+        .map(|weight| {
+            let device = devices[weight.module];
+            let too_large = || Error::input(format!("`{}` is too large to plan for", weight.parameter.tensor()));
+            let layout = layout(weight, rules).ok_or_else(too_large)?;
+            let end = ends.entry(device).or_default();
+            let offset = *end;
+            *end = offset.checked_add(layout.size().0).filter(|end| *end <= MAX_BYTES).ok_or_else(too_large)?;
+            Ok(Placed {
+                weight: *weight,
+                device,
+                layout,
+                offset,
+            })
+        })
+        .collect()
+}
+
+/// The layout of a weight under `rules`: norms keep their dtype.
+pub fn layout(weight: &Weight, rules: &QuantizeRules) -> Option<MatrixLayout> {
+    let parameter = weight.parameter;
+    let scheme = if parameter.is_quantizable() { rules.scheme(&parameter.module) } else { Scheme::None };
+    MatrixLayout::new(Storage::of(scheme, weight.dtype), parameter.rows, parameter.cols)
+}
+
+/// Bytes of an element of the KV cache: the device's activations are stored as they are.
+pub fn kv_element(device: DeviceId) -> usize {
+    match device {
+        DeviceId::Cuda(_) => 2,
+        DeviceId::Cpu | DeviceId::Disk => 4,
+    }
+}
+
+/// Elements of one block's KV cache, keys or values: `[batch][kv_heads][context][head_dim]`.
+pub fn kv_len(config: &ModelConfig, context: usize, batch: usize) -> Option<usize> {
+    batch.checked_mul(config.num_key_value_heads)?.checked_mul(context)?.checked_mul(config.head_dim)
+}
+
+/// Bytes of one block's KV cache, keys and values.
+pub fn kv_bytes(config: &ModelConfig, context: usize, batch: usize, device: DeviceId) -> Option<Bytes> {
+    let elements = kv_len(config, context, batch)?.checked_mul(2)?;
+    let bytes = (elements as u64).checked_mul(kv_element(device) as u64)?;
+    (bytes <= MAX_BYTES).then_some(Bytes(bytes))
+}
+
+/// The lengths, in elements, of the buffers that a step works in, for `tokens` tokens at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WorkspaceLayout {
+    /// Tokens at once.
+    pub tokens: usize,
+    /// The normalized hidden state.
+    pub normed: usize,
+    /// Queries.
+    pub query: usize,
+    /// Keys; values take as much again.
+    pub key: usize,
+    /// What attention gives.
+    pub attended: usize,
+    /// The gate's output; up's takes as much again.
+    pub gate: usize,
+    /// A product before it is transposed.
+    pub product: usize,
+    /// Quantized activations, one byte each.
+    pub activation_codes: usize,
+    /// Scales of the quantized activations.
+    pub activation_scales: usize,
+    /// Cosines of RoPE; sines take as much again.
+    pub rope: usize,
+}
+
+impl WorkspaceLayout {
+    /// The buffers for chunks of `tokens` tokens.
+    pub fn new(config: &ModelConfig, tokens: usize) -> Self {
+        let queries = config.num_attention_heads * config.head_dim;
+        let keys = config.num_key_value_heads * config.head_dim;
+        let widest = config.hidden_size.max(queries).max(config.intermediate_size);
+        let padded = widest.next_multiple_of(GROUP_SIZE);
+        Self {
+            tokens,
+            normed: tokens * config.hidden_size,
+            query: tokens * queries,
+            key: tokens * keys,
+            attended: tokens * queries,
+            gate: tokens * config.intermediate_size,
+            product: tokens * widest,
+            activation_codes: tokens * padded,
+            activation_scales: tokens * padded / GROUP_SIZE,
+            rope: tokens * config.head_dim / 2,
+        }
+    }
+
+    /// Bytes of all of them, with activations of `element` bytes. Scales and
+    /// RoPE's table are f32.
+    pub fn bytes(&self, element: usize) -> Bytes {
+        let activations =
+            self.normed + self.query + 2 * self.key + self.attended + 2 * self.gate + self.product;
+        let tables = self.activation_scales + 2 * self.rope;
+        Bytes((activations * element + tables * size_of::<f32>() + self.activation_codes) as u64)
+    }
+}
+
+/// Tokens that a step takes at most under `context`.
+pub fn chunk(context: usize) -> usize {
+    context.min(PREFILL_CHUNK)
+}
+
+/// Bytes of the hidden state that passes from stage to stage, and of the
+/// logits; they are the host's.
+pub fn host_state(config: &ModelConfig, context: usize) -> Bytes {
+    Bytes(((chunk(context) * config.hidden_size + config.vocab_size) * size_of::<f32>()) as u64)
+}
+
+/// The workspace of a device that computes.
+pub fn workspace(config: &ModelConfig, context: usize, device: DeviceId) -> Bytes {
+    let layout = WorkspaceLayout::new(config, chunk(context));
+    match device {
+        DeviceId::Cuda(_) => layout.bytes(2) + Bytes((config.vocab_size * size_of::<f32>()) as u64),
+        DeviceId::Cpu => layout.bytes(size_of::<f32>()) + host_state(config, context),
+        DeviceId::Disk => Bytes::ZERO,
+    }
+}
+
+/// What the device's driver takes before anything is allocated.
+pub fn driver_context(device: DeviceId) -> Bytes {
+    match device {
+        DeviceId::Cuda(_) => CUDA_CONTEXT,
+        DeviceId::Cpu | DeviceId::Disk => Bytes::ZERO,
+    }
+}
+
+/// The sizes of the host's staging ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostStaging {
+    /// Bytes of one slab; [`STAGING_SLABS`] of them are read into in turn.
+    pub slab: usize,
+    /// Bytes of the packed rows of one slab.
+    pub packed: usize,
+}
+
+impl HostStaging {
+    /// A ring for `weights`: slabs of 4 MiB, or of the longest row, or of the largest tensor where all are smaller.
+    pub fn new(weights: &[Weight], rules: &QuantizeRules) -> Self {
+        let row = |weight: &Weight| weight.parameter.cols * weight.dtype.size();
+        let longest_row = weights.iter().map(row).max().unwrap_or(0);
+        let largest = weights.iter().map(|weight| weight.tensor.size().0).max().unwrap_or(0);
+        let slab = usize::try_from(SLAB.min(largest)).unwrap_or(usize::MAX).max(longest_row);
+        let packed = weights
+            .iter()
+            .filter_map(|weight| {
+                let layout = layout(weight, rules)?;
+                let rows = (slab / row(weight).max(1)).min(layout.rows);
+                let per_row = layout.code_row + layout.sub_scale_row + layout.scale_row;
+                (!matches!(layout.storage, Storage::Plain(_))).then_some(rows * per_row)
+            })
+            .max()
+            .unwrap_or(0);
+        Self { slab, packed }
+    }
+
+    /// Bytes of the whole ring.
+    pub fn bytes(&self) -> Bytes {
+        Bytes((self.slab * STAGING_SLABS + self.packed) as u64)
+    }
+}
+
+/// The staging of a device while it is filled.
+pub fn staging(device: DeviceId, host: HostStaging) -> Bytes {
+    match device {
+        DeviceId::Cuda(_) => CUDA_STAGING,
+        DeviceId::Cpu => host.bytes(),
+        DeviceId::Disk => Bytes::ZERO,
+    }
+}

@@ -1,0 +1,209 @@
+//! The canonical packing: where codes and scales of a matrix stand.
+//!
+//! A matrix of N rows and K columns is one run of bytes in up to three
+//! sections, each starting on a multiple of [`ALIGNMENT`]:
+//!
+//! | section | `int8` | `int4` | plain |
+//! | --- | --- | --- | --- |
+//! | codes | i8 `[N][Kp]` | u8 `[N][Kp/2]` | elements `[N][K]` |
+//! | sub-scales | | i8 `[N][Kp/32]` | |
+//! | scales | f32 `[N]` | f16 `[N]` | |
+//!
+//! Kp is K rounded up to a multiple of [`GROUP_SIZE`]; the columns between hold
+//! zero. A group of `int4` takes 16 bytes: byte j holds column j in its low half
+//! and column j + 16 in its high half.
+
+
+use half::f16;
+
+use super::Storage;
+use crate::bytes::Bytes;
+
+/// Every section, and every matrix in an arena, starts on a multiple of this many bytes.
+pub const ALIGNMENT: u64 = 64;
+/// Columns that share a sub-scale.
+pub const GROUP_SIZE: usize = 32;
+
+/// Where the sections of a matrix stand, from the start of the matrix.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MatrixLayout {
+    /// How it is stored.
+    pub storage: Storage,
+    /// Number of rows, N.
+    pub rows: usize,
+    /// Number of columns, K.
+    pub cols: usize,
+    /// Number of columns with padding, Kp.
+    pub padded_cols: usize,
+    /// Bytes of a row's codes.
+    pub code_row: usize,
+    /// Bytes of a row's sub-scales.
+    pub sub_scale_row: usize,
+    /// Bytes of a row's scale.
+    pub scale_row: usize,
+    codes: u64,
+    sub_scales: u64,
+    scales: u64,
+    size: u64,
+}
+
+impl MatrixLayout {
+    /// The layout of an N × K matrix; `None` where its size is beyond 2^63 bytes.
+    pub fn new(storage: Storage, rows: usize, cols: usize) -> Option<Self> {
+        let padded_cols = match storage {
+            Storage::Plain(_) => cols,
+            Storage::Int8 | Storage::Int4 => cols.checked_next_multiple_of(GROUP_SIZE)?,
+        };
+        let (code_row, sub_scale_row, scale_row) = match storage {
+            Storage::Plain(dtype) => (cols.checked_mul(dtype.size())?, 0, 0),
+            Storage::Int8 => (padded_cols, 0, size_of::<f32>()),
+            Storage::Int4 => (padded_cols / 2, padded_cols / GROUP_SIZE, size_of::<f16>()),
+        };
+        let mut size = 0u64;
+        let mut section = |row: usize| {
+            let start = size;
+            let bytes = (row as u64).checked_mul(rows as u64)?;
+            size = start.checked_add(bytes)?.checked_next_multiple_of(ALIGNMENT)?;
+            (size <= i64::MAX.unsigned_abs()).then_some(start)
+        };
+        let (codes, sub_scales, scales) = (section(code_row)?, section(sub_scale_row)?, section(scale_row)?);
+        Some(Self {
+            storage,
+            rows,
+            cols,
+            padded_cols,
+            code_row,
+            sub_scale_row,
+            scale_row,
+            codes,
+            sub_scales,
+            scales,
+            size,
+        })
+    }
+
+    /// Bytes of the whole matrix, padding included; a multiple of [`ALIGNMENT`].
+    pub fn size(&self) -> Bytes {
+        Bytes(self.size)
+    }
+
+    /// Offset of the codes of `row`.
+    pub fn codes_at(&self, row: usize) -> u64 {
+        self.codes + (row * self.code_row) as u64
+    }
+
+    /// Offset of the sub-scales of `row`.
+    pub fn sub_scales_at(&self, row: usize) -> u64 {
+        self.sub_scales + (row * self.sub_scale_row) as u64
+    }
+
+    /// Offset of the scale of `row`.
+    pub fn scales_at(&self, row: usize) -> u64 {
+        self.scales + (row * self.scale_row) as u64
+    }
+}
+
+/// A packed matrix: its layout and its bytes.
+#[derive(Clone, Copy)]
+pub struct Matrix<'a> {
+    /// Where the sections stand.
+    pub layout: &'a MatrixLayout,
+    bytes: &'a [u8],
+}
+
+impl<'a> Matrix<'a> {
+    /// # Panics
+    /// `bytes` is shorter than the layout's size: the arena was made for another layout.
+    pub fn new(layout: &'a MatrixLayout, bytes: &'a [u8]) -> Self {
+        assert!(bytes.len() as u64 >= layout.size, "an arena is shorter than the matrices in it");
+        Self { layout, bytes }
+    }
+
+    fn section(&self, start: u64, row: usize) -> &'a [u8] {
+        // The whole matrix lies in `bytes`, whose length is a usize.
+        #[expect(clippy::cast_possible_truncation, reason = "an offset into `bytes`")]
+        let start = start as usize;
+        &self.bytes[start..start + row]
+    }
+
+    /// The codes of `row`; for plain storage its elements.
+    pub fn codes(&self, row: usize) -> &'a [u8] {
+        self.section(self.layout.codes_at(row), self.layout.code_row)
+    }
+
+    /// The int4 sub-scales of `row`, one a group.
+    pub fn sub_scales(&self, row: usize) -> &'a [i8] {
+        bytemuck::must_cast_slice(self.section(self.layout.sub_scales_at(row), self.layout.sub_scale_row))
+    }
+
+    /// The scale of `row`; 1 for plain storage.
+    pub fn scale(&self, row: usize) -> f32 {
+        let bytes = self.section(self.layout.scales_at(row), self.layout.scale_row);
+        match *bytes {
+            [a, b] => f16::from_le_bytes([a, b]).to_f32(),
+            [a, b, c, d] => f32::from_le_bytes([a, b, c, d]),
+            _ => 1.0,
+        }
+    }
+
+    /// The dequantized weights of `row` into `values`, K of them.
+    pub fn dequantize_row(&self, row: usize, values: &mut [f32]) {
+        debug_assert_eq!(values.len(), self.layout.cols);
+        let codes = self.codes(row);
+        match self.layout.storage {
+            Storage::Plain(dtype) => dtype.decode(codes, values),
+            Storage::Int8 => {
+                let scale = self.scale(row);
+                for (value, code) in values.iter_mut().zip(bytemuck::must_cast_slice::<u8, i8>(codes)) {
+                    *value = scale * f32::from(*code);
+                }
+            }
+            Storage::Int4 => {
+                let scale = self.scale(row);
+                let groups = codes.chunks_exact(GROUP_SIZE / 2).zip(self.sub_scales(row));
+                for (values, (codes, sub_scale)) in values.chunks_mut(GROUP_SIZE).zip(groups) {
+                    let scale = scale * f32::from(*sub_scale);
+                    for (k, value) in values.iter_mut().enumerate() {
+                        *value = scale * f32::from(int4_code(codes, k) - 8);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The code of column `k` of a group's 16 bytes, 0..16.
+pub(super) fn int4_code(group: &[u8], k: usize) -> i8 {
+    let byte = group[k % (GROUP_SIZE / 2)];
+    let code = if k < GROUP_SIZE / 2 { byte & 0x0f } else { byte >> 4 };
+    code.cast_signed()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::WeightDtype;
+    use super::*;
+
+    #[test]
+    fn sizes_by_hand() {
+        for (storage, rows, cols, size) in [
+            (Storage::Plain(WeightDtype::Bf16), 3, 5, 64),
+            (Storage::Plain(WeightDtype::F32), 4096, 4096, 4096 * 4096 * 4),
+            (Storage::Int8, 4096, 4096, 4096 * 4096 + 4096 * 4),
+            (Storage::Int8, 3, 33, 192 + 64),
+            (Storage::Int4, 4096, 4096, 4096 * 2048 + 4096 * 128 + 4096 * 2),
+            (Storage::Int4, 2, 40, 64 + 64 + 64),
+            (Storage::Int4, 0, 0, 0),
+        ] {
+            let layout = MatrixLayout::new(storage, rows, cols).unwrap();
+            assert_eq!(layout.size(), Bytes(size), "{storage:?} {rows} × {cols}");
+        }
+    }
+
+    #[test]
+    fn sizes_beyond_the_address_space_are_none() {
+        assert_eq!(MatrixLayout::new(Storage::Int8, usize::MAX, 64), None);
+        assert_eq!(MatrixLayout::new(Storage::Int8, 1, usize::MAX), None);
+        assert_eq!(MatrixLayout::new(Storage::Plain(WeightDtype::F32), usize::MAX / 2, usize::MAX / 2), None);
+    }
+}

@@ -1,0 +1,155 @@
+//! Quantized formats: what they are, how they are packed, how weights get into
+//! them, and the scalar reference that judges every kernel.
+//!
+//! | scheme | a weight is | bits a weight, K columns |
+//! | --- | --- | --- |
+//! | `int8` | `scale[row] * q`, q in −127..=127 | 8 + 32/K |
+//! | `int4` | `scale[row] * sub_scale[row][k/32] * (q − 8)`, q in 0..16 | 4.25 + 16/K |
+//! | `none` | as the checkpoint stores it | 16 or 32 |
+
+mod layout;
+mod quantize;
+mod rules;
+pub mod reference;
+
+use std::fmt;
+use std::str::FromStr;
+
+use half::{bf16, f16};
+use safetensors::Dtype;
+use serde::{Serialize, Serializer};
+
+pub use layout::{ALIGNMENT, GROUP_SIZE, Matrix, MatrixLayout};
+pub use rules::QuantizeRules;
+pub use quantize::{PackedRows, QuantizeError, quantize_activations, quantize_rows};
+
+/// How the weights of a module are to be stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Scheme {
+    /// As the checkpoint stores them.
+    None,
+    /// 8 bits, one scale per output row.
+    Int8,
+    /// 4 bits, a scale per group of 32 along a row.
+    Int4,
+}
+
+impl Scheme {
+    /// All schemes, most bits first.
+    pub const ALL: [Self; 3] = [Self::None, Self::Int8, Self::Int4];
+
+    /// The name in flags and maps.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Int8 => "int8",
+            Self::Int4 => "int4",
+        }
+    }
+}
+
+impl fmt::Display for Scheme {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// A text that names no scheme.
+#[derive(Debug, thiserror::Error)]
+#[error("`{0}` is not a scheme; schemes are `none`, `int8` and `int4`")]
+pub struct ParseSchemeError(String);
+
+impl FromStr for Scheme {
+    type Err = ParseSchemeError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Self::ALL
+            .into_iter()
+            .find(|scheme| scheme.name() == text)
+            .ok_or_else(|| ParseSchemeError(crate::error::printable(text)))
+    }
+}
+
+impl Serialize for Scheme {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}
+
+/// The dtypes that a checkpoint's weights may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum WeightDtype {
+    /// bfloat16.
+    Bf16,
+    /// IEEE half precision.
+    F16,
+    /// IEEE single precision.
+    F32,
+}
+
+impl WeightDtype {
+    /// The dtype as one of those that weights may have.
+    pub fn of(dtype: Dtype) -> Option<Self> {
+        match dtype {
+            Dtype::BF16 => Some(Self::Bf16),
+            Dtype::F16 => Some(Self::F16),
+            Dtype::F32 => Some(Self::F32),
+            _ => None,
+        }
+    }
+
+    /// Bytes of an element.
+    pub fn size(self) -> usize {
+        match self {
+            Self::Bf16 | Self::F16 => 2,
+            Self::F32 => 4,
+        }
+    }
+
+    /// Reads little-endian elements into `values`; both have as many elements.
+    pub fn decode(self, bytes: &[u8], values: &mut [f32]) {
+        debug_assert_eq!(bytes.len(), values.len() * self.size());
+        match self {
+            Self::Bf16 => bytes
+                .as_chunks::<2>()
+                .0
+                .iter()
+                .zip(values.iter_mut())
+                .for_each(|(b, v)| *v = bf16::from_le_bytes(*b).to_f32()),
+            Self::F16 => bytes
+                .as_chunks::<2>()
+                .0
+                .iter()
+                .zip(values.iter_mut())
+                .for_each(|(b, v)| *v = f16::from_le_bytes(*b).to_f32()),
+            Self::F32 => bytes
+                .as_chunks::<4>()
+                .0
+                .iter()
+                .zip(values.iter_mut())
+                .for_each(|(b, v)| *v = f32::from_le_bytes(*b)),
+        }
+    }
+}
+
+/// How one matrix or vector is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Storage {
+    /// Elements of a dtype, row after row.
+    Plain(WeightDtype),
+    /// [`Scheme::Int8`].
+    Int8,
+    /// [`Scheme::Int4`].
+    Int4,
+}
+
+impl Storage {
+    /// What `scheme` makes of weights that the checkpoint stores as `dtype`.
+    pub fn of(scheme: Scheme, dtype: WeightDtype) -> Self {
+        match scheme {
+            Scheme::None => Self::Plain(dtype),
+            Scheme::Int8 => Self::Int8,
+            Scheme::Int4 => Self::Int4,
+        }
+    }
+}

@@ -1,0 +1,323 @@
+//! Weights and activations into their packed forms.
+
+use half::f16;
+use rayon::prelude::*;
+
+use super::{GROUP_SIZE, MatrixLayout, Storage};
+
+/// Divisors of a group's extreme element that the int4 search tries. The
+/// extreme keeps its sign, so that it lands near −8 and the level that the
+/// minus side has more is used.
+const DIVISORS: usize = 20;
+const FIRST_DIVISOR: f32 = -10.47;
+const LAST_DIVISOR: f32 = -6.2;
+
+/// Weights that cannot be quantized; rows and columns are the slab's.
+#[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum QuantizeError {
+    /// NaN or an infinity.
+    #[error("row {row}, column {col} is {value}")]
+    NotFinite {
+        /// Row in the slab.
+        row: usize,
+        /// Column.
+        col: usize,
+        /// The value.
+        value: f32,
+    },
+    /// The weights are too large for an f16 scale.
+    #[error("row {row} needs a scale of {scale}, which f16 cannot hold")]
+    ScaleOverflow {
+        /// Row in the slab.
+        row: usize,
+        /// The scale.
+        scale: f32,
+    },
+}
+
+/// The packed rows of a slab: the sections of [`MatrixLayout`], for some of its rows.
+#[derive(Debug, Default)]
+pub struct PackedRows {
+    /// Codes, `code_row` bytes a row.
+    pub codes: Vec<u8>,
+    /// Sub-scales, `sub_scale_row` bytes a row.
+    pub sub_scales: Vec<u8>,
+    /// Scales, `scale_row` bytes a row.
+    pub scales: Vec<u8>,
+}
+
+impl PackedRows {
+    /// Room for `rows` rows of `layout`.
+    fn resize(&mut self, layout: &MatrixLayout, rows: usize) {
+        self.codes.resize(rows * layout.code_row, 0);
+        self.sub_scales.resize(rows * layout.sub_scale_row, 0);
+        self.scales.resize(rows * layout.scale_row, 0);
+    }
+}
+
+/// Quantizes whole rows, `weights` of `[rows][K]` in the checkpoint's dtype,
+/// into `packed`, on all threads of the pool.
+///
+/// # Errors
+/// A weight is not finite, or a row's scale does not fit its type.
+///
+/// # Panics
+/// `layout` is of plain storage, which is copied and not quantized.
+pub fn quantize_rows(
+    layout: &MatrixLayout,
+    dtype: super::WeightDtype,
+    weights: &[u8],
+    packed: &mut PackedRows,
+) -> Result<(), QuantizeError> {
+    assert!(!matches!(layout.storage, Storage::Plain(_)), "plain storage is copied, not quantized");
+    let row_bytes = layout.cols * dtype.size();
+    let rows = weights.len() / row_bytes;
+    packed.resize(layout, rows);
+    let sub_scales: Vec<&mut [u8]> = match layout.sub_scale_row {
+        0 => (0..rows).map(|_| Default::default()).collect(),
+        row => packed.sub_scales.chunks_mut(row).collect(),
+    };
+    let first_error = packed
+        .codes
+        .par_chunks_mut(layout.code_row)
+        .zip(packed.scales.par_chunks_mut(layout.scale_row))
+        .zip(sub_scales)
+        .zip(weights.par_chunks(row_bytes))
+        .enumerate()
+        .map_init(
+            || vec![0.0; layout.padded_cols],
+            |values, (row, (((codes, scale), sub_scales), bytes))| {
+                dtype.decode(bytes, &mut values[..layout.cols]);
+                if let Some(col) = values.iter().position(|value| !value.is_finite()) {
+                    let value = values[col];
+                    return Err(QuantizeError::NotFinite { row, col, value });
+                }
+                match layout.storage {
+                    Storage::Int8 => {
+                        scale.copy_from_slice(&int8_row(values, codes).to_le_bytes());
+                        Ok(())
+                    }
+                    _ => {
+                        let factor = int4_row(values, codes, sub_scales)
+                            .map_err(|scale| QuantizeError::ScaleOverflow { row, scale })?;
+                        scale.copy_from_slice(&factor.to_le_bytes());
+                        Ok(())
+                    }
+                }
+            },
+        )
+        .find_first(Result::is_err);
+    first_error.unwrap_or(Ok(()))
+}
+
+/// A row to int8: `scale = absmax / 127`, `q = round(w / scale)`. Returns the scale, 1 for a row of zeros.
+fn int8_row(values: &[f32], codes: &mut [u8]) -> f32 {
+    let absmax = values.iter().fold(0.0f32, |max, value| max.max(value.abs()));
+    let scale = if absmax > 0.0 { absmax / 127.0 } else { 1.0 };
+    // A scale below the smallest normal number would lose its digits; weights there are zero to any purpose.
+    let scale = if scale.is_normal() { scale } else { 1.0 };
+    for (code, value) in codes.iter_mut().zip(values) {
+        *code = round_i8(value / scale).cast_unsigned();
+    }
+    scale
+}
+
+/// A row to int4; see [`search_group`]. Returns the row's scale, or the scale that f16 cannot hold.
+fn int4_row(values: &[f32], codes: &mut [u8], sub_scales: &mut [u8]) -> Result<f16, f32> {
+    let groups = values.chunks_exact(GROUP_SIZE);
+    let scales: Vec<f32> = groups.clone().map(search_group).collect();
+    let largest = scales.iter().fold(0.0f32, |max, scale| max.max(scale.abs()));
+    let wanted = largest / 127.0;
+    let row_scale = f16::from_f32(wanted);
+    let row_scale = if largest == 0.0 {
+        f16::ONE
+    } else if row_scale.is_infinite() {
+        return Err(wanted);
+    } else if row_scale == f16::ZERO {
+        f16::from_bits(1)
+    } else {
+        row_scale
+    };
+    let bytes = codes.chunks_exact_mut(GROUP_SIZE / 2);
+    for (((group, bytes), sub_scale), scale) in groups.zip(bytes).zip(sub_scales).zip(scales) {
+        let code = round_i8(scale / row_scale.to_f32());
+        *sub_scale = code.cast_unsigned();
+        let scale = row_scale.to_f32() * f32::from(code);
+        for (j, byte) in bytes.iter_mut().enumerate() {
+            let (low, high) = (int4_code(group[j], scale), int4_code(group[j + GROUP_SIZE / 2], scale));
+            *byte = low | high << 4;
+        }
+    }
+    Ok(row_scale)
+}
+
+/// The scale of a group with the least squared error: a few divisors of the
+/// extreme element, each refitted by least squares to the codes that it gives.
+fn search_group(group: &[f32]) -> f32 {
+    let extreme = group.iter().fold(0.0f32, |m, value| if value.abs() > m.abs() { *value } else { m });
+    if extreme == 0.0 {
+        return 0.0;
+    }
+    let (mut best_scale, mut least_error) = (extreme / -8.0, f32::INFINITY);
+    for candidate in 0..DIVISORS {
+        #[expect(clippy::cast_precision_loss, reason = "below 2^8")]
+        let divisor = FIRST_DIVISOR + (LAST_DIVISOR - FIRST_DIVISOR) * candidate as f32 / (DIVISORS - 1) as f32;
+        let (mut dot, mut norm) = (0.0f32, 0.0f32);
+        let inverse = divisor / extreme;
+        for value in group {
+            let level = int4_level(value * inverse);
+            dot += value * level;
+            norm += level * level;
+        }
+        let scale = dot / norm.max(1e-9);
+        if scale == 0.0 || !scale.is_finite() {
+            continue;
+        }
+        let inverse = 1.0 / scale;
+        let error: f32 = group
+            .iter()
+            .map(|value| {
+                let difference = value - scale * int4_level(value * inverse);
+                difference * difference
+            })
+            .sum();
+        if error < least_error {
+            (best_scale, least_error) = (scale, error);
+        }
+    }
+    best_scale
+}
+
+/// The level nearest to `x`, −8 to 7.
+fn int4_level(x: f32) -> f32 {
+    x.round_ties_even().clamp(-8.0, 7.0)
+}
+
+/// The code of `value` in a group of `scale`, 0..16.
+fn int4_code(value: f32, scale: f32) -> u8 {
+    let level = if scale == 0.0 { 0.0 } else { int4_level(value / scale) };
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to 15")]
+    let code = (level + 8.0) as u8;
+    code
+}
+
+fn round_i8(x: f32) -> i8 {
+    #[expect(clippy::cast_possible_truncation, reason = "clamped")]
+    let code = x.round_ties_even().clamp(-127.0, 127.0) as i8;
+    code
+}
+
+/// Activations to int8 in groups of 32: `scale = absmax / 127` of the group.
+///
+/// `x` has K elements, `codes` Kp, `scales` Kp/32; codes behind K are zero.
+/// A group of zeros has scale 0.
+pub fn quantize_activations(x: &[f32], codes: &mut [i8], scales: &mut [f32]) {
+    for ((group, codes), scale) in x.chunks(GROUP_SIZE).zip(codes.chunks_mut(GROUP_SIZE)).zip(scales) {
+        let absmax = group.iter().fold(0.0f32, |max, value| max.max(value.abs()));
+        *scale = absmax / 127.0;
+        let inverse = if absmax > 0.0 { 127.0 / absmax } else { 0.0 };
+        let inverse = if inverse.is_finite() { inverse } else { 0.0 };
+        codes.fill(0);
+        for (code, value) in codes.iter_mut().zip(group) {
+            *code = round_i8(value * inverse);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+    use proptest::prelude::*;
+
+    use super::super::{Matrix, WeightDtype};
+    use super::*;
+
+    fn pack(storage: Storage, rows: usize, cols: usize, weights: &[f32]) -> Result<Vec<f32>, QuantizeError> {
+        let layout = MatrixLayout::new(storage, rows, cols).unwrap();
+        let bytes: Vec<u8> = weights.iter().flat_map(|w| w.to_le_bytes()).collect();
+        let mut packed = PackedRows::default();
+        quantize_rows(&layout, WeightDtype::F32, &bytes, &mut packed)?;
+        let mut matrix = vec![0; layout.size().as_usize().unwrap()];
+        for (at, section) in [(layout.codes_at(0), &packed.codes), (layout.sub_scales_at(0), &packed.sub_scales), (layout.scales_at(0), &packed.scales)] {
+            matrix[at as usize..at as usize + section.len()].copy_from_slice(section);
+        }
+        let matrix = Matrix::new(&layout, &matrix);
+        let mut values = vec![0.0; rows * cols];
+        for (row, values) in values.chunks_mut(cols).enumerate() {
+            matrix.dequantize_row(row, values);
+        }
+        Ok(values)
+    }
+
+    #[test]
+    fn zeros_stay_zeros() {
+        for storage in [Storage::Int8, Storage::Int4] {
+            assert_eq!(pack(storage, 2, 40, &[0.0; 80]).unwrap(), [0.0; 80]);
+        }
+    }
+
+    #[test]
+    fn levels_of_int4_are_kept_exactly() {
+        let row: Vec<f32> = (0..32).map(|k| (k % 16) as f32 - 8.0).collect();
+        let difference = pack(Storage::Int4, 1, 32, &row).unwrap().iter().zip(&row).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(difference < 0.01, "{difference}");
+    }
+
+    #[test]
+    fn what_is_not_finite_is_named() {
+        for (value, text) in [(f32::NAN, "row 1, column 3 is NaN"), (f32::NEG_INFINITY, "row 1, column 3 is -inf")] {
+            let mut weights = [1.0; 80];
+            weights[43] = value;
+            for storage in [Storage::Int8, Storage::Int4] {
+                assert_eq!(pack(storage, 2, 40, &weights).unwrap_err().to_string(), text);
+            }
+        }
+    }
+
+    #[test]
+    fn extremes_of_f32_are_an_error_or_near() {
+        assert!(matches!(pack(Storage::Int4, 1, 32, &[3e38; 32]), Err(QuantizeError::ScaleOverflow { row: 0, .. })));
+        for storage in [Storage::Int8, Storage::Int4] {
+            let tiny = pack(storage, 1, 32, &[1e-6; 32]).unwrap();
+            assert!(tiny.iter().all(|w| (w - 1e-6).abs() < 1e-7), "{tiny:?}");
+            assert!(pack(storage, 1, 32, &[1e-42; 32]).unwrap().iter().all(|w| w.abs() < 1e-6));
+        }
+        assert!(pack(Storage::Int8, 1, 32, &[3e38; 32]).unwrap().iter().all(|w| (w / 3e38 - 1.0).abs() < 1e-5));
+    }
+
+    #[test]
+    fn bf16_and_f16_are_read_as_f32_is() {
+        let weights: Vec<f32> = (0..64).map(|k| bf16::from_f32((k as f32 * 0.37).sin()).to_f32()).collect();
+        let layout = MatrixLayout::new(Storage::Int4, 2, 32).unwrap();
+        let run = |dtype, bytes: Vec<u8>| {
+            let mut packed = PackedRows::default();
+            quantize_rows(&layout, dtype, &bytes, &mut packed).unwrap();
+            (packed.codes, packed.sub_scales, packed.scales)
+        };
+        let f32s = run(WeightDtype::F32, weights.iter().flat_map(|w| w.to_le_bytes()).collect());
+        assert_eq!(f32s, run(WeightDtype::Bf16, weights.iter().flat_map(|w| bf16::from_f32(*w).to_le_bytes()).collect()));
+        assert_eq!(f32s, run(WeightDtype::F16, weights.iter().flat_map(|w| f16::from_f32(*w).to_le_bytes()).collect()));
+    }
+
+    proptest! {
+        #[test]
+        fn errors_are_bounded(rows in 1usize..4, cols in 1usize..100, seed in any::<u64>()) {
+            let mut state = seed | 1;
+            let weights: Vec<f32> = (0..rows * cols).map(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                ((state >> 40) as f32 / (1 << 24) as f32 - 0.5) * 0.1
+            }).collect();
+            // int8: half a step of the row; int4: half a step of the group, and what the 8-bit sub-scale adds.
+            for (storage, part) in [(Storage::Int8, 0.5 / 127.0), (Storage::Int4, 0.16)] {
+                let values = pack(storage, rows, cols, &weights).unwrap();
+                for (packed, exact) in values.chunks(cols).zip(weights.chunks(cols)) {
+                    let absmax = exact.iter().fold(0.0f32, |m, w| m.max(w.abs()));
+                    for (p, e) in packed.iter().zip(exact) {
+                        prop_assert!((p - e).abs() <= absmax * part * 1.001 + 1e-9, "{storage:?} {p} {e}");
+                    }
+                }
+            }
+        }
+    }
+}
