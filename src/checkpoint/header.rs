@@ -218,11 +218,13 @@ mod tests {
     fn read(json: &str, data: u64) -> Result<Vec<TensorInfo>, String> {
         let file = Bytes((LENGTH_FIELD + json.len()) as u64 + data);
         parse(json.as_bytes().to_vec(), file).map_err(|e| {
-            use std::error::Error as _;
-            std::iter::successors(Some(&e as &dyn std::error::Error), |e| e.source())
-                .map(ToString::to_string)
-                .collect::<Vec<_>>()
-                .join(": ")
+            let mut text = e.to_string();
+            let mut cause = std::error::Error::source(&e);
+            while let Some(error) = cause {
+                text = format!("{text}: {error}");
+                cause = error.source();
+            }
+            text
         })
     }
 
@@ -275,7 +277,7 @@ mod tests {
                 6,
                 "tensor `b` starts at byte 2 of the data, but the data before it ends at byte 4",
             ),
-            (r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#, 3, "is 64 bytes, its header needs 65; the download is incomplete"),
+            (r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#, 3, "is 65 bytes, its header needs 66; the download is incomplete"),
             (r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#, 9, "5 bytes follow the last tensor"),
             (
                 &format!(

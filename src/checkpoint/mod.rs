@@ -6,7 +6,7 @@ pub mod index;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -29,8 +29,12 @@ pub struct Checkpoint {
     pub name: String,
     /// config.json, checked.
     pub config: ModelConfig,
+    /// The local directory that holds it, if one does.
+    pub directory: Option<PathBuf>,
     /// File names of the shards.
     pub shards: Vec<String>,
+    /// Size of each shard.
+    pub shard_sizes: Vec<Bytes>,
     /// Every tensor that the index names, or that the single file holds.
     pub catalog: BTreeMap<String, Tensor>,
     /// Tensors that shards hold and the index does not name; nothing reads them.
@@ -79,10 +83,8 @@ impl Checkpoint {
             return Err(no_weights(source));
         };
         let shards = index.as_ref().map_or_else(|| vec![SINGLE_FILE.to_owned()], |index| index.shards.clone());
-        let headers: Vec<_> = shards
-            .par_iter()
-            .map(|shard| read_header(source, shard))
-            .collect::<Result<_>>()?;
+        let (shard_sizes, headers): (Vec<_>, Vec<_>) =
+            shards.par_iter().map(|shard| read_header(source, shard)).collect::<Result<Vec<_>>>()?.into_iter().unzip();
         let (catalog, unlisted) = match index {
             Some(index) => catalog_by_index(source, &index, headers)?,
             None => (headers.into_iter().flatten().map(|info| entry(0, info)).collect(), 0),
@@ -90,7 +92,9 @@ impl Checkpoint {
         Ok(Self {
             name: name.into(),
             config,
+            directory: source.directory().map(Path::to_path_buf),
             shards,
+            shard_sizes,
             catalog,
             unlisted,
         })
@@ -106,7 +110,8 @@ fn no_weights(source: &dyn Source) -> Error {
     }
 }
 
-fn read_header(source: &dyn Source, shard: &str) -> Result<Vec<TensorInfo>> {
+/// The size of a shard and the tensors in it.
+fn read_header(source: &dyn Source, shard: &str) -> Result<(Bytes, Vec<TensorInfo>)> {
     let wrap = |error: HeaderError| {
         let hint = match error {
             HeaderError::GitLfsPointer => Some("`git lfs pull` fetches the file itself"),
@@ -128,7 +133,7 @@ fn read_header(source: &dyn Source, shard: &str) -> Result<Vec<TensorInfo>> {
     let start = source.read_range(shard, 0, header::LENGTH_FIELD)?;
     let length = header::length(&start, file).map_err(wrap)?;
     let json = source.read_range(shard, header::LENGTH_FIELD as u64, length)?;
-    header::parse(json, file).map_err(wrap)
+    Ok((file, header::parse(json, file).map_err(wrap)?))
 }
 
 fn entry(shard: usize, info: TensorInfo) -> (String, Tensor) {

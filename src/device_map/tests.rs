@@ -105,7 +105,7 @@ fn what_is_wrong_is_named_with_its_place() {
     for (json, message) in [
         (r#"{"model.layer.3": 0, "": "cpu"}"#, "device map `map.json` places unknown module `model.layer.3` | line 1, column 2: the model has no such module | did you mean `model.layers.3`?"),
         (r#"{"transformer.h.0": 0}"#, "device map `map.json` places unknown module `transformer.h.0` | line 1, column 2: the model has no such module | `evenkeel plan --output FILE` writes a map with this model's own names"),
-        (r#"{"model.layers.12": 0, "": 0}"#, "device map `map.json` places unknown module `model.layers.12` | line 1, column 2: the model has no such module | did you mean `model.layers.0`?"),
+        (r#"{"model.layers.12": 0, "": 0}"#, "device map `map.json` places unknown module `model.layers.12` | line 1, column 2: the model has no such module | did you mean `model.layers.1`?"),
         (r#"{"": 0, "model.layers.3-12": 1}"#, "device map `map.json` places unknown blocks `model.layers.3-12` | line 1, column 9: the model has the blocks 0 to 11"),
         (r#"{"": 0, "model.layers.3-5": 1, "model.layers.5": 0}"#, "device map `map.json` places `model.layers.5` twice | line 1, column 32: an earlier entry places it already"),
         (r#"{"model.layers": 0, "lm_head": 0, "model.norm": 1}"#, "device map `map.json` leaves out 1 module: `model.embed_tokens` | `\"\": \"cpu\"` catches all that no longer path places; `evenkeel plan --output FILE` writes a whole map"),

@@ -164,7 +164,7 @@ mod tests {
             (&nine, &[("cuda:0", 20), ("cpu", 25)], "00cccccc"),
             (&[50, 9, 9], &[("cuda:0", 20), ("cuda:1", 100)], "111"),
             (&[50, 9, 9], &[("cuda:0", 20), ("cpu", 100)], "ccc"),
-            (&[9], &[("cuda:0", 50), ("cuda:1", 50), ("cuda:2", 50)], "2"),
+            (&[9], &[("cuda:0", 50), ("cuda:1", 50), ("cuda:2", 50)], "0"),
         ] {
             assert_eq!(placed(sizes, rooms), placement, "{sizes:?} on {rooms:?}");
         }

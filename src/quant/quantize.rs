@@ -4,6 +4,7 @@ use half::f16;
 use rayon::prelude::*;
 
 use super::{GROUP_SIZE, MatrixLayout, Storage};
+use crate::bytes::Bytes;
 
 /// Divisors of a group's extreme element that the int4 search tries. The
 /// extreme keeps its sign, so that it lands near −8 and the level that the
@@ -48,6 +49,11 @@ pub struct PackedRows {
 }
 
 impl PackedRows {
+    /// Bytes of all sections.
+    pub fn bytes(&self) -> Bytes {
+        Bytes((self.codes.len() + self.sub_scales.len() + self.scales.len()) as u64)
+    }
+
     /// Room for `rows` rows of `layout`.
     fn resize(&mut self, layout: &MatrixLayout, rows: usize) {
         self.codes.resize(rows * layout.code_row, 0);

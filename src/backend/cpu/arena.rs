@@ -1,0 +1,50 @@
+//! Memory of a planned size: anonymous, or a mapped file.
+#![expect(unsafe_code, reason = "mapping a file is the one thing here that the compiler cannot check")]
+
+use std::fs::File;
+use std::path::Path;
+
+use memmap2::{Mmap, MmapMut};
+
+use crate::bytes::Bytes;
+use crate::error::{Error, Result};
+
+/// The packed weights of a device.
+pub enum Arena {
+    /// In host memory.
+    Memory(MmapMut),
+    /// In a file on the disk.
+    Mapped(Mmap),
+}
+
+impl Arena {
+    /// Maps a scratch file for reading.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn map(file: &File, directory: &Path) -> Result<Self> {
+        // SAFETY: the file has no name and this process holds its only handle,
+        // so nobody truncates or writes it while it is mapped.
+        let map = unsafe { Mmap::map(file) };
+        map.map(Self::Mapped).map_err(|e| Error::io("map a scratch file in", directory, e))
+    }
+
+    /// The bytes.
+    pub fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Memory(map) => map,
+            Self::Mapped(map) => map,
+        }
+    }
+}
+
+/// Zeroed host memory, aligned to a page. The system gives pages when they are
+/// first written, and refuses here where it knows that it cannot.
+///
+/// # Errors
+/// The memory is not to be had.
+pub fn zeroed(what: &str, len: Bytes) -> Result<MmapMut> {
+    let failed = || Error::does_not_fit(format!("cannot take {len} of host memory for {what}"));
+    let len = len.as_usize().ok_or_else(failed)?;
+    MmapMut::map_anon(len.max(1)).map_err(|e| failed().caused_by(e))
+}

@@ -1,0 +1,104 @@
+//! The inventory of the machine that this runs on.
+
+use std::path::{Path, PathBuf};
+
+use super::cuda;
+use crate::bytes::{Bytes, KIB};
+use crate::device::DeviceId;
+use crate::error::{Error, Result};
+use crate::fs;
+use crate::plan::{Device, Inventory};
+
+impl Inventory {
+    /// The devices of this machine: free host memory under the limit of the
+    /// process's control group, and the space in `offload_directory`. GPUs are
+    /// listed as idle.
+    ///
+    /// # Errors
+    /// The system does not tell its memory, or the directory is not there.
+    pub fn this_machine(offload_directory: &Path) -> Result<Self> {
+        let path = Path::new("/proc/meminfo");
+        let meminfo = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
+        let memory = |key| field(&meminfo, key).ok_or_else(|| Error::input(format!("`/proc/meminfo` has no `{key}`")));
+        let (mut free, mut total) = (memory("MemAvailable")?, memory("MemTotal")?);
+        for (limit, used) in control_group_limits(Path::new("/sys/fs/cgroup")) {
+            total = total.min(limit);
+            free = free.min(limit - used);
+        }
+        let disk = fs::free_space(offload_directory)?;
+        let device = |id, free, total| Device {
+            id,
+            name: None,
+            free,
+            total,
+        };
+        Ok(Self {
+            devices: vec![device(DeviceId::Cpu, free, total), device(DeviceId::Disk, disk, disk)],
+            idle: cuda::devices(),
+        })
+    }
+}
+
+/// A field of /proc/meminfo, which counts in KiB.
+fn field(meminfo: &str, key: &str) -> Option<Bytes> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(KIB).map(Bytes)
+}
+
+/// The limit and the use of this process's control group and of all above it,
+/// where version 2 of control groups sets one. Reclaimable page cache counts as free.
+fn control_group_limits(root: &Path) -> Vec<(Bytes, Bytes)> {
+    let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let Some(path) = own.lines().find_map(|line| line.strip_prefix("0::/")) else {
+        return Vec::new();
+    };
+    let start = root.join(path);
+    let groups = start.ancestors().take_while(|group| group.starts_with(root)).map(PathBuf::from);
+    groups.filter_map(|group| limit(&group)).collect()
+}
+
+fn limit(group: &Path) -> Option<(Bytes, Bytes)> {
+    let read = |file: &str| std::fs::read_to_string(group.join(file)).ok();
+    let number = |text: String| text.trim().parse().ok().map(Bytes);
+    let limit = number(read("memory.max")?)?;
+    let used = number(read("memory.current")?)?;
+    let stat = read("memory.stat").unwrap_or_default();
+    let cache = stat.lines().find_map(|line| line.strip_prefix("inactive_file ")).and_then(|n| n.parse().ok());
+    Some((limit, used - Bytes(cache.unwrap_or(0))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_of_meminfo() {
+        let meminfo = "MemTotal:       24690000 kB\nMemFree:  1 kB\nMemAvailable:   20000000 kB\nHugePages_Total:       0\n";
+        assert_eq!(field(meminfo, "MemAvailable"), Some(Bytes(20_000_000 * 1024)));
+        assert_eq!(field(meminfo, "MemTotal"), Some(Bytes(24_690_000 * 1024)));
+        assert_eq!(field(meminfo, "HugePages_Total"), None);
+        assert_eq!(field(meminfo, "Mem"), None);
+    }
+
+    #[test]
+    fn a_control_group_limits_what_is_free() {
+        let group = tempfile::tempdir().unwrap();
+        let write = |file: &str, text: &str| std::fs::write(group.path().join(file), text).unwrap();
+        write("memory.max", "1000\n");
+        write("memory.current", "700\n");
+        assert_eq!(limit(group.path()), Some((Bytes(1000), Bytes(700))));
+        write("memory.stat", "anon 5\ninactive_file 200\n");
+        assert_eq!(limit(group.path()), Some((Bytes(1000), Bytes(500))));
+        write("memory.max", "max\n");
+        assert_eq!(limit(group.path()), None);
+    }
+
+    #[test]
+    fn this_machine_has_memory_and_a_disk() {
+        let inventory = Inventory::this_machine(Path::new("/")).unwrap();
+        let cpu = inventory.device(DeviceId::Cpu).unwrap();
+        assert!(cpu.free > Bytes::ZERO && cpu.free <= cpu.total);
+        assert!(inventory.device(DeviceId::Disk).is_some());
+    }
+}

@@ -1,0 +1,148 @@
+//! A model's stages in the order they run, and the sequence that is in their KV caches.
+
+use super::Stage;
+use crate::error::{Error, Result};
+use crate::model_config::ModelConfig;
+use crate::plan::memory;
+
+/// Which stage holds the embedding, the last norm and the head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StageRoles {
+    /// Position of the stage with the embedding.
+    pub embedding: usize,
+    /// Position of the stage with the last norm.
+    pub norm: usize,
+    /// Position of the stage with the head.
+    pub head: usize,
+}
+
+/// The stages of a model and the tokens that they have seen.
+pub struct Pipeline {
+    stages: Vec<Box<dyn Stage>>,
+    roles: StageRoles,
+    vocab_size: usize,
+    hidden_size: usize,
+    context: usize,
+    chunk: usize,
+    length: usize,
+    hidden: Vec<f32>,
+    logits: Vec<f32>,
+}
+
+impl Pipeline {
+    /// A pipeline over `stages` with an empty sequence of at most `context` tokens.
+    pub fn new(stages: Vec<Box<dyn Stage>>, roles: StageRoles, config: &ModelConfig, context: usize) -> Self {
+        let chunk = memory::chunk(context);
+        Self {
+            stages,
+            roles,
+            vocab_size: config.vocab_size,
+            hidden_size: config.hidden_size,
+            context,
+            chunk,
+            length: 0,
+            hidden: vec![0.0; chunk * config.hidden_size],
+            logits: vec![0.0; config.vocab_size],
+        }
+    }
+
+    /// Tokens that the sequence has.
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
+    /// Tokens that the sequence may have.
+    pub fn context(&self) -> usize {
+        self.context
+    }
+
+    /// Bytes of the buffers that the pipeline itself holds.
+    pub fn host_bytes(&self) -> usize {
+        (self.hidden.len() + self.logits.len()) * size_of::<f32>()
+    }
+
+    /// Forgets the tokens behind the first `length`.
+    pub fn truncate(&mut self, length: usize) {
+        self.length = self.length.min(length);
+    }
+
+    /// Takes tokens in chunks of at most `tokens` at once; no more than the plan counts.
+    pub fn limit_chunk(&mut self, tokens: usize) {
+        self.chunk = tokens.clamp(1, self.hidden.len() / self.hidden_size);
+    }
+
+    /// Appends `tokens` and gives the logits behind the last of them.
+    ///
+    /// # Errors
+    /// A token is not in the vocabulary, the context is full, a logit is not
+    /// a number, or a device failed. `each_chunk` may end the work with an error.
+    pub fn extend(&mut self, tokens: &[u32], mut each_chunk: impl FnMut() -> Result<()>) -> Result<&[f32]> {
+        self.check(tokens)?;
+        let mut last = 0;
+        for chunk in tokens.chunks(self.chunk) {
+            each_chunk()?;
+            self.run(chunk)?;
+            last = chunk.len() - 1;
+        }
+        self.head(last)?;
+        Ok(&self.logits)
+    }
+
+    /// Appends `tokens` and calls `visit` with each one's position among them
+    /// and the logits behind it.
+    ///
+    /// # Errors
+    /// As [`Pipeline::extend`].
+    pub fn score(&mut self, tokens: &[u32], mut visit: impl FnMut(usize, &[f32])) -> Result<()> {
+        self.check(tokens)?;
+        for (at, chunk) in tokens.chunks(self.chunk).enumerate() {
+            self.run(chunk)?;
+            for token in 0..chunk.len() {
+                self.head(token)?;
+                visit(at * self.chunk + token, &self.logits);
+            }
+        }
+        Ok(())
+    }
+
+    fn check(&self, tokens: &[u32]) -> Result<()> {
+        if tokens.is_empty() {
+            return Err(Error::input("there are no tokens to run"));
+        }
+        if tokens.len() > self.context - self.length {
+            return Err(Error::input(format!(
+                "{} tokens are more than the context of {} holds",
+                self.length + tokens.len(),
+                self.context
+            )));
+        }
+        match tokens.iter().find(|token| **token as usize >= self.vocab_size) {
+            Some(token) => Err(Error::input(format!("token {token} is not among the {} of the model", self.vocab_size))),
+            None => Ok(()),
+        }
+    }
+
+    /// Runs a chunk through all blocks; its hidden states stay in `self.hidden`.
+    fn run(&mut self, tokens: &[u32]) -> Result<()> {
+        let hidden = &mut self.hidden[..tokens.len() * self.hidden_size];
+        self.stages[self.roles.embedding].embed(tokens, hidden)?;
+        for stage in &mut self.stages {
+            stage.run_blocks(hidden, self.length)?;
+        }
+        self.length += tokens.len();
+        Ok(())
+    }
+
+    /// The logits behind the token at `at` of the chunk that was run last.
+    fn head(&mut self, at: usize) -> Result<()> {
+        let row = &mut self.hidden[at * self.hidden_size..][..self.hidden_size];
+        self.stages[self.roles.norm].norm(row)?;
+        self.stages[self.roles.head].logits(row, &mut self.logits)?;
+        if self.logits.iter().all(|logit| logit.is_finite()) {
+            Ok(())
+        } else {
+            Err(Error::input(format!("a logit behind token {} is not a number", self.length))
+                .hint("the checkpoint's weights are broken, or overflow in this scheme; try `--quantize none`"))
+        }
+    }
+}

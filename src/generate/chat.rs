@@ -1,0 +1,196 @@
+//! Chat templates: Jinja from the checkpoint, run in a sandbox with a bounded
+//! number of steps.
+
+use std::path::Path;
+
+use minijinja::value::Kwargs;
+use minijinja::{Environment, ErrorKind, Value, context};
+use serde::Serialize;
+
+use crate::bytes::{Bytes, MIB};
+use crate::error::{Error, Result};
+use crate::fs;
+use crate::json::{Document, Node};
+
+const TEMPLATE_FILE: &str = "chat_template.jinja";
+const CONFIG_FILE: &str = "tokenizer_config.json";
+const CAP: Bytes = Bytes(16 * MIB);
+/// Steps that a template may take.
+const FUEL: u64 = 10_000_000;
+
+/// What somebody said.
+#[derive(Clone, Debug, Serialize)]
+pub struct Message {
+    /// `system`, `user` or `assistant`.
+    pub role: String,
+    /// The text.
+    pub content: String,
+}
+
+/// A checkpoint's chat template and the special tokens that it may name.
+#[derive(Debug)]
+pub struct ChatTemplate {
+    source: String,
+    origin: String,
+    bos_token: Option<String>,
+    eos_token: Option<String>,
+}
+
+impl ChatTemplate {
+    /// The template in chat_template.jinja, or in tokenizer_config.json.
+    ///
+    /// # Errors
+    /// There is none, or a file is not as it must be.
+    pub fn open(directory: &Path) -> Result<Self> {
+        let none = || {
+            Error::input(format!("`{}` has no chat template", directory.display()))
+                .hint("leave `--chat` out: the model was not made for conversations")
+        };
+        let config = match directory.join(CONFIG_FILE).exists() {
+            true => {
+                let path = fs::confined(directory, CONFIG_FILE)?;
+                Some(Document::parse(path.display().to_string(), fs::read_capped(&path, CAP)?)?)
+            }
+            false => None,
+        };
+        let members = config.as_ref().map(|config| config.root().members()).transpose()?.unwrap_or_default();
+        let member = |name: &str| members.iter().find(|m| m.name == name).map(|m| m.value).filter(|v| !v.is_null());
+        let (source, origin) = if directory.join(TEMPLATE_FILE).exists() {
+            let path = fs::confined(directory, TEMPLATE_FILE)?;
+            let bytes = fs::read_capped(&path, CAP)?;
+            let text = String::from_utf8(bytes).map_err(|e| Error::input(format!("`{}` is not UTF-8", path.display())).caused_by(e))?;
+            (text, path.display().to_string())
+        } else {
+            let node = member("chat_template").ok_or_else(none)?;
+            (default_template(node)?, format!("chat_template of {}", directory.join(CONFIG_FILE).display()))
+        };
+        let special = |name| member(name).map(token_text).transpose();
+        Ok(Self {
+            source,
+            origin,
+            bos_token: special("bos_token")?.flatten(),
+            eos_token: special("eos_token")?.flatten(),
+        })
+    }
+
+    /// The prompt of a conversation, up to where the assistant is to speak.
+    ///
+    /// # Errors
+    /// The template is broken, runs too long, or refuses the conversation.
+    pub fn render(&self, messages: &[Message]) -> Result<String> {
+        let mut environment = Environment::new();
+        environment.set_fuel(Some(FUEL));
+        environment.set_trim_blocks(true);
+        environment.set_lstrip_blocks(true);
+        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
+            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+        });
+        environment.add_filter("tojson", tojson);
+        let broken = |e| Error::input(format!("the chat template in `{}` failed", self.origin)).caused_by(e);
+        let template = environment.template_from_str(&self.source).map_err(broken)?;
+        template
+            .render(context! {
+                messages => messages,
+                add_generation_prompt => true,
+                bos_token => defined(self.bos_token.as_deref()),
+                eos_token => defined(self.eos_token.as_deref()),
+            })
+            .map_err(broken)
+    }
+}
+
+/// A token, or what a template sees where there is none: nothing.
+fn defined(token: Option<&str>) -> Value {
+    token.map_or(Value::UNDEFINED, Value::from)
+}
+
+/// `tojson` as Transformers defines it: characters as they are, not escaped for HTML.
+fn tojson(value: &Value, options: Kwargs) -> Result<String, minijinja::Error> {
+    let indent: Option<usize> = options.get("indent")?;
+    let json = match indent {
+        Some(_) => serde_json::to_string_pretty(value),
+        None => serde_json::to_string(value),
+    };
+    json.map_err(|e| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string()))
+}
+
+/// The template itself, or the one named `default` of a list of named ones.
+fn default_template(node: Node) -> Result<String> {
+    if node.is_text() {
+        return node.text();
+    }
+    let mut templates = Vec::new();
+    for element in node.elements()? {
+        let members = element.members()?;
+        let text = |name: &str| members.iter().find(|m| m.name == name).map(|m| m.value.text()).transpose();
+        if let (Some(name), Some(template)) = (text("name")?, text("template")?) {
+            templates.push((name, template));
+        }
+    }
+    let default = templates.into_iter().find(|(name, _)| name == "default");
+    default.map(|(_, template)| template).ok_or_else(|| node.error("no template is named `default`"))
+}
+
+/// A special token is a text, or an object whose `content` is.
+fn token_text(node: Node) -> Result<Option<String>> {
+    if node.is_object() {
+        return node.members()?.iter().find(|m| m.name == "content").map(|m| m.value.text()).transpose();
+    }
+    node.text().map(Some)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn template(file: &str, content: &str) -> Result<ChatTemplate> {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join(file), content).unwrap();
+        ChatTemplate::open(directory.path())
+    }
+
+    fn hello() -> [Message; 1] {
+        [Message {
+            role: "user".into(),
+            content: "  Hello & <bye>".into(),
+        }]
+    }
+
+    #[test]
+    fn templates_render() {
+        for (source, rendered) in [
+            ("{{ messages[0]['content'] | trim }}", "Hello & <bye>"),
+            ("{{ messages[0].content.strip().upper() }}", "HELLO & <BYE>"),
+            ("{{ bos_token }}{% for m in messages %}\n{{ m.role }}{% endfor %}", "user"),
+            ("{{ messages[0] | tojson }}", r#"{"role":"user","content":"  Hello & <bye>"}"#),
+            ("{% if add_generation_prompt %}\n    {{- '<a>' }}\n{% endif %}", "<a>"),
+        ] {
+            assert_eq!(template(TEMPLATE_FILE, source).unwrap().render(&hello()).unwrap(), rendered, "{source}");
+        }
+    }
+
+    #[test]
+    fn the_configuration_may_hold_the_template() {
+        for config in [
+            r#"{"chat_template": "{{ bos_token }}x", "bos_token": "<s>"}"#,
+            r#"{"chat_template": [{"name": "tool", "template": "t"}, {"name": "default", "template": "{{ bos_token }}x"}], "bos_token": {"content": "<s>"}}"#,
+        ] {
+            assert_eq!(template(CONFIG_FILE, config).unwrap().render(&hello()).unwrap(), "<s>x");
+        }
+        assert!(template(CONFIG_FILE, "{}").unwrap_err().to_string().ends_with("has no chat template"));
+    }
+
+    #[test]
+    fn a_template_that_fails_or_does_not_end_is_an_error() {
+        for (source, cause) in [
+            ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+            ("{% for i in range(9999) %}{% for j in range(9999) %}x{% endfor %}{% endfor %}", "fuel"),
+            ("{% for %}", "syntax error"),
+        ] {
+            let error = template(TEMPLATE_FILE, source).unwrap().render(&hello()).unwrap_err();
+            let text = std::error::Error::source(&error).unwrap().to_string();
+            assert!(text.contains(cause), "{source}: {text}");
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! Prompt to text.
+
+mod chat;
+mod sampler;
+mod stream;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+use crate::loader::Model;
+use sampler::Sampler;
+use stream::TextStream;
+
+pub use chat::{ChatTemplate, Message};
+pub use sampler::Sampling;
+
+/// How to generate.
+#[derive(Clone, Debug, Default)]
+pub struct GenerateOptions {
+    /// How a token is chosen.
+    pub sampling: Sampling,
+    /// The most tokens to generate; `None` goes on until the context is full.
+    pub max_new_tokens: Option<usize>,
+    /// Texts that end the generation; they are not given out.
+    pub stop: Vec<String>,
+    /// Whether to go on behind an end-of-text token.
+    pub ignore_eos: bool,
+}
+
+/// Why a generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Finish {
+    /// The context is full.
+    Context,
+    /// An end-of-text token.
+    EndOfText,
+    /// The caller asked for it.
+    Interrupted,
+    /// As many tokens as were wanted.
+    MaxNewTokens,
+    /// A stop text.
+    Stop,
+}
+
+/// A token and the text that it made complete, which may be none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// The token; `None` for text that was held back until the end.
+    pub token: Option<u32>,
+    /// Whole characters.
+    pub text: String,
+}
+
+/// Counts and times of a generation.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct GenerateReport {
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Tokens that were generated.
+    pub generated_tokens: usize,
+    /// Time until the first logits.
+    pub prefill_seconds: f64,
+    /// Time from then on.
+    pub decode_seconds: f64,
+    /// Why it ended.
+    pub finish: Finish,
+}
+
+impl Model {
+    /// Generates behind `prompt`, whose tokens the model's tokenizer gives.
+    ///
+    /// # Errors
+    /// The prompt is empty or longer than the context, or the model fails.
+    pub fn generate<'m>(
+        &'m mut self,
+        prompt: &str,
+        options: GenerateOptions,
+        cancel: &'m AtomicBool,
+    ) -> Result<Generation<'m>> {
+        let tokens = self.tokenizer.encode(prompt, true)?;
+        self.generate_from(&tokens, options, cancel)
+    }
+
+    /// Generates behind tokens.
+    ///
+    /// # Errors
+    /// As [`Model::generate`].
+    pub fn generate_from<'m>(
+        &'m mut self,
+        prompt: &[u32],
+        options: GenerateOptions,
+        cancel: &'m AtomicBool,
+    ) -> Result<Generation<'m>> {
+        options.sampling.check()?;
+        let context = self.pipeline.context();
+        if prompt.is_empty() {
+            return Err(Error::input("the prompt is empty"));
+        }
+        let wanted = options.max_new_tokens.unwrap_or(0);
+        if prompt.len() > context || prompt.len() + wanted > context {
+            let new = if wanted > 0 { format!(" and {wanted} new ones") } else { String::new() };
+            return Err(Error::input(format!(
+                "a prompt of {} tokens{new} do not fit a context of {context}",
+                prompt.len()
+            ))
+            .hint("`--context` makes room, up to the length that the model was made for"));
+        }
+        self.pipeline.truncate(0);
+        let start = Instant::now();
+        let interrupted = || if cancel.load(Ordering::Relaxed) { Err(Error::interrupted()) } else { Ok(()) };
+        let mut sampler = Sampler::new(options.sampling.clone(), prompt);
+        let next = match options.max_new_tokens {
+            Some(0) => None,
+            _ => Some(sampler.sample(self.pipeline.extend(prompt, interrupted)?)?),
+        };
+        Ok(Generation {
+            prompt_tokens: prompt.len(),
+            prefill: start.elapsed(),
+            decode: Duration::ZERO,
+            generated: 0,
+            next,
+            finish: if next.is_none() { Some(Finish::MaxNewTokens) } else { None },
+            stream: TextStream::new(options.stop.clone()),
+            model: self,
+            sampler,
+            options,
+            cancel,
+        })
+    }
+
+    /// Calls `visit` with the position of each of `tokens` and the logits behind it.
+    ///
+    /// # Errors
+    /// The tokens are none, too many, or not the model's, or the model fails.
+    pub fn score(&mut self, tokens: &[u32], visit: impl FnMut(usize, &[f32])) -> Result<()> {
+        self.pipeline.truncate(0);
+        self.pipeline.score(tokens, visit)
+    }
+
+    /// Takes prompts in chunks of at most `tokens`; no more than the plan counts.
+    pub fn limit_prefill_chunk(&mut self, tokens: usize) {
+        self.pipeline.limit_chunk(tokens);
+    }
+}
+
+/// A generation that runs as it is iterated.
+pub struct Generation<'m> {
+    model: &'m mut Model,
+    sampler: Sampler,
+    stream: TextStream,
+    options: GenerateOptions,
+    cancel: &'m AtomicBool,
+    next: Option<u32>,
+    prompt_tokens: usize,
+    generated: usize,
+    prefill: Duration,
+    decode: Duration,
+    finish: Option<Finish>,
+}
+
+impl Generation<'_> {
+    /// Counts and times so far.
+    pub fn report(&self) -> GenerateReport {
+        GenerateReport {
+            prompt_tokens: self.prompt_tokens,
+            generated_tokens: self.generated,
+            prefill_seconds: self.prefill.as_secs_f64(),
+            decode_seconds: self.decode.as_secs_f64(),
+            finish: self.finish.unwrap_or(Finish::Interrupted),
+        }
+    }
+
+    /// Gives out `token` and chooses the one behind it.
+    fn step(&mut self, token: u32) -> Result<Piece> {
+        self.generated += 1;
+        if !self.options.ignore_eos && self.model.eos_token_ids.contains(&token) {
+            self.finish = Some(Finish::EndOfText);
+            return Ok(Piece {
+                token: Some(token),
+                text: String::new(),
+            });
+        }
+        let (text, stopped) = self.stream.push(token, &self.model.tokenizer)?;
+        let piece = Piece {
+            token: Some(token),
+            text,
+        };
+        if stopped {
+            self.finish = Some(Finish::Stop);
+        } else if self.options.max_new_tokens == Some(self.generated) {
+            self.finish = Some(Finish::MaxNewTokens);
+        } else if self.cancel.load(Ordering::Relaxed) {
+            self.finish = Some(Finish::Interrupted);
+        } else if self.model.pipeline.length() == self.model.pipeline.context() {
+            self.finish = Some(Finish::Context);
+        } else {
+            let start = Instant::now();
+            self.next = Some(self.sampler.sample(self.model.pipeline.extend(&[token], || Ok(()))?)?);
+            self.decode += start.elapsed();
+        }
+        Ok(piece)
+    }
+}
+
+impl Iterator for Generation<'_> {
+    type Item = Result<Piece>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if let Some(token) = self.next.take() {
+            return Some(self.step(token));
+        }
+        let text = self.stream.finish(&self.model.tokenizer);
+        match text {
+            Ok(text) if text.is_empty() => None,
+            text => Some(text.map(|text| Piece { token: None, text })),
+        }
+    }
+}

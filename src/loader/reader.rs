@@ -1,0 +1,155 @@
+//! A thread that reads shards in slabs of whole rows, ahead of the work on them.
+
+use std::fs::{File, Metadata};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+
+use crate::bytes::Bytes;
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, Result};
+use crate::fs;
+use crate::plan::memory::{HostStaging, Placed, STAGING_SLABS};
+
+/// Whole rows of a weight.
+pub struct Slab<'a> {
+    /// Position of the weight in the list that is read.
+    pub weight: usize,
+    /// First row.
+    pub row: usize,
+    /// The rows' elements, as the shard has them.
+    pub bytes: &'a [u8],
+}
+
+/// A filled buffer on its way.
+struct Filled {
+    weight: usize,
+    row: usize,
+    len: usize,
+    buffer: Vec<u8>,
+}
+
+/// Reads `placed`, which is sorted by shard and offset, and calls `visit` with
+/// each slab in turn. Returns the bytes of the ring's buffers.
+///
+/// # Errors
+/// A shard cannot be read or has changed since its header was, or `visit` fails.
+pub fn read(
+    checkpoint: &Checkpoint,
+    directory: &Path,
+    placed: &[Placed],
+    staging: HostStaging,
+    mut visit: impl FnMut(Slab) -> Result<()>,
+) -> Result<Bytes> {
+    let (filled_out, filled_in) = sync_channel::<Result<Filled>>(STAGING_SLABS);
+    let (empty_out, empty_in) = sync_channel::<Vec<u8>>(STAGING_SLABS);
+    for _ in 0..STAGING_SLABS {
+        // The channel has room for all slabs, and its other end is in this function.
+        let _ = empty_out.send(vec![0; staging.slab]);
+    }
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            if let Err(error) = read_ahead(checkpoint, directory, placed, &empty_in, &filled_out) {
+                // Nobody listens where the visitor has failed already.
+                let _ = filled_out.send(Err(error));
+            }
+        });
+        for filled in filled_in {
+            let filled = filled?;
+            visit(Slab {
+                weight: filled.weight,
+                row: filled.row,
+                bytes: &filled.buffer[..filled.len],
+            })?;
+            // The reader is gone once all is read.
+            let _ = empty_out.send(filled.buffer);
+        }
+        Ok(Bytes((staging.slab * STAGING_SLABS) as u64))
+    })
+}
+
+fn read_ahead(
+    checkpoint: &Checkpoint,
+    directory: &Path,
+    placed: &[Placed],
+    empty: &Receiver<Vec<u8>>,
+    filled: &SyncSender<Result<Filled>>,
+) -> Result<()> {
+    let mut open: Option<Shard> = None;
+    for (at, target) in placed.iter().enumerate() {
+        let tensor = &target.weight.tensor;
+        let shard = match open.take() {
+            Some(shard) if shard.index == tensor.shard => shard,
+            finished => {
+                finished.map_or(Ok(()), |shard| shard.check_unchanged())?;
+                Shard::open(checkpoint, directory, tensor.shard)?
+            }
+        };
+        let row_bytes = target.weight.parameter.cols * target.weight.dtype.size();
+        let mut row = 0;
+        while row < target.weight.parameter.rows {
+            let Ok(mut buffer) = empty.recv() else {
+                return Ok(());
+            };
+            let rows = (buffer.len() / row_bytes).min(target.weight.parameter.rows - row);
+            let len = rows * row_bytes;
+            shard.read(&mut buffer[..len], tensor.range.start + (row * row_bytes) as u64)?;
+            let message = Filled {
+                weight: at,
+                row,
+                len,
+                buffer,
+            };
+            if filled.send(Ok(message)).is_err() {
+                return Ok(());
+            }
+            row += rows;
+        }
+        open = Some(shard);
+    }
+    open.map_or(Ok(()), |shard| shard.check_unchanged())
+}
+
+/// A shard that is open, as it was when it was opened.
+struct Shard {
+    index: usize,
+    path: PathBuf,
+    file: File,
+    opened: Metadata,
+}
+
+impl Shard {
+    fn open(checkpoint: &Checkpoint, directory: &Path, index: usize) -> Result<Self> {
+        let name = &checkpoint.shards[index];
+        let path = fs::confined(directory, name)?;
+        let file = fs::open_regular(&path)?;
+        let opened = file.metadata().map_err(|e| Error::io("read", &path, e))?;
+        let shard = Self {
+            index,
+            path,
+            file,
+            opened,
+        };
+        if Bytes(shard.opened.len()) == checkpoint.shard_sizes[index] { Ok(shard) } else { Err(shard.changed()) }
+    }
+
+    fn read(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        self.file.read_exact_at(buffer, offset).map_err(|e| match e.kind() {
+            std::io::ErrorKind::UnexpectedEof => self.changed(),
+            _ => Error::io("read", &self.path, e),
+        })
+    }
+
+    fn check_unchanged(&self) -> Result<()> {
+        let now = self.file.metadata().map_err(|e| Error::io("read", &self.path, e))?;
+        let same = |part: fn(&Metadata) -> i128| part(&now) == part(&self.opened);
+        let unchanged = same(|m| i128::from(m.len()))
+            && same(|m| i128::from(m.mtime()) * 1_000_000_000 + i128::from(m.mtime_nsec()));
+        if unchanged { Ok(()) } else { Err(self.changed()) }
+    }
+
+    fn changed(&self) -> Error {
+        Error::input(format!("`{}` has changed while it was being loaded", self.path.display()))
+            .hint("load again once the file is complete")
+    }
+}

@@ -1,0 +1,53 @@
+//! What several tests need: the fixtures, and models loaded from them.
+#![allow(dead_code, reason = "each test binary uses a part")]
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+use evenkeel::checkpoint::Checkpoint;
+use evenkeel::device_map::DeviceMap;
+use evenkeel::loader::{LoadOptions, Model};
+use evenkeel::plan::{Inventory, Plan, PlanOptions};
+use evenkeel::quant::{QuantizeRules, Scheme};
+
+/// A fixture's directory.
+pub fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+/// A machine with more than enough memory and disk.
+pub fn roomy() -> Inventory {
+    Inventory::described("cpu=64GiB,disk=64GiB").unwrap()
+}
+
+/// Loads a fixture onto the CPU, or where `map` says.
+pub fn load(name: &str, scheme: Scheme, map: Option<&str>) -> Model {
+    let checkpoint = Checkpoint::open(fixture(name)).unwrap();
+    let options = PlanOptions {
+        quantize: Some(QuantizeRules::whole_model(scheme)),
+        device_map: map.map(|json| DeviceMap::parse("map.json", json.as_bytes().to_vec()).unwrap()),
+        ..PlanOptions::default()
+    };
+    let plan = Plan::new(&checkpoint, &roomy(), &options).unwrap();
+    load_plan(&plan, &checkpoint).unwrap()
+}
+
+/// Carries out a plan, with scratch files in the test's own directory.
+pub fn load_plan(plan: &Plan, checkpoint: &Checkpoint) -> evenkeel::Result<Model> {
+    let options = LoadOptions {
+        offload_directory: Path::new(env!("CARGO_TARGET_TMPDIR")),
+        cancel: &AtomicBool::new(false),
+    };
+    plan.load(checkpoint, &options, |_| ())
+}
+
+/// A list of numbers in a JSON value.
+pub fn numbers<T: serde::de::DeserializeOwned>(value: &serde_json::Value) -> Vec<T> {
+    serde_json::from_value(value.clone()).unwrap()
+}
+
+/// expected.json of a fixture.
+pub fn expected(name: &str) -> serde_json::Value {
+    let text = std::fs::read_to_string(fixture(name).join("expected.json")).unwrap();
+    serde_json::from_str(&text).unwrap()
+}
