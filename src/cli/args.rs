@@ -1,0 +1,226 @@
+//! The arguments, and nothing but the arguments.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use evenkeel::bytes::Bytes;
+use evenkeel::device::DeviceId;
+use evenkeel::quant::Scheme;
+
+const EXAMPLES: &str = "\
+Examples:
+  evenkeel plan meta-llama/Llama-3.1-8B --quantize int4 --device cuda:0=8GiB --device cpu=32GiB
+  evenkeel generate --model ./Llama-3.1-8B --quantize int4 --prompt \"Ownership is\"
+  evenkeel plan ./Llama-3.1-8B --device-map device_map.json";
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 done, 1 bad input, 2 usage, 3 does not fit, 101 a bug, 130 interrupted";
+
+/// Loads a Hugging Face checkpoint onto the devices that are there, after an exact plan.
+#[derive(Debug, Parser)]
+#[command(name = "evenkeel", version, after_help = EXAMPLES, after_long_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"))]
+pub struct Arguments {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// What is shown and how.
+    #[command(flatten)]
+    pub output: OutputArguments,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Generate text behind a prompt.
+    Generate(Box<GenerateArguments>),
+    /// Show what would go where, and whether it fits; reads no weights.
+    Plan(Box<PlanArguments>),
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Messages")]
+pub struct OutputArguments {
+    /// Show errors and results only.
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+    /// Colour messages.
+    #[arg(long, global = true, value_enum, value_name = "WHEN", default_value_t = When::Auto)]
+    pub color: When,
+    /// Show bars on standard error.
+    #[arg(long, global = true, value_enum, value_name = "WHEN", default_value_t = When::Auto)]
+    pub progress: When,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum When {
+    /// On a terminal.
+    Auto,
+    Always,
+    Never,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Model")]
+pub struct ModelArguments {
+    /// A directory with a checkpoint, or a repository on the Hub (`ORG/NAME`).
+    #[arg(value_name = "MODEL", required_unless_present = "model_flag")]
+    model: Option<String>,
+    /// The same as a flag.
+    #[arg(long = "model", value_name = "MODEL", conflicts_with = "model")]
+    model_flag: Option<String>,
+    /// Branch, tag or commit on the Hub.
+    #[arg(long, value_name = "REVISION", default_value = "main")]
+    pub revision: String,
+}
+
+impl ModelArguments {
+    /// The model, however it was given.
+    pub fn model(&self) -> &str {
+        // Clap requires one of the two.
+        self.model.as_deref().or(self.model_flag.as_deref()).unwrap_or_default()
+    }
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Placement")]
+pub struct PlacementArguments {
+    /// `none`, `int8` or `int4` for the whole model; int4 keeps embedding and head in int8 [default: the map's, or none].
+    #[arg(long, value_name = "SCHEME")]
+    pub quantize: Option<Scheme>,
+    /// `auto`, or a JSON file that says which module goes where.
+    #[arg(long, value_name = "auto|FILE", default_value = "auto")]
+    pub device_map: String,
+    /// A device's budget, as `cpu=8GiB`; repeat it or separate by commas.
+    #[arg(long, value_name = "DEVICE=SIZE", value_delimiter = ',', value_parser = budget)]
+    pub max_memory: Vec<(DeviceId, Bytes)>,
+    /// Memory left free on each device.
+    #[arg(long, value_name = "SIZE", default_value = "512MiB")]
+    pub reserve: Bytes,
+    /// The longest context, prompt and answer together [default: the map's, or the model's up to 4096].
+    #[arg(long, value_name = "TOKENS")]
+    pub context: Option<usize>,
+    /// The directory for weights that go on the disk [default: the system's for temporary files].
+    #[arg(long, value_name = "DIRECTORY")]
+    pub offload_dir: Option<PathBuf>,
+}
+
+fn budget(text: &str) -> Result<(DeviceId, Bytes), String> {
+    let (device, size) = text.split_once('=').ok_or("write it like `cpu=8GiB`")?;
+    let device: DeviceId = device.trim().parse().map_err(|e| format!("{e}"))?;
+    Ok((device, size.parse().map_err(|e| format!("{e}"))?))
+}
+
+#[derive(Debug, Args)]
+pub struct GenerateArguments {
+    #[command(flatten)]
+    pub model: ModelArguments,
+    #[command(flatten)]
+    pub prompt: PromptArguments,
+    #[command(flatten)]
+    pub placement: PlacementArguments,
+    #[command(flatten)]
+    pub sampling: SamplingArguments,
+    /// `text`, or JSON Lines: an object for each token, then a summary.
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = Format::Text, help_heading = "Output")]
+    pub format: Format,
+    /// Show load time, tokens per second, and planned and measured memory on standard error.
+    #[arg(long, help_heading = "Output")]
+    pub stats: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Prompt")]
+pub struct PromptArguments {
+    /// The prompt; `-` reads standard input, as does a pipe without this flag.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub prompt: Option<String>,
+    /// A file whose content, to the byte, is the prompt.
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    pub prompt_file: Option<PathBuf>,
+    /// Put the prompt into the checkpoint's chat template, as the user's message.
+    #[arg(long)]
+    pub chat: bool,
+    /// The system message before it.
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    pub system: Option<String>,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Sampling")]
+pub struct SamplingArguments {
+    /// The most tokens to generate [default: 256, or what the context leaves].
+    #[arg(long, value_name = "TOKENS")]
+    pub max_new_tokens: Option<usize>,
+    /// 0 always takes the likeliest token.
+    #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
+    pub temperature: f64,
+    /// Choose among the K likeliest tokens.
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
+    /// Choose among the likeliest tokens that together reach this probability.
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub top_p: Option<f64>,
+    /// Choose among tokens at least this probable, as a share of the likeliest one's probability.
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub min_p: Option<f64>,
+    /// Divide the logits of tokens that occurred by this.
+    #[arg(long, value_name = "X", default_value_t = 1.0, allow_negative_numbers = true)]
+    pub repetition_penalty: f32,
+    /// The same seed gives the same text.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// End before this text; repeat it for several.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub stop: Vec<String>,
+    /// Go on behind an end-of-text token.
+    #[arg(long)]
+    pub ignore_eos: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct PlanArguments {
+    #[command(flatten)]
+    pub model: ModelArguments,
+    #[command(flatten)]
+    pub placement: PlacementArguments,
+    /// Plan for this device in place of the machine's own, as `cuda:0=24GiB`; repeat it for several.
+    #[arg(long, value_name = "DEVICE=SIZE", help_heading = "Placement")]
+    pub device: Vec<String>,
+    /// Sequences at once [default: the map's, or 1].
+    #[arg(long, value_name = "N", help_heading = "Placement")]
+    pub batch: Option<usize>,
+    /// Write the plan as a device map.
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub output: Option<PathBuf>,
+    /// Replace the file that `--output` names.
+    #[arg(long, requires = "output", help_heading = "Output")]
+    pub force: bool,
+    /// Hold a device map against the model and the devices: exit 0 if it fits, 3 if not.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["device_map", "output"], help_heading = "Output")]
+    pub check: Option<PathBuf>,
+    /// How the plan is written to standard output.
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = Format::Text, help_heading = "Output")]
+    pub format: Format,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn every_flag_has_help_and_a_value_name() {
+        Arguments::command().debug_assert();
+        for command in Arguments::command().get_subcommands() {
+            for argument in command.get_arguments() {
+                assert!(argument.get_help().is_some(), "{} {}", command.get_name(), argument.get_id());
+            }
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! Every environment variable that has an effect.
+//!
+//! | variable | effect |
+//! | --- | --- |
+//! | `HF_HOME`, `HF_HUB_CACHE`, `HUGGINGFACE_HUB_CACHE`, `XDG_CACHE_HOME` | where the Hub's cache is |
+//! | `HF_TOKEN`, `HF_TOKEN_PATH`, `HF_HUB_DISABLE_IMPLICIT_TOKEN` | the token for the Hub |
+//! | `HF_ENDPOINT` | the Hub's address |
+//! | `HF_HUB_OFFLINE` | only the cache is used |
+//! | `HF_HUB_DISABLE_PROGRESS_BARS` | no bars |
+//! | `NO_COLOR`, `CLICOLOR_FORCE`, `TERM` | colour |
+//! | `TMPDIR` | where weights on the disk go |
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+const NAMES: &[&str] = &[
+    "CLICOLOR_FORCE",
+    "HF_ENDPOINT",
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_HUB_DISABLE_IMPLICIT_TOKEN",
+    "HF_HUB_DISABLE_PROGRESS_BARS",
+    "HF_HUB_OFFLINE",
+    "HF_TOKEN",
+    "HF_TOKEN_PATH",
+    "HOME",
+    "HUGGINGFACE_HUB_CACHE",
+    "NO_COLOR",
+    "TERM",
+    "TMPDIR",
+    "XDG_CACHE_HOME",
+];
+
+/// The variables that are set, and not empty.
+pub struct Environment(HashMap<&'static str, String>);
+
+impl Environment {
+    /// The environment of this process.
+    #[expect(clippy::disallowed_methods, reason = "the one place that reads the environment")]
+    pub fn of_process() -> Self {
+        let value = |name: &&'static str| Some((*name, std::env::var(name).ok().filter(|value| !value.is_empty())?));
+        Self(NAMES.iter().filter_map(value).collect())
+    }
+
+    fn text(&self, name: &str) -> Option<&str> {
+        self.0.get(name).map(String::as_str)
+    }
+
+    fn path(&self, name: &str) -> Option<PathBuf> {
+        self.text(name).map(PathBuf::from)
+    }
+
+    /// Whether a switch is on, as Hugging Face reads it.
+    fn is_on(&self, name: &str) -> bool {
+        self.text(name).is_some_and(|value| ["1", "ON", "YES", "TRUE"].contains(&value.to_uppercase().as_str()))
+    }
+
+    /// The directory for temporary files.
+    pub fn temporary_directory(&self) -> PathBuf {
+        self.path("TMPDIR").unwrap_or_else(|| "/tmp".into())
+    }
+
+    /// Whether messages are coloured: by the environment's wish, else on a terminal.
+    pub fn color(&self, is_terminal: bool) -> bool {
+        if self.text("NO_COLOR").is_some() || self.text("TERM") == Some("dumb") {
+            return false;
+        }
+        self.text("CLICOLOR_FORCE").is_some_and(|value| value != "0") || is_terminal
+    }
+
+    /// Whether bars may be shown on a terminal.
+    pub fn progress(&self) -> bool {
+        !self.is_on("HF_HUB_DISABLE_PROGRESS_BARS") && self.text("TERM") != Some("dumb")
+    }
+}
+
+#[cfg(feature = "hub")]
+mod hub {
+    use evenkeel::Result;
+    use evenkeel::bytes::{Bytes, KIB};
+    use evenkeel::hub::{HubOptions, Token};
+
+    use super::Environment;
+
+    const ENDPOINT: &str = "https://huggingface.co";
+    const TOKEN_CAP: Bytes = Bytes(64 * KIB);
+
+    impl Environment {
+        /// How the Hub is reached.
+        ///
+        /// # Errors
+        /// The token's file is there and cannot be read.
+        pub fn hub(&self) -> Result<HubOptions> {
+            let home = self.path("HF_HOME").unwrap_or_else(|| {
+                let cache = self.path("XDG_CACHE_HOME");
+                cache.unwrap_or_else(|| self.path("HOME").unwrap_or_else(|| ".".into()).join(".cache")).join("huggingface")
+            });
+            let cache = self.path("HF_HUB_CACHE").or_else(|| self.path("HUGGINGFACE_HUB_CACHE"));
+            let endpoint = self.text("HF_ENDPOINT").unwrap_or(ENDPOINT).trim_end_matches('/');
+            Ok(HubOptions {
+                endpoint: endpoint.to_owned(),
+                token: self.token(&home)?,
+                cache: cache.unwrap_or_else(|| home.join("hub")),
+                offline: self.is_on("HF_HUB_OFFLINE"),
+            })
+        }
+
+        fn token(&self, home: &std::path::Path) -> Result<Option<Token>> {
+            if self.is_on("HF_HUB_DISABLE_IMPLICIT_TOKEN") {
+                return Ok(None);
+            }
+            if let Some(token) = self.text("HF_TOKEN") {
+                return Ok(Some(Token::new(token.trim())));
+            }
+            let path = self.path("HF_TOKEN_PATH").unwrap_or_else(|| home.join("token"));
+            if !path.exists() {
+                return Ok(None);
+            }
+            let bytes = evenkeel::fs::read_capped(&path, TOKEN_CAP)?;
+            let token = String::from_utf8_lossy(&bytes).trim().to_owned();
+            Ok((!token.is_empty()).then(|| Token::new(token)))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn environment(variables: &[(&'static str, &str)]) -> Environment {
+        Environment(variables.iter().map(|(name, value)| (*name, (*value).to_owned())).collect())
+    }
+
+    #[test]
+    fn colour_is_a_wish_then_a_terminal() {
+        for (variables, terminal, color) in [
+            (&[][..], true, true),
+            (&[], false, false),
+            (&[("NO_COLOR", "1")], true, false),
+            (&[("NO_COLOR", "1"), ("CLICOLOR_FORCE", "1")], true, false),
+            (&[("CLICOLOR_FORCE", "1")], false, true),
+            (&[("CLICOLOR_FORCE", "0")], false, false),
+            (&[("TERM", "dumb")], true, false),
+        ] {
+            assert_eq!(environment(variables).color(terminal), color, "{variables:?}");
+        }
+    }
+
+    #[cfg(feature = "hub")]
+    #[test]
+    fn the_cache_is_where_hugging_face_has_it() {
+        for (variables, cache) in [
+            (&[("HOME", "/h")][..], "/h/.cache/huggingface/hub"),
+            (&[("HOME", "/h"), ("XDG_CACHE_HOME", "/x")], "/x/huggingface/hub"),
+            (&[("HF_HOME", "/f"), ("XDG_CACHE_HOME", "/x")], "/f/hub"),
+            (&[("HF_HOME", "/f"), ("HUGGINGFACE_HUB_CACHE", "/l")], "/l"),
+            (&[("HF_HUB_CACHE", "/c"), ("HUGGINGFACE_HUB_CACHE", "/l")], "/c"),
+        ] {
+            assert_eq!(environment(variables).hub().unwrap().cache, PathBuf::from(cache), "{variables:?}");
+        }
+    }
+
+    #[cfg(feature = "hub")]
+    #[test]
+    fn switches_and_tokens() {
+        let hub = |variables: &[(&'static str, &str)]| environment(variables).hub().unwrap();
+        assert!(hub(&[("HF_HUB_OFFLINE", "yes")]).offline);
+        assert!(!hub(&[("HF_HUB_OFFLINE", "0")]).offline);
+        assert_eq!(hub(&[("HF_ENDPOINT", "http://127.0.0.1:1/")]).endpoint, "http://127.0.0.1:1");
+        assert!(hub(&[("HF_TOKEN", "hf_x")]).token.is_some());
+        assert!(hub(&[("HF_TOKEN", "hf_x"), ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")]).token.is_none());
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join("token"), "hf_y\n").unwrap();
+        let home = directory.path().to_str().unwrap();
+        assert!(hub(&[("HF_HOME", home)]).token.is_some());
+        assert!(!format!("{:?}", hub(&[("HF_HOME", home)])).contains("hf_y"));
+    }
+}

@@ -1,0 +1,215 @@
+//! `evenkeel generate`.
+
+use std::io::{IsTerminal, Read, stdin};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use evenkeel::bytes::{Bytes, MIB};
+use evenkeel::checkpoint::Checkpoint;
+use evenkeel::generate::{ChatTemplate, Finish, GenerateOptions, GenerateReport, Message, Sampling};
+use evenkeel::loader::{LoadEvent, LoadOptions, LoadReport, Model};
+use evenkeel::plan::{Inventory, Plan};
+use evenkeel::{Error, Result, fs};
+use serde::Serialize;
+
+use super::args::{Format, GenerateArguments, PromptArguments, SamplingArguments};
+use super::env::Environment;
+use super::model::{self, Need};
+use super::printer::Printer;
+use super::progress::Bar;
+use super::{Exit, Outcome, Stop, signal};
+
+/// New tokens where neither the user nor the context sets a limit.
+const DEFAULT_NEW_TOKENS: usize = 256;
+/// The longest prompt that is read.
+const PROMPT_CAP: Bytes = Bytes(64 * MIB);
+
+/// Loads a model by its plan and prints what it generates.
+pub fn run(arguments: &GenerateArguments, environment: &Environment, printer: &Printer) -> Outcome {
+    let interrupted = signal::interrupt_flag()?;
+    let sampling = arguments.sampling.sampling();
+    sampling.check()?;
+    let prompt = read_prompt(&arguments.prompt)?;
+    let options = arguments.placement.options(None)?;
+    let offload_directory = arguments.placement.offload_directory(environment);
+    let checkpoint = model::open(&arguments.model, Need::Weights, environment, printer)?;
+    let template = template(&arguments.prompt, &checkpoint)?;
+    let plan = Plan::new(&checkpoint, &Inventory::this_machine(&offload_directory)?, &options)?;
+    let load = LoadOptions {
+        offload_directory: &offload_directory,
+        cancel: &interrupted,
+    };
+    let mut model = load_with_bar(&plan, &checkpoint, &load, printer)?;
+
+    let tokens = match template {
+        Some(template) => {
+            let prompt = template.render(&messages(&arguments.prompt, prompt))?;
+            model.tokenizer.encode(&prompt, false)?
+        }
+        None => model.tokenizer.encode(&prompt, true)?,
+    };
+    let options = GenerateOptions {
+        sampling,
+        max_new_tokens: Some(new_tokens(&arguments.sampling, plan.context, tokens.len())),
+        stop: arguments.sampling.stop.clone(),
+        ignore_eos: arguments.sampling.ignore_eos,
+    };
+    let generated = stream(&mut model, &tokens, options, &interrupted, arguments.format, printer)?;
+    if arguments.format == Format::Json {
+        printer.result(&json_line(&Event::Done {
+            generated: &generated,
+            loaded: &model.report,
+        }))?;
+    } else {
+        printer.end_of_text()?;
+    }
+    if arguments.stats {
+        printer.stats(&model.report, &generated);
+    }
+    Ok(if generated.finish == Finish::Interrupted { Exit::Interrupted } else { Exit::Done })
+}
+
+fn load_with_bar(plan: &Plan, checkpoint: &Checkpoint, options: &LoadOptions, printer: &Printer) -> Result<Model> {
+    let mut bar = None;
+    let model = plan.load(checkpoint, options, |event| match event {
+        LoadEvent::Started { bytes } => bar = Some(Bar::new(printer, "loading", bytes)),
+        LoadEvent::Placed { module, device, bytes } => {
+            if let Some(bar) = &bar {
+                bar.advance(bytes, format!("{module} to {device}"));
+            }
+        }
+        _ => {}
+    });
+    if let Some(bar) = bar {
+        bar.finish();
+    }
+    model
+}
+
+/// Prints pieces as they come; what was printed stays when the user stops it.
+fn stream(
+    model: &mut Model,
+    tokens: &[u32],
+    options: GenerateOptions,
+    interrupted: &AtomicBool,
+    format: Format,
+    printer: &Printer,
+) -> Result<GenerateReport, Stop> {
+    let mut generation = model.generate_from(tokens, options, interrupted)?;
+    while let Some(piece) = generation.next() {
+        let piece = piece?;
+        match format {
+            Format::Text => printer.result(&piece.text)?,
+            Format::Json => printer.result(&json_line(&Event::Token {
+                token: piece.token,
+                text: &piece.text,
+            }))?,
+        }
+        if interrupted.load(Ordering::Relaxed) {
+            break;
+        }
+    }
+    Ok(generation.report())
+}
+
+/// A line of `--format json`.
+#[derive(Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+enum Event<'a> {
+    Token {
+        token: Option<u32>,
+        text: &'a str,
+    },
+    Done {
+        #[serde(flatten)]
+        generated: &'a GenerateReport,
+        loaded: &'a LoadReport,
+    },
+}
+
+fn json_line(event: &Event) -> String {
+    // Numbers, texts and lists of such cannot fail to serialize.
+    serde_json::to_string(event).unwrap_or_default() + "\n"
+}
+
+fn new_tokens(arguments: &SamplingArguments, context: usize, prompt: usize) -> usize {
+    arguments.max_new_tokens.unwrap_or_else(|| context.saturating_sub(prompt).min(DEFAULT_NEW_TOKENS))
+}
+
+/// The prompt from the flag, the file or standard input.
+fn read_prompt(arguments: &PromptArguments) -> Result<String> {
+    let not_text = |what: String| move |e: std::string::FromUtf8Error| Error::input(format!("{what} is not UTF-8")).caused_by(e);
+    match (&arguments.prompt, &arguments.prompt_file) {
+        (Some(prompt), _) if prompt != "-" => Ok(prompt.clone()),
+        (None, Some(file)) => {
+            String::from_utf8(fs::read_capped(file, PROMPT_CAP)?).map_err(not_text(format!("`{}`", file.display())))
+        }
+        (None, None) if stdin().is_terminal() => {
+            Err(Error::usage("there is no prompt").hint("give one with `--prompt TEXT` or `--prompt-file FILE`, or pipe it in"))
+        }
+        _ => {
+            let mut bytes = Vec::new();
+            let read = stdin().lock().take(PROMPT_CAP.0 + 1).read_to_end(&mut bytes);
+            read.map_err(|e| Error::io("read", "standard input".as_ref(), e))?;
+            if bytes.len() as u64 > PROMPT_CAP.0 {
+                return Err(Error::input(format!("the prompt is longer than {PROMPT_CAP}")));
+            }
+            let mut text = String::from_utf8(bytes).map_err(not_text("standard input".to_owned()))?;
+            // A shell's `echo` ends its line; that end is not meant as prompt.
+            if text.ends_with('\n') {
+                text.pop();
+            }
+            Ok(text)
+        }
+    }
+}
+
+/// The chat template, before anything is loaded.
+fn template(arguments: &PromptArguments, checkpoint: &Checkpoint) -> Result<Option<ChatTemplate>> {
+    match &checkpoint.directory {
+        Some(directory) if arguments.chat => ChatTemplate::open(directory).map(Some),
+        _ => Ok(None),
+    }
+}
+
+fn messages(arguments: &PromptArguments, prompt: String) -> Vec<Message> {
+    let message = |role: &str, content| Message {
+        role: role.to_owned(),
+        content,
+    };
+    let system = arguments.system.clone().map(|text| message("system", text));
+    system.into_iter().chain([message("user", prompt)]).collect()
+}
+
+impl SamplingArguments {
+    fn sampling(&self) -> Sampling {
+        Sampling {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            seed: self.seed,
+        }
+    }
+}
+
+impl Printer {
+    /// Times, rates and bytes of a run, on standard error.
+    fn stats(&self, loaded: &LoadReport, generated: &GenerateReport) {
+        #[expect(clippy::cast_precision_loss, reason = "rates are shown with one decimal")]
+        let rate = |count: usize, seconds: f64| if seconds > 0.0 { count as f64 / seconds } else { 0.0 };
+        #[expect(clippy::cast_precision_loss, reason = "two decimals are shown")]
+        let gigabytes = loaded.read.0 as f64 / 1e9 / loaded.seconds;
+        self.note(&format!("load      {} in {:.2} s, {gigabytes:.2} GB/s", loaded.read, loaded.seconds));
+        let (prompt, new) = (generated.prompt_tokens, generated.generated_tokens);
+        self.note(&format!("prefill   {prompt} tokens, {:.1} tok/s", rate(prompt, generated.prefill_seconds)));
+        // The first token comes with the prefill.
+        let decoded = new.saturating_sub(1);
+        self.note(&format!("decode    {new} tokens, {:.1} tok/s", rate(decoded, generated.decode_seconds)));
+        for device in &loaded.devices {
+            if device.planned > Bytes::ZERO || device.measured > Bytes::ZERO {
+                self.note(&format!("{:<9} planned {}, measured {}", device.id, device.planned, device.measured));
+            }
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! The command line: arguments in, text out, an exit code.
+//!
+//! Nothing outside this room prints, exits or reads the environment.
+
+mod args;
+mod env;
+mod generate;
+mod model;
+mod plan;
+mod printer;
+mod progress;
+mod signal;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use evenkeel::{Error, ErrorKind};
+
+use args::{Arguments, Command};
+use env::Environment;
+use printer::Printer;
+
+/// Why a command ended before its end.
+pub enum Stop {
+    /// It failed.
+    Error(Error),
+    /// Whoever reads standard output has closed it; that is no error.
+    PipeClosed,
+}
+
+impl From<Error> for Stop {
+    fn from(error: Error) -> Self {
+        Self::Error(error)
+    }
+}
+
+/// A command's exit code, or why it stopped.
+pub type Outcome = Result<Exit, Stop>;
+
+/// How a command that did not fail ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// It did what was asked.
+    Done,
+    /// The plan that it shows does not fit.
+    DoesNotFit,
+    /// The user stopped it.
+    Interrupted,
+}
+
+impl Exit {
+    fn code(self) -> u8 {
+        match self {
+            Self::Done => 0,
+            Self::DoesNotFit => 3,
+            Self::Interrupted => 130,
+        }
+    }
+}
+
+fn exit_code(kind: ErrorKind) -> u8 {
+    match kind {
+        ErrorKind::Usage => 2,
+        ErrorKind::DoesNotFit => Exit::DoesNotFit.code(),
+        ErrorKind::Interrupted => Exit::Interrupted.code(),
+        // Input, and kinds that a later version may add.
+        _ => 1,
+    }
+}
+
+/// Parses the arguments, runs the command, reports its error.
+pub fn run() -> ExitCode {
+    let arguments = Arguments::parse();
+    let environment = Environment::of_process();
+    let printer = Printer::new(&arguments.output, &environment);
+    let outcome = match arguments.command {
+        Command::Generate(arguments) => generate::run(&arguments, &environment, &printer),
+        Command::Plan(arguments) => plan::run(&arguments, &environment, &printer),
+    };
+    let code = match outcome {
+        Ok(exit) => exit.code(),
+        Err(Stop::PipeClosed) => Exit::Done.code(),
+        Err(Stop::Error(error)) => {
+            printer.error(&error);
+            exit_code(error.kind())
+        }
+    };
+    ExitCode::from(code)
+}

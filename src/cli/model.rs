@@ -1,0 +1,103 @@
+//! The model and the plan that the arguments name.
+
+use std::path::{Path, PathBuf};
+
+use evenkeel::checkpoint::Checkpoint;
+use evenkeel::device_map::DeviceMap;
+use evenkeel::plan::PlanOptions;
+use evenkeel::quant::QuantizeRules;
+use evenkeel::{Error, Result};
+
+use super::args::{ModelArguments, PlacementArguments};
+use super::env::Environment;
+use super::printer::Printer;
+
+/// How much of a model a command needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// Configuration and headers; nothing is downloaded but those.
+    Headers,
+    /// All files, in a local directory.
+    Weights,
+}
+
+/// Opens a checkpoint in a directory or on the Hub.
+pub fn open(arguments: &ModelArguments, need: Need, environment: &Environment, printer: &Printer) -> Result<Checkpoint> {
+    let model = arguments.model();
+    let path = Path::new(model);
+    let checkpoint = if path.exists() || !could_be_repository(model) {
+        Checkpoint::open(path)?
+    } else {
+        from_hub(arguments, need, environment, printer)?
+    };
+    if checkpoint.unlisted > 0 {
+        printer.note(&format!(
+            "warning: the shards of `{}` hold {} tensors that its index does not name; they are not read",
+            checkpoint.name, checkpoint.unlisted
+        ));
+    }
+    Ok(checkpoint)
+}
+
+/// Whether a name that is no path that exists may be a repository's.
+fn could_be_repository(model: &str) -> bool {
+    !model.starts_with(['.', '/', '~']) && model.matches('/').count() <= 1 && !model.ends_with('/')
+}
+
+#[cfg(feature = "hub")]
+fn from_hub(arguments: &ModelArguments, need: Need, environment: &Environment, printer: &Printer) -> Result<Checkpoint> {
+    use evenkeel::hub::{Hub, HubEvent, RepoId};
+
+    use super::progress::Bar;
+
+    let model = arguments.model();
+    let id: RepoId = model
+        .parse()
+        .map_err(|e| Error::input(format!("`{model}` is neither a directory nor a repository on the Hub")).caused_by(e))?;
+    let repository = Hub::new(environment.hub()?)?.repository(&id, &arguments.revision)?;
+    if need == Need::Headers {
+        return Checkpoint::read(model, &repository);
+    }
+    let mut bar = None;
+    let directory = repository.download(&mut |event| match event {
+        HubEvent::Total { bytes, .. } => bar = Some(Bar::new(printer, "downloading", bytes)),
+        HubEvent::Downloaded { bytes } => {
+            if let Some(bar) = &bar {
+                bar.advance(bytes, String::new());
+            }
+        }
+        _ => {}
+    })?;
+    if let Some(bar) = bar {
+        bar.finish();
+    }
+    let mut checkpoint = Checkpoint::open(directory)?;
+    checkpoint.name = model.to_owned();
+    Ok(checkpoint)
+}
+
+#[cfg(not(feature = "hub"))]
+fn from_hub(arguments: &ModelArguments, _: Need, _: &Environment, _: &Printer) -> Result<Checkpoint> {
+    Err(Error::input(format!("there is no directory `{}`", arguments.model()))
+        .hint("this build cannot reach the Hub: it was made without the feature `hub`"))
+}
+
+impl PlacementArguments {
+    /// The options of a plan, with the map in `map` or that of `--device-map`.
+    pub fn options(&self, map: Option<&Path>) -> Result<PlanOptions> {
+        let file = map.or_else(|| (self.device_map != "auto").then(|| Path::new(&self.device_map)));
+        Ok(PlanOptions {
+            quantize: self.quantize.map(QuantizeRules::whole_model),
+            context: self.context,
+            batch: None,
+            reserve: Some(self.reserve),
+            max_memory: (!self.max_memory.is_empty()).then(|| self.max_memory.iter().copied().collect()),
+            device_map: file.map(DeviceMap::open).transpose()?,
+        })
+    }
+
+    /// Where weights on the disk go.
+    pub fn offload_directory(&self, environment: &Environment) -> PathBuf {
+        self.offload_dir.clone().unwrap_or_else(|| environment.temporary_directory())
+    }
+}

@@ -1,0 +1,84 @@
+//! All that is printed, and where: results on standard output, everything
+//! else on standard error.
+#![expect(clippy::print_stderr, reason = "this is the room that prints")]
+
+use std::error::Error as _;
+use std::io::{IsTerminal, Write, stderr, stdout};
+
+use evenkeel::Error;
+
+use super::Stop;
+use super::args::{OutputArguments, When};
+use super::env::Environment;
+
+/// Where results and messages go.
+pub struct Printer {
+    quiet: bool,
+    color: bool,
+    /// Whether bars are drawn.
+    pub progress: bool,
+}
+
+impl Printer {
+    /// Decides from flags, environment and terminal.
+    pub fn new(arguments: &OutputArguments, environment: &Environment) -> Self {
+        let terminal = stderr().is_terminal();
+        Self {
+            quiet: arguments.quiet,
+            color: match arguments.color {
+                When::Auto => environment.color(terminal),
+                When::Always => true,
+                When::Never => false,
+            },
+            progress: match arguments.progress {
+                When::Auto => terminal && !arguments.quiet && environment.progress(),
+                When::Always => true,
+                When::Never => false,
+            },
+        }
+    }
+
+    /// Writes a piece of the result and flushes it.
+    ///
+    /// # Errors
+    /// The pipe is closed, or the output cannot be written.
+    pub fn result(&self, text: &str) -> Result<(), Stop> {
+        let mut out = stdout().lock();
+        out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(|e| match e.kind() {
+            std::io::ErrorKind::BrokenPipe => Stop::PipeClosed,
+            _ => Error::io("write", "standard output".as_ref(), e).into(),
+        })
+    }
+
+    /// Ends a result that is no line, so that a prompt does not stand behind it.
+    pub fn end_of_text(&self) -> Result<(), Stop> {
+        if stdout().is_terminal() { self.result("\n") } else { Ok(()) }
+    }
+
+    /// A message that is left out when quiet.
+    pub fn note(&self, text: &str) {
+        if !self.quiet {
+            eprintln!("{text}");
+        }
+    }
+
+    /// An error with its causes and hints.
+    pub fn error(&self, error: &Error) {
+        eprintln!("{} {error}", self.label("error:", "31"));
+        let mut cause = error.source();
+        while let Some(error) = cause {
+            eprintln!("  Caused by: {error}");
+            cause = error.source();
+        }
+        if !error.hints().is_empty() {
+            eprintln!();
+        }
+        for hint in error.hints() {
+            eprintln!("{} {hint}", self.label("hint:", "36"));
+        }
+    }
+
+    fn label(&self, label: &str, code: &str) -> String {
+        if self.color { format!("\x1b[1;{code}m{label}\x1b[0m") } else { label.to_owned() }
+    }
+}

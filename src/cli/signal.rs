@@ -1,0 +1,23 @@
+//! Interrupts: the first asks to stop, the second ends the process.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use evenkeel::{Error, Result};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
+
+/// A flag that an interrupt sets.
+///
+/// # Errors
+/// The system does not take the handler.
+pub fn interrupt_flag() -> Result<Arc<AtomicBool>> {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for (signal, code) in [(SIGINT, 130), (SIGTERM, 143)] {
+        // In this order, so that the first signal finds the flag unset.
+        flag::register_conditional_shutdown(signal, code, Arc::clone(&interrupted))
+            .and_then(|_| flag::register(signal, Arc::clone(&interrupted)))
+            .map_err(|e| Error::input("interrupts cannot be handled").caused_by(e))?;
+    }
+    Ok(interrupted)
+}
