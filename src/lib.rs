@@ -7,6 +7,8 @@ pub mod device;
 pub mod device_map;
 pub mod error;
 pub mod fs;
+#[cfg(feature = "hub")]
+pub mod hub;
 pub mod json;
 pub mod model_config;
 pub mod module_path;
