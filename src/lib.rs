@@ -1,4 +1,50 @@
-#![doc = "evenkeel"]
+//! Loads a Hugging Face checkpoint onto the devices that are there, after an
+//! exact plan, and generates text.
+//!
+//! ```no_run
+//! use std::path::Path;
+//! use std::sync::atomic::AtomicBool;
+//!
+//! use evenkeel::checkpoint::Checkpoint;
+//! use evenkeel::generate::GenerateOptions;
+//! use evenkeel::loader::LoadOptions;
+//! use evenkeel::plan::{Inventory, Plan, PlanOptions};
+//! use evenkeel::quant::{QuantizeRules, Scheme};
+//!
+//! # fn main() -> evenkeel::Result<()> {
+//! // Configuration and headers; no weights are read.
+//! let checkpoint = Checkpoint::open("Llama-3.1-8B")?;
+//! let offload_directory = Path::new("/tmp");
+//! // Or Inventory::described("cuda:0=24GiB,cpu=64GiB").
+//! let inventory = Inventory::this_machine(offload_directory)?;
+//! let options = PlanOptions {
+//!     quantize: Some(QuantizeRules::whole_model(Scheme::Int4)),
+//!     context: Some(8192),
+//!     ..PlanOptions::default()
+//! };
+//! let plan = Plan::new(&checkpoint, &inventory, &options)?;
+//! let cancel = AtomicBool::new(false);
+//! let load = LoadOptions { offload_directory, cancel: &cancel };
+//! // Exactly what the plan says.
+//! let mut model = plan.load(&checkpoint, &load, |_event| ())?;
+//! for piece in model.generate("Ownership is", GenerateOptions::default(), &cancel)? {
+//!     let text = piece?.text;
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! The library never prints, exits or reads the environment. Its rooms stand
+//! on floors, and a room uses only those below it:
+//!
+//! | floor | rooms |
+//! | --- | --- |
+//! | 5 | [`generate`], `hub` |
+//! | 4 | [`backend`], [`loader`] |
+//! | 3 | [`device_map`], [`plan`] |
+//! | 2 | [`quant`], [`architecture`] |
+//! | 1 | [`model_config`], [`tokenizer`], [`checkpoint`] |
+//! | 0 | [`error`], [`bytes`], [`device`], [`module_path`], [`json`], [`fs`], [`source`] |
 
 pub mod architecture;
 pub mod backend;
@@ -9,6 +55,8 @@ pub mod device_map;
 pub mod error;
 pub mod fs;
 pub mod generate;
+#[cfg(feature = "hub")]
+pub mod hub;
 pub mod json;
 pub mod loader;
 pub mod model_config;
@@ -17,4 +65,5 @@ pub mod plan;
 pub mod quant;
 pub mod source;
 pub mod tokenizer;
+
 pub use error::{Error, ErrorKind, Result};
