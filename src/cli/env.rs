@@ -78,11 +78,10 @@ impl Environment {
 mod hub {
     use evenkeel::Result;
     use evenkeel::bytes::{Bytes, KIB};
-    use evenkeel::hub::{HubOptions, Token};
+    use evenkeel::hub::{ENDPOINT, HubOptions, Token};
 
     use super::Environment;
 
-    const ENDPOINT: &str = "https://huggingface.co";
     const TOKEN_CAP: Bytes = Bytes(64 * KIB);
 
     impl Environment {
@@ -100,8 +99,8 @@ mod hub {
             Ok(HubOptions {
                 endpoint: endpoint.to_owned(),
                 token: self.token(&home)?,
-                cache: cache.unwrap_or_else(|| home.join("hub")),
                 offline: self.is_on("HF_HUB_OFFLINE"),
+                ..HubOptions::new(cache.unwrap_or_else(|| home.join("hub")))
             })
         }
 
@@ -110,7 +109,7 @@ mod hub {
                 return Ok(None);
             }
             if let Some(token) = self.text("HF_TOKEN") {
-                return Ok(Some(Token::new(token.trim())));
+                return Token::new(token.trim()).map(Some);
             }
             let path = self.path("HF_TOKEN_PATH").unwrap_or_else(|| home.join("token"));
             if !path.exists() {
@@ -118,7 +117,7 @@ mod hub {
             }
             let bytes = evenkeel::fs::read_capped(&path, TOKEN_CAP)?;
             let token = String::from_utf8_lossy(&bytes).trim().to_owned();
-            Ok((!token.is_empty()).then(|| Token::new(token)))
+            if token.is_empty() { Ok(None) } else { Token::new(&token).map(Some) }
         }
     }
 }

@@ -74,7 +74,8 @@ fn load_with_bar(plan: &Plan, checkpoint: &Checkpoint, options: &LoadOptions, pr
         LoadEvent::Started { bytes } => bar = Some(Bar::new(printer, "loading", bytes)),
         LoadEvent::Placed { module, device, bytes } => {
             if let Some(bar) = &bar {
-                bar.advance(bytes, format!("{module} to {device}"));
+                bar.say(format!("{module} to {device}"));
+                bar.advance(bytes);
             }
         }
         _ => {}

@@ -59,13 +59,16 @@ fn from_hub(arguments: &ModelArguments, need: Need, environment: &Environment, p
         return Checkpoint::read(model, &repository);
     }
     let mut bar = None;
-    let directory = repository.download(&mut |event| match event {
-        HubEvent::Total { bytes, .. } => bar = Some(Bar::new(printer, "downloading", bytes)),
-        HubEvent::Downloaded { bytes } => {
-            if let Some(bar) = &bar {
-                bar.advance(bytes, String::new());
-            }
+    let directory = repository.download(&mut |event| match (event, &bar) {
+        (HubEvent::Total { bytes, files }, _) if files > 0 => {
+            printer.note(&format!("downloading {files} files of `{model}`, {bytes}"));
+            bar = Some(Bar::new(printer, "downloading", bytes));
         }
+        (HubEvent::Downloaded { bytes }, Some(bar)) => bar.set(bytes),
+        (HubEvent::LockHeld { path, .. }, _) => {
+            printer.note(&format!("waiting for another process that downloads `{model}` (`{}`)", path.display()));
+        }
+        (HubEvent::RateLimited { left }, Some(bar)) => bar.say(format!("rate limit, {} s", left.as_secs())),
         _ => {}
     })?;
     if let Some(bar) = bar {

@@ -25,10 +25,20 @@ impl Bar {
         Self(bar.with_prefix(what))
     }
 
-    /// `bytes` more are done; `message` says with what.
-    pub fn advance(&self, bytes: Bytes, message: String) {
-        self.0.set_message(message);
+    /// `bytes` more are done.
+    pub fn advance(&self, bytes: Bytes) {
         self.0.inc(bytes.0);
+    }
+
+    /// `bytes` are done in all.
+    #[cfg(feature = "hub")]
+    pub fn set(&self, bytes: Bytes) {
+        self.0.set_position(bytes.0);
+    }
+
+    /// What is being done now.
+    pub fn say(&self, message: String) {
+        self.0.set_message(message);
     }
 
     /// Takes the bar away.
