@@ -25,8 +25,11 @@ pub enum Need {
 pub fn open(arguments: &ModelArguments, need: Need, environment: &Environment, printer: &Printer) -> Result<Checkpoint> {
     let model = arguments.model();
     let path = Path::new(model);
-    let checkpoint = if path.exists() || !could_be_repository(model) {
+    let checkpoint = if path.exists() {
         Checkpoint::open(path)?
+    } else if !could_be_repository(model) {
+        return Err(Error::input(format!("there is no directory `{model}`"))
+            .hint("name a directory that holds a checkpoint, or a repository on the Hub as `ORG/NAME`"));
     } else {
         from_hub(arguments, need, environment, printer)?
     };

@@ -102,13 +102,8 @@ impl Model {
             return Err(Error::input("the prompt is empty"));
         }
         let wanted = options.max_new_tokens.unwrap_or(0);
-        if prompt.len() > context || prompt.len() + wanted > context {
-            let new = if wanted > 0 { format!(" and {wanted} new ones") } else { String::new() };
-            return Err(Error::input(format!(
-                "a prompt of {} tokens{new} do not fit a context of {context}",
-                prompt.len()
-            ))
-            .hint("`--context` makes room, up to the length that the model was made for"));
+        if prompt.len() + wanted > context {
+            return Err(self.too_long(prompt.len(), wanted));
         }
         self.pipeline.truncate(0);
         let start = Instant::now();
@@ -131,6 +126,20 @@ impl Model {
             options,
             cancel,
         })
+    }
+
+    fn too_long(&self, prompt: usize, wanted: usize) -> Error {
+        let (context, longest) = (self.plan.context, self.plan.longest_context);
+        let new = if wanted > 0 { format!(" and {wanted} new ones") } else { String::new() };
+        let what = format!("the context holds {context} tokens, and the prompt has {prompt}{new}");
+        let needed = prompt + wanted;
+        if needed <= longest {
+            Error::input(what).hint(format!("`--context {needed}` makes room"))
+        } else if prompt < longest {
+            Error::input(what).hint(format!("`--max-new-tokens {}` is the most that the model has room for", longest - prompt))
+        } else {
+            Error::input(what).hint(format!("the model was made for {longest} tokens; shorten the prompt"))
+        }
     }
 
     /// Calls `visit` with the position of each of `tokens` and the logits behind it.

@@ -58,6 +58,8 @@ pub struct Plan {
     pub quantize: QuantizeRules,
     /// Longest context, in tokens.
     pub context: usize,
+    /// The longest context that the model was made for, in tokens.
+    pub longest_context: usize,
     /// Sequences at once.
     pub batch: usize,
     /// Budgets that were asked for.
@@ -244,6 +246,7 @@ impl Plan {
             dtype: config.dtype.clone(),
             quantize,
             context,
+            longest_context: config.max_position_embeddings,
             batch,
             max_memory,
             modules,

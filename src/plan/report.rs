@@ -103,7 +103,10 @@ impl fmt::Display for Plan {
         rows[0].extend(self.devices.iter().map(|device| device.id.to_string()));
         for (name, part) in ROWS {
             let mut row = vec![(*name).to_owned()];
-            row.extend(self.devices.iter().map(|device| part(device).to_string()));
+            row.extend(self.devices.iter().map(|device| match part(device) {
+                Bytes::ZERO => "-".to_owned(),
+                bytes => bytes.to_string(),
+            }));
             rows.push(row);
         }
         let mut headroom = vec!["headroom".to_owned()];

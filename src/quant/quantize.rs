@@ -147,7 +147,10 @@ fn int4_row(values: &[f32], codes: &mut [u8], sub_scales: &mut [u8]) -> Result<f
     };
     let bytes = codes.chunks_exact_mut(GROUP_SIZE / 2);
     for (((group, bytes), sub_scale), scale) in groups.zip(bytes).zip(sub_scales).zip(scales) {
-        let code = round_i8(scale / row_scale.to_f32());
+        let nearest = round_i8(scale / row_scale.to_f32());
+        let candidates = [nearest, nearest.saturating_sub(1).max(-127), nearest.saturating_add(1)];
+        let error = |code: i8| squared_error(group, row_scale.to_f32() * f32::from(code));
+        let code = candidates.into_iter().min_by(|a, b| error(*a).total_cmp(&error(*b))).unwrap_or(nearest);
         *sub_scale = code.cast_unsigned();
         let scale = row_scale.to_f32() * f32::from(code);
         for (j, byte) in bytes.iter_mut().enumerate() {
@@ -180,19 +183,19 @@ fn search_group(group: &[f32]) -> f32 {
         if scale == 0.0 || !scale.is_finite() {
             continue;
         }
-        let inverse = 1.0 / scale;
-        let error: f32 = group
-            .iter()
-            .map(|value| {
-                let difference = value - scale * int4_level(value * inverse);
-                difference * difference
-            })
-            .sum();
+        let error = squared_error(group, scale);
         if error < least_error {
             (best_scale, least_error) = (scale, error);
         }
     }
     best_scale
+}
+
+/// The squared error of a group at `scale`; 0 makes every level 0.
+fn squared_error(group: &[f32], scale: f32) -> f32 {
+    let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+    let difference = |value: &f32| value - scale * int4_level(value * inverse);
+    group.iter().map(|value| difference(value) * difference(value)).sum()
 }
 
 /// The level nearest to `x`, −8 to 7.
