@@ -77,7 +77,6 @@ impl Sum for Bytes {
 
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        #[expect(clippy::cast_precision_loss, reason = "one decimal is shown")]
         let number = self.0 as f64;
         let text = match self.0 {
             0 => "0 B".to_owned(),
@@ -130,9 +129,7 @@ impl FromStr for Bytes {
             return whole.checked_mul(factor).map(Self).ok_or_else(error);
         }
         let fraction: f64 = number.parse().map_err(|_| error())?;
-        #[expect(clippy::cast_precision_loss, reason = "a factor is at most 2^40")]
         let bytes = fraction * factor as f64;
-        #[expect(clippy::cast_precision_loss, reason = "only a bound")]
         if !(0.0..u64::MAX as f64).contains(&bytes) {
             return Err(error());
         }

@@ -46,6 +46,9 @@
 //! | 1 | [`model_config`], [`tokenizer`], [`checkpoint`] |
 //! | 0 | [`error`], [`bytes`], [`device`], [`module_path`], [`json`], [`fs`], [`source`] |
 
+#![warn(clippy::unwrap_used)]
+#![cfg_attr(test, allow(clippy::cast_possible_truncation, clippy::float_cmp, reason = "tests know their numbers"))]
+
 pub mod architecture;
 pub mod backend;
 pub mod bytes;

@@ -118,7 +118,7 @@ fn what_is_wrong_with_a_prompt_or_an_option() {
     let mut text = String::new();
     for (name, arguments, stdin) in cases {
         let output = run_with(evenkeel(&[&["generate", FERRIS], *arguments].concat()), stdin);
-        text += &format!("# {name}\n{}\n", transcript(&output, None));
+        text += &["# ", name, "\n", &transcript(&output, None), "\n"].concat();
     }
     assert_snapshot!(text);
 }

@@ -1,4 +1,5 @@
 //! Against what Transformers computes for the same checkpoints.
+#![allow(clippy::print_stdout, reason = "the figures are wanted")]
 
 mod support;
 

@@ -176,7 +176,7 @@ pub fn parse(header: Vec<u8>, file: Bytes) -> Result<Vec<TensorInfo>, HeaderErro
             range: start..end,
         });
     }
-    tensors.sort_by(|a, b| (a.range.start, a.range.end).cmp(&(b.range.start, b.range.end)));
+    tensors.sort_by_key(|tensor| (tensor.range.start, tensor.range.end));
     let mut expected = 0;
     for tensor in &mut tensors {
         if tensor.range.start != expected {

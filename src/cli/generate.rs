@@ -96,7 +96,7 @@ fn stream(
     printer: &Printer,
 ) -> Result<GenerateReport, Stop> {
     let mut generation = model.generate_from(tokens, options, interrupted)?;
-    while let Some(piece) = generation.next() {
+    for piece in &mut generation {
         let piece = piece?;
         match format {
             Format::Text => printer.result(&piece.text)?,
@@ -197,9 +197,7 @@ impl SamplingArguments {
 impl Printer {
     /// Times, rates and bytes of a run, on standard error.
     fn stats(&self, loaded: &LoadReport, generated: &GenerateReport) {
-        #[expect(clippy::cast_precision_loss, reason = "rates are shown with one decimal")]
         let rate = |count: usize, seconds: f64| if seconds > 0.0 { count as f64 / seconds } else { 0.0 };
-        #[expect(clippy::cast_precision_loss, reason = "two decimals are shown")]
         let gigabytes = loaded.read.0 as f64 / 1e9 / loaded.seconds;
         self.note(&format!("load      {} in {:.2} s, {gigabytes:.2} GB/s", loaded.read, loaded.seconds));
         let (prompt, new) = (generated.prompt_tokens, generated.generated_tokens);

@@ -78,7 +78,7 @@ fn from_hub(arguments: &ModelArguments, need: Need, environment: &Environment, p
         bar.finish();
     }
     let mut checkpoint = Checkpoint::open(directory)?;
-    checkpoint.name = model.to_owned();
+    model.clone_into(&mut checkpoint.name);
     Ok(checkpoint)
 }
 

@@ -42,6 +42,7 @@ impl Printer {
     ///
     /// # Errors
     /// The pipe is closed, or the output cannot be written.
+    #[expect(clippy::unused_self, reason = "all that is printed goes through a printer")]
     pub fn result(&self, text: &str) -> Result<(), Stop> {
         let mut out = stdout().lock();
         out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(|e| match e.kind() {

@@ -68,7 +68,7 @@ impl DeviceMap {
         Ok(devices)
     }
 
-    fn wrong(&self, what: String, entry: &Entry, why: &str) -> Error {
+    fn wrong(&self, what: impl std::fmt::Display, entry: &Entry, why: &str) -> Error {
         Error::input(format!("device map `{}` {what}", self.origin)).caused_by(format!("{}: {why}", entry.place))
     }
 

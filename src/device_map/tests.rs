@@ -115,7 +115,7 @@ fn what_is_wrong_is_named_with_its_place() {
         (r#"{"": -1}"#, "`map.json`, line 1, column 6: a whole number, 0 or more, is wanted here, not -1"),
         (r#"{"": 1.5}"#, "`map.json`, line 1, column 6: a whole number, 0 or more, is wanted here, not 1.5"),
         (r#"{"": null}"#, "`map.json`, line 1, column 6: a whole number, 0 or more, is wanted here, not null"),
-        (r#"{}"#, "`map.json`, line 1, column 1: the device map is empty"),
+        ("{}", "`map.json`, line 1, column 1: the device map is empty"),
         (r#"{"schema_version": 2, "device_map": {"": 0}}"#, "`map.json`, line 1, column 20: schema_version 2 is not known; 1 is"),
         (r#"{"schema_version": 1, "devicemap": {"": 0}}"#, "`map.json`, line 1, column 23: `devicemap` is no key of a device map | did you mean `device_map`?"),
         (r#"{"schema_version": 1}"#, "`map.json`, line 1, column 1: `device_map` is missing"),

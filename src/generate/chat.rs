@@ -46,25 +46,25 @@ impl ChatTemplate {
             Error::input(format!("`{}` has no chat template", directory.display()))
                 .hint("leave `--chat` out: the model was not made for conversations")
         };
-        let config = match directory.join(CONFIG_FILE).exists() {
-            true => {
-                let path = fs::confined(directory, CONFIG_FILE)?;
-                Some(Document::parse(path.display().to_string(), fs::read_capped(&path, CAP)?)?)
-            }
-            false => None,
+        let config = if directory.join(CONFIG_FILE).exists() {
+            let path = fs::confined(directory, CONFIG_FILE)?;
+            Some(Document::parse(path.display().to_string(), fs::read_capped(&path, CAP)?)?)
+        } else {
+            None
         };
         let members = config.as_ref().map(|config| config.root().members()).transpose()?.unwrap_or_default();
-        let member = |name: &str| members.iter().find(|m| m.name == name).map(|m| m.value).filter(|v| !v.is_null());
+        let setting = |name: &str| members.iter().find(|m| m.name == name).map(|m| m.value).filter(|v| !v.is_null());
         let (source, origin) = if directory.join(TEMPLATE_FILE).exists() {
             let path = fs::confined(directory, TEMPLATE_FILE)?;
             let bytes = fs::read_capped(&path, CAP)?;
-            let text = String::from_utf8(bytes).map_err(|e| Error::input(format!("`{}` is not UTF-8", path.display())).caused_by(e))?;
-            (text, path.display().to_string())
+            let jinja = String::from_utf8(bytes)
+                .map_err(|e| Error::input(format!("`{}` is not UTF-8", path.display())).caused_by(e))?;
+            (jinja, path.display().to_string())
         } else {
-            let node = member("chat_template").ok_or_else(none)?;
-            (default_template(node)?, format!("chat_template of {}", directory.join(CONFIG_FILE).display()))
+            let template = setting("chat_template").ok_or_else(none)?;
+            (default_template(template)?, format!("chat_template of {}", directory.join(CONFIG_FILE).display()))
         };
-        let special = |name| member(name).map(token_text).transpose();
+        let special = |name| setting(name).map(token_text).transpose();
         Ok(Self {
             source,
             origin,
@@ -106,6 +106,7 @@ fn defined(token: Option<&str>) -> Value {
 }
 
 /// `tojson` as Transformers defines it: characters as they are, not escaped for HTML.
+#[expect(clippy::needless_pass_by_value, reason = "the signature of a filter")]
 fn tojson(value: &Value, options: Kwargs) -> Result<String, minijinja::Error> {
     let indent: Option<usize> = options.get("indent")?;
     let json = match indent {

@@ -76,7 +76,7 @@ impl Link {
                     .hint(format!("request access at {page}"));
                 if self.has_token { gated } else { gated.hint(TOKEN) }
             }
-            (401, Some("RepoNotFound")) | (404, Some("RepoNotFound")) => {
+            (401 | 404, Some("RepoNotFound")) => {
                 Error::input(format!("repository `{id}` is not at {endpoint}, or is private"))
                     .hint(format!("check the name at {page}"))
                     .hint(TOKEN)

@@ -213,6 +213,7 @@ impl Link {
     }
 
     /// Repeats what may pass, and waits where the Hub asks for it.
+    #[expect(clippy::unused_self, reason = "requests and their retries go over a link")]
     pub(super) fn retry<T>(
         &self,
         patience: Duration,
@@ -259,7 +260,7 @@ impl Link {
 }
 
 pub(super) fn is_json_error(error: &(dyn std::error::Error + 'static)) -> bool {
-    std::iter::successors(Some(error), |error| error.source()).any(|error| error.is::<serde_json::Error>())
+    std::iter::successors(Some(error), |error| std::error::Error::source(*error)).any(<dyn std::error::Error>::is::<serde_json::Error>)
 }
 
 pub(super) fn is_commit(text: &str) -> bool {

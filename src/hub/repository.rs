@@ -381,11 +381,8 @@ impl Repository {
         let mut head = self.range(link, file, size, 0, size.min(FIRST_READ))?;
         if let Some(length) = head.first_chunk() {
             let header = u64::from_le_bytes(*length).saturating_add(length.len() as u64);
-            head.truncate(if header <= FIRST_READ {
-                header as usize
-            } else {
-                length.len()
-            });
+            let keep = if header <= FIRST_READ { header } else { length.len() as u64 };
+            head.truncate(usize::try_from(keep).unwrap_or(usize::MAX));
             head.shrink_to_fit();
         }
         let head = Arc::new(head);
@@ -440,6 +437,8 @@ impl Source for Repository {
         }
         if offset + len <= FIRST_READ {
             let head = self.head(link, file, size)?;
+            // Both ends are within the first read.
+            #[expect(clippy::cast_possible_truncation, reason = "at most FIRST_READ")]
             if let Some(part) = head.get(offset as usize..(offset + len) as usize) {
                 return Ok(part.to_vec());
             }

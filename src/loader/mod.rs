@@ -176,17 +176,14 @@ impl Arenas {
 
     /// Puts `bytes` at `offset` of the arena of `device`.
     fn write(&mut self, device: DeviceId, offset: u64, bytes: &[u8], offload_directory: &Path) -> Result<()> {
-        match (&self.disk, device) {
-            (Some(file), DeviceId::Disk) => {
-                file.write_all_at(bytes, offset).map_err(|e| Error::io("write a scratch file in", offload_directory, e))
-            }
-            _ => {
-                // The arena is as long as the layouts in it, so the offset is one into memory.
-                #[expect(clippy::cast_possible_truncation, reason = "an offset into an arena")]
-                self.memory[offset as usize..][..bytes.len()].copy_from_slice(bytes);
-                Ok(())
-            }
+        if let (Some(file), DeviceId::Disk) = (&self.disk, device) {
+            let failed = |e| Error::io("write a scratch file in", offload_directory, e);
+            return file.write_all_at(bytes, offset).map_err(failed);
         }
+        // The arena is as long as the layouts in it, so the offset is one into memory.
+        #[expect(clippy::cast_possible_truncation, reason = "an offset into an arena")]
+        self.memory[offset as usize..][..bytes.len()].copy_from_slice(bytes);
+        Ok(())
     }
 
     fn finish(self, offload_directory: &Path) -> Result<BTreeMap<DeviceId, Arc<Arena>>> {

@@ -6,7 +6,7 @@ mod fields;
 use crate::bytes::{Bytes, MIB};
 use crate::source::Source;
 use crate::error::Result;
-use crate::json::Document;
+use crate::json::{Document, Node};
 use fields::Fields;
 
 /// The configuration's file name.
@@ -161,7 +161,7 @@ impl ModelConfig {
 fn architecture(fields: &Fields) -> Result<&'static str> {
     let known = || ARCHITECTURES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
     if let Some(node) = fields.optional("architectures") {
-        let names = node.elements()?.iter().map(|name| name.text()).collect::<Result<Vec<_>>>()?;
+        let names = node.elements()?.iter().map(Node::text).collect::<Result<Vec<_>>>()?;
         return match ARCHITECTURES.iter().find(|(known, _)| names.iter().any(|name| name == known)) {
             Some((name, _)) => Ok(name),
             None => Err(node.error(format!("architecture `{}` is not supported; supported: {}", names.join("`, `"), known()))),
@@ -203,7 +203,6 @@ fn rope(fields: &Fields) -> Result<Rope> {
                 factor: rope.positive("factor", MAX_FACTOR)?,
                 low_freq_factor: low,
                 high_freq_factor: high,
-                #[expect(clippy::cast_precision_loss, reason = "at most 2^28")]
                 original_max_position_embeddings: rope.size("original_max_position_embeddings", MAX_CONTEXT)? as f64,
             }
         }

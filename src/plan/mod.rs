@@ -10,12 +10,13 @@ mod report;
 
 use serde::Serialize;
 
-use crate::architecture::{Module, ModuleKind, ModuleTree, Weight};
+use crate::architecture::{ModuleKind, ModuleTree, Weight};
 use crate::bytes::{Bytes, MIB};
 use crate::checkpoint::Checkpoint;
 use crate::device::DeviceId;
 use crate::device_map::{self, DeviceMap, MaxMemory};
 use crate::error::{Error, Result, first_five};
+use crate::model_config::ModelConfig;
 use crate::quant::{QuantizeRules, Scheme};
 
 pub use inventory::{Device, Inventory};
@@ -117,6 +118,37 @@ pub struct DevicePlan {
 }
 
 impl DevicePlan {
+    /// What a device takes when it is used at all, before any module is on it.
+    fn empty(device: &Device, conditions: &Conditions, config: &ModelConfig, staging: memory::HostStaging) -> Self {
+        let reserve = if device.id == DeviceId::Disk { Bytes::ZERO } else { conditions.reserve };
+        let limit = conditions.max_memory.get(&device.id).copied().unwrap_or(device.free);
+        Self {
+            id: device.id,
+            name: device.name.clone(),
+            free: device.free,
+            reserve,
+            budget: limit.min(device.free - reserve),
+            weights: Bytes::ZERO,
+            kv_cache: Bytes::ZERO,
+            workspace: memory::workspace(config, conditions.context, device.id),
+            staging: memory::staging(device.id, staging),
+            driver_context: memory::driver_context(device.id),
+            modules: 0,
+        }
+    }
+
+    /// Adds what `modules` take of this device.
+    fn take(&mut self, modules: &[PlannedModule]) {
+        let here = || modules.iter().filter(|module| module.device == self.id);
+        let in_memory_here = || modules.iter().filter(|module| memory_device(module.device) == self.id);
+        self.kv_cache = in_memory_here().map(|module| module.kv_cache).sum();
+        let (weights, count, is_used) = (here().map(|module| module.weights).sum(), here().count(), in_memory_here().next().is_some());
+        (self.weights, self.modules) = (weights, count);
+        if !is_used {
+            (self.workspace, self.staging, self.driver_context) = (Bytes::ZERO, Bytes::ZERO, Bytes::ZERO);
+        }
+    }
+
     /// All that the plan takes of the device.
     pub fn total(&self) -> Bytes {
         self.weights + self.kv_cache + self.workspace + self.staging + self.driver_context
@@ -151,60 +183,26 @@ impl Plan {
 
     fn without_remedies(checkpoint: &Checkpoint, inventory: &Inventory, options: &PlanOptions) -> Result<Self> {
         let config = &checkpoint.config;
-        let map = options.device_map.as_ref();
-        check_model(map, checkpoint)?;
-        let quantize = options.quantize.clone().or_else(|| map?.quantize.clone());
-        let quantize = quantize.unwrap_or_else(|| QuantizeRules::whole_model(Scheme::None));
-        let context = options.context.or_else(|| map?.context);
-        let context = context.unwrap_or_else(|| config.max_position_embeddings.min(DEFAULT_CONTEXT));
-        if context > config.max_position_embeddings {
-            return Err(Error::usage(format!(
-                "a context of {context} tokens is longer than the {} that `{}` was made for",
-                config.max_position_embeddings, checkpoint.name
-            ))
-            .hint(format!("`--context {}` is the longest", config.max_position_embeddings)));
-        }
-        let batch = options.batch.or_else(|| map?.batch).unwrap_or(1);
-        if context == 0 || batch == 0 {
-            return Err(Error::usage("context and batch must be at least 1"));
-        }
-        let max_memory = options.max_memory.clone().or_else(|| map?.max_memory.clone()).unwrap_or_default();
-        let reserve = options.reserve.unwrap_or(DEFAULT_RESERVE);
-
+        check_model(options.device_map.as_ref(), checkpoint)?;
+        let conditions = Conditions::of(checkpoint, options)?;
+        let Conditions { context, batch, .. } = conditions;
         let tree = ModuleTree::new(config);
-        if let Some((path, _)) = quantize.iter().find(|(path, _)| !tree.names(path)) {
+        if let Some((path, _)) = conditions.quantize.iter().find(|(path, _)| !tree.names(path)) {
             return Err(Error::input(format!("`quantize` names unknown module `{path}`")));
         }
         let weights = tree.resolve(checkpoint)?;
-        let sizes = module_sizes(&tree, &weights, &quantize)?;
+        let sizes = module_sizes(&tree, &weights, &conditions.quantize)?;
         let kv = |device| memory::kv_bytes(config, context, batch, device).ok_or_else(|| too_large("the KV cache"));
-        let (kv_cuda, kv_host) = (kv(DeviceId::Cuda(0))?, kv(DeviceId::Cpu)?);
-        let staging = memory::HostStaging::new(&weights, &quantize);
-
-        let mut devices: Vec<DevicePlan> = inventory
-            .devices
-            .iter()
-            .map(|device| {
-                let reserve = if device.id == DeviceId::Disk { Bytes::ZERO } else { reserve };
-                let limit = max_memory.get(&device.id).copied().unwrap_or(device.free);
-                DevicePlan {
-                    id: device.id,
-                    name: device.name.clone(),
-                    free: device.free,
-                    reserve,
-                    budget: limit.min(device.free - reserve),
-                    weights: Bytes::ZERO,
-                    kv_cache: Bytes::ZERO,
-                    workspace: memory::workspace(config, context, device.id),
-                    staging: memory::staging(device.id, staging),
-                    driver_context: memory::driver_context(device.id),
-                    modules: 0,
-                }
-            })
-            .collect();
-        let placement = match map {
+        let kv = KvCache {
+            cuda: kv(DeviceId::Cuda(0))?,
+            host: kv(DeviceId::Cpu)?,
+        };
+        let staging = memory::HostStaging::new(&weights, &conditions.quantize);
+        let empty = |device| DevicePlan::empty(device, &conditions, config, staging);
+        let mut devices: Vec<DevicePlan> = inventory.devices.iter().map(empty).collect();
+        let placement = match &options.device_map {
             Some(map) => map.resolve(&tree)?,
-            None => automatic(&tree, &sizes, kv_cuda, kv_host, &devices)?,
+            None => automatic(&tree, &sizes, kv, &devices)?,
         };
         check_devices(&placement, inventory)?;
 
@@ -217,38 +215,23 @@ impl Plan {
                 path: module.path.clone(),
                 device: *device,
                 weights: *weights,
-                kv_cache: match (module.kind, device) {
-                    (ModuleKind::Block(_), DeviceId::Cuda(_)) => kv_cuda,
-                    (ModuleKind::Block(_), _) => kv_host,
-                    _ => Bytes::ZERO,
-                },
+                kv_cache: kv.of(module.kind, *device),
                 kind: module.kind,
             })
             .collect();
         for device in &mut devices {
-            let kv_here = |module: &&PlannedModule| memory_device(module.device) == device.id;
-            device.kv_cache = modules.iter().filter(kv_here).map(|module| module.kv_cache).sum();
-            let here = || modules.iter().filter(|module| module.device == device.id);
-            device.weights = here().map(|module| module.weights).sum();
-            device.modules = here().count();
-            let computes = modules.iter().any(|module| memory_device(module.device) == device.id);
-            if !computes {
-                (device.workspace, device.driver_context) = (Bytes::ZERO, Bytes::ZERO);
-            }
-            if !computes || device.id == DeviceId::Disk {
-                device.staging = Bytes::ZERO;
-            }
+            device.take(&modules);
         }
         Ok(Self {
             model: checkpoint.name.clone(),
             architecture: config.architecture.to_owned(),
             parameters: weights.iter().map(|weight| (weight.parameter.rows * weight.parameter.cols) as u64).sum(),
             dtype: config.dtype.clone(),
-            quantize,
+            quantize: conditions.quantize,
             context,
             longest_context: config.max_position_embeddings,
             batch,
-            max_memory,
+            max_memory: conditions.max_memory,
             modules,
             devices,
             idle: inventory.idle.clone(),
@@ -289,6 +272,58 @@ impl Plan {
     }
 }
 
+/// What a plan is made under: the caller's choices, else the map's, else the defaults.
+struct Conditions {
+    quantize: QuantizeRules,
+    context: usize,
+    batch: usize,
+    max_memory: MaxMemory,
+    reserve: Bytes,
+}
+
+impl Conditions {
+    fn of(checkpoint: &Checkpoint, options: &PlanOptions) -> Result<Self> {
+        let map = options.device_map.as_ref();
+        let longest = checkpoint.config.max_position_embeddings;
+        let quantize = options.quantize.clone().or_else(|| map?.quantize.clone());
+        let conditions = Self {
+            quantize: quantize.unwrap_or_else(|| QuantizeRules::whole_model(Scheme::None)),
+            context: options.context.or_else(|| map?.context).unwrap_or(longest.min(DEFAULT_CONTEXT)),
+            batch: options.batch.or_else(|| map?.batch).unwrap_or(1),
+            max_memory: options.max_memory.clone().or_else(|| map?.max_memory.clone()).unwrap_or_default(),
+            reserve: options.reserve.unwrap_or(DEFAULT_RESERVE),
+        };
+        if conditions.context > longest {
+            return Err(Error::usage(format!(
+                "a context of {} tokens is longer than the {longest} that `{}` was made for",
+                conditions.context, checkpoint.name
+            ))
+            .hint(format!("`--context {longest}` is the longest")));
+        }
+        if conditions.context == 0 || conditions.batch == 0 {
+            return Err(Error::usage("context and batch must be at least 1"));
+        }
+        Ok(conditions)
+    }
+}
+
+/// Bytes of a block's KV cache, by where the block is computed.
+#[derive(Clone, Copy)]
+struct KvCache {
+    cuda: Bytes,
+    host: Bytes,
+}
+
+impl KvCache {
+    fn of(self, module: ModuleKind, device: DeviceId) -> Bytes {
+        match (module, device) {
+            (ModuleKind::Block(_), DeviceId::Cuda(_)) => self.cuda,
+            (ModuleKind::Block(_), DeviceId::Cpu | DeviceId::Disk) => self.host,
+            _ => Bytes::ZERO,
+        }
+    }
+}
+
 /// The device in whose memory the KV cache of a module on `device` is.
 fn memory_device(device: DeviceId) -> DeviceId {
     if device == DeviceId::Disk { DeviceId::Cpu } else { device }
@@ -308,22 +343,15 @@ fn module_sizes(tree: &ModuleTree, weights: &[Weight], rules: &QuantizeRules) ->
     Ok(sizes)
 }
 
-fn automatic(
-    tree: &ModuleTree,
-    sizes: &[Bytes],
-    kv_cuda: Bytes,
-    kv_host: Bytes,
-    devices: &[DevicePlan],
-) -> Result<Vec<DeviceId>> {
-    let is_block = |module: &Module| matches!(module.kind, ModuleKind::Block(_));
+fn automatic(tree: &ModuleTree, sizes: &[Bytes], kv: KvCache, devices: &[DevicePlan]) -> Result<Vec<DeviceId>> {
     let mut costs: Vec<placement::Cost> = tree
         .modules
         .iter()
         .zip(sizes)
         .map(|(module, weights)| placement::Cost {
             weights: *weights,
-            kv_cuda: if is_block(module) { kv_cuda } else { Bytes::ZERO },
-            kv_host: if is_block(module) { kv_host } else { Bytes::ZERO },
+            kv_cuda: kv.of(module.kind, DeviceId::Cuda(0)),
+            kv_host: kv.of(module.kind, DeviceId::Cpu),
         })
         .collect();
     // A tied head costs nothing and runs where the embedding is.

@@ -66,7 +66,6 @@ fn min_max_share(modules: &[Cost], gpus: &[Capacity]) -> Option<Vec<DeviceId>> {
                 if taken > gpu.room.0 {
                     break;
                 }
-                #[expect(clippy::cast_precision_loss, reason = "a share")]
                 let share = if taken == 0 { 0.0 } else { taken as f64 / gpu.room.0 as f64 };
                 let worst = least[begin].max(share);
                 if worst < next[end] {

@@ -49,6 +49,9 @@ impl fmt::Display for Remedy {
     }
 }
 
+/// Contexts are rounded down to a multiple of this.
+const ROUND: usize = 64;
+
 /// Plans what might fit instead of `plan`.
 pub fn find(checkpoint: &Checkpoint, inventory: &Inventory, options: &PlanOptions, plan: &Plan) -> Result<Vec<Remedy>> {
     let attempt = |change: &dyn Fn(&mut PlanOptions)| {
@@ -75,7 +78,6 @@ pub fn find(checkpoint: &Checkpoint, inventory: &Inventory, options: &PlanOption
             let middle = usize::midpoint(fitting, too_long);
             if fits_with(middle)? { fitting = middle } else { too_long = middle }
         }
-        const ROUND: usize = 64;
         remedies.push(Remedy::Context {
             tokens: if fitting > ROUND { fitting / ROUND * ROUND } else { fitting },
         });

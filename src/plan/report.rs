@@ -77,12 +77,7 @@ impl Plan {
     /// What else than blocks is on `device`.
     fn others(&self, device: DeviceId) -> Vec<&str> {
         let other = |module: &&PlannedModule| module.device == device && !matches!(module.kind, ModuleKind::Block(_));
-        let name = |module: &'_ PlannedModule| module.path.rsplit('.').next().map(str::len).unwrap_or(0);
-        self.modules
-            .iter()
-            .filter(other)
-            .map(|module| &module.path[module.path.len() - name(module)..])
-            .collect()
+        self.modules.iter().filter(other).filter_map(|module| module.path.rsplit('.').next()).collect()
     }
 }
 
@@ -153,7 +148,6 @@ fn dash(text: String) -> String {
 
 /// `1234567` as `1.2 M`.
 fn count(number: u64) -> String {
-    #[expect(clippy::cast_precision_loss, reason = "one decimal is shown")]
     let value = number as f64;
     match number {
         n if n >= 1_000_000_000 => format!("{:.1} B", value / 1e9),

@@ -99,18 +99,14 @@ pub fn quantize_rows(
                     let value = values[col];
                     return Err(QuantizeError::NotFinite { row, col, value });
                 }
-                match layout.storage {
-                    Storage::Int8 => {
-                        scale.copy_from_slice(&int8_row(values, codes).to_le_bytes());
-                        Ok(())
-                    }
-                    _ => {
-                        let factor = int4_row(values, codes, sub_scales)
-                            .map_err(|scale| QuantizeError::ScaleOverflow { row, scale })?;
-                        scale.copy_from_slice(&factor.to_le_bytes());
-                        Ok(())
-                    }
+                if layout.storage == Storage::Int8 {
+                    scale.copy_from_slice(&int8_row(values, codes).to_le_bytes());
+                } else {
+                    let factor = int4_row(values, codes, sub_scales)
+                        .map_err(|scale| QuantizeError::ScaleOverflow { row, scale })?;
+                    scale.copy_from_slice(&factor.to_le_bytes());
                 }
+                Ok(())
             },
         )
         .find_first(Result::is_err);
@@ -170,7 +166,6 @@ fn search_group(group: &[f32]) -> f32 {
     }
     let (mut best_scale, mut least_error) = (extreme / -8.0, f32::INFINITY);
     for candidate in 0..DIVISORS {
-        #[expect(clippy::cast_precision_loss, reason = "below 2^8")]
         let divisor = FIRST_DIVISOR + (LAST_DIVISOR - FIRST_DIVISOR) * candidate as f32 / (DIVISORS - 1) as f32;
         let (mut dot, mut norm) = (0.0f32, 0.0f32);
         let inverse = divisor / extreme;

@@ -113,7 +113,7 @@ impl FakeHub {
     /// Adds a commit; `main` is then this one.
     pub fn commit(&self, commit: &str, files: Files) {
         self.state.commits.lock().unwrap().insert(commit.to_owned(), files);
-        *self.state.main.lock().unwrap() = commit.to_owned();
+        commit.clone_into(&mut self.state.main.lock().unwrap());
     }
 
     /// The URL to use as endpoint.
@@ -204,9 +204,10 @@ impl State {
         let answer = self.answer(&request);
         let mut head = format!("HTTP/1.1 {} Fake\r\nConnection: close\r\n", answer.status);
         for (name, value) in &answer.headers {
-            head += &format!("{name}: {value}\r\n");
+            head += &[name, ": ", value, "\r\n"].concat();
         }
-        head += &format!("Content-Length: {}\r\n\r\n", answer.length.unwrap_or(answer.body.len()));
+        let length = answer.length.unwrap_or(answer.body.len());
+        head += &["Content-Length: ", &length.to_string(), "\r\n\r\n"].concat();
         let mut stream = stream;
         stream.write_all(head.as_bytes())?;
         if request.method != "HEAD" {

@@ -1,5 +1,6 @@
 //! Checkpoints that have a model's true shapes and no weights: configurations,
 //! indexes and headers; the data behind them is a hole in the file.
+#![allow(dead_code, reason = "each test binary uses a part")]
 
 use std::fs::File;
 use std::io::Write;

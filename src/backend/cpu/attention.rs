@@ -47,7 +47,6 @@ impl Cache {
 /// is rescaled when a larger one comes), so nothing is held that grows with them.
 fn attend_one(query: &[f32], keys: &[f32], values: &[f32], out: &mut [f32]) {
     let width = query.len();
-    #[expect(clippy::cast_precision_loss, reason = "a head is narrow")]
     let scale = 1.0 / (width as f32).sqrt();
     let (mut largest, mut sum) = (f32::NEG_INFINITY, 0.0f32);
     out.fill(0.0);
@@ -61,7 +60,9 @@ fn attend_one(query: &[f32], keys: &[f32], values: &[f32], out: &mut [f32]) {
         largest = scores.iter().fold(largest, |max, score| max.max(*score));
         let rescale = (before - largest).exp();
         sum *= rescale;
-        out.iter_mut().for_each(|out| *out *= rescale);
+        for out in &mut *out {
+            *out *= rescale;
+        }
         for (score, value) in scores.iter().zip(values.chunks(width)) {
             let weight = (score - largest).exp();
             sum += weight;
@@ -70,8 +71,9 @@ fn attend_one(query: &[f32], keys: &[f32], values: &[f32], out: &mut [f32]) {
             }
         }
     }
-    let inverse = 1.0 / sum;
-    out.iter_mut().for_each(|out| *out *= inverse);
+    for out in out {
+        *out /= sum;
+    }
 }
 
 #[cfg(test)]

@@ -133,9 +133,7 @@ fn group_dot(x: &[i8; GROUP_SIZE], w: &[i8; GROUP_SIZE]) -> f32 {
     for (x, w) in x.iter().zip(w) {
         sum = sum.wrapping_add(i32::from(*x).wrapping_mul(i32::from(*w)));
     }
-    #[expect(clippy::cast_precision_loss, reason = "below 2^24")]
-    let sum = sum as f32;
-    sum
+    sum as f32
 }
 
 /// `Σ x[k] y[k]` in [`LANES`] sums side by side.

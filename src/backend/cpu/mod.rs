@@ -263,6 +263,7 @@ impl Stage for CpuStage {
 
 impl Block {
     /// `hidden += attention(norm(hidden)); hidden += feed_forward(norm(hidden))`.
+    #[expect(clippy::many_single_char_names, reason = "q, k and v are what they are called")]
     fn run(&mut self, d: &Dimensions, workspace: &mut Workspace, hidden: &mut [f32], tokens: usize, position: usize) {
         let Workspace {
             normed,

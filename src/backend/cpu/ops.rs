@@ -13,7 +13,6 @@ pub fn rms_norm(x: &[f32], weight: Matrix, epsilon: f32, y: &mut [f32]) {
     let width = weight.layout.cols;
     y.par_chunks_mut(width).zip(x.par_chunks(width)).for_each(|(y, x)| {
         weight.dequantize_row(0, y);
-        #[expect(clippy::cast_precision_loss, reason = "a width is far below 2^24")]
         let mean = sum_of_squares(x) / width as f32;
         let factor = 1.0 / (mean + epsilon).sqrt();
         for (y, x) in y.iter_mut().zip(x) {
@@ -33,7 +32,6 @@ fn sum_of_squares(x: &[f32]) -> f32 {
 pub fn rope_frequencies(rope: &Rope, head_dim: usize) -> Vec<f32> {
     (0..head_dim / 2)
         .map(|i| {
-            #[expect(clippy::cast_precision_loss, reason = "a head is narrow")]
             let exponent = (2 * i) as f64 / head_dim as f64;
             let frequency = rope.theta.powf(-exponent);
             let scaled = match rope.scaling {
@@ -67,7 +65,6 @@ pub fn rope_frequencies(rope: &Rope, head_dim: usize) -> Vec<f32> {
 pub fn rope_table(frequencies: &[f32], position: usize, cos: &mut [f32], sin: &mut [f32]) {
     let rows = cos.chunks_mut(frequencies.len()).zip(sin.chunks_mut(frequencies.len()));
     for (token, (cos, sin)) in rows.enumerate() {
-        #[expect(clippy::cast_precision_loss, reason = "positions are f32, as in Transformers")]
         let position = (position + token) as f32;
         for ((cos, sin), frequency) in cos.iter_mut().zip(sin).zip(frequencies) {
             (*sin, *cos) = (position * frequency).sin_cos();
