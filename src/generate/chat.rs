@@ -165,7 +165,7 @@ mod tests {
             ("{{ messages[0].content.strip().upper() }}", "HELLO & <BYE>"),
             ("{{ bos_token }}{% for m in messages %}\n{{ m.role }}{% endfor %}", "user"),
             ("{{ messages[0] | tojson }}", r#"{"role":"user","content":"  Hello & <bye>"}"#),
-            ("{% if add_generation_prompt %}\n    {{- '<a>' }}\n{% endif %}", "<a>"),
+            ("{% if add_generation_prompt %}\n    {{- '<a>' }}\n{% endif %}", "<a>\n"),
         ] {
             assert_eq!(template(TEMPLATE_FILE, source).unwrap().render(&hello()).unwrap(), rendered, "{source}");
         }
