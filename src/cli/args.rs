@@ -104,7 +104,7 @@ pub struct PlacementArguments {
     /// The longest context, prompt and answer together [default: the map's, or the model's up to 4096].
     #[arg(long, value_name = "TOKENS")]
     pub context: Option<usize>,
-    /// The directory for weights that go on the disk [default: the system's for temporary files].
+    /// The directory for weights that go on the disk [default: $TMPDIR, or /var/tmp].
     #[arg(long, value_name = "DIRECTORY")]
     pub offload_dir: Option<PathBuf>,
 }

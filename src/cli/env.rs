@@ -55,9 +55,9 @@ impl Environment {
         self.text(name).is_some_and(|value| ["1", "ON", "YES", "TRUE"].contains(&value.to_uppercase().as_str()))
     }
 
-    /// The directory for temporary files.
+    /// The directory for large temporary files: not `/tmp`, which is in memory on many systems.
     pub fn temporary_directory(&self) -> PathBuf {
-        self.path("TMPDIR").unwrap_or_else(|| "/tmp".into())
+        self.path("TMPDIR").unwrap_or_else(|| "/var/tmp".into())
     }
 
     /// Whether messages are coloured: by the environment's wish, else on a terminal.

@@ -130,8 +130,8 @@ impl Model {
 
     fn too_long(&self, prompt: usize, wanted: usize) -> Error {
         let (context, longest) = (self.plan.context, self.plan.longest_context);
-        let new = if wanted > 0 { format!(" and {wanted} new ones") } else { String::new() };
-        let what = format!("the context holds {context} tokens, and the prompt has {prompt}{new}");
+        let new = if wanted > 0 { format!(" and {wanted} new ones are asked for") } else { String::new() };
+        let what = format!("the context holds {context} tokens, the prompt has {prompt}{new}");
         let needed = prompt + wanted;
         if needed <= longest {
             Error::input(what).hint(format!("`--context {needed}` makes room"))

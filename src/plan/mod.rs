@@ -400,9 +400,8 @@ fn check_devices(placement: &[DeviceId], inventory: &Inventory) -> Result<()> {
     };
     let present: Vec<_> = inventory.devices.iter().map(|device| device.id.to_string()).collect();
     let error = Error::does_not_fit(format!(
-        "the device map needs {}, and there {} only {}",
+        "the device map needs {}; what can be used is {}",
         first_five(&absent),
-        if present.len() == 1 { "is" } else { "are" },
         present.join(", ")
     ));
     Err(if inventory.idle.iter().any(|device| device.id == **first) {
