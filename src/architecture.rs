@@ -177,7 +177,8 @@ impl ModuleTree {
                 continue;
             };
             if tensor.shape != parameter.shape() {
-                mismatched.push(format!("{name} has shape {:?}, not {:?}", tensor.shape, parameter.shape()));
+                let shape = printable(&format!("{:?}", tensor.shape));
+                mismatched.push(format!("{name} has shape {shape}, not {:?}", parameter.shape()));
             } else if let Some(dtype) = WeightDtype::of(tensor.dtype) {
                 weights.push(Weight {
                     module,
@@ -200,9 +201,9 @@ impl ModuleTree {
         }
         if !mismatched.is_empty() {
             return Err(Error::input(format!(
-                "{} of `{}` contradict its config.json: {}",
-                tensors(mismatched.len()),
+                "`{}` contradicts its config.json in {}: {}",
                 checkpoint.name,
+                tensors(mismatched.len()),
                 first_five(&mismatched)
             )));
         }

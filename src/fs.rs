@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use crate::bytes::Bytes;
 use crate::error::{Error, Result, printable};
@@ -26,14 +26,22 @@ pub fn open_regular(path: &Path) -> Result<File> {
 /// As [`open_regular`], or the file is larger.
 pub fn read_capped(path: &Path, cap: Bytes) -> Result<Vec<u8>> {
     let file = open_regular(path)?;
+    let failed = |e| Error::io("read", path, e);
     let mut bytes = Vec::new();
-    file.take(cap.0.saturating_add(1))
-        .read_to_end(&mut bytes)
-        .map_err(|e| Error::io("read", path, e))?;
+    (&file).take(cap.0.saturating_add(1)).read_to_end(&mut bytes).map_err(failed)?;
     if bytes.len() as u64 > cap.0 {
-        return Err(Error::input(format!("`{}` is larger than {cap}, the most that is read of such a file", path.display())));
+        let size = Bytes(file.metadata().map_err(failed)?.len());
+        let path = path.display();
+        return Err(Error::input(format!("`{path}` is {size}, and at most {cap} is read of such a file")));
     }
     Ok(bytes)
+}
+
+/// Whether `name`, taken from a file, may be joined to a directory or a URL: a
+/// plain file name, or a relative path of such.
+pub fn is_plain_name(name: &str) -> bool {
+    name.split('/').all(|part| !matches!(part, "" | "." | ".."))
+        && !name.contains(|c: char| c.is_control() || "\\:".contains(c))
 }
 
 /// The path of `name`, a file name taken from a file, inside `directory`.
@@ -45,10 +53,7 @@ pub fn read_capped(path: &Path, cap: Bytes) -> Result<Vec<u8>> {
 /// # Errors
 /// The name or the link leads elsewhere, or the file is missing.
 pub fn confined(directory: &Path, name: &str) -> Result<PathBuf> {
-    let plain = !name.is_empty()
-        && !name.contains(['\\', ':', '\0'])
-        && Path::new(name).components().all(|part| matches!(part, Component::Normal(_)));
-    if !plain {
+    if !is_plain_name(name) {
         return Err(Error::input(format!(
             "`{}` is no file name inside `{}`",
             printable(name),

@@ -178,7 +178,11 @@ impl<'a> Node<'a> {
     /// # Errors
     /// The value has another shape.
     pub fn parse<T: serde::Deserialize<'a>>(&self) -> Result<T> {
-        serde_json::from_str(self.raw).map_err(|e| self.error("this value is not as it must be").caused_by(e))
+        serde_json::from_str(self.raw).map_err(|e| {
+            // The value's own place is told instead; serde counts from its start.
+            let (text, place) = (e.to_string(), format!(" at line {} column {}", e.line(), e.column()));
+            self.error(printable(text.strip_suffix(&place).unwrap_or(&text)))
+        })
     }
 
     /// A text.

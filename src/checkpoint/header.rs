@@ -42,11 +42,20 @@ pub struct TensorInfo {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HeaderError {
+    /// A tensor is described in another shape than the format's.
+    #[error("describes tensor `{}` in a way that cannot be read", printable(.name))]
+    Entry {
+        /// The tensor.
+        name: String,
+        /// What cannot be read.
+        #[source]
+        cause: crate::Error,
+    },
     /// The file is a pointer that `git` left in place of the file.
     #[error("is a Git LFS pointer, not the file itself")]
     GitLfsPointer,
     /// Gaps, overlaps, or an order that runs backwards.
-    #[error("tensor `{name}` starts at byte {start} of the data, but the data before it ends at byte {expected}")]
+    #[error("tensor `{}` starts at byte {start} of the data, but the data before it ends at byte {expected}", printable(.name))]
     Gap {
         /// The tensor.
         name: String,
@@ -62,7 +71,10 @@ pub enum HeaderError {
     #[error("names a tensor `{}`; names have 1 to {MAX_NAME} bytes and no control characters", printable(.0))]
     Name(String),
     /// The shape, the dtype and the range do not agree.
-    #[error("tensor `{name}` of shape {shape:?} and dtype {dtype:?} does not take the bytes {start}..{end} that it is given")]
+    #[error(
+        "tensor `{}` of shape {} and dtype {dtype:?} does not take the bytes {start}..{end} that it is given",
+        printable(.name), printable(&format!("{shape:?}"))
+    )]
     Size {
         /// The tensor.
         name: String,
@@ -152,13 +164,17 @@ pub fn parse(header: Vec<u8>, file: Bytes) -> Result<Vec<TensorInfo>, HeaderErro
     let mut tensors = Vec::with_capacity(members.len());
     for member in members {
         if member.name == "__metadata__" {
+            member.value.members().map_err(HeaderError::Json)?;
             continue;
         }
         let name = member.name;
         if name.is_empty() || name.len() > MAX_NAME || name.chars().any(char::is_control) {
             return Err(HeaderError::Name(name));
         }
-        let entry: Entry = member.value.parse().map_err(HeaderError::Json)?;
+        let entry: Entry = match member.value.parse() {
+            Ok(entry) => entry,
+            Err(cause) => return Err(HeaderError::Entry { name, cause }),
+        };
         let (start, end) = entry.data_offsets;
         if byte_size(entry.dtype, &entry.shape).is_none_or(|size| start.checked_add(size) != Some(end)) {
             return Err(HeaderError::Size {

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use crate::bytes::{Bytes, MIB};
 use crate::source::Source;
 use crate::error::{Result, printable};
+use crate::fs;
 use crate::json::Document;
 
 /// The index's file name.
@@ -54,15 +55,13 @@ impl Index {
     }
 }
 
-/// Whether `name` may be joined to a directory or a URL: a plain file name,
-/// or a relative path of such, that ends in `.safetensors`.
+/// Whether `name` is a plain name that ends in `.safetensors` and means the same in a URL.
 pub fn is_plain_shard_name(name: &str) -> bool {
     const LONGEST: usize = 255;
     name.len() <= LONGEST
         && name.ends_with(".safetensors")
-        && !name.contains(['\\', ':', '?', '#', '%'])
-        && !name.chars().any(char::is_control)
-        && name.split('/').all(|part| !part.is_empty() && part != "." && part != "..")
+        && !name.contains(['?', '#', '%'])
+        && fs::is_plain_name(name)
 }
 
 #[cfg(test)]

@@ -83,6 +83,7 @@ impl Checkpoint {
             return Err(no_weights(source));
         };
         let shards = index.as_ref().map_or_else(|| vec![SINGLE_FILE.to_owned()], |index| index.shards.clone());
+        check_presence(source, &shards)?;
         let (shard_sizes, headers): (Vec<_>, Vec<_>) =
             shards.par_iter().map(|shard| read_header(source, shard)).collect::<Result<Vec<_>>>()?.into_iter().unzip();
         let (catalog, unlisted) = match index {
@@ -110,6 +111,30 @@ fn no_weights(source: &dyn Source) -> Error {
     }
 }
 
+/// Refuses a local directory that lacks shards; the Hub says so itself, of each file.
+fn check_presence(source: &dyn Source, shards: &[String]) -> Result<()> {
+    let Some(directory) = source.directory() else {
+        return Ok(());
+    };
+    let mut missing = Vec::new();
+    for shard in shards {
+        if !source.has(shard)? {
+            missing.push(shard);
+        }
+    }
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(Error::input(format!(
+        "`{}` lacks {} of the {} shards that its index names: {}",
+        directory.display(),
+        missing.len(),
+        shards.len(),
+        first_five(missing)
+    ))
+    .hint("the download is incomplete; download the checkpoint again"))
+}
+
 /// The size of a shard and the tensors in it.
 fn read_header(source: &dyn Source, shard: &str) -> Result<(Bytes, Vec<TensorInfo>)> {
     let wrap = |error: HeaderError| {
@@ -120,7 +145,7 @@ fn read_header(source: &dyn Source, shard: &str) -> Result<(Bytes, Vec<TensorInf
         };
         let what = format!("`{}` {error}", source.display(shard));
         let error = match error {
-            HeaderError::Json(cause) => Error::input(what).caused_by(cause),
+            HeaderError::Json(cause) | HeaderError::Entry { cause, .. } => Error::input(what).caused_by(cause),
             HeaderError::SecondJudge(cause) => Error::input(what).caused_by(cause),
             _ => Error::input(what),
         };

@@ -477,9 +477,7 @@ fn cached_commit(home: &Path, revision: &str) -> Option<String> {
 
 /// Names come from the checkpoint, and become parts of paths and URLs.
 fn check_name(file: &str) -> Result<()> {
-    let plain = file.split('/').all(|part| !matches!(part, "" | "." | ".."))
-        && !file.contains(|c: char| c.is_control() || "\\:".contains(c));
-    if plain {
+    if fs::is_plain_name(file) {
         Ok(())
     } else {
         Err(Error::input(format!(

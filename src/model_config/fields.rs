@@ -47,14 +47,15 @@ impl<'a> Fields<'a> {
         if self.optional(key).is_some() { self.size(key, max) } else { Ok(default) }
     }
 
-    /// A number above 0 and at most `max`.
+    /// A number above 0, as f32 too, and at most `max`.
     pub fn positive(&self, key: &str, max: f64) -> Result<f64> {
+        const MIN: f64 = 1e-30;
         let node = self.required(key)?;
         let number = node.number()?;
-        if number > 0.0 && number <= max {
+        if (MIN..=max).contains(&number) {
             Ok(number)
         } else {
-            Err(node.error(format!("`{key}` is {number}; it must be above 0 and at most {max}")))
+            Err(node.error(format!("`{key}` is {number:?}; it must be from {MIN:e} to {max}")))
         }
     }
 

@@ -5,7 +5,7 @@ mod fields;
 
 use crate::bytes::{Bytes, MIB};
 use crate::source::Source;
-use crate::error::Result;
+use crate::error::{Result, first_five, printable};
 use crate::json::Document;
 use fields::Fields;
 
@@ -97,7 +97,7 @@ impl ModelConfig {
         let architecture = architecture(&fields)?;
         if let Some(quantization) = fields.optional("quantization_config") {
             let scheme = Fields::of(quantization)?.text_or_none("quant_method")?;
-            let scheme = scheme.as_deref().unwrap_or("unnamed");
+            let scheme = printable(scheme.as_deref().unwrap_or("unnamed"));
             return Err(quantization
                 .error(format!("the checkpoint is already quantized (`{scheme}`), which is not supported"))
                 .hint("name the unquantized checkpoint that it was made from; `--quantize` quantizes while loading"));
@@ -109,10 +109,12 @@ impl ModelConfig {
                 return Err(node.error(format!("`{key}` is not supported")));
             }
         }
-        if let Some(activation) = fields.optional("hidden_act")
-            && activation.text()? != "silu"
-        {
-            return Err(activation.error(format!("activation `{}` is not supported; `silu` is", activation.text()?)));
+        if let Some(node) = fields.optional("hidden_act") {
+            let activation = node.text()?;
+            if activation != "silu" {
+                let activation = printable(&activation);
+                return Err(node.error(format!("activation `{activation}` is not supported; `silu` is")));
+            }
         }
 
         let hidden_size = fields.size("hidden_size", MAX_WIDTH)?;
@@ -138,8 +140,8 @@ impl ModelConfig {
         Ok(Self {
             architecture,
             dtype: match fields.text_or_none("dtype")? {
-                Some(dtype) => Some(dtype),
-                None => fields.text_or_none("torch_dtype")?,
+                Some(dtype) => Some(printable(&dtype)),
+                None => fields.text_or_none("torch_dtype")?.map(|dtype| printable(&dtype)),
             },
             hidden_size,
             intermediate_size: fields.size("intermediate_size", MAX_WIDTH)?,
@@ -164,14 +166,20 @@ fn architecture(fields: &Fields) -> Result<&'static str> {
         let names = node.elements()?.iter().map(|name| name.text()).collect::<Result<Vec<_>>>()?;
         return match ARCHITECTURES.iter().find(|(known, _)| names.iter().any(|name| name == known)) {
             Some((name, _)) => Ok(name),
-            None => Err(node.error(format!("architecture `{}` is not supported; supported: {}", names.join("`, `"), known()))),
+            None => {
+                let names = first_five(names.iter().map(|name| printable(name)));
+                Err(node.error(format!("architecture {names} is not supported; supported: {}", known())))
+            }
         };
     }
     let node = fields.required("model_type")?;
     let model_type = node.text()?;
     match ARCHITECTURES.iter().find(|(_, known)| *known == model_type) {
         Some((name, _)) => Ok(name),
-        None => Err(node.error(format!("model type `{model_type}` is not supported; supported: {}", known()))),
+        None => {
+            let model_type = printable(&model_type);
+            Err(node.error(format!("model type `{model_type}` is not supported; supported: {}", known())))
+        }
     }
 }
 
@@ -207,7 +215,10 @@ fn rope(fields: &Fields) -> Result<Rope> {
                 original_max_position_embeddings: rope.size("original_max_position_embeddings", MAX_CONTEXT)? as f64,
             }
         }
-        other => return Err(node.error(format!("RoPE of type `{other}` is not supported; `default` and `llama3` are"))),
+        other => {
+            let other = printable(other);
+            return Err(node.error(format!("RoPE of type `{other}` is not supported; `default` and `llama3` are")));
+        }
     };
     Ok(Rope {
         theta: rope.positive_or("rope_theta", MAX_THETA, older_theta)?,
