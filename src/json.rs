@@ -8,10 +8,13 @@
 use std::collections::HashSet;
 use std::fmt;
 
-use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
 use crate::error::{Error, Result, printable};
+
+/// The most members of an object that are looked into.
+const MAX_MEMBERS: usize = 1 << 20;
 
 /// A syntactically correct JSON text and the name it goes by in messages.
 pub struct Document {
@@ -140,11 +143,17 @@ impl<'a> Node<'a> {
     /// The members of an object in their order.
     ///
     /// # Errors
-    /// The value is no object, or a name stands twice.
+    /// The value is no object, a name stands twice, or the members are too many.
     pub fn members(&self) -> Result<Vec<Member<'a>>> {
         let pairs = serde_json::Deserializer::from_str(self.raw)
             .deserialize_map(Pairs)
-            .map_err(|_| self.wrong("an object"))?;
+            .map_err(|_| {
+                if self.is_object() {
+                    self.error(format!("an object of more than {MAX_MEMBERS} members is not read"))
+                } else {
+                    self.wrong("an object")
+                }
+            })?;
         let mut seen = HashSet::with_capacity(pairs.len());
         let mut members = Vec::with_capacity(pairs.len());
         for (key, value) in pairs {
@@ -233,6 +242,9 @@ impl<'de> Visitor<'de> for Pairs {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let mut pairs = Vec::new();
         while let Some(pair) = map.next_entry()? {
+            if pairs.len() == MAX_MEMBERS {
+                return Err(A::Error::custom("too many members"));
+            }
             pairs.push(pair);
         }
         Ok(pairs)

@@ -20,6 +20,8 @@ pub const LENGTH_FIELD: usize = 8;
 pub const MAX_HEADER: u64 = 100_000_000;
 /// The most tensors that one shard may name.
 pub const MAX_TENSORS: usize = 1_000_000;
+/// The most dimensions that a tensor may have.
+pub const MAX_RANK: usize = 64;
 /// The longest name of a tensor, in bytes.
 pub const MAX_NAME: usize = 512;
 
@@ -70,6 +72,14 @@ pub enum HeaderError {
     /// A name that is empty, too long or holds control characters.
     #[error("names a tensor `{}`; names have 1 to {MAX_NAME} bytes and no control characters", printable(.0))]
     Name(String),
+    /// A shape of more dimensions than the limit.
+    #[error("tensor `{}` has {rank} dimensions; at most {MAX_RANK} are read", printable(.name))]
+    Rank {
+        /// The tensor.
+        name: String,
+        /// How many dimensions it says it has.
+        rank: usize,
+    },
     /// The shape, the dtype and the range do not agree.
     #[error(
         "tensor `{}` of shape {} and dtype {dtype:?} does not take the bytes {start}..{end} that it is given",
@@ -115,6 +125,7 @@ pub enum HeaderError {
 }
 
 #[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Entry {
     dtype: Dtype,
     shape: Vec<u64>,
@@ -175,6 +186,10 @@ pub fn parse(header: Vec<u8>, file: Bytes) -> Result<Vec<TensorInfo>, HeaderErro
             Ok(entry) => entry,
             Err(cause) => return Err(HeaderError::Entry { name, cause }),
         };
+        let rank = entry.shape.len();
+        if rank > MAX_RANK {
+            return Err(HeaderError::Rank { name, rank });
+        }
         let (start, end) = entry.data_offsets;
         if byte_size(entry.dtype, &entry.shape).is_none_or(|size| start.checked_add(size) != Some(end)) {
             return Err(HeaderError::Size {

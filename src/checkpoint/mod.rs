@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 use safetensors::Dtype;
 
-pub use header::{HeaderError, MAX_HEADER, MAX_NAME, MAX_TENSORS, TensorInfo};
+pub use header::{HeaderError, MAX_HEADER, MAX_NAME, MAX_RANK, MAX_TENSORS, TensorInfo};
 pub use index::Index;
 pub use crate::source::{LocalDirectory, Source};
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use evenkeel::bytes::Bytes;
 use evenkeel::checkpoint::{Checkpoint, LocalDirectory, Source};
 use evenkeel::plan::{Plan, PlanOptions};
-use evenkeel::{Error, ErrorKind, Result};
+use evenkeel::{ErrorKind, Result};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -205,25 +205,38 @@ impl Broken {
         Ok((checkpoint, plan))
     }
 
-    /// The error that refuses the checkpoint, its causes and its hints, a line
-    /// each; the checkpoint's directory is shown as `DIR`.
+    /// The error that refuses the checkpoint, with its causes and its hints;
+    /// the checkpoint's directory is shown as `DIR`.
     pub fn refusal(&self) -> String {
         let error = self.plan().map(|_| ()).expect_err("the checkpoint is accepted");
         assert_eq!(error.kind(), ErrorKind::Input, "{error}");
-        story(&error).replace(self.directory.to_str().unwrap(), "DIR")
+        let mut text = error.to_string();
+        let mut cause = error.source();
+        while let Some(error) = cause {
+            text += &format!("; cause: {error}");
+            cause = error.source();
+        }
+        for hint in error.hints() {
+            text += &format!("; hint: {hint}");
+        }
+        text.replace(self.directory.to_str().unwrap(), "DIR")
+    }
+
+    /// Holds the refusal against what it must be.
+    #[track_caller]
+    pub fn refused(&self, message: impl AsRef<str>) {
+        assert_eq!(self.refusal(), message.as_ref());
     }
 }
 
-/// An error with its causes and its hints, a line each.
-fn story(error: &Error) -> String {
-    let mut lines = vec![error.to_string()];
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        lines.push(format!("cause: {error}"));
-        cause = error.source();
-    }
-    lines.extend(error.hints().iter().map(|hint| format!("hint: {hint}")));
-    lines.join("\n")
+/// The rows of a table, a line each, with ` | ` between the cells.
+pub fn rows<const N: usize>(table: &str) -> impl Iterator<Item = [&str; N]> {
+    table.trim().lines().map(|line| {
+        let cells: Vec<_> = line.trim().split(" | ").collect();
+        cells
+            .try_into()
+            .unwrap_or_else(|_| panic!("{N} cells are wanted: {line}"))
+    })
 }
 
 /// A directory of whose shards only the headers may be read.
