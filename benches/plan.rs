@@ -9,7 +9,8 @@ use evenkeel::plan::{Inventory, Plan, PlanOptions};
 use evenkeel::quant::{QuantizeRules, Scheme};
 
 fn plan(criterion: &mut Criterion) {
-    let eight = "cuda:0=80GiB,cuda:1=80GiB,cuda:2=80GiB,cuda:3=80GiB,cuda:4=80GiB,cuda:5=80GiB,cuda:6=80GiB,cuda:7=80GiB";
+    let eight =
+        "cuda:0=80GiB,cuda:1=80GiB,cuda:2=80GiB,cuda:3=80GiB,cuda:4=80GiB,cuda:5=80GiB,cuda:6=80GiB,cuda:7=80GiB";
     for (name, config, shards, devices) in [
         ("8B on 8 + 6 GiB", shapes::llama_8b(), 4, "cuda:0=8GiB,cuda:1=6GiB"),
         ("405B on 8 × 80 GiB", shapes::llama_405b(), 191, eight),

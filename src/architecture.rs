@@ -118,7 +118,12 @@ impl ModuleTree {
                 cols: hidden,
             }],
         };
-        let mut modules = vec![single("model.embed_tokens", ModuleKind::Embedding, Role::Embedding, config.vocab_size)];
+        let mut modules = vec![single(
+            "model.embed_tokens",
+            ModuleKind::Embedding,
+            Role::Embedding,
+            config.vocab_size,
+        )];
         modules.extend((0..config.num_hidden_layers).map(|index| {
             let path = format!("{BLOCKS}.{index}");
             let parameters = block_parameters
@@ -150,7 +155,10 @@ impl ModuleTree {
 
     /// All parameters, each with its module's position in [`ModuleTree::modules`].
     pub fn parameters(&self) -> impl Iterator<Item = (usize, &Parameter)> {
-        self.modules.iter().enumerate().flat_map(|(at, module)| module.parameters.iter().map(move |p| (at, p)))
+        self.modules
+            .iter()
+            .enumerate()
+            .flat_map(|(at, module)| module.parameters.iter().map(move |p| (at, p)))
     }
 
     /// Whether `path` names a module, a part of one, a group of them, or one that holds no weights.
@@ -158,7 +166,9 @@ impl ModuleTree {
         use crate::module_path::contains;
         WEIGHTLESS.iter().any(|weightless| contains(weightless, path))
             || self.modules.iter().any(|module| contains(path, &module.path))
-            || self.parameters().any(|(_, parameter)| contains(path, &parameter.module))
+            || self
+                .parameters()
+                .any(|(_, parameter)| contains(path, &parameter.module))
     }
 
     /// Holds the catalog of `checkpoint` against the tree and pairs every
@@ -177,7 +187,8 @@ impl ModuleTree {
                 continue;
             };
             if tensor.shape != parameter.shape() {
-                mismatched.push(format!("{name} has shape {:?}, not {:?}", tensor.shape, parameter.shape()));
+                let shape = printable(&format!("{:?}", tensor.shape));
+                mismatched.push(format!("{name} has shape {shape}, not {:?}", parameter.shape()));
             } else if let Some(dtype) = WeightDtype::of(tensor.dtype) {
                 weights.push(Weight {
                     module,
@@ -200,14 +211,17 @@ impl ModuleTree {
         }
         if !mismatched.is_empty() {
             return Err(Error::input(format!(
-                "{} of `{}` contradict its config.json: {}",
-                tensors(mismatched.len()),
+                "`{}` contradicts its config.json in {}: {}",
                 checkpoint.name,
+                tensors(mismatched.len()),
                 first_five(&mismatched)
             )));
         }
-        let placeless: Vec<_> =
-            checkpoint.catalog.keys().filter(|name| !used.contains(*name) && !self.is_redundant(name)).collect();
+        let placeless: Vec<_> = checkpoint
+            .catalog
+            .keys()
+            .filter(|name| !used.contains(*name) && !self.is_redundant(name))
+            .collect();
         if !placeless.is_empty() {
             return Err(Error::input(format!(
                 "`{}` holds {} that the model has no place for, so its config.json is not the whole truth: {}",
@@ -227,7 +241,11 @@ impl ModuleTree {
 }
 
 fn tensors(count: usize) -> String {
-    if count == 1 { "1 tensor".to_owned() } else { format!("{count} tensors") }
+    if count == 1 {
+        "1 tensor".to_owned()
+    } else {
+        format!("{count} tensors")
+    }
 }
 
 /// A parameter and the tensor that it is read from.

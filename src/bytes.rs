@@ -168,14 +168,32 @@ mod tests {
 
     #[test]
     fn what_is_no_size_is_refused() {
-        for text in ["", "GiB", "7B", "-1GB", "5MBB", "5k0MB", "1.2.3GB", "10Gb", "nan", "99999999999999TiB", "1e3"] {
+        for text in [
+            "",
+            "GiB",
+            "7B",
+            "-1GB",
+            "5MBB",
+            "5k0MB",
+            "1.2.3GB",
+            "10Gb",
+            "nan",
+            "99999999999999TiB",
+            "1e3",
+        ] {
             assert!(text.parse::<Bytes>().is_err(), "{text}");
         }
     }
 
     #[test]
     fn sizes_print_in_binary_units() {
-        for (bytes, text) in [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (13 * MIB, "13.0 MiB"), (25_340_000_000, "23.6 GiB")] {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1536, "1.5 KiB"),
+            (13 * MIB, "13.0 MiB"),
+            (25_340_000_000, "23.6 GiB"),
+        ] {
             assert_eq!(Bytes(bytes).to_string(), text);
         }
     }

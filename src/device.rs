@@ -61,7 +61,12 @@ mod tests {
 
     #[test]
     fn devices_parse_and_print() {
-        for (text, device) in [("cuda:0", DeviceId::Cuda(0)), ("cuda:17", DeviceId::Cuda(17)), ("cpu", DeviceId::Cpu), ("disk", DeviceId::Disk)] {
+        for (text, device) in [
+            ("cuda:0", DeviceId::Cuda(0)),
+            ("cuda:17", DeviceId::Cuda(17)),
+            ("cpu", DeviceId::Cpu),
+            ("disk", DeviceId::Disk),
+        ] {
             assert_eq!(text.parse(), Ok(device));
             assert_eq!(device.to_string(), text);
         }
@@ -70,7 +75,19 @@ mod tests {
 
     #[test]
     fn what_is_no_device_is_refused() {
-        for text in ["", "gpu0", "-1", "1.5", "cuda", "cuda:", "cuda:-1", "cuda:01", "CPU", "cuda:99999999999", "mps"] {
+        for text in [
+            "",
+            "gpu0",
+            "-1",
+            "1.5",
+            "cuda",
+            "cuda:",
+            "cuda:-1",
+            "cuda:01",
+            "CPU",
+            "cuda:99999999999",
+            "mps",
+        ] {
             assert!(text.parse::<DeviceId>().is_err(), "{text}");
         }
     }

@@ -74,7 +74,11 @@ impl Error {
             source.kind(),
             std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded
         );
-        let error = if full { Self::does_not_fit(what) } else { Self::input(what) };
+        let error = if full {
+            Self::does_not_fit(what)
+        } else {
+            Self::input(what)
+        };
         error.caused_by(source)
     }
 
@@ -111,7 +115,10 @@ impl fmt::Display for Error {
 
 impl StdError for Error {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        self.0.source.as_deref().map(|source| source as &(dyn StdError + 'static))
+        self.0
+            .source
+            .as_deref()
+            .map(|source| source as &(dyn StdError + 'static))
     }
 }
 

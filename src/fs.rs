@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use crate::bytes::Bytes;
 use crate::error::{Error, Result, printable};
@@ -14,8 +14,15 @@ use crate::error::{Error, Result, printable};
 pub fn open_regular(path: &Path) -> Result<File> {
     let metadata = std::fs::metadata(path).map_err(|e| Error::io("open", path, e))?;
     if !metadata.is_file() {
-        let kind = if metadata.is_dir() { "a directory" } else { "a pipe or a device" };
-        return Err(Error::input(format!("`{}` is {kind}, not a regular file", path.display())));
+        let kind = if metadata.is_dir() {
+            "a directory"
+        } else {
+            "a pipe or a device"
+        };
+        return Err(Error::input(format!(
+            "`{}` is {kind}, not a regular file",
+            path.display()
+        )));
     }
     File::open(path).map_err(|e| Error::io("open", path, e))
 }
@@ -26,14 +33,27 @@ pub fn open_regular(path: &Path) -> Result<File> {
 /// As [`open_regular`], or the file is larger.
 pub fn read_capped(path: &Path, cap: Bytes) -> Result<Vec<u8>> {
     let file = open_regular(path)?;
+    let failed = |e| Error::io("read", path, e);
     let mut bytes = Vec::new();
-    file.take(cap.0.saturating_add(1))
+    (&file)
+        .take(cap.0.saturating_add(1))
         .read_to_end(&mut bytes)
-        .map_err(|e| Error::io("read", path, e))?;
+        .map_err(failed)?;
     if bytes.len() as u64 > cap.0 {
-        return Err(Error::input(format!("`{}` is larger than {cap}, the most that is read of such a file", path.display())));
+        let size = Bytes(file.metadata().map_err(failed)?.len());
+        let path = path.display();
+        return Err(Error::input(format!(
+            "`{path}` is {size}, and at most {cap} is read of such a file"
+        )));
     }
     Ok(bytes)
+}
+
+/// Whether `name`, taken from a file, may be joined to a directory or a URL: a
+/// plain file name, or a relative path of such.
+pub fn is_plain_name(name: &str) -> bool {
+    name.split('/').all(|part| !matches!(part, "" | "." | ".."))
+        && !name.contains(|c: char| c.is_control() || "\\:".contains(c))
 }
 
 /// The path of `name`, a file name taken from a file, inside `directory`.
@@ -45,10 +65,7 @@ pub fn read_capped(path: &Path, cap: Bytes) -> Result<Vec<u8>> {
 /// # Errors
 /// The name or the link leads elsewhere, or the file is missing.
 pub fn confined(directory: &Path, name: &str) -> Result<PathBuf> {
-    let plain = !name.is_empty()
-        && !name.contains(['\\', ':', '\0'])
-        && Path::new(name).components().all(|part| matches!(part, Component::Normal(_)));
-    if !plain {
+    if !is_plain_name(name) {
         return Err(Error::input(format!(
             "`{}` is no file name inside `{}`",
             printable(name),
@@ -59,13 +76,18 @@ pub fn confined(directory: &Path, name: &str) -> Result<PathBuf> {
     let canonical = |path: &Path| path.canonicalize().map_err(|e| Error::io("open", path, e));
     let (real, home) = (canonical(&path)?, canonical(directory)?);
     let in_blobs = || {
-        let snapshots = home.parent().filter(|p| p.file_name().is_some_and(|n| n == "snapshots"))?;
+        let snapshots = home
+            .parent()
+            .filter(|p| p.file_name().is_some_and(|n| n == "snapshots"))?;
         Some(real.starts_with(snapshots.parent()?.join("blobs")))
     };
     if real.starts_with(&home) || in_blobs() == Some(true) {
         Ok(path)
     } else {
-        Err(Error::input(format!("`{}` is a link to a file outside its directory", path.display())))
+        Err(Error::input(format!(
+            "`{}` is a link to a file outside its directory",
+            path.display()
+        )))
     }
 }
 
@@ -110,7 +132,8 @@ pub fn write_atomic(path: &Path, bytes: &[u8], overwrite: bool) -> Result<()> {
 pub fn scratch_file(directory: &Path, len: Bytes) -> Result<File> {
     let file = tempfile::tempfile_in(directory).map_err(|e| Error::io("make a scratch file in", directory, e))?;
     let failed = |e| {
-        Error::io("reserve space in", directory, e).hint(format!("{len} is needed there; `--offload-dir` names another place"))
+        Error::io("reserve space in", directory, e)
+            .hint(format!("{len} is needed there; `--offload-dir` names another place"))
     };
     match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, len.0.max(1)) {
         Err(rustix::io::Errno::OPNOTSUPP) => file.set_len(len.0).map_err(failed)?,
@@ -141,7 +164,18 @@ mod tests {
         std::fs::write(home.join("own.safetensors"), "x").unwrap();
         std::os::unix::fs::symlink("../secret.safetensors", home.join("link.safetensors")).unwrap();
         assert!(confined(&home, "own.safetensors").is_ok());
-        for name in ["../secret.safetensors", "/etc/passwd", "C:\\x", "a\\..\\b", ".", "..", "", "x\0", "link.safetensors", "./own.safetensors/.."] {
+        for name in [
+            "../secret.safetensors",
+            "/etc/passwd",
+            "C:\\x",
+            "a\\..\\b",
+            ".",
+            "..",
+            "",
+            "x\0",
+            "link.safetensors",
+            "./own.safetensors/..",
+        ] {
             assert!(confined(&home, name).is_err(), "{name:?}");
         }
     }
@@ -167,7 +201,11 @@ mod tests {
         assert_eq!(std::fs::read(&path).unwrap(), b"one");
         write_atomic(&path, b"two", true).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"two");
-        assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 1, "no temporary file stays");
+        assert_eq!(
+            std::fs::read_dir(root.path()).unwrap().count(),
+            1,
+            "no temporary file stays"
+        );
     }
 
     #[test]

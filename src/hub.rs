@@ -49,7 +49,10 @@ impl FromStr for RepoId {
                 && !part.contains("--")
                 && !part.contains("..")
         };
-        if text.split('/').count() <= 2 && text.split('/').all(plain) && text.rsplit_once('.').is_none_or(|(_, ending)| ending != "git") {
+        if text.split('/').count() <= 2
+            && text.split('/').all(plain)
+            && text.rsplit_once('.').is_none_or(|(_, ending)| ending != "git")
+        {
             Ok(Self(text.to_owned()))
         } else {
             Err(

@@ -8,10 +8,13 @@
 use std::collections::HashSet;
 use std::fmt;
 
-use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
 use crate::error::{Error, Result, printable};
+
+/// The most members of an object that are looked into.
+const MAX_MEMBERS: usize = 1 << 20;
 
 /// A syntactically correct JSON text and the name it goes by in messages.
 pub struct Document {
@@ -31,8 +34,14 @@ impl Document {
             Error::input(format!("`{name}` is not UTF-8: byte {offset} starts no character"))
         })?;
         if let Some(rest) = text.strip_prefix('\u{feff}') {
-            let kind = if rest.trim_start().starts_with(['{', '[']) { "JSON" } else { "it" };
-            return Err(Error::input(format!("`{name}` starts with a byte order mark; {kind} must not")));
+            let kind = if rest.trim_start().starts_with(['{', '[']) {
+                "JSON"
+            } else {
+                "it"
+            };
+            return Err(Error::input(format!(
+                "`{name}` starts with a byte order mark; {kind} must not"
+            )));
         }
         serde_json::from_str::<IgnoredAny>(&text)
             .map_err(|e| Error::input(format!("`{name}` is not JSON")).caused_by(e))?;
@@ -140,11 +149,17 @@ impl<'a> Node<'a> {
     /// The members of an object in their order.
     ///
     /// # Errors
-    /// The value is no object, or a name stands twice.
+    /// The value is no object, a name stands twice, or the members are too many.
     pub fn members(&self) -> Result<Vec<Member<'a>>> {
         let pairs = serde_json::Deserializer::from_str(self.raw)
             .deserialize_map(Pairs)
-            .map_err(|_| self.wrong("an object"))?;
+            .map_err(|_| {
+                if self.is_object() {
+                    self.error(format!("an object of more than {MAX_MEMBERS} members is not read"))
+                } else {
+                    self.wrong("an object")
+                }
+            })?;
         let mut seen = HashSet::with_capacity(pairs.len());
         let mut members = Vec::with_capacity(pairs.len());
         for (key, value) in pairs {
@@ -178,7 +193,11 @@ impl<'a> Node<'a> {
     /// # Errors
     /// The value has another shape.
     pub fn parse<T: serde::Deserialize<'a>>(&self) -> Result<T> {
-        serde_json::from_str(self.raw).map_err(|e| self.error("this value is not as it must be").caused_by(e))
+        serde_json::from_str(self.raw).map_err(|e| {
+            // The value's own place is told instead; serde counts from its start.
+            let (text, place) = (e.to_string(), format!(" at line {} column {}", e.line(), e.column()));
+            self.error(printable(text.strip_suffix(&place).unwrap_or(&text)))
+        })
     }
 
     /// A text.
@@ -229,6 +248,9 @@ impl<'de> Visitor<'de> for Pairs {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let mut pairs = Vec::new();
         while let Some(pair) = map.next_entry()? {
+            if pairs.len() == MAX_MEMBERS {
+                return Err(A::Error::custom("too many members"));
+            }
             pairs.push(pair);
         }
         Ok(pairs)
@@ -281,9 +303,18 @@ mod tests {
         for (text, message) in [
             ("{\"a\": 1,}", "`x.json` is not JSON"),
             ("\u{feff}{}", "`x.json` starts with a byte order mark; JSON must not"),
-            ("[1]", "`x.json`, line 1, column 1: an object is wanted here, not a list"),
-            ("{\"a\": 1, \"b\": 2,\n \"a\": 3}", "`x.json`, line 2, column 2: `a` stands twice in this object"),
-            ("{\"a\": 1, \"\\u0061\": 3}", "`x.json`, line 1, column 10: `a` stands twice in this object"),
+            (
+                "[1]",
+                "`x.json`, line 1, column 1: an object is wanted here, not a list",
+            ),
+            (
+                "{\"a\": 1, \"b\": 2,\n \"a\": 3}",
+                "`x.json`, line 2, column 2: `a` stands twice in this object",
+            ),
+            (
+                "{\"a\": 1, \"\\u0061\": 3}",
+                "`x.json`, line 1, column 10: `a` stands twice in this object",
+            ),
         ] {
             let error = match document(text) {
                 Ok(document) => document.root().members().err().expect(text),

@@ -47,7 +47,14 @@
 //! | 0 | [`error`], [`bytes`], [`device`], [`module_path`], [`json`], [`fs`], [`source`] |
 
 #![warn(clippy::unwrap_used)]
-#![cfg_attr(test, allow(clippy::cast_possible_truncation, clippy::float_cmp, reason = "tests know their numbers"))]
+#![cfg_attr(
+    test,
+    allow(
+        clippy::cast_possible_truncation,
+        clippy::float_cmp,
+        reason = "tests know their numbers"
+    )
+)]
 
 pub mod architecture;
 pub mod backend;

@@ -1,6 +1,10 @@
 //! The Hub, served by a fake one on this machine.
 #![cfg(feature = "hub")]
-#![allow(clippy::cast_possible_truncation, clippy::disallowed_methods, reason = "small numbers, and a test of the environment")]
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::disallowed_methods,
+    reason = "small numbers, and a test of the environment"
+)]
 
 #[path = "support/fake_hub.rs"]
 mod fake_hub;

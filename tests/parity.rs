@@ -76,7 +76,11 @@ fn best(logits: &[f32]) -> u32 {
 
 fn assert_is_transformers(model: &mut Model, name: &str) {
     for case in Case::all_of(name) {
-        assert_eq!(greedy(model, &case.input_ids, case.greedy_ids.len()), case.greedy_ids, "{name}");
+        assert_eq!(
+            greedy(model, &case.input_ids, case.greedy_ids.len()),
+            case.greedy_ids,
+            "{name}"
+        );
         let logits = logits(model, &case.sequence());
         let prompt = difference(&logits[case.input_ids.len() - 1], &case.prompt_logits);
         let last = difference(logits.last().unwrap(), &case.final_logits);
@@ -101,10 +105,12 @@ fn unquantized_parity_checkpoints_are_transformers() {
 fn split_at_every_block_boundary_is_transformers() {
     for name in CHECKPOINTS {
         for boundary in 0..=3 {
-            let blocks = |from: usize, to: usize, device| (from..to).map(move |i| format!(r#""model.layers.{i}": "{device}","#));
+            let blocks =
+                |from: usize, to: usize, device| (from..to).map(move |i| format!(r#""model.layers.{i}": "{device}","#));
             let entries: String = blocks(0, boundary, "cpu").chain(blocks(boundary, 3, "disk")).collect();
             let head = if name == "parity/llama31" { "cpu" } else { "disk" };
-            let map = format!(r#"{{"model.embed_tokens": "cpu", {entries} "model.norm": "disk", "lm_head": "{head}"}}"#);
+            let map =
+                format!(r#"{{"model.embed_tokens": "cpu", {entries} "model.norm": "disk", "lm_head": "{head}"}}"#);
             assert_is_transformers(&mut load(name, Scheme::None, Some(&map)), name);
         }
     }
@@ -130,11 +136,17 @@ fn agreement(scheme: Scheme) -> f64 {
     for case in Case::all_of("ferris-7m") {
         let logits = logits(&mut model, &case.sequence());
         let predicted = logits[case.input_ids.len() - 1..].iter().map(|logits| best(logits));
-        agreed += predicted.zip(&case.greedy_ids).filter(|(ours, theirs)| ours == *theirs).count();
+        agreed += predicted
+            .zip(&case.greedy_ids)
+            .filter(|(ours, theirs)| ours == *theirs)
+            .count();
         total += case.greedy_ids.len();
     }
     let share = agreed as f64 / total as f64;
-    println!("{scheme}: {agreed} of {total} greedy tokens agree ({:.1} %)", share * 100.0);
+    println!(
+        "{scheme}: {agreed} of {total} greedy tokens agree ({:.1} %)",
+        share * 100.0
+    );
     share
 }
 
@@ -158,7 +170,11 @@ fn moving_blocks_between_memory_and_disk_changes_no_token() {
             r#"{"": "cpu", "model.layers.3": "disk", "model.layers.7": "disk"}"#,
             r#"{"": "disk", "model.layers.1": "cpu", "model.norm": "cpu"}"#,
         ] {
-            assert_eq!(greedy(&mut load("ferris-7m", scheme, Some(map)), prompt, 30), here, "{scheme} {map}");
+            assert_eq!(
+                greedy(&mut load("ferris-7m", scheme, Some(map)), prompt, 30),
+                here,
+                "{scheme} {map}"
+            );
         }
     }
 }

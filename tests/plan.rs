@@ -36,7 +36,18 @@ fn llama_8b_unquantized_takes_its_tensors_bytes() {
 
 #[test]
 fn llama_8b_int4_is_split_over_unequal_gpus_by_their_shares() {
-    let (code, plan) = plan(&shapes::llama_8b(), 4, &["--quantize", "int4", "--device", "cuda:0=8GiB", "--device", "cuda:1=4GiB"]);
+    let (code, plan) = plan(
+        &shapes::llama_8b(),
+        4,
+        &[
+            "--quantize",
+            "int4",
+            "--device",
+            "cuda:0=8GiB",
+            "--device",
+            "cuda:1=4GiB",
+        ],
+    );
     assert_eq!(code, Some(0));
     let shares: Vec<f64> = plan["devices"]
         .as_array()
@@ -52,19 +63,31 @@ fn llama_8b_int4_is_split_over_unequal_gpus_by_their_shares() {
     let rows_of_blocks = 32 * (4096 + 1024 + 1024 + 4096 + 14_336 + 14_336 + 4096) * 2;
     let norms = (32 * 2 + 1) * 4096 * 2;
     let embedding_and_head = 2 * (128_256 * 4096 + 128_256 * 4);
-    let weights: u64 = plan["modules"].as_array().unwrap().iter().map(|module| bytes(module, "weights")).sum();
+    let weights: u64 = plan["modules"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|module| bytes(module, "weights"))
+        .sum();
     assert_eq!(weights, blocks + rows_of_blocks + norms + embedding_and_head);
 }
 
 #[test]
 fn llama_405b_on_eight_gpus() {
-    let devices: Vec<String> = (0..8).flat_map(|i| ["--device".to_owned(), format!("cuda:{i}=80GiB")]).collect();
+    let devices: Vec<String> = (0..8)
+        .flat_map(|i| ["--device".to_owned(), format!("cuda:{i}=80GiB")])
+        .collect();
     let mut arguments: Vec<&str> = devices.iter().map(String::as_str).collect();
     let (code, unquantized) = plan(&shapes::llama_405b(), 191, &arguments);
     assert_eq!(code, Some(3));
     assert_eq!(unquantized["parameters"], 405_853_388_800u64);
     assert_eq!(unquantized["fits"], false);
-    let fitting: Vec<_> = unquantized["remedies"].as_array().unwrap().iter().filter_map(|remedy| remedy["scheme"].as_str()).collect();
+    let fitting: Vec<_> = unquantized["remedies"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter_map(|remedy| remedy["scheme"].as_str())
+        .collect();
     assert_eq!(fitting, ["int8", "int4"]);
 
     arguments.extend(["--quantize", "int4"]);

@@ -41,7 +41,9 @@ impl Inventory {
 
 /// A field of /proc/meminfo, which counts in KiB.
 fn field(meminfo: &str, key: &str) -> Option<Bytes> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     kib.checked_mul(KIB).map(Bytes)
 }
@@ -54,7 +56,10 @@ fn control_group_limits(root: &Path) -> Vec<(Bytes, Bytes)> {
         return Vec::new();
     };
     let start = root.join(path);
-    let groups = start.ancestors().take_while(|group| group.starts_with(root)).map(PathBuf::from);
+    let groups = start
+        .ancestors()
+        .take_while(|group| group.starts_with(root))
+        .map(PathBuf::from);
     groups.filter_map(|group| limit(&group)).collect()
 }
 
@@ -64,7 +69,10 @@ fn limit(group: &Path) -> Option<(Bytes, Bytes)> {
     let limit = number(read("memory.max")?)?;
     let used = number(read("memory.current")?)?;
     let stat = read("memory.stat").unwrap_or_default();
-    let cache = stat.lines().find_map(|line| line.strip_prefix("inactive_file ")).and_then(|n| n.parse().ok());
+    let cache = stat
+        .lines()
+        .find_map(|line| line.strip_prefix("inactive_file "))
+        .and_then(|n| n.parse().ok());
     Some((limit, used - Bytes(cache.unwrap_or(0))))
 }
 
@@ -74,7 +82,8 @@ mod tests {
 
     #[test]
     fn fields_of_meminfo() {
-        let meminfo = "MemTotal:       24690000 kB\nMemFree:  1 kB\nMemAvailable:   20000000 kB\nHugePages_Total:       0\n";
+        let meminfo =
+            "MemTotal:       24690000 kB\nMemFree:  1 kB\nMemAvailable:   20000000 kB\nHugePages_Total:       0\n";
         assert_eq!(field(meminfo, "MemAvailable"), Some(Bytes(20_000_000 * 1024)));
         assert_eq!(field(meminfo, "MemTotal"), Some(Bytes(24_690_000 * 1024)));
         assert_eq!(field(meminfo, "HugePages_Total"), None);

@@ -20,6 +20,8 @@ pub const LENGTH_FIELD: usize = 8;
 pub const MAX_HEADER: u64 = 100_000_000;
 /// The most tensors that one shard may name.
 pub const MAX_TENSORS: usize = 1_000_000;
+/// The most dimensions that a tensor may have.
+pub const MAX_RANK: usize = 64;
 /// The longest name of a tensor, in bytes.
 pub const MAX_NAME: usize = 512;
 
@@ -42,11 +44,20 @@ pub struct TensorInfo {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HeaderError {
+    /// A tensor is described in another shape than the format's.
+    #[error("describes tensor `{}` in a way that cannot be read", printable(.name))]
+    Entry {
+        /// The tensor.
+        name: String,
+        /// What cannot be read.
+        #[source]
+        cause: crate::Error,
+    },
     /// The file is a pointer that `git` left in place of the file.
     #[error("is a Git LFS pointer, not the file itself")]
     GitLfsPointer,
     /// Gaps, overlaps, or an order that runs backwards.
-    #[error("tensor `{name}` starts at byte {start} of the data, but the data before it ends at byte {expected}")]
+    #[error("tensor `{}` starts at byte {start} of the data, but the data before it ends at byte {expected}", printable(.name))]
     Gap {
         /// The tensor.
         name: String,
@@ -61,8 +72,19 @@ pub enum HeaderError {
     /// A name that is empty, too long or holds control characters.
     #[error("names a tensor `{}`; names have 1 to {MAX_NAME} bytes and no control characters", printable(.0))]
     Name(String),
+    /// A shape of more dimensions than the limit.
+    #[error("tensor `{}` has {rank} dimensions; at most {MAX_RANK} are read", printable(.name))]
+    Rank {
+        /// The tensor.
+        name: String,
+        /// How many dimensions it says it has.
+        rank: usize,
+    },
     /// The shape, the dtype and the range do not agree.
-    #[error("tensor `{name}` of shape {shape:?} and dtype {dtype:?} does not take the bytes {start}..{end} that it is given")]
+    #[error(
+        "tensor `{}` of shape {} and dtype {dtype:?} does not take the bytes {start}..{end} that it is given",
+        printable(.name), printable(&format!("{shape:?}"))
+    )]
     Size {
         /// The tensor.
         name: String,
@@ -103,6 +125,7 @@ pub enum HeaderError {
 }
 
 #[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Entry {
     dtype: Dtype,
     shape: Vec<u64>,
@@ -152,13 +175,21 @@ pub fn parse(header: Vec<u8>, file: Bytes) -> Result<Vec<TensorInfo>, HeaderErro
     let mut tensors = Vec::with_capacity(members.len());
     for member in members {
         if member.name == "__metadata__" {
+            member.value.members().map_err(HeaderError::Json)?;
             continue;
         }
         let name = member.name;
         if name.is_empty() || name.len() > MAX_NAME || name.chars().any(char::is_control) {
             return Err(HeaderError::Name(name));
         }
-        let entry: Entry = member.value.parse().map_err(HeaderError::Json)?;
+        let entry: Entry = match member.value.parse() {
+            Ok(entry) => entry,
+            Err(cause) => return Err(HeaderError::Entry { name, cause }),
+        };
+        let rank = entry.shape.len();
+        if rank > MAX_RANK {
+            return Err(HeaderError::Rank { name, rank });
+        }
         let (start, end) = entry.data_offsets;
         if byte_size(entry.dtype, &entry.shape).is_none_or(|size| start.checked_add(size) != Some(end)) {
             return Err(HeaderError::Size {
@@ -205,7 +236,9 @@ pub fn parse(header: Vec<u8>, file: Bytes) -> Result<Vec<TensorInfo>, HeaderErro
 
 /// The bytes of a tensor, where they are a number of whole bytes below 2^64.
 fn byte_size(dtype: Dtype, shape: &[u64]) -> Option<u64> {
-    let elements = shape.iter().try_fold(1u64, |product, extent| product.checked_mul(*extent))?;
+    let elements = shape
+        .iter()
+        .try_fold(1u64, |product, extent| product.checked_mul(*extent))?;
     let bits = elements.checked_mul(dtype.bitsize() as u64)?;
     bits.is_multiple_of(8).then_some(bits / 8)
 }
@@ -250,18 +283,46 @@ mod tests {
             ("", 0, "has a header that cannot be read: `header` is not JSON"),
             ("{}\0\0", 0, "has a header that cannot be read: `header` is not JSON"),
             ("[]", 0, "an object is wanted here, not a list"),
-            (r#"{"a":{"dtype":"F99","shape":[1],"data_offsets":[0,4]}}"#, 4, "unknown variant `F99`"),
-            (r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[-4,0]}}"#, 4, "invalid value: integer `-4`"),
-            (r#"{"a":{"dtype":"F32","shape":[1],"shape":[1],"data_offsets":[0,4]}}"#, 4, "duplicate field `shape`"),
+            (
+                r#"{"a":{"dtype":"F99","shape":[1],"data_offsets":[0,4]}}"#,
+                4,
+                "unknown variant `F99`",
+            ),
+            (
+                r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[-4,0]}}"#,
+                4,
+                "invalid value: integer `-4`",
+            ),
+            (
+                r#"{"a":{"dtype":"F32","shape":[1],"shape":[1],"data_offsets":[0,4]}}"#,
+                4,
+                "duplicate field `shape`",
+            ),
             (
                 r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"I32","shape":[1],"data_offsets":[0,4]}}"#,
                 4,
                 "`a` stands twice in this object",
             ),
-            (r#"{"":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#, 4, "names a tensor ``"),
-            (r#"{"a\u0000b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#, 4, r"names a tensor `a\0b`"),
-            (r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}"#, 4, "tensor `a` of shape [2] and dtype F32 does not take the bytes 0..4"),
-            (r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,0]}}"#, 4, "tensor `a` of shape [1] and dtype F32 does not take the bytes 4..0"),
+            (
+                r#"{"":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#,
+                4,
+                "names a tensor ``",
+            ),
+            (
+                r#"{"a\u0000b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#,
+                4,
+                r"names a tensor `a\0b`",
+            ),
+            (
+                r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}"#,
+                4,
+                "tensor `a` of shape [2] and dtype F32 does not take the bytes 0..4",
+            ),
+            (
+                r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,0]}}"#,
+                4,
+                "tensor `a` of shape [1] and dtype F32 does not take the bytes 4..0",
+            ),
             (
                 r#"{"a":{"dtype":"U8","shape":[18446744073709551615,2],"data_offsets":[0,4]}}"#,
                 4,
@@ -277,8 +338,16 @@ mod tests {
                 6,
                 "tensor `b` starts at byte 2 of the data, but the data before it ends at byte 4",
             ),
-            (r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#, 3, "is 65 bytes, its header needs 66; the download is incomplete"),
-            (r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#, 9, "5 bytes follow the last tensor"),
+            (
+                r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#,
+                3,
+                "is 65 bytes, its header needs 66; the download is incomplete",
+            ),
+            (
+                r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#,
+                9,
+                "5 bytes follow the last tensor",
+            ),
             (
                 &format!(
                     r#"{{"a":{{"dtype":"U8","shape":[{huge}],"data_offsets":[0,{huge}]}},"b":{{"dtype":"U8","shape":[{huge}],"data_offsets":[{huge},{}]}}}}"#,
@@ -297,7 +366,13 @@ mod tests {
     fn sums_near_two_to_the_64_are_refused() {
         let part = (1u64 << 61) - 1;
         let entries: Vec<_> = (0..8)
-            .map(|i| format!(r#""t{i}":{{"dtype":"U8","shape":[{part}],"data_offsets":[{},{}]}}"#, part * i, part * (i + 1)))
+            .map(|i| {
+                format!(
+                    r#""t{i}":{{"dtype":"U8","shape":[{part}],"data_offsets":[{},{}]}}"#,
+                    part * i,
+                    part * (i + 1)
+                )
+            })
             .collect();
         let error = read(&format!("{{{}}}", entries.join(",")), 0).unwrap_err();
         assert!(error.contains("the download is incomplete"), "{error}");
@@ -305,7 +380,10 @@ mod tests {
 
     #[test]
     fn a_name_of_a_megabyte_is_refused() {
-        let json = format!(r#"{{"{}":{{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}}}"#, "n".repeat(1 << 20));
+        let json = format!(
+            r#"{{"{}":{{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}}}"#,
+            "n".repeat(1 << 20)
+        );
         let error = read(&json, 4).unwrap_err();
         assert!(error.len() < 300 && error.contains("names a tensor `nnn"), "{error}");
     }
@@ -315,11 +393,31 @@ mod tests {
         let length = |bytes: &[u8], file| length(bytes, Bytes(file)).map_err(|e| e.to_string());
         assert_eq!(length(&64u64.to_le_bytes(), 100), Ok(64));
         for (bytes, file, message) in [
-            (&b""[..], 0, "is 0 bytes, its header needs 8; the download is incomplete"),
-            (&[1, 0, 0, 0, 0, 0, 0], 7, "is 7 bytes, its header needs 8; the download is incomplete"),
-            (&93u64.to_le_bytes(), 100, "is 100 bytes, its header needs 101; the download is incomplete"),
-            (&u64::MAX.to_le_bytes(), 100, "says that its header has 18446744073709551615 bytes; at most 100000000 are read"),
-            (b"version https://git-lfs.github.com/spec/v1", 130, "is a Git LFS pointer, not the file itself"),
+            (
+                &b""[..],
+                0,
+                "is 0 bytes, its header needs 8; the download is incomplete",
+            ),
+            (
+                &[1, 0, 0, 0, 0, 0, 0],
+                7,
+                "is 7 bytes, its header needs 8; the download is incomplete",
+            ),
+            (
+                &93u64.to_le_bytes(),
+                100,
+                "is 100 bytes, its header needs 101; the download is incomplete",
+            ),
+            (
+                &u64::MAX.to_le_bytes(),
+                100,
+                "says that its header has 18446744073709551615 bytes; at most 100000000 are read",
+            ),
+            (
+                b"version https://git-lfs.github.com/spec/v1",
+                130,
+                "is a Git LFS pointer, not the file itself",
+            ),
         ] {
             assert_eq!(length(bytes, file), Err(message.to_owned()));
         }

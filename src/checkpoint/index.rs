@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 
 use crate::bytes::{Bytes, MIB};
-use crate::source::Source;
 use crate::error::{Result, printable};
+use crate::fs;
 use crate::json::Document;
+use crate::source::Source;
 
 /// The index's file name.
 pub const FILE: &str = "model.safetensors.index.json";
@@ -38,7 +39,9 @@ impl Index {
             let shard = entry.value.text()?;
             if !is_plain_shard_name(&shard) {
                 let shard = printable(&shard);
-                return Err(entry.value.error(format!("`{shard}` is no plain name of a .safetensors file")));
+                return Err(entry
+                    .value
+                    .error(format!("`{shard}` is no plain name of a .safetensors file")));
             }
             named.insert(entry.name, shard);
         }
@@ -49,20 +52,24 @@ impl Index {
         shards.sort();
         shards.dedup();
         let position = |shard: &String| shards.binary_search(shard).unwrap_or_default();
-        let weight_map = named.into_iter().map(|(tensor, shard)| { let at = position(&shard); (tensor, at) }).collect();
+        let weight_map = named
+            .into_iter()
+            .map(|(tensor, shard)| {
+                let at = position(&shard);
+                (tensor, at)
+            })
+            .collect();
         Ok(Self { weight_map, shards })
     }
 }
 
-/// Whether `name` may be joined to a directory or a URL: a plain file name,
-/// or a relative path of such, that ends in `.safetensors`.
+/// Whether `name` is a plain name that ends in `.safetensors` and means the same in a URL.
 pub fn is_plain_shard_name(name: &str) -> bool {
     const LONGEST: usize = 255;
     name.len() <= LONGEST
         && name.ends_with(".safetensors")
-        && !name.contains(['\\', ':', '?', '#', '%'])
-        && !name.chars().any(char::is_control)
-        && name.split('/').all(|part| !part.is_empty() && part != "." && part != "..")
+        && !name.contains(['?', '#', '%'])
+        && fs::is_plain_name(name)
 }
 
 #[cfg(test)]
@@ -74,7 +81,17 @@ mod tests {
         for good in ["model-00001-of-00003.safetensors", "sub/model.safetensors"] {
             assert!(is_plain_shard_name(good), "{good}");
         }
-        for bad in ["", "model.bin", "../x.safetensors", "/etc/x.safetensors", "a//x.safetensors", "C:\\x.safetensors", "a\\..\\b.safetensors", ".", "x.safetensors\0"] {
+        for bad in [
+            "",
+            "model.bin",
+            "../x.safetensors",
+            "/etc/x.safetensors",
+            "a//x.safetensors",
+            "C:\\x.safetensors",
+            "a\\..\\b.safetensors",
+            ".",
+            "x.safetensors\0",
+        ] {
             assert!(!is_plain_shard_name(bad), "{bad}");
         }
     }

@@ -11,9 +11,9 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 use safetensors::Dtype;
 
-pub use header::{HeaderError, MAX_HEADER, MAX_NAME, MAX_TENSORS, TensorInfo};
-pub use index::Index;
 pub use crate::source::{LocalDirectory, Source};
+pub use header::{HeaderError, MAX_HEADER, MAX_NAME, MAX_RANK, MAX_TENSORS, TensorInfo};
+pub use index::Index;
 
 use crate::bytes::Bytes;
 use crate::error::{Error, Result, first_five, printable};
@@ -82,9 +82,16 @@ impl Checkpoint {
         } else {
             return Err(no_weights(source));
         };
-        let shards = index.as_ref().map_or_else(|| vec![SINGLE_FILE.to_owned()], |index| index.shards.clone());
-        let (shard_sizes, headers): (Vec<_>, Vec<_>) =
-            shards.par_iter().map(|shard| read_header(source, shard)).collect::<Result<Vec<_>>>()?.into_iter().unzip();
+        let shards = index
+            .as_ref()
+            .map_or_else(|| vec![SINGLE_FILE.to_owned()], |index| index.shards.clone());
+        check_presence(source, &shards)?;
+        let (shard_sizes, headers): (Vec<_>, Vec<_>) = shards
+            .par_iter()
+            .map(|shard| read_header(source, shard))
+            .collect::<Result<Vec<_>>>()?
+            .into_iter()
+            .unzip();
         let (catalog, unlisted) = match index {
             Some(index) => catalog_by_index(source, &index, headers)?,
             None => (headers.into_iter().flatten().map(|info| entry(0, info)).collect(), 0),
@@ -102,12 +109,46 @@ impl Checkpoint {
 }
 
 fn no_weights(source: &dyn Source) -> Error {
-    let error = Error::input(format!("`{}` is missing, and so is `{}`", source.display(SINGLE_FILE), index::FILE));
-    let pickles = ["pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth"];
+    let error = Error::input(format!(
+        "`{}` is missing, and so is `{}`",
+        source.display(SINGLE_FILE),
+        index::FILE
+    ));
+    let pickles = [
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "consolidated.00.pth",
+    ];
     match pickles.iter().find(|file| source.has(file).unwrap_or(false)) {
-        Some(file) => error.hint(format!("`{file}` is a Python pickle, which can run code and is never read; convert the checkpoint to safetensors")),
+        Some(file) => error.hint(format!(
+            "`{file}` is a Python pickle, which can run code and is never read; convert the checkpoint to safetensors"
+        )),
         None => error.hint("the directory must hold a checkpoint in safetensors format, as Transformers saves it"),
     }
+}
+
+/// Refuses a local directory that lacks shards; the Hub says so itself, of each file.
+fn check_presence(source: &dyn Source, shards: &[String]) -> Result<()> {
+    let Some(directory) = source.directory() else {
+        return Ok(());
+    };
+    let mut missing = Vec::new();
+    for shard in shards {
+        if !source.has(shard)? {
+            missing.push(shard);
+        }
+    }
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(Error::input(format!(
+        "`{}` lacks {} of the {} shards that its index names: {}",
+        directory.display(),
+        missing.len(),
+        shards.len(),
+        first_five(missing)
+    ))
+    .hint("the download is incomplete; download the checkpoint again"))
 }
 
 /// The size of a shard and the tensors in it.
@@ -120,7 +161,7 @@ fn read_header(source: &dyn Source, shard: &str) -> Result<(Bytes, Vec<TensorInf
         };
         let what = format!("`{}` {error}", source.display(shard));
         let error = match error {
-            HeaderError::Json(cause) => Error::input(what).caused_by(cause),
+            HeaderError::Json(cause) | HeaderError::Entry { cause, .. } => Error::input(what).caused_by(cause),
             HeaderError::SecondJudge(cause) => Error::input(what).caused_by(cause),
             _ => Error::input(what),
         };
@@ -172,10 +213,16 @@ fn catalog_by_index(
             }
         }
     }
-    let mut lacking = index.weight_map.iter().filter(|(name, _)| !catalog.contains_key(*name)).peekable();
+    let mut lacking = index
+        .weight_map
+        .iter()
+        .filter(|(name, _)| !catalog.contains_key(*name))
+        .peekable();
     if let Some((_, shard)) = lacking.peek() {
         let shard = *shard;
-        let names = lacking.filter(|(_, at)| **at == *shard).map(|(name, _)| printable(name));
+        let names = lacking
+            .filter(|(_, at)| **at == *shard)
+            .map(|(name, _)| printable(name));
         return Err(Error::input(format!(
             "`{}` lacks what the index says it holds: {}",
             source.display(&index.shards[*shard]),

@@ -52,7 +52,8 @@ impl Environment {
 
     /// Whether a switch is on, as Hugging Face reads it.
     fn is_on(&self, name: &str) -> bool {
-        self.text(name).is_some_and(|value| ["1", "ON", "YES", "TRUE"].contains(&value.to_uppercase().as_str()))
+        self.text(name)
+            .is_some_and(|value| ["1", "ON", "YES", "TRUE"].contains(&value.to_uppercase().as_str()))
     }
 
     /// The directory for large temporary files: not `/tmp`, which is in memory on many systems.
@@ -92,7 +93,9 @@ mod hub {
         pub fn hub(&self) -> Result<HubOptions> {
             let home = self.path("HF_HOME").unwrap_or_else(|| {
                 let cache = self.path("XDG_CACHE_HOME");
-                cache.unwrap_or_else(|| self.path("HOME").unwrap_or_else(|| ".".into()).join(".cache")).join("huggingface")
+                cache
+                    .unwrap_or_else(|| self.path("HOME").unwrap_or_else(|| ".".into()).join(".cache"))
+                    .join("huggingface")
             });
             let cache = self.path("HF_HUB_CACHE").or_else(|| self.path("HUGGINGFACE_HUB_CACHE"));
             let endpoint = self.text("HF_ENDPOINT").unwrap_or(ENDPOINT).trim_end_matches('/');
@@ -117,7 +120,11 @@ mod hub {
             }
             let bytes = evenkeel::fs::read_capped(&path, TOKEN_CAP)?;
             let token = String::from_utf8_lossy(&bytes).trim().to_owned();
-            if token.is_empty() { Ok(None) } else { Token::new(&token).map(Some) }
+            if token.is_empty() {
+                Ok(None)
+            } else {
+                Token::new(&token).map(Some)
+            }
         }
     }
 }
@@ -127,7 +134,12 @@ mod tests {
     use super::*;
 
     fn environment(variables: &[(&'static str, &str)]) -> Environment {
-        Environment(variables.iter().map(|(name, value)| (*name, (*value).to_owned())).collect())
+        Environment(
+            variables
+                .iter()
+                .map(|(name, value)| (*name, (*value).to_owned()))
+                .collect(),
+        )
     }
 
     #[test]
@@ -155,7 +167,11 @@ mod tests {
             (&[("HF_HOME", "/f"), ("HUGGINGFACE_HUB_CACHE", "/l")], "/l"),
             (&[("HF_HUB_CACHE", "/c"), ("HUGGINGFACE_HUB_CACHE", "/l")], "/c"),
         ] {
-            assert_eq!(environment(variables).hub().unwrap().cache, PathBuf::from(cache), "{variables:?}");
+            assert_eq!(
+                environment(variables).hub().unwrap().cache,
+                PathBuf::from(cache),
+                "{variables:?}"
+            );
         }
     }
 
@@ -165,9 +181,16 @@ mod tests {
         let hub = |variables: &[(&'static str, &str)]| environment(variables).hub().unwrap();
         assert!(hub(&[("HF_HUB_OFFLINE", "yes")]).offline);
         assert!(!hub(&[("HF_HUB_OFFLINE", "0")]).offline);
-        assert_eq!(hub(&[("HF_ENDPOINT", "http://127.0.0.1:1/")]).endpoint, "http://127.0.0.1:1");
+        assert_eq!(
+            hub(&[("HF_ENDPOINT", "http://127.0.0.1:1/")]).endpoint,
+            "http://127.0.0.1:1"
+        );
         assert!(hub(&[("HF_TOKEN", "hf_x")]).token.is_some());
-        assert!(hub(&[("HF_TOKEN", "hf_x"), ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")]).token.is_none());
+        assert!(
+            hub(&[("HF_TOKEN", "hf_x"), ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")])
+                .token
+                .is_none()
+        );
         let directory = tempfile::tempdir().unwrap();
         std::fs::write(directory.path().join("token"), "hf_y\n").unwrap();
         let home = directory.path().to_str().unwrap();

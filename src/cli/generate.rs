@@ -65,7 +65,11 @@ pub fn run(arguments: &GenerateArguments, environment: &Environment, printer: &P
     if arguments.stats {
         printer.stats(&model.report, &generated);
     }
-    Ok(if generated.finish == Finish::Interrupted { Exit::Interrupted } else { Exit::Done })
+    Ok(if generated.finish == Finish::Interrupted {
+        Exit::Interrupted
+    } else {
+        Exit::Done
+    })
 }
 
 fn load_with_bar(plan: &Plan, checkpoint: &Checkpoint, options: &LoadOptions, printer: &Printer) -> Result<Model> {
@@ -133,20 +137,22 @@ fn json_line(event: &Event) -> String {
 }
 
 fn new_tokens(arguments: &SamplingArguments, context: usize, prompt: usize) -> usize {
-    arguments.max_new_tokens.unwrap_or_else(|| context.saturating_sub(prompt).min(DEFAULT_NEW_TOKENS))
+    arguments
+        .max_new_tokens
+        .unwrap_or_else(|| context.saturating_sub(prompt).min(DEFAULT_NEW_TOKENS))
 }
 
 /// The prompt from the flag, the file or standard input.
 fn read_prompt(arguments: &PromptArguments) -> Result<String> {
-    let not_text = |what: String| move |e: std::string::FromUtf8Error| Error::input(format!("{what} is not UTF-8")).caused_by(e);
+    let not_text =
+        |what: String| move |e: std::string::FromUtf8Error| Error::input(format!("{what} is not UTF-8")).caused_by(e);
     match (&arguments.prompt, &arguments.prompt_file) {
         (Some(prompt), _) if prompt != "-" => Ok(prompt.clone()),
         (None, Some(file)) => {
             String::from_utf8(fs::read_capped(file, PROMPT_CAP)?).map_err(not_text(format!("`{}`", file.display())))
         }
-        (None, None) if stdin().is_terminal() => {
-            Err(Error::usage("there is no prompt").hint("give one with `--prompt TEXT` or `--prompt-file FILE`, or pipe it in"))
-        }
+        (None, None) if stdin().is_terminal() => Err(Error::usage("there is no prompt")
+            .hint("give one with `--prompt TEXT` or `--prompt-file FILE`, or pipe it in")),
         _ => {
             let mut bytes = Vec::new();
             let read = stdin().lock().take(PROMPT_CAP.0 + 1).read_to_end(&mut bytes);
@@ -199,15 +205,27 @@ impl Printer {
     fn stats(&self, loaded: &LoadReport, generated: &GenerateReport) {
         let rate = |count: usize, seconds: f64| if seconds > 0.0 { count as f64 / seconds } else { 0.0 };
         let gigabytes = loaded.read.0 as f64 / 1e9 / loaded.seconds;
-        self.note(&format!("load      {} in {:.2} s, {gigabytes:.2} GB/s", loaded.read, loaded.seconds));
+        self.note(&format!(
+            "load      {} in {:.2} s, {gigabytes:.2} GB/s",
+            loaded.read, loaded.seconds
+        ));
         let (prompt, new) = (generated.prompt_tokens, generated.generated_tokens);
-        self.note(&format!("prefill   {prompt} tokens, {:.1} tok/s", rate(prompt, generated.prefill_seconds)));
+        self.note(&format!(
+            "prefill   {prompt} tokens, {:.1} tok/s",
+            rate(prompt, generated.prefill_seconds)
+        ));
         // The first token comes with the prefill.
         let decoded = new.saturating_sub(1);
-        self.note(&format!("decode    {new} tokens, {:.1} tok/s", rate(decoded, generated.decode_seconds)));
+        self.note(&format!(
+            "decode    {new} tokens, {:.1} tok/s",
+            rate(decoded, generated.decode_seconds)
+        ));
         for device in &loaded.devices {
             if device.planned > Bytes::ZERO || device.measured > Bytes::ZERO {
-                self.note(&format!("{:<9} planned {}, measured {}", device.id, device.planned, device.measured));
+                self.note(&format!(
+                    "{:<9} planned {}, measured {}",
+                    device.id, device.planned, device.measured
+                ));
             }
         }
     }

@@ -22,7 +22,12 @@ pub enum Need {
 }
 
 /// Opens a checkpoint in a directory or on the Hub.
-pub fn open(arguments: &ModelArguments, need: Need, environment: &Environment, printer: &Printer) -> Result<Checkpoint> {
+pub fn open(
+    arguments: &ModelArguments,
+    need: Need,
+    environment: &Environment,
+    printer: &Printer,
+) -> Result<Checkpoint> {
     let model = arguments.model();
     let path = Path::new(model);
     let checkpoint = if path.exists() {
@@ -48,15 +53,20 @@ fn could_be_repository(model: &str) -> bool {
 }
 
 #[cfg(feature = "hub")]
-fn from_hub(arguments: &ModelArguments, need: Need, environment: &Environment, printer: &Printer) -> Result<Checkpoint> {
+fn from_hub(
+    arguments: &ModelArguments,
+    need: Need,
+    environment: &Environment,
+    printer: &Printer,
+) -> Result<Checkpoint> {
     use evenkeel::hub::{Hub, HubEvent, RepoId};
 
     use super::progress::Bar;
 
     let model = arguments.model();
-    let id: RepoId = model
-        .parse()
-        .map_err(|e| Error::input(format!("`{model}` is neither a directory nor a repository on the Hub")).caused_by(e))?;
+    let id: RepoId = model.parse().map_err(|e| {
+        Error::input(format!("`{model}` is neither a directory nor a repository on the Hub")).caused_by(e)
+    })?;
     let repository = Hub::new(environment.hub()?)?.repository(&id, &arguments.revision)?;
     if need == Need::Headers {
         return Checkpoint::read(model, &repository);
@@ -69,7 +79,10 @@ fn from_hub(arguments: &ModelArguments, need: Need, environment: &Environment, p
         }
         (HubEvent::Downloaded { bytes }, Some(bar)) => bar.set(bytes),
         (HubEvent::LockHeld { path, .. }, _) => {
-            printer.note(&format!("waiting for another process that downloads `{model}` (`{}`)", path.display()));
+            printer.note(&format!(
+                "waiting for another process that downloads `{model}` (`{}`)",
+                path.display()
+            ));
         }
         (HubEvent::RateLimited { left }, Some(bar)) => bar.say(format!("rate limit, {} s", left.as_secs())),
         _ => {}
@@ -104,6 +117,8 @@ impl PlacementArguments {
 
     /// Where weights on the disk go.
     pub fn offload_directory(&self, environment: &Environment) -> PathBuf {
-        self.offload_dir.clone().unwrap_or_else(|| environment.temporary_directory())
+        self.offload_dir
+            .clone()
+            .unwrap_or_else(|| environment.temporary_directory())
     }
 }

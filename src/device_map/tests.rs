@@ -33,8 +33,14 @@ fn resolve(json: &str, tied: bool) -> Result<Vec<String>> {
 /// The whole chain of an error in a line.
 fn refused(json: &str, tied: bool) -> String {
     let error = resolve(json, tied).expect_err(json);
-    let cause = std::error::Error::source(&error).map(|cause| format!(" | {cause}")).unwrap_or_default();
-    let hint = error.hints().first().map(|hint| format!(" | {hint}")).unwrap_or_default();
+    let cause = std::error::Error::source(&error)
+        .map(|cause| format!(" | {cause}"))
+        .unwrap_or_default();
+    let hint = error
+        .hints()
+        .first()
+        .map(|hint| format!(" | {hint}"))
+        .unwrap_or_default();
     format!("{error}{cause}{hint}")
 }
 
@@ -61,7 +67,10 @@ fn parts_of_a_block_may_be_named_if_they_stay_together() {
 #[test]
 fn a_tied_head_goes_with_its_embedding() {
     assert_eq!(resolve(r#"{"model": "disk"}"#, true).unwrap()[14], "disk");
-    assert_eq!(resolve(r#"{"model": "disk", "lm_head": "disk"}"#, true).unwrap()[14], "disk");
+    assert_eq!(
+        resolve(r#"{"model": "disk", "lm_head": "disk"}"#, true).unwrap()[14],
+        "disk"
+    );
     assert_eq!(
         refused(r#"{"model": 0, "lm_head": "cpu"}"#, true),
         "device map `map.json` puts `lm_head` on cpu and `model.embed_tokens` on cuda:0 | line 1, column 14: the model ties them: they share one copy of their weights"
@@ -96,32 +105,89 @@ fn what_is_written_reads_back_the_same() {
     let map = DeviceMap::parse("map.json", json.clone().into_bytes()).unwrap();
     assert_eq!(map.resolve(&tree).unwrap(), devices);
     assert_eq!(map.max_memory.as_ref(), Some(&budgets));
-    assert_eq!(to_json("m", map.quantize.as_ref().unwrap(), 4096, 1, &budgets, &tree, &devices), json);
+    assert_eq!(
+        to_json("m", map.quantize.as_ref().unwrap(), 4096, 1, &budgets, &tree, &devices),
+        json
+    );
     assert!(json.contains(r#""model.layers.4-7": "cpu""#), "{json}");
 }
 
 #[test]
 fn what_is_wrong_is_named_with_its_place() {
     for (json, message) in [
-        (r#"{"model.layer.3": 0, "": "cpu"}"#, "device map `map.json` places unknown module `model.layer.3` | line 1, column 2: the model has no such module | did you mean `model.layers.3`?"),
-        (r#"{"transformer.h.0": 0}"#, "device map `map.json` places unknown module `transformer.h.0` | line 1, column 2: the model has no such module | `evenkeel plan --output FILE` writes a map with this model's own names"),
-        (r#"{"model.layers.12": 0, "": 0}"#, "device map `map.json` places unknown module `model.layers.12` | line 1, column 2: the model has no such module | did you mean `model.layers.1`?"),
-        (r#"{"": 0, "model.layers.3-12": 1}"#, "device map `map.json` places unknown blocks `model.layers.3-12` | line 1, column 9: the model has the blocks 0 to 11"),
-        (r#"{"": 0, "model.layers.3-5": 1, "model.layers.5": 0}"#, "device map `map.json` places `model.layers.5` twice | line 1, column 32: an earlier entry places it already"),
-        (r#"{"model.layers": 0, "lm_head": 0, "model.norm": 1}"#, "device map `map.json` leaves out 1 module: `model.embed_tokens` | `\"\": \"cpu\"` catches all that no longer path places; `evenkeel plan --output FILE` writes a whole map"),
-        (r#"{"": 0, "model": 0, "lm_head": 1}"#, "device map `map.json` has an entry `` that places nothing | line 1, column 2: longer paths take all of its modules"),
-        (r#"{"": 0, "": 1}"#, "`map.json`, line 1, column 9: `` stands twice in this object"),
-        (r#"{"": "gpu0"}"#, "`map.json`, line 1, column 6: `gpu0` is not a device; devices are `cuda:0`, `cuda:1`, …, `cpu` and `disk`"),
-        (r#"{"": -1}"#, "`map.json`, line 1, column 6: a whole number, 0 or more, is wanted here, not -1"),
-        (r#"{"": 1.5}"#, "`map.json`, line 1, column 6: a whole number, 0 or more, is wanted here, not 1.5"),
-        (r#"{"": null}"#, "`map.json`, line 1, column 6: a whole number, 0 or more, is wanted here, not null"),
+        (
+            r#"{"model.layer.3": 0, "": "cpu"}"#,
+            "device map `map.json` places unknown module `model.layer.3` | line 1, column 2: the model has no such module | did you mean `model.layers.3`?",
+        ),
+        (
+            r#"{"transformer.h.0": 0}"#,
+            "device map `map.json` places unknown module `transformer.h.0` | line 1, column 2: the model has no such module | `evenkeel plan --output FILE` writes a map with this model's own names",
+        ),
+        (
+            r#"{"model.layers.12": 0, "": 0}"#,
+            "device map `map.json` places unknown module `model.layers.12` | line 1, column 2: the model has no such module | did you mean `model.layers.1`?",
+        ),
+        (
+            r#"{"": 0, "model.layers.3-12": 1}"#,
+            "device map `map.json` places unknown blocks `model.layers.3-12` | line 1, column 9: the model has the blocks 0 to 11",
+        ),
+        (
+            r#"{"": 0, "model.layers.3-5": 1, "model.layers.5": 0}"#,
+            "device map `map.json` places `model.layers.5` twice | line 1, column 32: an earlier entry places it already",
+        ),
+        (
+            r#"{"model.layers": 0, "lm_head": 0, "model.norm": 1}"#,
+            "device map `map.json` leaves out 1 module: `model.embed_tokens` | `\"\": \"cpu\"` catches all that no longer path places; `evenkeel plan --output FILE` writes a whole map",
+        ),
+        (
+            r#"{"": 0, "model": 0, "lm_head": 1}"#,
+            "device map `map.json` has an entry `` that places nothing | line 1, column 2: longer paths take all of its modules",
+        ),
+        (
+            r#"{"": 0, "": 1}"#,
+            "`map.json`, line 1, column 9: `` stands twice in this object",
+        ),
+        (
+            r#"{"": "gpu0"}"#,
+            "`map.json`, line 1, column 6: `gpu0` is not a device; devices are `cuda:0`, `cuda:1`, …, `cpu` and `disk`",
+        ),
+        (
+            r#"{"": -1}"#,
+            "`map.json`, line 1, column 6: a whole number, 0 or more, is wanted here, not -1",
+        ),
+        (
+            r#"{"": 1.5}"#,
+            "`map.json`, line 1, column 6: a whole number, 0 or more, is wanted here, not 1.5",
+        ),
+        (
+            r#"{"": null}"#,
+            "`map.json`, line 1, column 6: a whole number, 0 or more, is wanted here, not null",
+        ),
         ("{}", "`map.json`, line 1, column 1: the device map is empty"),
-        (r#"{"schema_version": 2, "device_map": {"": 0}}"#, "`map.json`, line 1, column 20: schema_version 2 is not known; 1 is"),
-        (r#"{"schema_version": 1, "devicemap": {"": 0}}"#, "`map.json`, line 1, column 23: `devicemap` is no key of a device map | did you mean `device_map`?"),
-        (r#"{"schema_version": 1}"#, "`map.json`, line 1, column 1: `device_map` is missing"),
-        (r#"{"context": 0, "device_map": {"": 0}}"#, "`map.json`, line 1, column 13: `context` is 0; it must be from 1 to 268435456"),
-        (r#"{"quantize": "int3", "device_map": {"": 0}}"#, "`map.json`, line 1, column 14: `int3` is not a scheme; schemes are `none`, `int8` and `int4`"),
-        (r#"{"max_memory": {"cpu": "7B"}, "device_map": {"": 0}}"#, "`map.json`, line 1, column 24: `7B` is not a size; write it like `10GiB`, `512MiB`, `10GB` or as a number of bytes"),
+        (
+            r#"{"schema_version": 2, "device_map": {"": 0}}"#,
+            "`map.json`, line 1, column 20: schema_version 2 is not known; 1 is",
+        ),
+        (
+            r#"{"schema_version": 1, "devicemap": {"": 0}}"#,
+            "`map.json`, line 1, column 23: `devicemap` is no key of a device map | did you mean `device_map`?",
+        ),
+        (
+            r#"{"schema_version": 1}"#,
+            "`map.json`, line 1, column 1: `device_map` is missing",
+        ),
+        (
+            r#"{"context": 0, "device_map": {"": 0}}"#,
+            "`map.json`, line 1, column 13: `context` is 0; it must be from 1 to 268435456",
+        ),
+        (
+            r#"{"quantize": "int3", "device_map": {"": 0}}"#,
+            "`map.json`, line 1, column 14: `int3` is not a scheme; schemes are `none`, `int8` and `int4`",
+        ),
+        (
+            r#"{"max_memory": {"cpu": "7B"}, "device_map": {"": 0}}"#,
+            "`map.json`, line 1, column 24: `7B` is not a size; write it like `10GiB`, `512MiB`, `10GB` or as a number of bytes",
+        ),
     ] {
         assert_eq!(refused(json, false), message);
     }

@@ -97,7 +97,9 @@ impl Sampler {
 
     /// The next token.
     pub fn sample(&mut self, logits: &[f32]) -> Result<u32> {
-        let token = self.choose(logits).map_err(|e| Error::input("no token can be sampled").caused_by(e))?;
+        let token = self
+            .choose(logits)
+            .map_err(|e| Error::input("no token can be sampled").caused_by(e))?;
         self.seen.push(token);
         Ok(token)
     }
@@ -143,11 +145,43 @@ mod tests {
         for (sampling, left) in [
             (Sampling::greedy(), vec![1]),
             (base.clone(), vec![0, 1, 2, 3]),
-            (Sampling { top_k: Some(2), ..base.clone() }, vec![0, 1]),
-            (Sampling { top_p: Some(0.6), ..base.clone() }, vec![0, 1]),
-            (Sampling { min_p: Some(0.2), ..base.clone() }, vec![0, 1, 3]),
-            (Sampling { top_k: Some(3), top_p: Some(0.4), ..base.clone() }, vec![1]),
-            (Sampling { min_p: Some(1.0), top_k: Some(3), ..base }, vec![1]),
+            (
+                Sampling {
+                    top_k: Some(2),
+                    ..base.clone()
+                },
+                vec![0, 1],
+            ),
+            (
+                Sampling {
+                    top_p: Some(0.6),
+                    ..base.clone()
+                },
+                vec![0, 1],
+            ),
+            (
+                Sampling {
+                    min_p: Some(0.2),
+                    ..base.clone()
+                },
+                vec![0, 1, 3],
+            ),
+            (
+                Sampling {
+                    top_k: Some(3),
+                    top_p: Some(0.4),
+                    ..base.clone()
+                },
+                vec![1],
+            ),
+            (
+                Sampling {
+                    min_p: Some(1.0),
+                    top_k: Some(3),
+                    ..base
+                },
+                vec![1],
+            ),
         ] {
             assert_eq!(tokens(sampling.clone()), left, "{sampling:?}");
         }
@@ -162,7 +196,9 @@ mod tests {
                 ..Sampling::greedy()
             };
             let mut sampler = Sampler::new(sampling, &[]);
-            (0..50).map(|_| sampler.sample(&[0.0; 100]).unwrap()).collect::<Vec<_>>()
+            (0..50)
+                .map(|_| sampler.sample(&[0.0; 100]).unwrap())
+                .collect::<Vec<_>>()
         };
         assert_eq!(run(1), run(1));
         assert_ne!(run(1), run(2));
@@ -183,15 +219,40 @@ mod tests {
     fn numbers_out_of_range_are_usage_errors() {
         let greedy = Sampling::greedy;
         for sampling in [
-            Sampling { temperature: f64::NAN, ..greedy() },
-            Sampling { temperature: -1.0, ..greedy() },
-            Sampling { top_k: Some(0), ..greedy() },
-            Sampling { top_p: Some(0.0), ..greedy() },
-            Sampling { top_p: Some(1.5), ..greedy() },
-            Sampling { min_p: Some(-0.1), ..greedy() },
-            Sampling { repetition_penalty: 0.0, ..greedy() },
+            Sampling {
+                temperature: f64::NAN,
+                ..greedy()
+            },
+            Sampling {
+                temperature: -1.0,
+                ..greedy()
+            },
+            Sampling {
+                top_k: Some(0),
+                ..greedy()
+            },
+            Sampling {
+                top_p: Some(0.0),
+                ..greedy()
+            },
+            Sampling {
+                top_p: Some(1.5),
+                ..greedy()
+            },
+            Sampling {
+                min_p: Some(-0.1),
+                ..greedy()
+            },
+            Sampling {
+                repetition_penalty: 0.0,
+                ..greedy()
+            },
         ] {
-            assert_eq!(sampling.check().unwrap_err().kind(), crate::ErrorKind::Usage, "{sampling:?}");
+            assert_eq!(
+                sampling.check().unwrap_err().kind(),
+                crate::ErrorKind::Usage,
+                "{sampling:?}"
+            );
         }
     }
 }

@@ -82,7 +82,11 @@ impl TextStream {
         let keep = if all {
             self.held.len()
         } else {
-            self.held.char_indices().map(|(at, _)| at).find(|at| begins_stop(&self.held[*at..])).unwrap_or(self.held.len())
+            self.held
+                .char_indices()
+                .map(|(at, _)| at)
+                .find(|at| begins_stop(&self.held[*at..]))
+                .unwrap_or(self.held.len())
         };
         let rest = self.held.split_off(keep);
         std::mem::replace(&mut self.held, rest)
@@ -96,7 +100,11 @@ mod tests {
     use super::*;
 
     fn tokenizer() -> Tokenizer {
-        Tokenizer::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/ferris-7m"), 4096).unwrap()
+        Tokenizer::open(
+            &Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/ferris-7m"),
+            4096,
+        )
+        .unwrap()
     }
 
     fn pieces(text: &str, stop: &[&str]) -> (Vec<String>, bool) {
@@ -116,7 +124,12 @@ mod tests {
 
     #[test]
     fn pieces_make_up_the_text() {
-        for text in ["Ownership is a set of rules.", " grüße, 世界 🦀🦀!", "a\n\n\tb", "naïve café 👩‍👩‍👧"] {
+        for text in [
+            "Ownership is a set of rules.",
+            " grüße, 世界 🦀🦀!",
+            "a\n\n\tb",
+            "naïve café 👩‍👩‍👧",
+        ] {
             let (pieces, stopped) = pieces(text, &[]);
             assert_eq!(pieces.concat(), text);
             assert!(!stopped);

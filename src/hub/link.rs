@@ -260,7 +260,8 @@ impl Link {
 }
 
 pub(super) fn is_json_error(error: &(dyn std::error::Error + 'static)) -> bool {
-    std::iter::successors(Some(error), |error| std::error::Error::source(*error)).any(<dyn std::error::Error>::is::<serde_json::Error>)
+    std::iter::successors(Some(error), |error| std::error::Error::source(*error))
+        .any(<dyn std::error::Error>::is::<serde_json::Error>)
 }
 
 pub(super) fn is_commit(text: &str) -> bool {

@@ -381,7 +381,11 @@ impl Repository {
         let mut head = self.range(link, file, size, 0, size.min(FIRST_READ))?;
         if let Some(length) = head.first_chunk() {
             let header = u64::from_le_bytes(*length).saturating_add(length.len() as u64);
-            let keep = if header <= FIRST_READ { header } else { length.len() as u64 };
+            let keep = if header <= FIRST_READ {
+                header
+            } else {
+                length.len() as u64
+            };
             head.truncate(usize::try_from(keep).unwrap_or(usize::MAX));
             head.shrink_to_fit();
         }
@@ -476,9 +480,7 @@ fn cached_commit(home: &Path, revision: &str) -> Option<String> {
 
 /// Names come from the checkpoint, and become parts of paths and URLs.
 fn check_name(file: &str) -> Result<()> {
-    let plain = file.split('/').all(|part| !matches!(part, "" | "." | ".."))
-        && !file.contains(|c: char| c.is_control() || "\\:".contains(c));
-    if plain {
+    if fs::is_plain_name(file) {
         Ok(())
     } else {
         Err(Error::input(format!(

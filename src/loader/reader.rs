@@ -130,7 +130,11 @@ impl Shard {
             file,
             opened,
         };
-        if Bytes(shard.opened.len()) == checkpoint.shard_sizes[index] { Ok(shard) } else { Err(shard.changed()) }
+        if Bytes(shard.opened.len()) == checkpoint.shard_sizes[index] {
+            Ok(shard)
+        } else {
+            Err(shard.changed())
+        }
     }
 
     fn read(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
@@ -149,7 +153,10 @@ impl Shard {
     }
 
     fn changed(&self) -> Error {
-        Error::input(format!("`{}` has changed while it was being loaded", self.path.display()))
-            .hint("load again once the file is complete")
+        Error::input(format!(
+            "`{}` has changed while it was being loaded",
+            self.path.display()
+        ))
+        .hint("load again once the file is complete")
     }
 }

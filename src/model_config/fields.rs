@@ -25,7 +25,8 @@ impl<'a> Fields<'a> {
     }
 
     pub fn required(&self, key: &str) -> Result<Node<'a>> {
-        self.optional(key).ok_or_else(|| self.object.error(format!("`{key}` is missing")))
+        self.optional(key)
+            .ok_or_else(|| self.object.error(format!("`{key}` is missing")))
     }
 
     /// An error at `key`, or at the object where `key` is absent.
@@ -44,22 +45,31 @@ impl<'a> Fields<'a> {
     }
 
     pub fn size_or(&self, key: &str, max: u64, default: usize) -> Result<usize> {
-        if self.optional(key).is_some() { self.size(key, max) } else { Ok(default) }
+        if self.optional(key).is_some() {
+            self.size(key, max)
+        } else {
+            Ok(default)
+        }
     }
 
-    /// A number above 0 and at most `max`.
+    /// A number above 0, as f32 too, and at most `max`.
     pub fn positive(&self, key: &str, max: f64) -> Result<f64> {
+        const MIN: f64 = 1e-30;
         let node = self.required(key)?;
         let number = node.number()?;
-        if number > 0.0 && number <= max {
+        if (MIN..=max).contains(&number) {
             Ok(number)
         } else {
-            Err(node.error(format!("`{key}` is {number}; it must be above 0 and at most {max}")))
+            Err(node.error(format!("`{key}` is {number:?}; it must be from {MIN:e} to {max}")))
         }
     }
 
     pub fn positive_or(&self, key: &str, max: f64, default: f64) -> Result<f64> {
-        if self.optional(key).is_some() { self.positive(key, max) } else { Ok(default) }
+        if self.optional(key).is_some() {
+            self.positive(key, max)
+        } else {
+            Ok(default)
+        }
     }
 
     pub fn truth_or(&self, key: &str, default: bool) -> Result<bool> {

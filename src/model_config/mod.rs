@@ -4,9 +4,9 @@
 mod fields;
 
 use crate::bytes::{Bytes, MIB};
-use crate::source::Source;
-use crate::error::Result;
+use crate::error::{Result, first_five, printable};
 use crate::json::{Document, Node};
+use crate::source::Source;
 use fields::Fields;
 
 /// The configuration's file name.
@@ -97,9 +97,11 @@ impl ModelConfig {
         let architecture = architecture(&fields)?;
         if let Some(quantization) = fields.optional("quantization_config") {
             let scheme = Fields::of(quantization)?.text_or_none("quant_method")?;
-            let scheme = scheme.as_deref().unwrap_or("unnamed");
+            let scheme = printable(scheme.as_deref().unwrap_or("unnamed"));
             return Err(quantization
-                .error(format!("the checkpoint is already quantized (`{scheme}`), which is not supported"))
+                .error(format!(
+                    "the checkpoint is already quantized (`{scheme}`), which is not supported"
+                ))
                 .hint("name the unquantized checkpoint that it was made from; `--quantize` quantizes while loading"));
         }
         for (key, supported) in [("attention_bias", false), ("mlp_bias", false)] {
@@ -109,10 +111,12 @@ impl ModelConfig {
                 return Err(node.error(format!("`{key}` is not supported")));
             }
         }
-        if let Some(activation) = fields.optional("hidden_act")
-            && activation.text()? != "silu"
-        {
-            return Err(activation.error(format!("activation `{}` is not supported; `silu` is", activation.text()?)));
+        if let Some(node) = fields.optional("hidden_act") {
+            let activation = node.text()?;
+            if activation != "silu" {
+                let activation = printable(&activation);
+                return Err(node.error(format!("activation `{activation}` is not supported; `silu` is")));
+            }
         }
 
         let hidden_size = fields.size("hidden_size", MAX_WIDTH)?;
@@ -121,7 +125,9 @@ impl ModelConfig {
         if !num_attention_heads.is_multiple_of(num_key_value_heads) {
             return Err(fields.error(
                 "num_attention_heads",
-                format!("{num_attention_heads} attention heads do not divide over {num_key_value_heads} key-value heads"),
+                format!(
+                    "{num_attention_heads} attention heads do not divide over {num_key_value_heads} key-value heads"
+                ),
             ));
         }
         let divides = hidden_size.is_multiple_of(num_attention_heads);
@@ -133,13 +139,16 @@ impl ModelConfig {
         }
         let head_dim = fields.size_or("head_dim", MAX_WIDTH, hidden_size / num_attention_heads)?;
         if !head_dim.is_multiple_of(2) {
-            return Err(fields.error("head_dim", format!("a head of width {head_dim} cannot be rotated: it is odd")));
+            return Err(fields.error(
+                "head_dim",
+                format!("a head of width {head_dim} cannot be rotated: it is odd"),
+            ));
         }
         Ok(Self {
             architecture,
             dtype: match fields.text_or_none("dtype")? {
-                Some(dtype) => Some(dtype),
-                None => fields.text_or_none("torch_dtype")?,
+                Some(dtype) => Some(printable(&dtype)),
+                None => fields.text_or_none("torch_dtype")?.map(|dtype| printable(&dtype)),
             },
             hidden_size,
             intermediate_size: fields.size("intermediate_size", MAX_WIDTH)?,
@@ -159,19 +168,37 @@ impl ModelConfig {
 }
 
 fn architecture(fields: &Fields) -> Result<&'static str> {
-    let known = || ARCHITECTURES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
+    let known = || {
+        ARCHITECTURES
+            .iter()
+            .map(|(name, _)| *name)
+            .collect::<Vec<_>>()
+            .join(", ")
+    };
     if let Some(node) = fields.optional("architectures") {
         let names = node.elements()?.iter().map(Node::text).collect::<Result<Vec<_>>>()?;
-        return match ARCHITECTURES.iter().find(|(known, _)| names.iter().any(|name| name == known)) {
+        return match ARCHITECTURES
+            .iter()
+            .find(|(known, _)| names.iter().any(|name| name == known))
+        {
             Some((name, _)) => Ok(name),
-            None => Err(node.error(format!("architecture `{}` is not supported; supported: {}", names.join("`, `"), known()))),
+            None => {
+                let names = first_five(names.iter().map(|name| printable(name)));
+                Err(node.error(format!("architecture {names} is not supported; supported: {}", known())))
+            }
         };
     }
     let node = fields.required("model_type")?;
     let model_type = node.text()?;
     match ARCHITECTURES.iter().find(|(_, known)| *known == model_type) {
         Some((name, _)) => Ok(name),
-        None => Err(node.error(format!("model type `{model_type}` is not supported; supported: {}", known()))),
+        None => {
+            let model_type = printable(&model_type);
+            Err(node.error(format!(
+                "model type `{model_type}` is not supported; supported: {}",
+                known()
+            )))
+        }
     }
 }
 
@@ -180,7 +207,10 @@ fn rope(fields: &Fields) -> Result<Rope> {
     const MAX_THETA: f64 = 1e12;
     const DEFAULT_THETA: f64 = 10_000.0;
     let older_theta = fields.positive_or("rope_theta", MAX_THETA, DEFAULT_THETA)?;
-    let Some(node) = fields.optional("rope_parameters").or_else(|| fields.optional("rope_scaling")) else {
+    let Some(node) = fields
+        .optional("rope_parameters")
+        .or_else(|| fields.optional("rope_scaling"))
+    else {
         return Ok(Rope {
             theta: older_theta,
             scaling: RopeScaling::Default,
@@ -195,9 +225,15 @@ fn rope(fields: &Fields) -> Result<Rope> {
         "default" => RopeScaling::Default,
         "llama3" => {
             const MAX_FACTOR: f64 = 1e6;
-            let (low, high) = (rope.positive("low_freq_factor", MAX_FACTOR)?, rope.positive("high_freq_factor", MAX_FACTOR)?);
+            let (low, high) = (
+                rope.positive("low_freq_factor", MAX_FACTOR)?,
+                rope.positive("high_freq_factor", MAX_FACTOR)?,
+            );
             if high <= low {
-                return Err(rope.error("high_freq_factor", format!("`high_freq_factor` {high} must be above `low_freq_factor` {low}")));
+                return Err(rope.error(
+                    "high_freq_factor",
+                    format!("`high_freq_factor` {high} must be above `low_freq_factor` {low}"),
+                ));
             }
             RopeScaling::Llama3 {
                 factor: rope.positive("factor", MAX_FACTOR)?,
@@ -206,7 +242,12 @@ fn rope(fields: &Fields) -> Result<Rope> {
                 original_max_position_embeddings: rope.size("original_max_position_embeddings", MAX_CONTEXT)? as f64,
             }
         }
-        other => return Err(node.error(format!("RoPE of type `{other}` is not supported; `default` and `llama3` are"))),
+        other => {
+            let other = printable(other);
+            return Err(node.error(format!(
+                "RoPE of type `{other}` is not supported; `default` and `llama3` are"
+            )));
+        }
     };
     Ok(Rope {
         theta: rope.positive_or("rope_theta", MAX_THETA, older_theta)?,

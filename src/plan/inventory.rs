@@ -41,7 +41,9 @@ impl Inventory {
                 Error::usage(format!("`{description}` describes no device: {why}"))
                     .hint("describe a device as `--device cuda:0=24GiB` or `--device cpu=64GiB`")
             };
-            let (id, bytes) = description.split_once('=').ok_or_else(|| usage("it has no `=`".to_owned()))?;
+            let (id, bytes) = description
+                .split_once('=')
+                .ok_or_else(|| usage("it has no `=`".to_owned()))?;
             let id: DeviceId = id.trim().parse().map_err(|e| usage(format!("{e}")))?;
             let bytes: Bytes = bytes.parse().map_err(|e| usage(format!("{e}")))?;
             if devices.iter().any(|device: &Device| device.id == id) {

@@ -120,7 +120,11 @@ pub struct DevicePlan {
 impl DevicePlan {
     /// What a device takes when it is used at all, before any module is on it.
     fn empty(device: &Device, conditions: &Conditions, config: &ModelConfig, staging: memory::HostStaging) -> Self {
-        let reserve = if device.id == DeviceId::Disk { Bytes::ZERO } else { conditions.reserve };
+        let reserve = if device.id == DeviceId::Disk {
+            Bytes::ZERO
+        } else {
+            conditions.reserve
+        };
         let limit = conditions.max_memory.get(&device.id).copied().unwrap_or(device.free);
         Self {
             id: device.id,
@@ -142,7 +146,11 @@ impl DevicePlan {
         let here = || modules.iter().filter(|module| module.device == self.id);
         let in_memory_here = || modules.iter().filter(|module| memory_device(module.device) == self.id);
         self.kv_cache = in_memory_here().map(|module| module.kv_cache).sum();
-        let (weights, count, is_used) = (here().map(|module| module.weights).sum(), here().count(), in_memory_here().next().is_some());
+        let (weights, count, is_used) = (
+            here().map(|module| module.weights).sum(),
+            here().count(),
+            in_memory_here().next().is_some(),
+        );
         (self.weights, self.modules) = (weights, count);
         if !is_used {
             (self.workspace, self.staging, self.driver_context) = (Bytes::ZERO, Bytes::ZERO, Bytes::ZERO);
@@ -225,7 +233,10 @@ impl Plan {
         Ok(Self {
             model: checkpoint.name.clone(),
             architecture: config.architecture.to_owned(),
-            parameters: weights.iter().map(|weight| (weight.parameter.rows * weight.parameter.cols) as u64).sum(),
+            parameters: weights
+                .iter()
+                .map(|weight| (weight.parameter.rows * weight.parameter.cols) as u64)
+                .sum(),
             dtype: config.dtype.clone(),
             quantize: conditions.quantize,
             context,
@@ -265,10 +276,22 @@ impl Plan {
     /// An error that says what is missing and what would fit.
     pub fn does_not_fit(&self) -> Error {
         let short = self.devices.iter().filter(|device| !device.fits()).map(|device| {
-            format!("{} lacks {} ({} of {})", device.id, device.missing(), device.total(), device.budget)
+            format!(
+                "{} lacks {} ({} of {})",
+                device.id,
+                device.missing(),
+                device.total(),
+                device.budget
+            )
         });
-        let error = Error::does_not_fit(format!("`{}` does not fit: {}", self.model, short.collect::<Vec<_>>().join(", ")));
-        self.remedies.iter().fold(error, |error, remedy| error.hint(remedy.to_string()))
+        let error = Error::does_not_fit(format!(
+            "`{}` does not fit: {}",
+            self.model,
+            short.collect::<Vec<_>>().join(", ")
+        ));
+        self.remedies
+            .iter()
+            .fold(error, |error, remedy| error.hint(remedy.to_string()))
     }
 }
 
@@ -288,9 +311,16 @@ impl Conditions {
         let quantize = options.quantize.clone().or_else(|| map?.quantize.clone());
         let conditions = Self {
             quantize: quantize.unwrap_or_else(|| QuantizeRules::whole_model(Scheme::None)),
-            context: options.context.or_else(|| map?.context).unwrap_or(longest.min(DEFAULT_CONTEXT)),
+            context: options
+                .context
+                .or_else(|| map?.context)
+                .unwrap_or(longest.min(DEFAULT_CONTEXT)),
             batch: options.batch.or_else(|| map?.batch).unwrap_or(1),
-            max_memory: options.max_memory.clone().or_else(|| map?.max_memory.clone()).unwrap_or_default(),
+            max_memory: options
+                .max_memory
+                .clone()
+                .or_else(|| map?.max_memory.clone())
+                .unwrap_or_default(),
             reserve: options.reserve.unwrap_or(DEFAULT_RESERVE),
         };
         if conditions.context > longest {
@@ -326,7 +356,11 @@ impl KvCache {
 
 /// The device in whose memory the KV cache of a module on `device` is.
 fn memory_device(device: DeviceId) -> DeviceId {
-    if device == DeviceId::Disk { DeviceId::Cpu } else { device }
+    if device == DeviceId::Disk {
+        DeviceId::Cpu
+    } else {
+        device
+    }
 }
 
 fn too_large(what: &str) -> Error {
@@ -405,9 +439,13 @@ fn check_devices(placement: &[DeviceId], inventory: &Inventory) -> Result<()> {
         present.join(", ")
     ));
     Err(if inventory.idle.iter().any(|device| device.id == **first) {
-        error.hint(format!("this version computes on the CPU and the disk only; {first} is there but cannot be used yet"))
+        error.hint(format!(
+            "this version computes on the CPU and the disk only; {first} is there but cannot be used yet"
+        ))
     } else if matches!(first, DeviceId::Cuda(_)) {
-        error.hint(format!("no NVIDIA driver was found, or it shows no {first}; `--device-map auto` uses what is there"))
+        error.hint(format!(
+            "no NVIDIA driver was found, or it shows no {first}; `--device-map auto` uses what is there"
+        ))
     } else {
         error.hint(format!("`--device {first}=SIZE` describes it"))
     })

@@ -34,7 +34,10 @@ pub struct Capacity {
 /// `devices` is empty.
 pub fn balanced(modules: &[Cost], devices: &[Capacity]) -> Vec<DeviceId> {
     assert!(!devices.is_empty(), "a placement needs a device");
-    let gpus = devices.iter().take_while(|device| matches!(device.id, DeviceId::Cuda(_))).count();
+    let gpus = devices
+        .iter()
+        .take_while(|device| matches!(device.id, DeviceId::Cuda(_)))
+        .count();
     min_max_share(modules, &devices[..gpus]).unwrap_or_else(|| in_turn(modules, devices))
 }
 
@@ -66,7 +69,11 @@ fn min_max_share(modules: &[Cost], gpus: &[Capacity]) -> Option<Vec<DeviceId>> {
                 if taken > gpu.room.0 {
                     break;
                 }
-                let share = if taken == 0 { 0.0 } else { taken as f64 / gpu.room.0 as f64 };
+                let share = if taken == 0 {
+                    0.0
+                } else {
+                    taken as f64 / gpu.room.0 as f64
+                };
                 let worst = least[begin].max(share);
                 if worst < next[end] {
                     (next[end], start[end]) = (worst, begin);
@@ -91,13 +98,16 @@ fn min_max_share(modules: &[Cost], gpus: &[Capacity]) -> Option<Vec<DeviceId>> {
 /// Each GPU filled in turn, then the CPU, then the disk.
 fn in_turn(modules: &[Cost], devices: &[Capacity]) -> Vec<DeviceId> {
     let mut placement = Vec::with_capacity(modules.len());
-    let (last, before) = devices.split_last().unwrap_or_else(|| unreachable!("checked by the caller"));
+    let (last, before) = devices
+        .split_last()
+        .unwrap_or_else(|| unreachable!("checked by the caller"));
     for device in before {
         let rest = &modules[placement.len()..];
         let count = match device.id {
-            DeviceId::Cuda(_) => {
-                prefix_sums(rest).iter().rposition(|sum| *sum <= device.room.0).unwrap_or(0)
-            }
+            DeviceId::Cuda(_) => prefix_sums(rest)
+                .iter()
+                .rposition(|sum| *sum <= device.room.0)
+                .unwrap_or(0),
             // Blocks on the disk keep their KV cache in host memory, so all of the rest counts here.
             DeviceId::Cpu | DeviceId::Disk => {
                 let kv: Bytes = rest.iter().map(|module| module.kv_host).sum();
@@ -143,11 +153,14 @@ mod tests {
     }
 
     fn placed(sizes: &[u64], rooms: &[(&str, u64)]) -> String {
-        balanced(&modules(sizes), &devices(rooms)).iter().map(|d| match d {
-            DeviceId::Cuda(index) => index.to_string(),
-            DeviceId::Cpu => "c".to_owned(),
-            DeviceId::Disk => "d".to_owned(),
-        }).collect()
+        balanced(&modules(sizes), &devices(rooms))
+            .iter()
+            .map(|d| match d {
+                DeviceId::Cuda(index) => index.to_string(),
+                DeviceId::Cpu => "c".to_owned(),
+                DeviceId::Disk => "d".to_owned(),
+            })
+            .collect()
     }
 
     #[test]
@@ -172,10 +185,23 @@ mod tests {
     /// The largest share of a placement, or `None` where a GPU overflows.
     fn largest_share(modules: &[Cost], gpus: &[Capacity], placement: &[DeviceId]) -> Option<f64> {
         let shares = gpus.iter().map(|gpu| {
-            let taken: Bytes = modules.iter().zip(placement).filter(|(_, d)| **d == gpu.id).map(|(m, _)| m.weights + m.kv_cuda).sum();
-            (taken <= gpu.room).then(|| if taken.0 == 0 { 0.0 } else { taken.0 as f64 / gpu.room.0 as f64 })
+            let taken: Bytes = modules
+                .iter()
+                .zip(placement)
+                .filter(|(_, d)| **d == gpu.id)
+                .map(|(m, _)| m.weights + m.kv_cuda)
+                .sum();
+            (taken <= gpu.room).then(|| {
+                if taken.0 == 0 {
+                    0.0
+                } else {
+                    taken.0 as f64 / gpu.room.0 as f64
+                }
+            })
         });
-        shares.collect::<Option<Vec<_>>>().map(|shares| shares.into_iter().fold(0.0, f64::max))
+        shares
+            .collect::<Option<Vec<_>>>()
+            .map(|shares| shares.into_iter().fold(0.0, f64::max))
     }
 
     fn contiguous(count: usize, gpus: &[Capacity]) -> Vec<Vec<DeviceId>> {
@@ -184,7 +210,9 @@ mod tests {
             [gpu] => vec![vec![gpu.id; count]],
             [gpu, rest @ ..] => (0..=count)
                 .flat_map(|first| {
-                    contiguous(count - first, rest).into_iter().map(move |tail| [vec![gpu.id; first], tail].concat())
+                    contiguous(count - first, rest)
+                        .into_iter()
+                        .map(move |tail| [vec![gpu.id; first], tail].concat())
                 })
                 .collect(),
         }

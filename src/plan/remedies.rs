@@ -66,7 +66,12 @@ pub fn find(checkpoint: &Checkpoint, inventory: &Inventory, options: &PlanOption
     for scheme in Scheme::ALL {
         let other = attempt(&|options| options.quantize = Some(QuantizeRules::whole_model(scheme)))?;
         if other.weights() < plan.weights() && other.fits() {
-            let total = other.devices.iter().filter(|device| device.modules > 0).map(super::DevicePlan::total).sum();
+            let total = other
+                .devices
+                .iter()
+                .filter(|device| device.modules > 0)
+                .map(super::DevicePlan::total)
+                .sum();
             remedies.push(Remedy::Quantize { scheme, total });
         }
     }
@@ -76,10 +81,18 @@ pub fn find(checkpoint: &Checkpoint, inventory: &Inventory, options: &PlanOption
         let (mut fitting, mut too_long) = (1, plan.context);
         while too_long - fitting > 1 {
             let middle = usize::midpoint(fitting, too_long);
-            if fits_with(middle)? { fitting = middle } else { too_long = middle }
+            if fits_with(middle)? {
+                fitting = middle
+            } else {
+                too_long = middle
+            }
         }
         remedies.push(Remedy::Context {
-            tokens: if fitting > ROUND { fitting / ROUND * ROUND } else { fitting },
+            tokens: if fitting > ROUND {
+                fitting / ROUND * ROUND
+            } else {
+                fitting
+            },
         });
     }
     if remedies.is_empty() {

@@ -64,35 +64,67 @@ impl Plan {
     fn blocks(&self, device: DeviceId) -> String {
         let mut ranges: Vec<(usize, usize)> = Vec::new();
         for module in self.modules.iter().filter(|module| module.device == device) {
-            let ModuleKind::Block(index) = module.kind else { continue };
+            let ModuleKind::Block(index) = module.kind else {
+                continue;
+            };
             match ranges.last_mut() {
                 Some((_, last)) if *last + 1 == index => *last = index,
                 _ => ranges.push((index, index)),
             }
         }
-        let texts = ranges.iter().map(|(first, last)| if first == last { first.to_string() } else { format!("{first}-{last}") });
+        let texts = ranges.iter().map(|(first, last)| {
+            if first == last {
+                first.to_string()
+            } else {
+                format!("{first}-{last}")
+            }
+        });
         texts.collect::<Vec<_>>().join(", ")
     }
 
     /// What else than blocks is on `device`.
     fn others(&self, device: DeviceId) -> Vec<&str> {
         let other = |module: &&PlannedModule| module.device == device && !matches!(module.kind, ModuleKind::Block(_));
-        self.modules.iter().filter(other).filter_map(|module| module.path.rsplit('.').next()).collect()
+        self.modules
+            .iter()
+            .filter(other)
+            .filter_map(|module| module.path.rsplit('.').next())
+            .collect()
     }
 }
 
 impl fmt::Display for Plan {
     /// A column a device, then the verdict.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let blocks = self.modules.iter().filter(|module| matches!(module.kind, ModuleKind::Block(_))).count();
-        write!(f, "{}: {}, {blocks} blocks, {} parameters", self.model, self.architecture, count(self.parameters))?;
+        let blocks = self
+            .modules
+            .iter()
+            .filter(|module| matches!(module.kind, ModuleKind::Block(_)))
+            .count();
+        write!(
+            f,
+            "{}: {}, {blocks} blocks, {} parameters",
+            self.model,
+            self.architecture,
+            count(self.parameters)
+        )?;
         if let Some(dtype) = &self.dtype {
             write!(f, ", {dtype}")?;
         }
         let rules = self.quantize.iter().map(|(path, scheme)| {
-            if path.is_empty() { scheme.to_string() } else { format!("{path} {scheme}") }
+            if path.is_empty() {
+                scheme.to_string()
+            } else {
+                format!("{path} {scheme}")
+            }
         });
-        writeln!(f, "\nquantize {}; context {}; batch {}\n", rules.collect::<Vec<_>>().join(", "), self.context, self.batch)?;
+        writeln!(
+            f,
+            "\nquantize {}; context {}; batch {}\n",
+            rules.collect::<Vec<_>>().join(", "),
+            self.context,
+            self.batch
+        )?;
 
         let mut rows: Vec<Vec<String>> = vec![vec![String::new()]];
         rows[0].extend(self.devices.iter().map(|device| device.id.to_string()));
@@ -106,7 +138,11 @@ impl fmt::Display for Plan {
         }
         let mut headroom = vec!["headroom".to_owned()];
         headroom.extend(self.devices.iter().map(|device| {
-            if device.fits() { (device.budget - device.total()).to_string() } else { format!("-{}", device.missing()) }
+            if device.fits() {
+                (device.budget - device.total()).to_string()
+            } else {
+                format!("-{}", device.missing())
+            }
         }));
         rows.push(headroom);
         let mut placed = vec!["blocks".to_owned()];
@@ -115,7 +151,11 @@ impl fmt::Display for Plan {
         let others: Vec<_> = self.devices.iter().map(|device| self.others(device.id)).collect();
         for line in 0..others.iter().map(Vec::len).max().unwrap_or(0) {
             let mut row = vec![if line == 0 { "also" } else { "" }.to_owned()];
-            row.extend(others.iter().map(|names| names.get(line).copied().unwrap_or_default().to_owned()));
+            row.extend(
+                others
+                    .iter()
+                    .map(|names| names.get(line).copied().unwrap_or_default().to_owned()),
+            );
             rows.push(row);
         }
         f.write_str(&table(&rows))?;
@@ -125,14 +165,25 @@ impl fmt::Display for Plan {
         }
         for device in &self.idle {
             let name = device.name.as_deref().unwrap_or("a GPU");
-            writeln!(f, "{} ({name}) is not used: this version computes on the CPU and the disk only", device.id)?;
+            writeln!(
+                f,
+                "{} ({name}) is not used: this version computes on the CPU and the disk only",
+                device.id
+            )?;
         }
         if self.fits() {
             writeln!(f, "\nit fits")?;
         } else {
             writeln!(f, "\nit does not fit")?;
             for device in self.devices.iter().filter(|device| !device.fits()) {
-                writeln!(f, "  {} lacks {}: {} are needed, {} may be taken", device.id, device.missing(), device.total(), device.budget)?;
+                writeln!(
+                    f,
+                    "  {} lacks {}: {} are needed, {} may be taken",
+                    device.id,
+                    device.missing(),
+                    device.total(),
+                    device.budget
+                )?;
             }
             for remedy in &self.remedies {
                 writeln!(f, "  {remedy}")?;
@@ -165,7 +216,11 @@ fn table(rows: &[Vec<String>]) -> String {
         let mut line = String::new();
         for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
             // Writing to a String cannot fail.
-            let _ = if column == 0 { write!(line, "{cell:<width$}") } else { write!(line, "   {cell:>width$}") };
+            let _ = if column == 0 {
+                write!(line, "{cell:<width$}")
+            } else {
+                write!(line, "   {cell:>width$}")
+            };
         }
         text.push_str(line.trim_end());
         text.push('\n');

@@ -13,7 +13,6 @@
 //! zero. A group of `int4` takes 16 bytes: byte j holds column j in its low half
 //! and column j + 16 in its high half.
 
-
 use half::f16;
 
 use super::Storage;
@@ -115,7 +114,10 @@ impl<'a> Matrix<'a> {
     /// # Panics
     /// `bytes` is shorter than the layout's size: the arena was made for another layout.
     pub fn new(layout: &'a MatrixLayout, bytes: &'a [u8]) -> Self {
-        assert!(bytes.len() as u64 >= layout.size, "an arena is shorter than the matrices in it");
+        assert!(
+            bytes.len() as u64 >= layout.size,
+            "an arena is shorter than the matrices in it"
+        );
         Self { layout, bytes }
     }
 
@@ -204,6 +206,9 @@ mod tests {
     fn sizes_beyond_the_address_space_are_none() {
         assert_eq!(MatrixLayout::new(Storage::Int8, usize::MAX, 64), None);
         assert_eq!(MatrixLayout::new(Storage::Int8, 1, usize::MAX), None);
-        assert_eq!(MatrixLayout::new(Storage::Plain(WeightDtype::F32), usize::MAX / 2, usize::MAX / 2), None);
+        assert_eq!(
+            MatrixLayout::new(Storage::Plain(WeightDtype::F32), usize::MAX / 2, usize::MAX / 2),
+            None
+        );
     }
 }

@@ -9,8 +9,8 @@
 
 mod layout;
 mod quantize;
-mod rules;
 pub mod reference;
+mod rules;
 
 use std::fmt;
 use std::str::FromStr;
@@ -20,8 +20,8 @@ use safetensors::Dtype;
 use serde::{Serialize, Serializer};
 
 pub use layout::{ALIGNMENT, GROUP_SIZE, Matrix, MatrixLayout};
-pub use rules::QuantizeRules;
 pub use quantize::{PackedRows, QuantizeError, quantize_activations, quantize_rows};
+pub use rules::QuantizeRules;
 
 /// How the weights of a module are to be stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

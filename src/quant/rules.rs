@@ -52,6 +52,9 @@ mod tests {
         assert_eq!(rules.scheme("model.layers.3.mlp.up_proj"), Scheme::Int4);
         assert_eq!(rules.scheme("model.embed_tokens"), Scheme::Int8);
         assert_eq!(rules.scheme("lm_head"), Scheme::Int8);
-        assert_eq!(QuantizeRules::new(vec![("model.layers.1".into(), Scheme::Int8)]).scheme("model.layers.10"), Scheme::None);
+        assert_eq!(
+            QuantizeRules::new(vec![("model.layers.1".into(), Scheme::Int8)]).scheme("model.layers.10"),
+            Scheme::None
+        );
     }
 }

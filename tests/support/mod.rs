@@ -1,6 +1,8 @@
 //! What several tests need: the fixtures, and models loaded from them.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub mod broken;
+
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 

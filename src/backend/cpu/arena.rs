@@ -1,5 +1,8 @@
 //! Memory of a planned size: anonymous, or a mapped file.
-#![expect(unsafe_code, reason = "mapping a file is the one thing here that the compiler cannot check")]
+#![expect(
+    unsafe_code,
+    reason = "mapping a file is the one thing here that the compiler cannot check"
+)]
 
 use std::fs::File;
 use std::path::Path;
@@ -26,7 +29,8 @@ impl Arena {
         // SAFETY: the file has no name and this process holds its only handle,
         // so nobody truncates or writes it while it is mapped.
         let map = unsafe { Mmap::map(file) };
-        map.map(Self::Mapped).map_err(|e| Error::io("map a scratch file in", directory, e))
+        map.map(Self::Mapped)
+            .map_err(|e| Error::io("map a scratch file in", directory, e))
     }
 
     /// The bytes.

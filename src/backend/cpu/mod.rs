@@ -184,7 +184,10 @@ impl CpuStage {
 
     /// Bytes of the KV caches.
     pub fn kv_bytes(&self) -> Bytes {
-        self.blocks.iter().map(|block| Bytes((block.keys.len() + block.values.len()) as u64)).sum()
+        self.blocks
+            .iter()
+            .map(|block| Bytes((block.keys.len() + block.values.len()) as u64))
+            .sum()
     }
 }
 
@@ -204,7 +207,9 @@ fn activations<'a>(
     scales: &'a mut [f32],
     matrices: &[&Matrix],
 ) -> Activations<'a> {
-    let quantized = matrices.iter().any(|matrix| !matches!(matrix.layout.storage, Storage::Plain(_)));
+    let quantized = matrices
+        .iter()
+        .any(|matrix| !matches!(matrix.layout.storage, Storage::Plain(_)));
     Activations::new(x, cols, codes, scales, quantized)
 }
 
@@ -228,7 +233,12 @@ impl Stage for CpuStage {
         let tokens = hidden.len() / self.dimensions.hidden;
         let rope = tokens * self.dimensions.head_dim / 2;
         let Workspace { cos, sin, .. } = &mut *workspace;
-        ops::rope_table(&self.dimensions.frequencies, position, &mut cos[..rope], &mut sin[..rope]);
+        ops::rope_table(
+            &self.dimensions.frequencies,
+            position,
+            &mut cos[..rope],
+            &mut sin[..rope],
+        );
         for block in &mut self.blocks {
             block.run(&self.dimensions, &mut workspace, hidden, tokens, position);
         }
@@ -288,7 +298,11 @@ impl Block {
         let parameters = &self.parameters;
 
         ops::rms_norm(hidden, of(parameters, Role::InputNorm), d.epsilon, normed);
-        let (q, k, v) = (of(parameters, Role::Query), of(parameters, Role::Key), of(parameters, Role::Value));
+        let (q, k, v) = (
+            of(parameters, Role::Query),
+            of(parameters, Role::Key),
+            of(parameters, Role::Value),
+        );
         let x = activations(normed, d.hidden, codes, scales, &[&q, &k, &v]);
         matmul(&q, &x, product, query);
         matmul(&k, &x, product, key);
