@@ -177,29 +177,24 @@ fn architecture(fields: &Fields) -> Result<&'static str> {
     };
     if let Some(node) = fields.optional("architectures") {
         let names = node.elements()?.iter().map(Node::text).collect::<Result<Vec<_>>>()?;
-        return match ARCHITECTURES
+        let supported = ARCHITECTURES
             .iter()
-            .find(|(known, _)| names.iter().any(|name| name == known))
-        {
-            Some((name, _)) => Ok(name),
-            None => {
-                let names = first_five(names.iter().map(|name| printable(name)));
-                Err(node.error(format!("architecture {names} is not supported; supported: {}", known())))
-            }
-        };
+            .find(|(known, _)| names.iter().any(|name| name == known));
+        return supported.map(|(name, _)| *name).ok_or_else(|| {
+            let names = first_five(names.iter().map(|name| printable(name)));
+            node.error(format!("architecture {names} is not supported; supported: {}", known()))
+        });
     }
     let node = fields.required("model_type")?;
     let model_type = node.text()?;
-    match ARCHITECTURES.iter().find(|(_, known)| *known == model_type) {
-        Some((name, _)) => Ok(name),
-        None => {
-            let model_type = printable(&model_type);
-            Err(node.error(format!(
-                "model type `{model_type}` is not supported; supported: {}",
-                known()
-            )))
-        }
-    }
+    let supported = ARCHITECTURES.iter().find(|(_, known)| *known == model_type);
+    supported.map(|(name, _)| *name).ok_or_else(|| {
+        let model_type = printable(&model_type);
+        node.error(format!(
+            "model type `{model_type}` is not supported; supported: {}",
+            known()
+        ))
+    })
 }
 
 /// RoPE from `rope_parameters`, or from the older `rope_theta` and `rope_scaling`.

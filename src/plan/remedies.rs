@@ -82,9 +82,9 @@ pub fn find(checkpoint: &Checkpoint, inventory: &Inventory, options: &PlanOption
         while too_long - fitting > 1 {
             let middle = usize::midpoint(fitting, too_long);
             if fits_with(middle)? {
-                fitting = middle
+                fitting = middle;
             } else {
-                too_long = middle
+                too_long = middle;
             }
         }
         remedies.push(Remedy::Context {
