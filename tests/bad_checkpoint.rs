@@ -1,5 +1,10 @@
 //! Checkpoints that are cut, malformed, hostile or contradict themselves: each
 //! is refused by name, before any weights are read.
+#![allow(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    reason = "a test may panic and write files"
+)]
 
 mod support;
 
@@ -175,7 +180,7 @@ fn row_06_shape_and_range_that_differ() {
         let message = format!("of shape {shape} and dtype {dtype} does not take the bytes 0..{data} that it is given");
         assert_eq!(refusal, format!("`DIR/{SHARD}` tensor `w` {message}"));
     }
-    let shape = format!("{:?}", [1; 100_000]);
+    let shape = format!("{:?}", vec![1; 100_000]);
     let long = header_refusal(format!("{{{}}}", entry("w", "U8", &shape, "[0,2]")), 2);
     assert_eq!(
         long,
@@ -318,7 +323,7 @@ fn row_11_index_and_shards_that_differ() {
 
 #[test]
 fn row_12_names_that_lead_out_of_the_directory() {
-    let table = r#"
+    let table = r"
         ../../x.safetensors
         a/../../x.safetensors
         /etc/passwd
@@ -334,7 +339,7 @@ fn row_12_names_that_lead_out_of_the_directory() {
         x%2f.safetensors
         x\u0000.safetensors
         pytorch_model.bin
-    "#;
+    ";
     for [name] in rows(table).chain([[""]]) {
         let broken = Broken::sharded();
         broken.replace(INDEX, "model-00004-of-00005.safetensors\"\n", &format!("{name}\"\n"));
@@ -616,8 +621,9 @@ fn run_plan(directory: &Path) -> (i32, String) {
 
 #[test]
 fn the_command_refuses_with_exit_code_1() {
+    type Break = fn(&Broken);
     assert_eq!(run_plan(Broken::tiny().directory()), (0, String::new()));
-    let breaks: [(fn(&Broken), &str); 8] = [
+    let breaks: [(Break, &str); 8] = [
         (
             |b| b.resize(SHARD, 7),
             "model.safetensors` is 7 bytes, its header needs 8",

@@ -1,4 +1,9 @@
 //! Checkpoints that are right until a test breaks them, and what becomes of them.
+#![allow(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    reason = "a test may panic and write files"
+)]
 
 use std::error::Error as _;
 use std::path::{Path, PathBuf};
@@ -210,16 +215,14 @@ impl Broken {
     pub fn refusal(&self) -> String {
         let error = self.plan().map(|_| ()).expect_err("the checkpoint is accepted");
         assert_eq!(error.kind(), ErrorKind::Input, "{error}");
-        let mut text = error.to_string();
+        let mut parts = vec![error.to_string()];
         let mut cause = error.source();
         while let Some(error) = cause {
-            text += &format!("; cause: {error}");
+            parts.push(format!("cause: {error}"));
             cause = error.source();
         }
-        for hint in error.hints() {
-            text += &format!("; hint: {hint}");
-        }
-        text.replace(self.directory.to_str().unwrap(), "DIR")
+        parts.extend(error.hints().iter().map(|hint| format!("hint: {hint}")));
+        parts.join("; ").replace(self.directory.to_str().unwrap(), "DIR")
     }
 
     /// Holds the refusal against what it must be.
