@@ -317,7 +317,7 @@ fn row_11_index_and_shards_that_differ() {
     let (checkpoint, plan) = broken.plan().unwrap();
     assert_eq!((checkpoint.unlisted, plan.parameters), (2, 152_000));
     let (code, stderr) = run_plan(broken.directory());
-    let warning = "warning: the shards of `model` hold 2 tensors that its index does not name; they are not read\n";
+    let warning = "warning: tensors in the shards of `model` that its index does not name are not read: 2\n";
     assert_eq!((code, stderr.as_str()), (0, warning));
 }
 

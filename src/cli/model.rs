@@ -40,7 +40,7 @@ pub fn open(
     };
     if checkpoint.unlisted > 0 {
         printer.note(&format!(
-            "warning: the shards of `{}` hold {} tensors that its index does not name; they are not read",
+            "warning: tensors in the shards of `{}` that its index does not name are not read: {}",
             checkpoint.name, checkpoint.unlisted
         ));
     }
