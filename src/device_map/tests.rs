@@ -1,3 +1,5 @@
+use proptest::prelude::*;
+
 use super::*;
 use crate::architecture::ModuleTree;
 use crate::model_config::{ModelConfig, Rope, RopeScaling};
@@ -190,5 +192,29 @@ fn what_is_wrong_is_named_with_its_place() {
         ),
     ] {
         assert_eq!(refused(json, false), message);
+    }
+}
+
+proptest! {
+    #[test]
+    fn any_placement_survives_being_written(devices in prop::collection::vec(0u32..5, 15), context in 1usize..9999) {
+        let device = |index: u32| match index {
+            3 => DeviceId::Cpu,
+            4 => DeviceId::Disk,
+            gpu => DeviceId::Cuda(gpu),
+        };
+        let devices: Vec<_> = devices.into_iter().map(device).collect();
+        let (tree, rules) = (tree(false), QuantizeRules::whole_model(Scheme::Int8));
+        let json = to_json("m", &rules, context, 1, &MaxMemory::new(), &tree, &devices);
+        let map = DeviceMap::parse("map.json", json.into_bytes()).unwrap();
+        prop_assert_eq!(map.resolve(&tree).unwrap(), devices);
+        prop_assert_eq!((map.context, map.quantize), (Some(context), Some(rules)));
+    }
+
+    #[test]
+    fn no_text_makes_the_reader_panic(json in "[{}\\[\\]\":,a-z0-9. -]{0,60}") {
+        if let Ok(map) = DeviceMap::parse("map.json", json.into_bytes()) {
+            let _ = map.resolve(&tree(true));
+        }
     }
 }

@@ -44,10 +44,12 @@ pub fn read(
     let (filled_out, filled_in) = sync_channel::<Result<Filled>>(STAGING_SLABS);
     let (empty_out, empty_in) = sync_channel::<Vec<u8>>(STAGING_SLABS);
     for _ in 0..STAGING_SLABS {
-        // The channel has room for all slabs, and its other end is in this function.
+        // The channel has room for all slabs, and its other end is alive.
         let _ = empty_out.send(vec![0; staging.slab]);
     }
-    std::thread::scope(|scope| {
+    // Both ends that the visitor holds are dropped with its closure, so that
+    // a reader that waits ends where the visitor fails.
+    std::thread::scope(move |scope| {
         scope.spawn(move || {
             if let Err(error) = read_ahead(checkpoint, directory, placed, &empty_in, &filled_out) {
                 // Nobody listens where the visitor has failed already.

@@ -12,6 +12,8 @@ use crate::bytes::Bytes;
 const DIVISORS: usize = 20;
 const FIRST_DIVISOR: f32 = -10.47;
 const LAST_DIVISOR: f32 = -6.2;
+/// Sums that run side by side over a group.
+const LANES: usize = 8;
 
 /// Weights that cannot be quantized; rows and columns are the slab's.
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
@@ -130,8 +132,8 @@ fn int8_row(values: &[f32], codes: &mut [u8]) -> f32 {
 
 /// A row to int4; see [`search_group`]. Returns the row's scale, or the scale that f16 cannot hold.
 fn int4_row(values: &[f32], codes: &mut [u8], sub_scales: &mut [u8]) -> Result<f16, f32> {
-    let groups = values.chunks_exact(GROUP_SIZE);
-    let scales: Vec<f32> = groups.clone().map(search_group).collect();
+    let groups = values.as_chunks::<GROUP_SIZE>().0;
+    let scales: Vec<f32> = groups.iter().map(search_group).collect();
     let largest = scales.iter().fold(0.0f32, |max, scale| max.max(scale.abs()));
     let wanted = largest / 127.0;
     let row_scale = f16::from_f32(wanted);
@@ -145,14 +147,14 @@ fn int4_row(values: &[f32], codes: &mut [u8], sub_scales: &mut [u8]) -> Result<f
         row_scale
     };
     let bytes = codes.chunks_exact_mut(GROUP_SIZE / 2);
-    for (((group, bytes), sub_scale), scale) in groups.zip(bytes).zip(sub_scales).zip(scales) {
-        let nearest = round_i8(scale / row_scale.to_f32());
-        let candidates = [nearest, nearest.saturating_sub(1).max(-127), nearest.saturating_add(1)];
+    for (((group, bytes), sub_scale), scale) in groups.iter().zip(bytes).zip(sub_scales).zip(scales) {
+        let rounded = round_i8(scale / row_scale.to_f32());
+        let candidates = [rounded, rounded.saturating_sub(1).max(-127), rounded.saturating_add(1)];
         let error = |code: i8| squared_error(group, row_scale.to_f32() * f32::from(code));
         let code = candidates
             .into_iter()
             .min_by(|a, b| error(*a).total_cmp(&error(*b)))
-            .unwrap_or(nearest);
+            .unwrap_or(rounded);
         *sub_scale = code.cast_unsigned();
         let scale = row_scale.to_f32() * f32::from(code);
         for (j, byte) in bytes.iter_mut().enumerate() {
@@ -165,7 +167,7 @@ fn int4_row(values: &[f32], codes: &mut [u8], sub_scales: &mut [u8]) -> Result<f
 
 /// The scale of a group with the least squared error: a few divisors of the
 /// extreme element, each refitted by least squares to the codes that it gives.
-fn search_group(group: &[f32]) -> f32 {
+fn search_group(group: &[f32; GROUP_SIZE]) -> f32 {
     let extreme = group
         .iter()
         .fold(0.0f32, |m, value| if value.abs() > m.abs() { *value } else { m });
@@ -175,13 +177,9 @@ fn search_group(group: &[f32]) -> f32 {
     let (mut best_scale, mut least_error) = (extreme / -8.0, f32::INFINITY);
     for candidate in 0..DIVISORS {
         let divisor = FIRST_DIVISOR + (LAST_DIVISOR - FIRST_DIVISOR) * candidate as f32 / (DIVISORS - 1) as f32;
-        let (mut dot, mut norm) = (0.0f32, 0.0f32);
         let inverse = divisor / extreme;
-        for value in group {
-            let level = int4_level(value * inverse);
-            dot += value * level;
-            norm += level * level;
-        }
+        let dot = sum_over(group, |value| value * int4_level(value * inverse));
+        let norm = sum_over(group, |value| int4_level(value * inverse) * int4_level(value * inverse));
         let scale = dot / norm.max(1e-9);
         if scale == 0.0 || !scale.is_finite() {
             continue;
@@ -195,15 +193,35 @@ fn search_group(group: &[f32]) -> f32 {
 }
 
 /// The squared error of a group at `scale`; 0 makes every level 0.
-fn squared_error(group: &[f32], scale: f32) -> f32 {
+fn squared_error(group: &[f32; GROUP_SIZE], scale: f32) -> f32 {
     let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-    let difference = |value: &f32| value - scale * int4_level(value * inverse);
-    group.iter().map(|value| difference(value) * difference(value)).sum()
+    sum_over(group, |value| {
+        let difference = value - scale * int4_level(value * inverse);
+        difference * difference
+    })
+}
+
+/// `Σ term(value)` over a group, in [`LANES`] sums side by side.
+fn sum_over(group: &[f32; GROUP_SIZE], term: impl Fn(f32) -> f32) -> f32 {
+    let mut sums = [0.0f32; LANES];
+    for values in group.as_chunks::<LANES>().0 {
+        for (sum, value) in sums.iter_mut().zip(values) {
+            *sum += term(*value);
+        }
+    }
+    sums.iter().sum()
+}
+
+/// The whole number nearest to `x`, ties to even, for |x| up to 2^22: adding
+/// 1.5 · 2^23 leaves no bits for a fraction. Vectorizes on every processor.
+fn nearest(x: f32) -> f32 {
+    const SHIFT: f32 = 12_582_912.0;
+    (x + SHIFT) - SHIFT
 }
 
 /// The level nearest to `x`, −8 to 7.
 fn int4_level(x: f32) -> f32 {
-    x.round_ties_even().clamp(-8.0, 7.0)
+    nearest(x.clamp(-8.0, 7.0))
 }
 
 /// The code of `value` in a group of `scale`, 0..16.
@@ -216,7 +234,7 @@ fn int4_code(value: f32, scale: f32) -> u8 {
 
 fn round_i8(x: f32) -> i8 {
     #[expect(clippy::cast_possible_truncation, reason = "clamped")]
-    let code = x.round_ties_even().clamp(-127.0, 127.0) as i8;
+    let code = nearest(x.clamp(-127.0, 127.0)) as i8;
     code
 }
 
@@ -264,6 +282,13 @@ mod tests {
             matrix.dequantize_row(row, values);
         }
         Ok(values)
+    }
+
+    #[test]
+    fn nearest_rounds_ties_to_even() {
+        for x in (-1024..=1024).map(|x| x as f32 / 8.0) {
+            assert_eq!(nearest(x), x.round_ties_even(), "{x}");
+        }
     }
 
     #[test]
