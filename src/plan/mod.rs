@@ -2,6 +2,7 @@
 //!
 //! `plan` prints it and `generate` carries it out; both make it here.
 
+pub mod hf;
 mod inventory;
 pub mod memory;
 pub mod placement;

@@ -33,12 +33,36 @@ pub struct Capacity {
 /// # Panics
 /// `devices` is empty.
 pub fn balanced(modules: &[Cost], devices: &[Capacity]) -> Vec<DeviceId> {
+    min_max_share(modules, gpus(devices)).unwrap_or_else(|| sequential(modules, devices))
+}
+
+/// The device of every module, in runs that follow the order of `devices`.
+///
+/// If the GPUs hold all modules, as few of them as do are used; of the splits
+/// over so few, it is the one whose fullest GPU has the least share of its
+/// room taken, found exactly by dynamic programming. Else as [`sequential`].
+///
+/// # Panics
+/// `devices` is empty.
+pub fn packed(modules: &[Cost], devices: &[Capacity]) -> Vec<DeviceId> {
+    fewest_gpus(modules, gpus(devices)).unwrap_or_else(|| sequential(modules, devices))
+}
+
+/// The device of every module, in runs that follow the order of `devices`:
+/// each GPU is filled in turn, then the CPU, then the disk; what no device
+/// holds is left on the last one, whose overflow says what is missing.
+///
+/// # Panics
+/// `devices` is empty.
+pub fn sequential(modules: &[Cost], devices: &[Capacity]) -> Vec<DeviceId> {
     assert!(!devices.is_empty(), "a placement needs a device");
-    let gpus = devices
-        .iter()
-        .take_while(|device| matches!(device.id, DeviceId::Cuda(_)))
-        .count();
-    min_max_share(modules, &devices[..gpus]).unwrap_or_else(|| in_turn(modules, devices))
+    in_turn(modules, devices)
+}
+
+/// The GPUs, which come before all other devices.
+fn gpus(devices: &[Capacity]) -> &[Capacity] {
+    let is_gpu = |device: &&Capacity| matches!(device.id, DeviceId::Cuda(_));
+    &devices[..devices.iter().take_while(is_gpu).count()]
 }
 
 /// Sums of the first n modules' bytes on a GPU.
@@ -49,6 +73,15 @@ fn prefix_sums(modules: &[Cost]) -> Vec<u64> {
         sums.push(last.saturating_add((module.weights + module.kv_cuda).0));
     }
     sums
+}
+
+/// The share of its room that `taken` bytes are.
+fn share(taken: u64, device: &Capacity) -> f64 {
+    if taken == 0 {
+        0.0
+    } else {
+        taken as f64 / device.room.0 as f64
+    }
 }
 
 /// The contiguous partition over `gpus` with the least largest share, or `None` where none fits.
@@ -69,12 +102,7 @@ fn min_max_share(modules: &[Cost], gpus: &[Capacity]) -> Option<Vec<DeviceId>> {
                 if taken > gpu.room.0 {
                     break;
                 }
-                let share = if taken == 0 {
-                    0.0
-                } else {
-                    taken as f64 / gpu.room.0 as f64
-                };
-                let worst = least[begin].max(share);
+                let worst = least[begin].max(share(taken, gpu));
                 if worst < next[end] {
                     (next[end], start[end]) = (worst, begin);
                 }
@@ -91,6 +119,48 @@ fn min_max_share(modules: &[Cost], gpus: &[Capacity]) -> Option<Vec<DeviceId>> {
     for (gpu, start) in gpus.iter().zip(&starts).rev() {
         placement[start[end]..end].fill(gpu.id);
         end = start[end];
+    }
+    Some(placement)
+}
+
+/// Of the contiguous partitions over the fewest of `gpus` that hold all
+/// modules, the one with the least largest share; `None` where none fits.
+fn fewest_gpus(modules: &[Cost], gpus: &[Capacity]) -> Option<Vec<DeviceId>> {
+    let sums = prefix_sums(modules);
+    let count = modules.len();
+    // least[used][n]: the least largest share with the first n modules on `used` of the GPUs so far;
+    // starts[g][used][n]: where the run of GPU g begins in that partition, n if it has none.
+    let mut least = vec![vec![f64::INFINITY; count + 1]; gpus.len() + 1];
+    least[0][0] = 0.0;
+    let mut starts = Vec::with_capacity(gpus.len());
+    for gpu in gpus {
+        let mut next = least.clone();
+        let mut start = vec![(0..=count).collect::<Vec<_>>(); gpus.len() + 1];
+        for end in 1..=count {
+            for begin in (0..end).rev() {
+                let taken = sums[end] - sums[begin];
+                if taken > gpu.room.0 {
+                    break;
+                }
+                for used in 1..=gpus.len() {
+                    let worst = least[used - 1][begin].max(share(taken, gpu));
+                    if worst < next[used][end] {
+                        (next[used][end], start[used][end]) = (worst, begin);
+                    }
+                }
+            }
+        }
+        least = next;
+        starts.push(start);
+    }
+    let mut used = least.iter().position(|least| least[count].is_finite())?;
+    let mut placement = vec![DeviceId::Cpu; count];
+    let mut end = count;
+    for (gpu, start) in gpus.iter().zip(&starts).rev() {
+        let begin = start[used][end];
+        placement[begin..end].fill(gpu.id);
+        used -= usize::from(begin < end);
+        end = begin;
     }
     Some(placement)
 }
@@ -152,8 +222,10 @@ mod tests {
         rooms.iter().map(capacity).collect()
     }
 
-    fn placed(sizes: &[u64], rooms: &[(&str, u64)]) -> String {
-        balanced(&modules(sizes), &devices(rooms))
+    type Place = fn(&[Cost], &[Capacity]) -> Vec<DeviceId>;
+
+    fn placed(place: Place, sizes: &[u64], rooms: &[(&str, u64)]) -> String {
+        place(&modules(sizes), &devices(rooms))
             .iter()
             .map(|d| match d {
                 DeviceId::Cuda(index) => index.to_string(),
@@ -166,20 +238,49 @@ mod tests {
     #[test]
     fn cases_by_hand() {
         let nine = [9; 8];
-        for (sizes, rooms, placement) in [
-            (&nine[..], &[("cuda:0", 100)][..], "00000000"),
-            (&nine, &[("cuda:0", 100), ("cuda:1", 100)], "00001111"),
-            (&nine, &[("cuda:0", 75), ("cuda:1", 25)], "00000011"),
-            (&nine, &[("cuda:0", 0), ("cuda:1", 100)], "11111111"),
-            (&nine, &[("cuda:0", 40), ("cuda:1", 20), ("cpu", 100)], "000011cc"),
-            (&nine, &[("cpu", 61), ("disk", 100)], "cccccddd"),
-            (&nine, &[("cuda:0", 20), ("cpu", 25)], "00cccccc"),
-            (&[50, 9, 9], &[("cuda:0", 20), ("cuda:1", 100)], "111"),
-            (&[50, 9, 9], &[("cuda:0", 20), ("cpu", 100)], "ccc"),
-            (&[9], &[("cuda:0", 50), ("cuda:1", 50), ("cuda:2", 50)], "0"),
+        // balanced, packed, sequential
+        for (sizes, rooms, placements) in [
+            (&nine[..], &[("cuda:0", 100)][..], ["00000000"; 3]),
+            (
+                &nine,
+                &[("cuda:0", 100), ("cuda:1", 100)],
+                ["00001111", "00000000", "00000000"],
+            ),
+            (
+                &nine,
+                &[("cuda:0", 75), ("cuda:1", 25)],
+                ["00000011", "00000011", "00000001"],
+            ),
+            (&nine, &[("cuda:0", 0), ("cuda:1", 100)], ["11111111"; 3]),
+            (
+                &nine,
+                &[("cuda:0", 40), ("cuda:1", 30), ("cuda:2", 90), ("cuda:3", 100)],
+                ["01222333", "33333333", "00001112"],
+            ),
+            (
+                &nine,
+                &[("cuda:0", 40), ("cuda:1", 30), ("cuda:2", 60)],
+                ["00112222", "00022222", "00001112"],
+            ),
+            (&nine, &[("cuda:0", 40), ("cuda:1", 20), ("cpu", 100)], ["000011cc"; 3]),
+            (&nine, &[("cpu", 61), ("disk", 100)], ["cccccddd"; 3]),
+            (&nine, &[("cuda:0", 20), ("cpu", 25)], ["00cccccc"; 3]),
+            (&[50, 9, 9], &[("cuda:0", 20), ("cuda:1", 100)], ["111"; 3]),
+            (&[50, 9, 9], &[("cuda:0", 20), ("cpu", 100)], ["ccc"; 3]),
+            (&[9], &[("cuda:0", 50), ("cuda:1", 50), ("cuda:2", 50)], ["0"; 3]),
+            (&[], &[("cuda:0", 50), ("cuda:1", 50)], [""; 3]),
         ] {
-            assert_eq!(placed(sizes, rooms), placement, "{sizes:?} on {rooms:?}");
+            let ours = [balanced as Place, packed, sequential].map(|place| placed(place, sizes, rooms));
+            assert_eq!(ours, placements, "{sizes:?} on {rooms:?}");
         }
+    }
+
+    #[test]
+    fn of_equally_few_gpus_those_with_more_room_are_used() {
+        let rooms = [("cuda:0", 80), ("cuda:1", 120), ("cuda:2", 100)];
+        assert_eq!(placed(packed, &[9; 8], &rooms), "11111111");
+        let rooms = [("cuda:0", 40), ("cuda:1", 50), ("cuda:2", 70), ("cuda:3", 30)];
+        assert_eq!(placed(packed, &[9; 8], &rooms), "11122222");
     }
 
     /// The largest share of a placement, or `None` where a GPU overflows.
@@ -218,14 +319,80 @@ mod tests {
         }
     }
 
+    fn gpus_with(rooms: &[u64]) -> Vec<Capacity> {
+        let id = |index: usize| DeviceId::Cuda(index as u32);
+        let capacity = |(index, room): (usize, &u64)| Capacity {
+            id: id(index),
+            room: Bytes(*room),
+        };
+        rooms.iter().enumerate().map(capacity).collect()
+    }
+
+    fn used(placement: &[DeviceId]) -> usize {
+        let mut devices = placement.to_vec();
+        devices.dedup();
+        devices.len()
+    }
+
     proptest! {
         #[test]
         fn no_split_over_gpus_is_better(sizes in prop::collection::vec(1u64..50, 1..8), rooms in prop::collection::vec(0u64..150, 1..4)) {
-            let modules = modules(&sizes);
-            let gpus: Vec<_> = rooms.iter().enumerate().map(|(i, room)| Capacity { id: DeviceId::Cuda(i as u32), room: Bytes(*room) }).collect();
+            let (modules, gpus) = (modules(&sizes), gpus_with(&rooms));
             let best = contiguous(modules.len(), &gpus).iter().filter_map(|p| largest_share(&modules, &gpus, p)).min_by(f64::total_cmp);
             let ours = min_max_share(&modules, &gpus).map(|p| largest_share(&modules, &gpus, &p).expect("a GPU overflows"));
             prop_assert_eq!(ours, best);
+        }
+
+        #[test]
+        fn no_split_over_fewer_gpus_fits(sizes in prop::collection::vec(0u64..50, 1..8), rooms in prop::collection::vec(0u64..150, 1..5)) {
+            let (modules, gpus) = (modules(&sizes), gpus_with(&rooms));
+            let rate = |p: &Vec<DeviceId>| Some((used(p), largest_share(&modules, &gpus, p)?));
+            let all = contiguous(modules.len(), &gpus);
+            let best = all.iter().filter_map(rate).min_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
+            let ours = fewest_gpus(&modules, &gpus).map(|p| rate(&p).expect("a GPU overflows"));
+            prop_assert_eq!(ours, best);
+        }
+
+        #[test]
+        fn runs_follow_the_devices_and_only_the_last_overflows(
+            sizes in prop::collection::vec(0u64..50, 0..12),
+            rooms in prop::collection::vec(0u64..150, 0..4),
+            cpu in 0u64..300,
+        ) {
+            let modules = modules(&sizes);
+            let mut devices = gpus_with(&rooms);
+            devices.push(Capacity { id: DeviceId::Cpu, room: Bytes(cpu) });
+            devices.push(Capacity { id: DeviceId::Disk, room: Bytes(1) });
+            for place in [balanced as Place, packed, sequential] {
+                let placement = place(&modules, &devices);
+                prop_assert_eq!(placement.len(), modules.len());
+                prop_assert!(placement.is_sorted());
+                for device in &devices[..devices.len() - 1] {
+                    let is_here = |id: DeviceId| id == device.id || (device.id == DeviceId::Cpu && id == DeviceId::Disk);
+                    let taken = modules.iter().zip(&placement).filter(|(_, id)| is_here(**id)).map(|(module, id)| match id {
+                        DeviceId::Cuda(_) => module.weights + module.kv_cuda,
+                        DeviceId::Cpu => module.weights + module.kv_host,
+                        DeviceId::Disk => module.kv_host,
+                    });
+                    let taken: Bytes = taken.sum();
+                    prop_assert!(taken <= device.room || !placement.contains(&device.id));
+                }
+            }
+        }
+
+        #[test]
+        fn what_comes_next_would_not_fit_on_the_device_before(sizes in prop::collection::vec(0u64..50, 1..12), rooms in prop::collection::vec(0u64..150, 2..5)) {
+            let (modules, gpus) = (modules(&sizes), gpus_with(&rooms));
+            let placement = sequential(&modules, &gpus);
+            let mut at = 0;
+            for gpu in &gpus[..gpus.len() - 1] {
+                let mut taken = Bytes::ZERO;
+                while at < modules.len() && placement[at] == gpu.id {
+                    taken += modules[at].weights + modules[at].kv_cuda;
+                    at += 1;
+                }
+                prop_assert!(at == modules.len() || taken + modules[at].weights + modules[at].kv_cuda > gpu.room);
+            }
         }
     }
 }

@@ -1,0 +1,138 @@
+//! The placement that Transformers 5.23 chooses for `device_map="auto"`, byte
+//! for byte: the budgets of `get_max_memory` and `get_balanced_memory`, the
+//! walk of `infer_auto_device_map` (`transformers/integrations/accelerate.py`)
+//! and `clean_device_map` (`accelerate/utils/modeling.py`).
+//!
+//! It counts weights and nothing else: no KV cache, no workspace, no scales.
+//! So it is here to be compared with, not to be followed. The functions are
+//! pure; a [`Model`] is any tree of named modules, and [`tree_of`] makes it of
+//! the modules of an architecture.
+
+mod budget;
+mod flat;
+mod infer;
+mod tree;
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use crate::bytes::Bytes;
+use crate::device::DeviceId;
+use crate::device_map::MaxMemory;
+use crate::error::Result;
+use crate::module_path::longest_prefix;
+
+pub use budget::budgets;
+pub use infer::{clean_device_map, infer_auto_device_map};
+pub use tree::{Quantization, tree_of};
+
+/// How the budgets are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Mode {
+    /// `auto`, which is `balanced`: every GPU but the last is limited to a share of the model.
+    Auto,
+    /// `balanced_low_0`: as `auto`, with as little as possible on GPU 0.
+    BalancedLowZero,
+    /// `sequential`: every GPU is filled in turn.
+    Sequential,
+}
+
+impl Mode {
+    /// All modes.
+    pub const ALL: [Self; 3] = [Self::Auto, Self::BalancedLowZero, Self::Sequential];
+
+    /// The name that Transformers gives it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::BalancedLowZero => "balanced_low_0",
+            Self::Sequential => "sequential",
+        }
+    }
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// A parameter or a buffer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tensor {
+    /// Its name in its module, for example `weight`.
+    pub name: String,
+    /// Its bytes as Transformers and bitsandbytes count them.
+    pub bytes: Bytes,
+}
+
+/// A module as PyTorch registers it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Module {
+    /// Whether its class is in `_no_split_modules`, so that it goes to one device whole.
+    pub is_whole: bool,
+    /// Its own parameters.
+    pub parameters: Vec<Tensor>,
+    /// Its own buffers, persistent or not.
+    pub buffers: Vec<Tensor>,
+    /// Its children and their names, in the order they are registered. A name has no dot.
+    pub children: Vec<(String, Module)>,
+}
+
+/// A model to place.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Model {
+    /// The whole model.
+    pub root: Module,
+    /// Parameters that are another one: path to path, `lm_head.weight` to
+    /// `model.embed_tokens.weight`. They stand in the tree too and take no bytes there.
+    pub ties: BTreeMap<String, String>,
+    /// Whether bitsandbytes quantizes it, for which a tenth of every budget is kept free.
+    pub is_quantized: bool,
+}
+
+/// Where Transformers puts what.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Placement {
+    /// The map as `hf_device_map` shows it; a key is a path, the empty one the whole model.
+    pub device_map: BTreeMap<String, DeviceId>,
+    /// Bytes that are put on each device that is used.
+    pub planned: BTreeMap<DeviceId, Bytes>,
+}
+
+impl Placement {
+    /// The device of the module at `path`: that of the longest key that contains it.
+    pub fn device_of(&self, path: &str) -> Option<DeviceId> {
+        let at = longest_prefix(self.device_map.keys().map(String::as_str), path)?;
+        self.device_map.values().nth(at).copied()
+    }
+
+    /// Whether Transformers refuses to load a model that bitsandbytes quantizes
+    /// this way: a part of it, but not all of it on the CPU, is off the GPUs.
+    pub fn is_refused_by_bitsandbytes(&self) -> bool {
+        let is_off = |device: &DeviceId| !matches!(device, DeviceId::Cuda(_));
+        self.device_map.values().any(is_off) && self.device_map.values().any(|device| *device != DeviceId::Cpu)
+    }
+}
+
+/// What `from_pretrained(device_map=mode, max_memory=max_memory)` chooses where
+/// `free` bytes are free: those of every GPU as `mem_get_info` gives them, and
+/// those of the host.
+///
+/// # Errors
+/// Transformers fails: see [`budgets`] and [`infer_auto_device_map`].
+pub fn place(model: &Model, free: &MaxMemory, max_memory: Option<&MaxMemory>, mode: Mode) -> Result<Placement> {
+    infer_auto_device_map(model, &budgets(model, free, max_memory, mode)?)
+}
+
+/// The path of `name` in the module at `path`.
+fn join(path: &str, name: &str) -> String {
+    if path.is_empty() {
+        name.to_owned()
+    } else {
+        format!("{path}.{name}")
+    }
+}
+
+#[cfg(test)]
+mod tests;
