@@ -18,10 +18,8 @@ fn plan(criterion: &mut Criterion) {
         let directory = tempfile::tempdir().expect("a temporary directory");
         shapes::write(directory.path(), &config, shards);
         let inventory = Inventory::described(devices).expect("devices");
-        let options = PlanOptions {
-            quantize: Some(QuantizeRules::whole_model(Scheme::Int4)),
-            ..PlanOptions::default()
-        };
+        let options =
+            PlanOptions { quantize: Some(QuantizeRules::whole_model(Scheme::Int4)), ..PlanOptions::default() };
         criterion.bench_function(name, |bencher| {
             bencher.iter(|| {
                 let checkpoint = Checkpoint::open(directory.path()).expect("a checkpoint");

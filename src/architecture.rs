@@ -111,19 +111,9 @@ impl ModuleTree {
         let single = |path: &str, kind, role, rows| Module {
             path: path.to_owned(),
             kind,
-            parameters: vec![Parameter {
-                role,
-                module: path.to_owned(),
-                rows,
-                cols: hidden,
-            }],
+            parameters: vec![Parameter { role, module: path.to_owned(), rows, cols: hidden }],
         };
-        let mut modules = vec![single(
-            "model.embed_tokens",
-            ModuleKind::Embedding,
-            Role::Embedding,
-            config.vocab_size,
-        )];
+        let mut modules = vec![single("model.embed_tokens", ModuleKind::Embedding, Role::Embedding, config.vocab_size)];
         modules.extend((0..config.num_hidden_layers).map(|index| {
             let path = format!("{BLOCKS}.{index}");
             let parameters = block_parameters
@@ -135,11 +125,7 @@ impl ModuleTree {
                     cols: *cols,
                 })
                 .collect();
-            Module {
-                path,
-                kind: ModuleKind::Block(index),
-                parameters,
-            }
+            Module { path, kind: ModuleKind::Block(index), parameters }
         }));
         modules.push(single("model.norm", ModuleKind::Norm, Role::OutputNorm, 1));
         let mut head = single("lm_head", ModuleKind::Head, Role::Head, config.vocab_size);
@@ -147,18 +133,12 @@ impl ModuleTree {
             head.parameters.clear();
         }
         modules.push(head);
-        Self {
-            modules,
-            tied: config.tie_word_embeddings,
-        }
+        Self { modules, tied: config.tie_word_embeddings }
     }
 
     /// All parameters, each with its module's position in [`ModuleTree::modules`].
     pub fn parameters(&self) -> impl Iterator<Item = (usize, &Parameter)> {
-        self.modules
-            .iter()
-            .enumerate()
-            .flat_map(|(at, module)| module.parameters.iter().map(move |p| (at, p)))
+        self.modules.iter().enumerate().flat_map(|(at, module)| module.parameters.iter().map(move |p| (at, p)))
     }
 
     /// Whether `path` names a module, a part of one, a group of them, or one that holds no weights.
@@ -166,9 +146,7 @@ impl ModuleTree {
         use crate::module_path::contains;
         WEIGHTLESS.iter().any(|weightless| contains(weightless, path))
             || self.modules.iter().any(|module| contains(path, &module.path))
-            || self
-                .parameters()
-                .any(|(_, parameter)| contains(path, &parameter.module))
+            || self.parameters().any(|(_, parameter)| contains(path, &parameter.module))
     }
 
     /// Holds the catalog of `checkpoint` against the tree and pairs every
@@ -190,12 +168,7 @@ impl ModuleTree {
                 let shape = printable(&format!("{:?}", tensor.shape));
                 mismatched.push(format!("{name} has shape {shape}, not {:?}", parameter.shape()));
             } else if let Some(dtype) = WeightDtype::of(tensor.dtype) {
-                weights.push(Weight {
-                    module,
-                    parameter,
-                    tensor,
-                    dtype,
-                });
+                weights.push(Weight { module, parameter, tensor, dtype });
             } else {
                 mismatched.push(format!("{name} has dtype {:?}, not BF16, F16 or F32", tensor.dtype));
             }
@@ -217,11 +190,8 @@ impl ModuleTree {
                 first_five(&mismatched)
             )));
         }
-        let placeless: Vec<_> = checkpoint
-            .catalog
-            .keys()
-            .filter(|name| !used.contains(*name) && !self.is_redundant(name))
-            .collect();
+        let placeless: Vec<_> =
+            checkpoint.catalog.keys().filter(|name| !used.contains(*name) && !self.is_redundant(name)).collect();
         if !placeless.is_empty() {
             return Err(Error::input(format!(
                 "`{}` holds {} that the model has no place for, so its config.json is not the whole truth: {}",
@@ -241,11 +211,7 @@ impl ModuleTree {
 }
 
 fn tensors(count: usize) -> String {
-    if count == 1 {
-        "1 tensor".to_owned()
-    } else {
-        format!("{count} tensors")
-    }
+    if count == 1 { "1 tensor".to_owned() } else { format!("{count} tensors") }
 }
 
 /// A parameter and the tensor that it is read from.
@@ -273,10 +239,6 @@ impl Parameter {
     }
 
     fn shape(&self) -> Vec<u64> {
-        if self.is_quantizable() {
-            vec![self.rows as u64, self.cols as u64]
-        } else {
-            vec![self.cols as u64]
-        }
+        if self.is_quantizable() { vec![self.rows as u64, self.cols as u64] } else { vec![self.cols as u64] }
     }
 }

@@ -103,9 +103,7 @@ impl FromStr for Bytes {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let error = || ParseBytesError(crate::error::printable(text));
         let trimmed = text.trim();
-        let digits = trimmed
-            .find(|c: char| !(c.is_ascii_digit() || c == '.'))
-            .unwrap_or(trimmed.len());
+        let digits = trimmed.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(trimmed.len());
         let (number, unit) = trimmed.split_at(digits);
         let unit = unit.trim_start();
         if unit.is_empty() {
@@ -133,11 +131,7 @@ impl FromStr for Bytes {
         if !(0.0..u64::MAX as f64).contains(&bytes) {
             return Err(error());
         }
-        #[expect(
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            reason = "the range is checked above"
-        )]
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the range is checked above")]
         Ok(Self(bytes as u64))
     }
 }
@@ -168,32 +162,16 @@ mod tests {
 
     #[test]
     fn what_is_no_size_is_refused() {
-        for text in [
-            "",
-            "GiB",
-            "7B",
-            "-1GB",
-            "5MBB",
-            "5k0MB",
-            "1.2.3GB",
-            "10Gb",
-            "nan",
-            "99999999999999TiB",
-            "1e3",
-        ] {
+        for text in ["", "GiB", "7B", "-1GB", "5MBB", "5k0MB", "1.2.3GB", "10Gb", "nan", "99999999999999TiB", "1e3"] {
             assert!(text.parse::<Bytes>().is_err(), "{text}");
         }
     }
 
     #[test]
     fn sizes_print_in_binary_units() {
-        for (bytes, text) in [
-            (0, "0 B"),
-            (1023, "1023 B"),
-            (1536, "1.5 KiB"),
-            (13 * MIB, "13.0 MiB"),
-            (25_340_000_000, "23.6 GiB"),
-        ] {
+        for (bytes, text) in
+            [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (13 * MIB, "13.0 MiB"), (25_340_000_000, "23.6 GiB")]
+        {
             assert_eq!(Bytes(bytes).to_string(), text);
         }
     }

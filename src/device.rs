@@ -75,19 +75,7 @@ mod tests {
 
     #[test]
     fn what_is_no_device_is_refused() {
-        for text in [
-            "",
-            "gpu0",
-            "-1",
-            "1.5",
-            "cuda",
-            "cuda:",
-            "cuda:-1",
-            "cuda:01",
-            "CPU",
-            "cuda:99999999999",
-            "mps",
-        ] {
+        for text in ["", "gpu0", "-1", "1.5", "cuda", "cuda:", "cuda:-1", "cuda:01", "CPU", "cuda:99999999999", "mps"] {
             assert!(text.parse::<DeviceId>().is_err(), "{text}");
         }
     }

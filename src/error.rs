@@ -39,12 +39,7 @@ struct Inner {
 
 impl Error {
     fn new(kind: ErrorKind, what: impl Into<String>) -> Self {
-        Self(Box::new(Inner {
-            kind,
-            what: what.into(),
-            source: None,
-            hints: Vec::new(),
-        }))
+        Self(Box::new(Inner { kind, what: what.into(), source: None, hints: Vec::new() }))
     }
 
     /// Something read from outside is not as it must be.
@@ -70,15 +65,8 @@ impl Error {
     /// An input or output error on `path`; a full disk is [`ErrorKind::DoesNotFit`].
     pub fn io(doing: &str, path: &std::path::Path, source: std::io::Error) -> Self {
         let what = format!("cannot {doing} `{}`", path.display());
-        let full = matches!(
-            source.kind(),
-            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded
-        );
-        let error = if full {
-            Self::does_not_fit(what)
-        } else {
-            Self::input(what)
-        };
+        let full = matches!(source.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded);
+        let error = if full { Self::does_not_fit(what) } else { Self::input(what) };
         error.caused_by(source)
     }
 
@@ -115,10 +103,7 @@ impl fmt::Display for Error {
 
 impl StdError for Error {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        self.0
-            .source
-            .as_deref()
-            .map(|source| source as &(dyn StdError + 'static))
+        self.0.source.as_deref().map(|source| source as &(dyn StdError + 'static))
     }
 }
 

@@ -14,15 +14,8 @@ use crate::error::{Error, Result, printable};
 pub fn open_regular(path: &Path) -> Result<File> {
     let metadata = std::fs::metadata(path).map_err(|e| Error::io("open", path, e))?;
     if !metadata.is_file() {
-        let kind = if metadata.is_dir() {
-            "a directory"
-        } else {
-            "a pipe or a device"
-        };
-        return Err(Error::input(format!(
-            "`{}` is {kind}, not a regular file",
-            path.display()
-        )));
+        let kind = if metadata.is_dir() { "a directory" } else { "a pipe or a device" };
+        return Err(Error::input(format!("`{}` is {kind}, not a regular file", path.display())));
     }
     File::open(path).map_err(|e| Error::io("open", path, e))
 }
@@ -35,16 +28,11 @@ pub fn read_capped(path: &Path, cap: Bytes) -> Result<Vec<u8>> {
     let file = open_regular(path)?;
     let failed = |e| Error::io("read", path, e);
     let mut bytes = Vec::new();
-    (&file)
-        .take(cap.0.saturating_add(1))
-        .read_to_end(&mut bytes)
-        .map_err(failed)?;
+    (&file).take(cap.0.saturating_add(1)).read_to_end(&mut bytes).map_err(failed)?;
     if bytes.len() as u64 > cap.0 {
         let size = Bytes(file.metadata().map_err(failed)?.len());
         let path = path.display();
-        return Err(Error::input(format!(
-            "`{path}` is {size}, and at most {cap} is read of such a file"
-        )));
+        return Err(Error::input(format!("`{path}` is {size}, and at most {cap} is read of such a file")));
     }
     Ok(bytes)
 }
@@ -66,28 +54,19 @@ pub fn is_plain_name(name: &str) -> bool {
 /// The name or the link leads elsewhere, or the file is missing.
 pub fn confined(directory: &Path, name: &str) -> Result<PathBuf> {
     if !is_plain_name(name) {
-        return Err(Error::input(format!(
-            "`{}` is no file name inside `{}`",
-            printable(name),
-            directory.display()
-        )));
+        return Err(Error::input(format!("`{}` is no file name inside `{}`", printable(name), directory.display())));
     }
     let path = directory.join(name);
     let canonical = |path: &Path| path.canonicalize().map_err(|e| Error::io("open", path, e));
     let (real, home) = (canonical(&path)?, canonical(directory)?);
     let in_blobs = || {
-        let snapshots = home
-            .parent()
-            .filter(|p| p.file_name().is_some_and(|n| n == "snapshots"))?;
+        let snapshots = home.parent().filter(|p| p.file_name().is_some_and(|n| n == "snapshots"))?;
         Some(real.starts_with(snapshots.parent()?.join("blobs")))
     };
     if real.starts_with(&home) || in_blobs() == Some(true) {
         Ok(path)
     } else {
-        Err(Error::input(format!(
-            "`{}` is a link to a file outside its directory",
-            path.display()
-        )))
+        Err(Error::input(format!("`{}` is a link to a file outside its directory", path.display())))
     }
 }
 
@@ -201,11 +180,7 @@ mod tests {
         assert_eq!(std::fs::read(&path).unwrap(), b"one");
         write_atomic(&path, b"two", true).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"two");
-        assert_eq!(
-            std::fs::read_dir(root.path()).unwrap().count(),
-            1,
-            "no temporary file stays"
-        );
+        assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 1, "no temporary file stays");
     }
 
     #[test]

@@ -55,10 +55,8 @@ impl FromStr for RepoId {
         {
             Ok(Self(text.to_owned()))
         } else {
-            Err(
-                Error::usage(format!("`{}` is not a repository on the Hub", printable(text)))
-                    .hint("name it like `org/name`"),
-            )
+            Err(Error::usage(format!("`{}` is not a repository on the Hub", printable(text)))
+                .hint("name it like `org/name`"))
         }
     }
 }

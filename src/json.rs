@@ -34,14 +34,8 @@ impl Document {
             Error::input(format!("`{name}` is not UTF-8: byte {offset} starts no character"))
         })?;
         if let Some(rest) = text.strip_prefix('\u{feff}') {
-            let kind = if rest.trim_start().starts_with(['{', '[']) {
-                "JSON"
-            } else {
-                "it"
-            };
-            return Err(Error::input(format!(
-                "`{name}` starts with a byte order mark; {kind} must not"
-            )));
+            let kind = if rest.trim_start().starts_with(['{', '[']) { "JSON" } else { "it" };
+            return Err(Error::input(format!("`{name}` starts with a byte order mark; {kind} must not")));
         }
         serde_json::from_str::<IgnoredAny>(&text)
             .map_err(|e| Error::input(format!("`{name}` is not JSON")).caused_by(e))?;
@@ -50,10 +44,7 @@ impl Document {
 
     /// The outermost value.
     pub fn root(&self) -> Node<'_> {
-        Node {
-            document: self,
-            raw: self.text.trim(),
-        }
+        Node { document: self, raw: self.text.trim() }
     }
 }
 
@@ -96,10 +87,7 @@ impl<'a> Node<'a> {
         let offset = self.raw.as_ptr() as usize - self.document.text.as_ptr() as usize;
         let before = &self.document.text[..offset];
         let start = before.rfind('\n').map_or(0, |newline| newline + 1);
-        Place {
-            line: before.matches('\n').count() + 1,
-            column: before[start..].chars().count() + 1,
-        }
+        Place { line: before.matches('\n').count() + 1, column: before[start..].chars().count() + 1 }
     }
 
     /// An error about this value.
@@ -120,10 +108,7 @@ impl<'a> Node<'a> {
     }
 
     fn child(&self, raw: &'a RawValue) -> Self {
-        Self {
-            document: self.document,
-            raw: raw.get(),
-        }
+        Self { document: self.document, raw: raw.get() }
     }
 
     /// Whether the value is `null`.
@@ -151,15 +136,13 @@ impl<'a> Node<'a> {
     /// # Errors
     /// The value is no object, a name stands twice, or the members are too many.
     pub fn members(&self) -> Result<Vec<Member<'a>>> {
-        let pairs = serde_json::Deserializer::from_str(self.raw)
-            .deserialize_map(Pairs)
-            .map_err(|_| {
-                if self.is_object() {
-                    self.error(format!("an object of more than {MAX_MEMBERS} members is not read"))
-                } else {
-                    self.wrong("an object")
-                }
-            })?;
+        let pairs = serde_json::Deserializer::from_str(self.raw).deserialize_map(Pairs).map_err(|_| {
+            if self.is_object() {
+                self.error(format!("an object of more than {MAX_MEMBERS} members is not read"))
+            } else {
+                self.wrong("an object")
+            }
+        })?;
         let mut seen = HashSet::with_capacity(pairs.len());
         let mut members = Vec::with_capacity(pairs.len());
         for (key, value) in pairs {
@@ -168,11 +151,7 @@ impl<'a> Node<'a> {
             if !seen.insert(name.clone()) {
                 return Err(key.error(format!("`{}` stands twice in this object", printable(&name))));
             }
-            members.push(Member {
-                name,
-                key,
-                value: self.child(value),
-            });
+            members.push(Member { name, key, value: self.child(value) });
         }
         Ok(members)
     }
@@ -182,9 +161,8 @@ impl<'a> Node<'a> {
     /// # Errors
     /// The value is no list.
     pub fn elements(&self) -> Result<Vec<Self>> {
-        let raws = serde_json::Deserializer::from_str(self.raw)
-            .deserialize_seq(Elements)
-            .map_err(|_| self.wrong("a list"))?;
+        let raws =
+            serde_json::Deserializer::from_str(self.raw).deserialize_seq(Elements).map_err(|_| self.wrong("a list"))?;
         Ok(raws.into_iter().map(|raw| self.child(raw)).collect())
     }
 
@@ -303,18 +281,9 @@ mod tests {
         for (text, message) in [
             ("{\"a\": 1,}", "`x.json` is not JSON"),
             ("\u{feff}{}", "`x.json` starts with a byte order mark; JSON must not"),
-            (
-                "[1]",
-                "`x.json`, line 1, column 1: an object is wanted here, not a list",
-            ),
-            (
-                "{\"a\": 1, \"b\": 2,\n \"a\": 3}",
-                "`x.json`, line 2, column 2: `a` stands twice in this object",
-            ),
-            (
-                "{\"a\": 1, \"\\u0061\": 3}",
-                "`x.json`, line 1, column 10: `a` stands twice in this object",
-            ),
+            ("[1]", "`x.json`, line 1, column 1: an object is wanted here, not a list"),
+            ("{\"a\": 1, \"b\": 2,\n \"a\": 3}", "`x.json`, line 2, column 2: `a` stands twice in this object"),
+            ("{\"a\": 1, \"\\u0061\": 3}", "`x.json`, line 1, column 10: `a` stands twice in this object"),
         ] {
             let error = match document(text) {
                 Ok(document) => document.root().members().err().expect(text),

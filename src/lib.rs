@@ -44,17 +44,10 @@
 //! | 3 | [`device_map`], [`plan`] |
 //! | 2 | [`quant`], [`architecture`] |
 //! | 1 | [`model_config`], [`tokenizer`], [`checkpoint`] |
-//! | 0 | [`error`], [`bytes`], [`device`], [`module_path`], [`json`], [`fs`], [`source`] |
+//! | 0 | [`error`], [`bytes`], [`device`], [`mod@module_path`], [`json`], [`fs`], [`source`] |
 
 #![warn(clippy::unwrap_used)]
-#![cfg_attr(
-    test,
-    allow(
-        clippy::cast_possible_truncation,
-        clippy::float_cmp,
-        reason = "tests know their numbers"
-    )
-)]
+#![cfg_attr(test, allow(clippy::cast_possible_truncation, clippy::float_cmp, reason = "tests know their numbers"))]
 
 pub mod architecture;
 pub mod backend;

@@ -4,10 +4,7 @@
 /// boundary, so that `model.layers.1` does not contain `model.layers.10`. The
 /// empty prefix is the whole model.
 pub fn contains(prefix: &str, path: &str) -> bool {
-    prefix.is_empty()
-        || path
-            .strip_prefix(prefix)
-            .is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+    prefix.is_empty() || path.strip_prefix(prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
 /// Of `prefixes`, the index of the longest that contains `path`.

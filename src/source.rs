@@ -87,8 +87,7 @@ impl Source for LocalDirectory {
         let available = file.metadata().map_err(|e| Error::io("read", &path, e))?.len();
         let len = len.min(usize::try_from(available.saturating_sub(offset)).unwrap_or(usize::MAX));
         let mut buffer = vec![0; len];
-        file.read_exact_at(&mut buffer, offset)
-            .map_err(|e| Error::io("read", &path, e))?;
+        file.read_exact_at(&mut buffer, offset).map_err(|e| Error::io("read", &path, e))?;
         Ok(buffer)
     }
 

@@ -58,8 +58,6 @@ impl Tokenizer {
     /// # Errors
     /// The ids cannot be decoded.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.inner
-            .decode(ids, true)
-            .map_err(|e| Error::input("the tokens cannot be decoded").caused_by(e))
+        self.inner.decode(ids, true).map_err(|e| Error::input("the tokens cannot be decoded").caused_by(e))
     }
 }

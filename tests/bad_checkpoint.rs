@@ -1,10 +1,6 @@
 //! Checkpoints that are cut, malformed, hostile or contradict themselves: each
 //! is refused by name, before any weights are read.
-#![allow(
-    clippy::unwrap_used,
-    clippy::disallowed_methods,
-    reason = "a test may panic and write files"
-)]
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "a test may panic and write files")]
 
 mod support;
 
@@ -99,17 +95,9 @@ fn row_03_huge_but_legal_header() {
         "`broken` holds 200000 tensors that the model has no place for, so its config.json is not the whole truth: \
          `extra.000000`, `extra.000001`, `extra.000002`, `extra.000003`, `extra.000004` and 199995 more",
     );
-    let many = |count: u32| {
-        (0..count)
-            .map(|i| format!("\"{i}\":\"\""))
-            .collect::<Vec<_>>()
-            .join(",")
-    };
+    let many = |count: u32| (0..count).map(|i| format!("\"{i}\":\"\"")).collect::<Vec<_>>().join(",");
     let too_many_names = header_refusal(format!("{{{}}}", many(1_000_001)), 0);
-    assert_eq!(
-        too_many_names,
-        format!("`DIR/{SHARD}` names 1000001 tensors; at most 1000000 are read")
-    );
+    assert_eq!(too_many_names, format!("`DIR/{SHARD}` names 1000001 tensors; at most 1000000 are read"));
     let too_much_metadata = header_refusal(format!("{{\"__metadata__\":{{{}}}}}", many((1 << 20) + 1)), 0);
     assert!(too_much_metadata.ends_with("an object of more than 1048576 members is not read"));
 }
@@ -125,16 +113,10 @@ fn row_04_ranges_that_add_up_to_two_to_the_64() {
         format!("{{{}}}", entries.collect::<Vec<_>>().join(","))
     };
     let refusal = header_refusal(header((1 << 61) - 1, 8), 64);
-    assert!(
-        refusal.contains("its header needs 18446744073709551615; the download is incomplete"),
-        "{refusal}"
-    );
+    assert!(refusal.contains("its header needs 18446744073709551615; the download is incomplete"), "{refusal}");
     for (part, parts) in [(u64::MAX / 2, 2), (u64::MAX, 1)] {
         let refusal = header_refusal(header(part, parts), 64);
-        assert!(
-            refusal.contains(&format!("tensor `t0` of shape [{part}] and dtype U8 does not take")),
-            "{refusal}"
-        );
+        assert!(refusal.contains(&format!("tensor `t0` of shape [{part}] and dtype U8 does not take")), "{refusal}");
     }
 }
 
@@ -182,10 +164,7 @@ fn row_06_shape_and_range_that_differ() {
     }
     let shape = format!("{:?}", vec![1; 100_000]);
     let long = header_refusal(format!("{{{}}}", entry("w", "U8", &shape, "[0,2]")), 2);
-    assert_eq!(
-        long,
-        format!("`DIR/{SHARD}` tensor `w` has 100000 dimensions; at most 64 are read")
-    );
+    assert_eq!(long, format!("`DIR/{SHARD}` tensor `w` has 100000 dimensions; at most 64 are read"));
     let shape = format!("{:?}", [1; 64]);
     let long = header_refusal(format!("{{{}}}", entry("w", "U8", &shape, "[0,2]")), 2);
     assert!(long.len() < 300 && long.contains("tensor `w` of shape [1, 1, "));
@@ -204,10 +183,7 @@ fn row_07_duplicate_key_in_a_header() {
     "#;
     for [header, cause] in rows(table) {
         let refusal = header_refusal(header.replace('W', &w), 4);
-        assert!(
-            refusal.ends_with(&format!("cannot be read; cause: `header`, {cause}")),
-            "{refusal}"
-        );
+        assert!(refusal.ends_with(&format!("cannot be read; cause: `header`, {cause}")), "{refusal}");
     }
 }
 
@@ -243,18 +219,13 @@ fn row_09_names_of_tensors() {
     };
     let (longest, longer, huge) = ("n".repeat(512), "n".repeat(513), "n".repeat(1 << 20));
     for name in ["", "a\0b", "\u{1b}[2J", "a\nb", "\u{85}", &longer, &huge] {
-        let message = format!(
-            "names a tensor `{}`; names have 1 to 512 bytes and no control characters",
-            add(name)
-        );
+        let message = format!("names a tensor `{}`; names have 1 to 512 bytes and no control characters", add(name));
         broken.refused(format!("`DIR/{SHARD}` {message}"));
     }
     // Names like any other: none becomes a path, and no tensor of the model has it.
     for name in ["../x", "/etc/passwd", "lm_he\u{301}ad.weight", "\u{202e}x", &longest] {
         let message = format!("so its config.json is not the whole truth: `{}`", add(name));
-        broken.refused(format!(
-            "`broken` holds 1 tensor that the model has no place for, {message}"
-        ));
+        broken.refused(format!("`broken` holds 1 tensor that the model has no place for, {message}"));
     }
     let wrong = header_refusal(format!("{{{}}}", entry("\u{202e}w", "F32", "[2]", "[0,4]")), 4);
     assert!(wrong.contains(r"tensor `\u{202e}w` of shape"), "{wrong}");
@@ -269,20 +240,11 @@ fn row_10_headers_that_are_no_json() {
     let empty = "`header` is not JSON; cause: EOF while parsing a value at line 1 column 0";
     for (bytes, cause) in [
         (&[json, b"\0\0\0"].concat()[..], padded.as_str()),
-        (
-            &[b"\xef\xbb\xbf", json].concat(),
-            "`header` starts with a byte order mark; JSON must not",
-        ),
-        (
-            &[b"{\"\xff", json].concat(),
-            "`header` is not UTF-8: byte 2 starts no character",
-        ),
+        (&[b"\xef\xbb\xbf", json].concat(), "`header` starts with a byte order mark; JSON must not"),
+        (&[b"{\"\xff", json].concat(), "`header` is not UTF-8: byte 2 starts no character"),
         (&[b"{,", json].concat(), comma),
         (b"", empty),
-        (
-            b"[]",
-            "`header`, line 1, column 1: an object is wanted here, not a list",
-        ),
+        (b"[]", "`header`, line 1, column 1: an object is wanted here, not a list"),
     ] {
         let message = format!("`DIR/{SHARD}` has a header that cannot be read; cause: {cause}");
         assert_eq!(header_refusal(bytes, data), message);
@@ -305,9 +267,7 @@ fn row_11_index_and_shards_that_differ() {
     let broken = Broken::sharded();
     broken.replace(INDEX, NORM, &NORM.replace(fourth, second));
     let hint = "hint: download the shard and the index again; they are from different revisions";
-    broken.refused(format!(
-        "`DIR/{second}` lacks what the index says it holds: `model.norm.weight`; {hint}"
-    ));
+    broken.refused(format!("`DIR/{second}` lacks what the index says it holds: `model.norm.weight`; {hint}"));
 
     // What the index does not name is not read and does no harm.
     let broken = Broken::sharded();
@@ -403,11 +363,7 @@ fn row_13_files_that_are_no_regular_files() {
 
 #[test]
 fn row_14_files_that_are_too_large() {
-    for (file, cap) in [
-        (CONFIG, "1.0 MiB"),
-        ("generation_config.json", "1.0 MiB"),
-        (INDEX, "64.0 MiB"),
-    ] {
+    for (file, cap) in [(CONFIG, "1.0 MiB"), ("generation_config.json", "1.0 MiB"), (INDEX, "64.0 MiB")] {
         let broken = Broken::tiny();
         broken.resize(file, 2 << 30);
         let message = format!("is 2.0 GiB, and at most {cap} is read of such a file");
@@ -423,9 +379,7 @@ fn row_14_json_that_is_deep() {
     broken.replace(INDEX, "{\n  \"meta", &deep);
     broken.plan().unwrap();
     broken.write(INDEX, format!("{{\"weight_map\": {}}}", nested(1_000_000)));
-    broken.refused(format!(
-        "`DIR/{INDEX}`, line 1, column 16: an object is wanted here, not a list"
-    ));
+    broken.refused(format!("`DIR/{INDEX}`, line 1, column 16: an object is wanted here, not a list"));
     broken.write(INDEX, "[".repeat(1_000_000));
     let cause = "EOF while parsing a list at line 1 column 1000000";
     broken.refused(format!("`DIR/{INDEX}` is not JSON; cause: {cause}"));
@@ -511,10 +465,7 @@ fn row_15_configurations_that_the_tensors_contradict() {
     let refusal = config_refusal("layers\": 1", "layers\": 10000");
     let start =
         "`broken` lacks 89991 tensors that its config.json calls for: `model.layers.1.input_layernorm.weight`, ";
-    assert!(
-        refusal.starts_with(start) && refusal.ends_with(" and 89986 more"),
-        "{refusal}"
-    );
+    assert!(refusal.starts_with(start) && refusal.ends_with(" and 89986 more"), "{refusal}");
 }
 
 #[test]
@@ -531,10 +482,7 @@ fn row_15_code_that_a_configuration_names_is_never_read() {
 fn row_16_wrong_dtype_or_shape() {
     let with = |part: &str, change: &dyn Fn(&mut Spec)| {
         let mut tensors = tiny_tensors();
-        tensors
-            .iter_mut()
-            .filter(|tensor| tensor.name.contains(part))
-            .for_each(change);
+        tensors.iter_mut().filter(|tensor| tensor.name.contains(part)).for_each(change);
         let broken = Broken::tiny();
         broken.write_tensors(SHARD, &tensors);
         broken
@@ -556,10 +504,7 @@ fn row_16_wrong_dtype_or_shape() {
     }
     let all = with("", &|tensor| tensor.dtype = "I8").refusal();
     assert!(all.starts_with("`broken` contradicts its config.json in 12 tensors: `model.embed_tokens.weight has "));
-    assert!(
-        all.ends_with(" and 7 more") && all.matches("has dtype").count() == 5,
-        "{all}"
-    );
+    assert!(all.ends_with(" and 7 more") && all.matches("has dtype").count() == 5, "{all}");
     for dtype in ["F16", "BF16"] {
         with("", &|tensor| tensor.dtype = dtype).plan().unwrap();
     }
@@ -588,10 +533,7 @@ fn row_17_missing_and_unexpected_tensors() {
     broken.write_tensors(SHARD, &[]);
     let refusal = broken.refusal();
     let start = "`broken` lacks 12 tensors that its config.json calls for: `model.embed_tokens.weight`, ";
-    assert!(
-        refusal.starts_with(start) && refusal.ends_with(" and 7 more"),
-        "{refusal}"
-    );
+    assert!(refusal.starts_with(start) && refusal.ends_with(" and 7 more"), "{refusal}");
 }
 
 /// The exit code of `evenkeel plan`, and what it writes to standard error.
@@ -624,32 +566,14 @@ fn the_command_refuses_with_exit_code_1() {
     type Break = fn(&Broken);
     assert_eq!(run_plan(Broken::tiny().directory()), (0, String::new()));
     let breaks: [(Break, &str); 8] = [
-        (
-            |b| b.resize(SHARD, 7),
-            "model.safetensors` is 7 bytes, its header needs 8",
-        ),
+        (|b| b.resize(SHARD, 7), "model.safetensors` is 7 bytes, its header needs 8"),
         (|b| b.pipe(SHARD), "model.safetensors` is a pipe or a device"),
         (|b| b.pipe(CONFIG), "config.json` is a pipe or a device"),
-        (
-            |b| b.link(INDEX, "/dev/zero"),
-            "index.json` is a link to a file outside its directory",
-        ),
-        (
-            |b| b.resize(CONFIG, 2 << 30),
-            "config.json` is 2.0 GiB, and at most 1.0 MiB",
-        ),
-        (
-            |b| b.write(INDEX, "[".repeat(1_000_000)),
-            "index.json` is not JSON\n  Caused by: EOF",
-        ),
-        (
-            |b| b.replace(CONFIG, "_size\": 8", "_size\": 0"),
-            "`hidden_size` is 0; it must be",
-        ),
-        (
-            |b| b.write_tensors(SHARD, &[]),
-            "lacks 12 tensors that its config.json calls for",
-        ),
+        (|b| b.link(INDEX, "/dev/zero"), "index.json` is a link to a file outside its directory"),
+        (|b| b.resize(CONFIG, 2 << 30), "config.json` is 2.0 GiB, and at most 1.0 MiB"),
+        (|b| b.write(INDEX, "[".repeat(1_000_000)), "index.json` is not JSON\n  Caused by: EOF"),
+        (|b| b.replace(CONFIG, "_size\": 8", "_size\": 0"), "`hidden_size` is 0; it must be"),
+        (|b| b.write_tensors(SHARD, &[]), "lacks 12 tensors that its config.json calls for"),
     ];
     for (break_it, message) in breaks {
         let broken = Broken::tiny();

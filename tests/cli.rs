@@ -19,14 +19,7 @@ fn generate(arguments: &[&str]) -> std::process::Output {
 
 #[test]
 fn generate_prints_the_text_and_nothing_else() {
-    let output = generate(&[
-        "--quantize",
-        "int4",
-        "--prompt",
-        "Ownership is",
-        "--max-new-tokens",
-        "40",
-    ]);
+    let output = generate(&["--quantize", "int4", "--prompt", "Ownership is", "--max-new-tokens", "40"]);
     assert_snapshot!(transcript(&output, None));
 }
 
@@ -69,18 +62,9 @@ fn generate_takes_its_prompt_from_anywhere() {
 
 #[test]
 fn generate_speaks_json_lines() {
-    let output = generate(&[
-        "--prompt",
-        "A trait object",
-        "--max-new-tokens",
-        "5",
-        "--format",
-        "json",
-    ]);
-    let lines: Vec<serde_json::Value> = stdout(&output)
-        .lines()
-        .map(|line| serde_json::from_str(line).unwrap())
-        .collect();
+    let output = generate(&["--prompt", "A trait object", "--max-new-tokens", "5", "--format", "json"]);
+    let lines: Vec<serde_json::Value> =
+        stdout(&output).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let (done, tokens) = lines.split_last().unwrap();
     assert!(tokens.iter().all(|line| line["event"] == "token"));
     let text: String = tokens.iter().map(|line| line["text"].as_str().unwrap()).collect();
@@ -89,44 +73,23 @@ fn generate_speaks_json_lines() {
     assert_eq!(tokens.iter().filter(|line| line["token"].is_u64()).count(), 5);
     assert_eq!(done["event"], "done");
     assert_eq!(done["finish"], "max_new_tokens");
-    assert_eq!(
-        (&done["prompt_tokens"], &done["generated_tokens"]),
-        (&3.into(), &5.into())
-    );
+    assert_eq!((&done["prompt_tokens"], &done["generated_tokens"]), (&3.into(), &5.into()));
     let cpu = &done["loaded"]["devices"][0];
     assert_eq!(cpu["planned"], cpu["measured"]);
 }
 
 #[test]
 fn generate_shows_stats_on_standard_error() {
-    let output = generate(&[
-        "--prompt",
-        "A trait object",
-        "--max-new-tokens",
-        "5",
-        "--stats",
-        "--quantize",
-        "int8",
-    ]);
+    let output = generate(&["--prompt", "A trait object", "--max-new-tokens", "5", "--stats", "--quantize", "int8"]);
     let stats = stderr(&output);
-    let names: Vec<_> = stats
-        .lines()
-        .filter_map(|line| line.split_whitespace().next())
-        .collect();
+    let names: Vec<_> = stats.lines().filter_map(|line| line.split_whitespace().next()).collect();
     assert_eq!(names, ["load", "prefill", "decode", "cpu"], "{stats}");
 }
 
 #[test]
 fn generate_through_the_chat_template() {
-    let output = generate(&[
-        "--chat",
-        "--system",
-        "You know Rust.",
-        "--prompt",
-        "What is a trait?",
-        "--max-new-tokens",
-        "12",
-    ]);
+    let output =
+        generate(&["--chat", "--system", "You know Rust.", "--prompt", "What is a trait?", "--max-new-tokens", "12"]);
     assert_snapshot!(transcript(&output, None));
 }
 
@@ -135,9 +98,7 @@ fn generate_ends_before_a_stop_text() {
     let base = ["--prompt", "Ownership is", "--max-new-tokens", "20"];
     let whole = stdout(&generate(&base));
     let (before, _) = whole.split_once("Send").unwrap_or((&whole, ""));
-    let stopped = stdout(&generate(
-        &[&base[..], &["--stop", "nowhere", "--stop", "Send"]].concat(),
-    ));
+    let stopped = stdout(&generate(&[&base[..], &["--stop", "nowhere", "--stop", "Send"]].concat()));
     assert_eq!(stopped, before);
 }
 
@@ -157,11 +118,7 @@ fn a_seed_repeats_a_sampled_text() {
             "1.1",
         ];
         stdout(&generate(
-            &[
-                &["--prompt", "In Rust,", "--max-new-tokens", "16", "--seed", seed][..],
-                &sampling,
-            ]
-            .concat(),
+            &[&["--prompt", "In Rust,", "--max-new-tokens", "16", "--seed", seed][..], &sampling].concat(),
         ))
     };
     assert_eq!(sampled("1"), sampled("1"));
@@ -174,24 +131,12 @@ fn what_is_wrong_with_a_prompt_or_an_option() {
     let cases: &[(&str, &[&str], &[u8])] = &[
         ("empty prompt", &["--prompt", ""], b""),
         ("prompt longer than the context", &["--prompt", &long], b""),
-        (
-            "more new tokens than the context",
-            &["--prompt", "x", "--max-new-tokens", "600"],
-            b"",
-        ),
+        ("more new tokens than the context", &["--prompt", "x", "--max-new-tokens", "600"], b""),
         ("prompt that is no text", &[], b"\xff\xfe"),
         ("prompt file that is missing", &["--prompt-file", "nowhere.txt"], b""),
-        (
-            "context beyond the model's",
-            &["--prompt", "x", "--context", "513"],
-            b"",
-        ),
+        ("context beyond the model's", &["--prompt", "x", "--context", "513"], b""),
         ("negative temperature", &["--prompt", "x", "--temperature", "-1"], b""),
-        (
-            "temperature that is no number",
-            &["--prompt", "x", "--temperature", "nan"],
-            b"",
-        ),
+        ("temperature that is no number", &["--prompt", "x", "--temperature", "nan"], b""),
         ("unknown scheme", &["--prompt", "x", "--quantize", "int3"], b""),
         ("unknown flag", &["--prompt", "x", "--quantise", "int4"], b""),
         ("budget without a size", &["--prompt", "x", "--max-memory", "cpu"], b""),
@@ -247,30 +192,16 @@ fn generate_refuses_what_does_not_fit_before_it_reads_weights() {
     let output = generate(&["--prompt", "x", "--max-memory", "cpu=10MiB,disk=1MiB"]);
     assert_eq!(output.status.code(), Some(3));
     assert!(stdout(&output).is_empty());
-    assert!(
-        stderr(&output).starts_with("error: `ferris-7m` does not fit: cpu lacks "),
-        "{}",
-        stderr(&output)
-    );
+    assert!(stderr(&output).starts_with("error: `ferris-7m` does not fit: cpu lacks "), "{}", stderr(&output));
 }
 
 #[test]
 fn a_budget_for_host_memory_spills_to_the_disk_and_changes_no_token() {
-    let base = [
-        "--prompt",
-        "A trait object",
-        "--max-new-tokens",
-        "10",
-        "--format",
-        "json",
-    ];
+    let base = ["--prompt", "A trait object", "--max-new-tokens", "10", "--format", "json"];
     let whole = stdout(&generate(&base));
     let spilled = stdout(&generate(&[&base[..], &["--max-memory", "cpu=26MiB"]].concat()));
     let tokens = |text: &str| {
-        text.lines()
-            .filter(|line| line.contains(r#""event":"token""#))
-            .map(str::to_owned)
-            .collect::<Vec<_>>()
+        text.lines().filter(|line| line.contains(r#""event":"token""#)).map(str::to_owned).collect::<Vec<_>>()
     };
     assert_eq!(tokens(&whole), tokens(&spilled));
     let done: serde_json::Value = serde_json::from_str(spilled.lines().last().unwrap()).unwrap();
@@ -307,29 +238,14 @@ fn a_map_is_written_checked_and_loaded() {
     assert_eq!(run(&[&write[..], &["--force"]].concat()).status.code(), Some(0));
 
     assert_eq!(run(&["plan", FERRIS, "--check", map]).status.code(), Some(0));
-    let small = run(&[
-        "plan",
-        FERRIS,
-        "--check",
-        map,
-        "--device",
-        "cpu=600MiB",
-        "--device",
-        "disk=1KiB",
-    ]);
+    let small = run(&["plan", FERRIS, "--check", map, "--device", "cpu=600MiB", "--device", "disk=1KiB"]);
     assert_eq!(small.status.code(), Some(3), "{}", transcript(&small, None));
     let other = run(&["plan", "tests/fixtures/parity/llama", "--check", map]);
     assert_eq!(other.status.code(), Some(1));
-    assert!(
-        stderr(&other).contains("was made for `ferris-7m`, not for `llama`"),
-        "{}",
-        stderr(&other)
-    );
+    assert!(stderr(&other).contains("was made for `ferris-7m`, not for `llama`"), "{}", stderr(&other));
 
     let tokens = |arguments: &[&str]| {
-        stdout(&generate(
-            &[&["--prompt", "A trait object", "--max-new-tokens", "20"], arguments].concat(),
-        ))
+        stdout(&generate(&[&["--prompt", "A trait object", "--max-new-tokens", "20"], arguments].concat()))
     };
     assert_eq!(tokens(&["--device-map", map]), tokens(&["--quantize", "int4"]));
 }
@@ -342,21 +258,9 @@ fn a_model_that_is_not_there() {
 
 #[test]
 fn a_closed_pipe_is_no_error() {
-    let arguments = [
-        "generate",
-        FERRIS,
-        "--prompt",
-        "Ownership is",
-        "--ignore-eos",
-        "--max-new-tokens",
-        "400",
-    ];
-    let mut child = evenkeel(&arguments)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .stdin(Stdio::null())
-        .spawn()
-        .unwrap();
+    let arguments = ["generate", FERRIS, "--prompt", "Ownership is", "--ignore-eos", "--max-new-tokens", "400"];
+    let mut child =
+        evenkeel(&arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).stdin(Stdio::null()).spawn().unwrap();
     let mut first = [0; 1];
     child.stdout.take().unwrap().read_exact(&mut first).unwrap();
     let output = child.wait_with_output().unwrap();
@@ -365,29 +269,13 @@ fn a_closed_pipe_is_no_error() {
 
 #[test]
 fn an_interrupt_keeps_what_was_printed_and_exits_with_130() {
-    let arguments = [
-        "generate",
-        FERRIS,
-        "--prompt",
-        "Ownership is",
-        "--ignore-eos",
-        "--max-new-tokens",
-        "480",
-        "--format",
-        "json",
-    ];
-    let mut child = evenkeel(&arguments)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .stdin(Stdio::null())
-        .spawn()
-        .unwrap();
+    let arguments =
+        ["generate", FERRIS, "--prompt", "Ownership is", "--ignore-eos", "--max-new-tokens", "480", "--format", "json"];
+    let mut child =
+        evenkeel(&arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).stdin(Stdio::null()).spawn().unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
     lines.next().unwrap().unwrap();
-    let killed = Command::new("kill")
-        .args(["-INT", &child.id().to_string()])
-        .status()
-        .unwrap();
+    let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
     assert!(killed.success());
     let rest: Vec<String> = lines.map(Result::unwrap).collect();
     let output = child.wait_with_output().unwrap();
@@ -403,17 +291,8 @@ fn a_pipe_in_place_of_a_shard_does_not_hang() {
     for file in ["config.json", "tokenizer.json"] {
         fs::copy(format!("{FERRIS}/{file}"), directory.path().join(file)).unwrap();
     }
-    assert!(
-        Command::new("mkfifo")
-            .arg(directory.path().join("model.safetensors"))
-            .status()
-            .unwrap()
-            .success()
-    );
-    let mut child = evenkeel(&["plan", directory.path().to_str().unwrap()])
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
+    assert!(Command::new("mkfifo").arg(directory.path().join("model.safetensors")).status().unwrap().success());
+    let mut child = evenkeel(&["plan", directory.path().to_str().unwrap()]).stderr(Stdio::null()).spawn().unwrap();
     for _ in 0..200 {
         if let Some(status) = child.try_wait().unwrap() {
             assert_eq!(status.code(), Some(1));

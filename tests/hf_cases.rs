@@ -27,38 +27,22 @@ fn list(value: &Value) -> &[Value] {
 }
 
 fn device(value: &Value) -> DeviceId {
-    value
-        .as_str()
-        .map_or_else(|| value.to_string(), str::to_owned)
-        .parse()
-        .unwrap()
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned).parse().unwrap()
 }
 
 fn memory(value: &Value) -> MaxMemory {
     let budgets = value.as_object().unwrap().iter();
-    budgets
-        .map(|(id, bytes)| (id.parse().unwrap(), Bytes(bytes.as_u64().unwrap())))
-        .collect()
+    budgets.map(|(id, bytes)| (id.parse().unwrap(), Bytes(bytes.as_u64().unwrap()))).collect()
 }
 
 fn devices(value: &Value) -> BTreeMap<String, DeviceId> {
-    value
-        .as_object()
-        .unwrap()
-        .iter()
-        .map(|(path, id)| (path.clone(), device(id)))
-        .collect()
+    value.as_object().unwrap().iter().map(|(path, id)| (path.clone(), device(id))).collect()
 }
 
 /// Planned bytes as the cases give them; those of 4 bits are floats.
 fn planned(value: &Value) -> BTreeMap<DeviceId, Bytes> {
     let bytes = |value: &Value| Bytes(value.to_string().trim_end_matches(".0").parse().unwrap());
-    value
-        .as_object()
-        .unwrap()
-        .iter()
-        .map(|(id, value)| (id.parse().unwrap(), bytes(value)))
-        .collect()
+    value.as_object().unwrap().iter().map(|(id, value)| (id.parse().unwrap(), bytes(value))).collect()
 }
 
 fn mode(value: &Value) -> Mode {
@@ -77,11 +61,7 @@ fn quantization(value: &Value) -> Quantization {
 /// The model of a case: `tree`, `no_split` and `tied` in the fixtures' notation.
 fn model(tree: &Value, no_split: &Value, tied: &Value, quantization: Quantization) -> Model {
     let whole: Vec<&str> = list(no_split).iter().map(text).collect();
-    let pairs = tied
-        .as_object()
-        .unwrap()
-        .iter()
-        .map(|(target, source)| (target.clone(), text(source).to_owned()));
+    let pairs = tied.as_object().unwrap().iter().map(|(target, source)| (target.clone(), text(source).to_owned()));
     Model {
         root: module(tree, "", &whole, quantization),
         ties: pairs.collect(),
@@ -105,17 +85,14 @@ fn module(tree: &Value, path: &str, whole: &[&str], quantization: Quantization) 
             Quantization::EightBit if is_linear => elements,
             _ => elements * width,
         };
-        Tensor {
-            name: name.to_owned(),
-            bytes: Bytes(bytes),
-        }
+        Tensor { name: name.to_owned(), bytes: Bytes(bytes) }
     };
     let mut children = Vec::new();
     for child in list(&tree["children"]) {
         let names: Vec<String> = match child["names"].as_str().map(|names| names.split_once("..").unwrap()) {
-            Some((first, last)) => (first.parse().unwrap()..=last.parse::<u32>().unwrap())
-                .map(|n| n.to_string())
-                .collect(),
+            Some((first, last)) => {
+                (first.parse().unwrap()..=last.parse::<u32>().unwrap()).map(|n| n.to_string()).collect()
+            }
             None => vec![text(&child["name"]).to_owned()],
         };
         for name in names {
@@ -132,26 +109,16 @@ fn module(tree: &Value, path: &str, whole: &[&str], quantization: Quantization) 
 }
 
 fn free(gpus: &[u64], cpu: u64) -> MaxMemory {
-    let gpus = (0..)
-        .zip(gpus)
-        .map(|(index, bytes)| (DeviceId::Cuda(index), Bytes(*bytes)));
+    let gpus = (0..).zip(gpus).map(|(index, bytes)| (DeviceId::Cuda(index), Bytes(*bytes)));
     gpus.chain([(DeviceId::Cpu, Bytes(cpu))]).collect()
 }
 
 /// Runs a case of `_get_device_map` for `model`.
 fn place(case: &Value, model: &Model) -> evenkeel::Result<Placement> {
-    let gpus: Vec<u64> = list(&case["free_bytes"])
-        .iter()
-        .map(|bytes| bytes.as_u64().unwrap())
-        .collect();
+    let gpus: Vec<u64> = list(&case["free_bytes"]).iter().map(|bytes| bytes.as_u64().unwrap()).collect();
     let user = &case["user_max_memory"];
     let user = (!user.is_null()).then(|| memory(user));
-    hf::place(
-        model,
-        &free(&gpus, case["cpu_available"].as_u64().unwrap()),
-        user.as_ref(),
-        mode(&case["mode"]),
-    )
+    hf::place(model, &free(&gpus, case["cpu_available"].as_u64().unwrap()), user.as_ref(), mode(&case["mode"]))
 }
 
 #[test]
@@ -159,12 +126,7 @@ fn maps_of_large_models() {
     let cases = fixture("hf_cases.json");
     for case in list(&cases["hf_auto"]) {
         let llm = &cases["llm_models"][text(&case["model_ref"])];
-        let model = model(
-            &llm["tree"],
-            &llm["no_split"],
-            &llm["tied"],
-            quantization(&case["quant"]),
-        );
+        let model = model(&llm["tree"], &llm["no_split"], &llm["tied"], quantization(&case["quant"]));
         let placement = place(case, &model).unwrap();
         assert_eq!(placement.device_map, devices(&case["expected"]), "{}", case["id"]);
         assert_eq!(placement.planned, planned(&case["planned_bytes"]), "{}", case["id"]);
@@ -200,10 +162,7 @@ fn generated_cases() {
 fn maps_are_cleaned() {
     let cases = fixture("hf_cases.json");
     let mut count = 0;
-    for case in list(&cases["cases"])
-        .iter()
-        .filter(|case| case["fn"] == "clean_device_map")
-    {
+    for case in list(&cases["cases"]).iter().filter(|case| case["fn"] == "clean_device_map") {
         let mut map = devices(&case["args"]["device_map"]);
         hf::clean_device_map(&mut map);
         assert_eq!(map, devices(&case["expected"]), "{}", case["id"]);
@@ -215,14 +174,8 @@ fn maps_are_cleaned() {
 #[test]
 fn a_key_ends_at_a_dot() {
     let cases = fixture("hf_cases.json");
-    let case = list(&cases["cases"])
-        .iter()
-        .find(|case| case["id"] == "load-unlisted")
-        .unwrap();
-    let placement = Placement {
-        device_map: devices(&case["args"]["device_map"]),
-        planned: BTreeMap::new(),
-    };
+    let case = list(&cases["cases"]).iter().find(|case| case["id"] == "load-unlisted").unwrap();
+    let placement = Placement { device_map: devices(&case["args"]["device_map"]), planned: BTreeMap::new() };
     for (path, expected) in devices(&case["expected"]) {
         assert_eq!(placement.device_of(&path), Some(expected), "{path}");
     }
@@ -234,15 +187,9 @@ fn a_key_ends_at_a_dot() {
 fn sizes_mean_the_same() {
     let cases = fixture("hf_cases.json");
     let mut count = 0;
-    for case in list(&cases["cases"])
-        .iter()
-        .filter(|case| case["fn"] == "convert_file_size_to_int")
-    {
+    for case in list(&cases["cases"]).iter().filter(|case| case["fn"] == "convert_file_size_to_int") {
         let size = &case["args"]["size"];
-        let ours = size
-            .as_str()
-            .map_or_else(|| size.to_string(), str::to_owned)
-            .parse::<Bytes>();
+        let ours = size.as_str().map_or_else(|| size.to_string(), str::to_owned).parse::<Bytes>();
         let expected = match size.as_str() {
             Some("10Gb" | "1.5gb") => None,
             Some("7") => Some(7),
@@ -281,23 +228,14 @@ fn placements_of_large_models() {
     models["mixtral-8x7b"] = mixtral();
     let memory = |text: &str, unit: u64| -> MaxMemory {
         let pairs = text.split_whitespace().map(|pair| pair.split_once(':').unwrap());
-        pairs
-            .map(|(id, number)| (id.parse().unwrap(), Bytes(number.parse::<u64>().unwrap() * unit)))
-            .collect()
+        pairs.map(|(id, number)| (id.parse().unwrap(), Bytes(number.parse::<u64>().unwrap() * unit))).collect()
     };
     let numbers = |text: &str| -> Vec<u64> { text.split_whitespace().map(|number| number.parse().unwrap()).collect() };
     for row in LARGE_MODELS.trim().lines() {
         let fields: Vec<&str> = row.split('|').map(str::trim).collect();
-        let [name, quantization, mode, gpus, user, planned, last_layers] = fields[..] else {
-            panic!("{row}")
-        };
+        let [name, quantization, mode, gpus, user, planned, last_layers] = fields[..] else { panic!("{row}") };
         let llm = &models[name];
-        let model = model(
-            &llm["tree"],
-            &llm["no_split"],
-            &llm["tied"],
-            self::quantization(&quantization.into()),
-        );
+        let model = model(&llm["tree"], &llm["no_split"], &llm["tied"], self::quantization(&quantization.into()));
         let gpus: Vec<u64> = numbers(gpus).iter().map(|gibibytes| gibibytes * GIB).collect();
         let user = memory(user, GIB);
         let user = (!user.is_empty()).then_some(&user);
@@ -306,11 +244,7 @@ fn placements_of_large_models() {
         let mut layer = 0;
         for (id, last) in placement.planned.keys().zip(numbers(last_layers)) {
             while layer <= last {
-                assert_eq!(
-                    placement.device_of(&format!("model.layers.{layer}")),
-                    Some(*id),
-                    "{layer}: {row}"
-                );
+                assert_eq!(placement.device_of(&format!("model.layers.{layer}")), Some(*id), "{layer}: {row}");
                 layer += 1;
             }
         }
@@ -382,11 +316,7 @@ fn an_architecture_is_counted_as_its_modules_are() {
                 for mode in Mode::ALL {
                     let free = free(&gpus, 20 * GIB);
                     let place = |model| hf::place(model, &free, None, mode).unwrap();
-                    assert_eq!(
-                        place(&ours),
-                        place(&expected),
-                        "{name} {quantization:?} {mode} on {gpus:?}"
-                    );
+                    assert_eq!(place(&ours), place(&expected), "{name} {quantization:?} {mode} on {gpus:?}");
                 }
             }
         }
@@ -405,11 +335,8 @@ fn a_tied_head_goes_where_the_embedding_is() {
     let split = place(embedding + 3 * layer);
     assert_eq!(
         split.planned,
-        [
-            (DeviceId::Cuda(0), Bytes(embedding + 2 * layer)),
-            (DeviceId::Cpu, Bytes(total - embedding - 2 * layer))
-        ]
-        .into()
+        [(DeviceId::Cuda(0), Bytes(embedding + 2 * layer)), (DeviceId::Cpu, Bytes(total - embedding - 2 * layer))]
+            .into()
     );
     assert_eq!(split.device_of("lm_head"), Some(DeviceId::Cuda(0)));
     assert_eq!(split.device_of("model.rotary_emb"), Some(DeviceId::Cpu));

@@ -37,10 +37,7 @@ fn shard(tensor: &str) -> Vec<u8> {
 
 /// Two shards of 3 MiB, their index, the small files, and a pickle that nobody may read.
 fn files() -> Files {
-    let index = format!(
-        r#"{{"metadata":{{}},"weight_map":{{"a":"{}","b":"{}"}}}}"#,
-        SHARDS[0], SHARDS[1]
-    );
+    let index = format!(r#"{{"metadata":{{}},"weight_map":{{"a":"{}","b":"{}"}}}}"#, SHARDS[0], SHARDS[1]);
     [
         ("config.json", b"{}".to_vec()),
         ("tokenizer.json", br#"{"version":"1.0"}"#.to_vec()),
@@ -64,17 +61,11 @@ impl Scene {
     }
 
     fn with(files: Files) -> Self {
-        Self {
-            hub: FakeHub::start("org/name", COMMIT, files),
-            cache: tempfile::tempdir().unwrap(),
-        }
+        Self { hub: FakeHub::start("org/name", COMMIT, files), cache: tempfile::tempdir().unwrap() }
     }
 
     fn options(&self) -> HubOptions {
-        HubOptions {
-            endpoint: self.hub.endpoint(),
-            ..HubOptions::new(self.cache.path())
-        }
+        HubOptions { endpoint: self.hub.endpoint(), ..HubOptions::new(self.cache.path()) }
     }
 
     fn open(&self) -> Result<Repository> {
@@ -82,13 +73,7 @@ impl Scene {
     }
 
     fn offline(&self, revision: &str) -> Result<Repository> {
-        open(
-            HubOptions {
-                offline: true,
-                ..self.options()
-            },
-            revision,
-        )
+        open(HubOptions { offline: true, ..self.options() }, revision)
     }
 
     fn download(&self) -> Result<PathBuf> {
@@ -118,9 +103,7 @@ fn text(error: &Error) -> String {
 
 #[track_caller]
 fn assert_says<T>(result: Result<T>, all: &[&str]) {
-    let Err(error) = result else {
-        panic!("no error, where {all:?} was to be said")
-    };
+    let Err(error) = result else { panic!("no error, where {all:?} was to be said") };
     let text = text(&error);
     for part in all {
         assert!(text.contains(part), "{part:?} is not said in:\n{text}");
@@ -139,11 +122,7 @@ fn what_is_downloaded_is_not_downloaded_again() {
     let mut events = Vec::new();
     let directory = scene.open().unwrap().download(&mut |event| events.push(event)).unwrap();
     assert_eq!(directory, scene.snapshot());
-    assert_same(
-        &directory,
-        &files(),
-        &["config.json", "tokenizer.json", INDEX, SHARDS[0], SHARDS[1]],
-    );
+    assert_same(&directory, &files(), &["config.json", "tokenizer.json", INDEX, SHARDS[0], SHARDS[1]]);
     assert!(!directory.join("pytorch_model.bin").exists());
     // The index is there already: it was read to learn the shards' names.
     let total = ["config.json", "tokenizer.json", SHARDS[0], SHARDS[1]].map(|name| files()[name].len() as u64);
@@ -155,38 +134,20 @@ fn what_is_downloaded_is_not_downloaded_again() {
     events.clear();
     scene.open().unwrap().download(&mut |event| events.push(event)).unwrap();
     assert_eq!(scene.hub.gets(""), 0);
-    assert_eq!(
-        events,
-        [HubEvent::Total {
-            bytes: Bytes::ZERO,
-            files: 0
-        }]
-    );
+    assert_eq!(events, [HubEvent::Total { bytes: Bytes::ZERO, files: 0 }]);
 }
 
 #[test]
 fn all_files_are_of_one_commit() {
     let scene = Scene::new();
     let repository = scene.open().unwrap();
-    scene
-        .hub
-        .commit(LATER, [("config.json".to_owned(), b"later".to_vec())].into());
+    scene.hub.commit(LATER, [("config.json".to_owned(), b"later".to_vec())].into());
     assert_eq!(repository.commit(), COMMIT);
     assert_eq!(repository.read("config.json", Bytes(10)).unwrap(), b"{}");
-    assert!(
-        scene
-            .hub
-            .requests()
-            .iter()
-            .skip(1)
-            .all(|request| request.path.contains(COMMIT))
-    );
+    assert!(scene.hub.requests().iter().skip(1).all(|request| request.path.contains(COMMIT)));
     assert_eq!(scene.open().unwrap().commit(), LATER);
     assert_eq!(open(scene.options(), COMMIT).unwrap().commit(), COMMIT);
-    assert_says(
-        open(scene.options(), "v2"),
-        &["repository `org/name` has no revision `v2`", "404"],
-    );
+    assert_says(open(scene.options(), "v2"), &["repository `org/name` has no revision `v2`", "404"]);
 }
 
 #[test]
@@ -209,13 +170,7 @@ fn offline_the_cache_suffices() {
 fn offline_what_is_missing_is_named() {
     let scene = Scene::new();
     let hint = "hint: hf download org/name --revision main";
-    assert_says(
-        scene.offline("main"),
-        &[
-            "HF_HUB_OFFLINE is set and the commit of org/name@main is not cached",
-            hint,
-        ],
-    );
+    assert_says(scene.offline("main"), &["HF_HUB_OFFLINE is set and the commit of org/name@main is not cached", hint]);
     scene.download().unwrap();
     std::fs::remove_file(scene.snapshot().join(SHARDS[1])).unwrap();
     let repository = scene.offline("main").unwrap();
@@ -232,77 +187,27 @@ fn every_fault_has_its_own_message() {
     let token = "hf_secret";
     let page = "/org/name";
     let cases: [(Part, Fault, Option<&str>, &[&str]); 19] = [
-        (
-            Api,
-            Status(401, ""),
-            Some(token),
-            &["refused the token", "hf auth login", "401", "the fake Hub says no"],
-        ),
-        (
-            Api,
-            Status(401, ""),
-            None,
-            &["may not be read without a token", "HF_TOKEN", page],
-        ),
+        (Api, Status(401, ""), Some(token), &["refused the token", "hf auth login", "401", "the fake Hub says no"]),
+        (Api, Status(401, ""), None, &["may not be read without a token", "HF_TOKEN", page]),
         (
             Api,
             Status(401, "RepoNotFound"),
             None,
             &["repository `org/name` is not at http://", "or is private", "HF_TOKEN"],
         ),
-        (
-            Api,
-            Status(401, "GatedRepo"),
-            None,
-            &["`org/name` is gated", "request access at http://", page, "HF_TOKEN"],
-        ),
-        (
-            Api,
-            Status(403, "GatedRepo"),
-            Some(token),
-            &["`org/name` is gated", "request access at http://"],
-        ),
+        (Api, Status(401, "GatedRepo"), None, &["`org/name` is gated", "request access at http://", page, "HF_TOKEN"]),
+        (Api, Status(403, "GatedRepo"), Some(token), &["`org/name` is gated", "request access at http://"]),
         (Head, Status(403, "GatedRepo"), Some(token), &["`org/name` is gated"]),
         (Api, Status(403, ""), Some(token), &["denies access to `org/name@main`"]),
-        (
-            Api,
-            Status(404, "RepoNotFound"),
-            None,
-            &["repository `org/name` is not at", "check the name"],
-        ),
-        (
-            Api,
-            Status(404, "RevisionNotFound"),
-            None,
-            &["has no revision `main`", "/tree/main"],
-        ),
+        (Api, Status(404, "RepoNotFound"), None, &["repository `org/name` is not at", "check the name"]),
+        (Api, Status(404, "RevisionNotFound"), None, &["has no revision `main`", "/tree/main"]),
         (Api, Status(404, ""), None, &["`org/name@main` is not at http://"]),
-        (
-            Head,
-            Status(404, "EntryNotFound"),
-            None,
-            &["of `org/name@main` is not there", "/tree/main"],
-        ),
+        (Head, Status(404, "EntryNotFound"), None, &["of `org/name@main` is not there", "/tree/main"]),
         (Api, RateLimit(None), None, &["too many requests", "set HF_TOKEN"]),
-        (
-            Api,
-            RateLimit(Some(100)),
-            Some(token),
-            &["too many requests", "the next one in 100 s"],
-        ),
-        (
-            Api,
-            Status(503, ""),
-            None,
-            &["failed, asked for `org/name@main`", "503", "status.huggingface.co"],
-        ),
+        (Api, RateLimit(Some(100)), Some(token), &["too many requests", "the next one in 100 s"]),
+        (Api, Status(503, ""), None, &["failed, asked for `org/name@main`", "503", "status.huggingface.co"]),
         (Head, Status(500, ""), None, &["failed, asked for", "500"]),
-        (
-            Api,
-            Page,
-            None,
-            &["did not send `org/name@main` as the Hub sends it", "login page"],
-        ),
+        (Api, Page, None, &["did not send `org/name@main` as the Hub sends it", "login page"]),
         (Head, Page, None, &["as the Hub sends it", "login page"]),
         (Get, Cut, None, &["the connection to http://", "broke while it sent"]),
         (Get, Short, None, &["came as ", " bytes instead of "]),
@@ -314,10 +219,7 @@ fn every_fault_has_its_own_message() {
                 let case = format!("{part:?} {fault:?}");
                 scene.hub.fail(part, fault, usize::MAX);
                 let token = token.map(|token| Token::new(token).unwrap());
-                let options = HubOptions {
-                    token,
-                    ..scene.options()
-                };
+                let options = HubOptions { token, ..scene.options() };
                 let result = open(options, "main").and_then(|repository| repository.download(&mut |_| {}));
                 let text = text(&result.expect_err(&case));
                 for part in all {
@@ -335,9 +237,7 @@ fn a_wrong_file_does_not_stay_in_the_cache() {
     scene.hub.fail(Part::Get, Fault::Short, usize::MAX);
     assert!(scene.download().is_err());
     let left = std::fs::read_dir(scene.snapshot()).map_or(0, Iterator::count);
-    let blobs = std::fs::read_dir(scene.cache.path().join("models--org--name/blobs"))
-        .unwrap()
-        .count();
+    let blobs = std::fs::read_dir(scene.cache.path().join("models--org--name/blobs")).unwrap().count();
     assert_eq!((left, blobs), (0, 0));
 }
 
@@ -353,9 +253,7 @@ fn what_may_pass_is_tried_again() {
     ] {
         let scene = Scene::new();
         scene.hub.fail(part, fault.clone(), 1);
-        let directory = scene
-            .download()
-            .unwrap_or_else(|e| panic!("{part:?} {fault:?}: {}", text(&e)));
+        let directory = scene.download().unwrap_or_else(|e| panic!("{part:?} {fault:?}: {}", text(&e)));
         assert_same(&directory, &files(), &["config.json", INDEX, SHARDS[0], SHARDS[1]]);
     }
 }
@@ -367,9 +265,7 @@ fn a_rate_limit_is_announced() {
     repository.read(INDEX, Bytes(MIB)).unwrap();
     scene.hub.fail(Part::Head, Fault::RateLimit(Some(1)), 1);
     let mut announced = 0;
-    repository
-        .download(&mut |event| announced += usize::from(matches!(event, HubEvent::RateLimited { .. })))
-        .unwrap();
+    repository.download(&mut |event| announced += usize::from(matches!(event, HubEvent::RateLimited { .. }))).unwrap();
     assert!(announced > 0);
 }
 
@@ -389,21 +285,12 @@ fn a_cached_file_of_another_size_is_downloaded_again() {
 #[test]
 fn the_token_is_sent_and_not_shown() {
     let scene = Scene::new();
-    let options = HubOptions {
-        token: Some(Token::new("hf_secret").unwrap()),
-        ..scene.options()
-    };
+    let options = HubOptions { token: Some(Token::new("hf_secret").unwrap()), ..scene.options() };
     assert!(format!("{options:?}").contains("***"));
     let hub = Hub::new(options.clone()).unwrap();
     let repository = hub.repository(&"org/name".parse().unwrap(), "main").unwrap();
     repository.download(&mut |_| {}).unwrap();
-    assert!(
-        scene
-            .hub
-            .requests()
-            .iter()
-            .all(|request| request.authorization.as_deref() == Some("Bearer hf_secret"))
-    );
+    assert!(scene.hub.requests().iter().all(|request| request.authorization.as_deref() == Some("Bearer hf_secret")));
     for shown in [format!("{options:?}"), format!("{hub:?}"), format!("{repository:?}")] {
         assert!(!shown.contains("hf_secret"), "{shown}");
     }
@@ -418,10 +305,7 @@ fn the_token_stays_with_the_endpoint() {
     let scene = Scene::new();
     let cdn = FakeHub::start("org/name", COMMIT, files());
     scene.hub.redirect_weights(&cdn.endpoint());
-    let options = HubOptions {
-        token: Some(Token::new("hf_secret").unwrap()),
-        ..scene.options()
-    };
+    let options = HubOptions { token: Some(Token::new("hf_secret").unwrap()), ..scene.options() };
     let repository = open(options, "main").unwrap();
     assert_eq!(repository.read_range(SHARDS[0], 0, 8).unwrap(), files()[SHARDS[0]][..8]);
     let directory = repository.download(&mut |_| {}).unwrap();
@@ -458,13 +342,7 @@ fn no_token_is_looked_for() {
 
 #[test]
 fn names_that_lead_out_are_refused() {
-    for name in [
-        "../../x.safetensors",
-        "/etc/x.safetensors",
-        "a\\..\\x.safetensors",
-        "..",
-        "model.bin",
-    ] {
+    for name in ["../../x.safetensors", "/etc/x.safetensors", "a\\..\\x.safetensors", "..", "model.bin"] {
         let index = serde_json::json!({ "weight_map": { "a": name } }).to_string();
         let mut files = files();
         files.insert(INDEX.to_owned(), index.into_bytes());
@@ -472,21 +350,12 @@ fn names_that_lead_out_are_refused() {
         let scene = Scene::with(files);
         let repository = scene.open().unwrap();
         scene.hub.forget();
-        assert_says(
-            repository.download(&mut |_| {}),
-            &["is no plain name of a .safetensors file"],
-        );
+        assert_says(repository.download(&mut |_| {}), &["is no plain name of a .safetensors file"]);
         assert_eq!(scene.hub.gets(""), scene.hub.gets(INDEX), "{name}");
         if name != "model.bin" {
-            assert_says(
-                repository.read_range(name, 0, 8),
-                &["is no file name inside a repository"],
-            );
+            assert_says(repository.read_range(name, 0, 8), &["is no file name inside a repository"]);
             assert_says(repository.size(name), &["is no file name inside a repository"]);
-            assert_says(
-                repository.read(name, Bytes(10)),
-                &["is no file name inside a repository"],
-            );
+            assert_says(repository.read(name, Bytes(10)), &["is no file name inside a repository"]);
         }
     }
 }
@@ -513,33 +382,17 @@ fn headers_cost_few_bytes() {
         let length = u64::from_le_bytes(length.try_into().unwrap()) as usize;
         assert_eq!(repository.read_range(name, 8, length).unwrap(), file[8..8 + length]);
     }
-    assert_eq!(
-        scene.hub.gets(".safetensors"),
-        SHARDS.len(),
-        "one request for each header"
-    );
+    assert_eq!(scene.hub.gets(".safetensors"), SHARDS.len(), "one request for each header");
     assert_eq!(scene.hub.sent(), SHARDS.len() as u64 * MIB);
     assert!(!scene.snapshot().join(SHARDS[0]).exists());
 
     let file = &files[SHARDS[0]];
     let end = file.len();
-    assert_eq!(
-        repository.read_range(SHARDS[0], 2_000_000, 100).unwrap(),
-        file[2_000_000..2_000_100]
-    );
-    assert_eq!(
-        repository.read_range(SHARDS[0], end as u64 - 5, 100).unwrap(),
-        file[end - 5..]
-    );
+    assert_eq!(repository.read_range(SHARDS[0], 2_000_000, 100).unwrap(), file[2_000_000..2_000_100]);
+    assert_eq!(repository.read_range(SHARDS[0], end as u64 - 5, 100).unwrap(), file[end - 5..]);
     assert_eq!(repository.read_range(SHARDS[0], end as u64, 100).unwrap().len(), 0);
-    assert_says(
-        repository.read("config.json", Bytes(1)),
-        &["org/name@main/config.json", "2 B", "1 B"],
-    );
-    assert_says(
-        repository.size("nothing.json"),
-        &["`nothing.json` is not in `org/name@main`"],
-    );
+    assert_says(repository.read("config.json", Bytes(1)), &["org/name@main/config.json", "2 B", "1 B"]);
+    assert_says(repository.size("nothing.json"), &["`nothing.json` is not in `org/name@main`"]);
 }
 
 #[test]
@@ -565,10 +418,7 @@ fn a_server_without_ranges_is_not_read_to_the_end() {
     let repository = scene.open().unwrap();
     scene.hub.fail(Part::Get, Fault::NoRanges, usize::MAX);
     let hint = "hf download org/name --revision main";
-    assert_says(
-        repository.read_range(SHARDS[0], 0, 8),
-        &["sent more of", "1048576 bytes", hint],
-    );
+    assert_says(repository.read_range(SHARDS[0], 0, 8), &["sent more of", "1048576 bytes", hint]);
     assert_says(repository.read_range(SHARDS[0], 2_000_000, 8), &["sent more of", hint]);
 }
 
@@ -619,22 +469,12 @@ fn a_held_lock_is_announced_and_waited_for() {
 fn an_unreachable_hub_says_what_the_cache_has() {
     let scene = Scene::new();
     scene.download().unwrap();
-    let gone = HubOptions {
-        endpoint: "http://127.0.0.1:9".to_owned(),
-        ..scene.options()
-    };
+    let gone = HubOptions { endpoint: "http://127.0.0.1:9".to_owned(), ..scene.options() };
     let result = open(gone.clone(), "main");
     let cached = format!("commit {COMMIT} of `org/name` is in the cache: HF_HUB_OFFLINE=1 uses it");
     assert_says(result, &["cannot reach http://127.0.0.1:9", "HF_ENDPOINT", &cached]);
     let empty = tempfile::tempdir().unwrap();
-    let error = open(
-        HubOptions {
-            cache: empty.path().to_owned(),
-            ..gone
-        },
-        "main",
-    )
-    .unwrap_err();
+    let error = open(HubOptions { cache: empty.path().to_owned(), ..gone }, "main").unwrap_err();
     assert!(!text(&error).contains("commit"), "{}", text(&error));
 }
 
@@ -642,14 +482,8 @@ fn an_unreachable_hub_says_what_the_cache_has() {
 fn a_silent_hub_is_given_up() {
     let scene = Scene::new();
     scene.hub.fail(Part::Api, Fault::Silence(Duration::from_millis(900)), 1);
-    let options = HubOptions {
-        timeout: Duration::from_millis(100),
-        ..scene.options()
-    };
-    assert_says(
-        open(options, "main"),
-        &["sent nothing for", "asked for `org/name@main`"],
-    );
+    let options = HubOptions { timeout: Duration::from_millis(100), ..scene.options() };
+    assert_says(open(options, "main"), &["sent nothing for", "asked for `org/name@main`"]);
 }
 
 #[test]
@@ -672,24 +506,11 @@ fn revisions_and_endpoints_are_checked() {
     for bad in ["", "..", "a/../b", "/a", "a b", "a\n", "a:b", "a\\b"] {
         assert_says(open(scene.options(), bad), &["is not a revision"]);
     }
-    for bad in [
-        "",
-        "huggingface.co",
-        "file:///etc",
-        "https://",
-        "http://[",
-        "http://a b",
-    ] {
-        let options = HubOptions {
-            endpoint: bad.to_owned(),
-            ..scene.options()
-        };
+    for bad in ["", "huggingface.co", "file:///etc", "https://", "http://[", "http://a b"] {
+        let options = HubOptions { endpoint: bad.to_owned(), ..scene.options() };
         assert_says(open(options, "main"), &["is no address of a Hub", "HF_ENDPOINT"]);
     }
-    let options = HubOptions {
-        endpoint: "https://me:secret@host".to_owned(),
-        ..scene.options()
-    };
+    let options = HubOptions { endpoint: "https://me:secret@host".to_owned(), ..scene.options() };
     let error = Hub::new(options).unwrap_err();
     assert!(!text(&error).contains("secret"));
 }

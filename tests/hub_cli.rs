@@ -15,27 +15,13 @@ use fake_hub::{FakeHub, Fault, Files, Part};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 const FERRIS: &str = "tests/fixtures/ferris-7m";
-const GENERATE: [&str; 7] = [
-    "generate",
-    "ferris/ferris-7m",
-    "--prompt",
-    "A trait object",
-    "--max-new-tokens",
-    "8",
-    "--quiet",
-];
+const GENERATE: [&str; 7] =
+    ["generate", "ferris/ferris-7m", "--prompt", "A trait object", "--max-new-tokens", "8", "--quiet"];
 
 fn ferris() -> Files {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join(FERRIS);
     let files = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
-    files
-        .map(|path| {
-            (
-                path.file_name().unwrap().to_str().unwrap().to_owned(),
-                fs::read(path).unwrap(),
-            )
-        })
-        .collect()
+    files.map(|path| (path.file_name().unwrap().to_str().unwrap().to_owned(), fs::read(path).unwrap())).collect()
 }
 
 fn hub() -> FakeHub {
@@ -45,10 +31,7 @@ fn hub() -> FakeHub {
 /// Runs the binary with `hub` as the Hub and a cache in `home`.
 fn with_hub(arguments: &[&str], hub: &FakeHub, home: &Path, variables: &[(&str, &str)]) -> Output {
     let mut command = evenkeel(arguments);
-    command
-        .env("HF_ENDPOINT", hub.endpoint())
-        .env("HF_HOME", home)
-        .envs(variables.iter().copied());
+    command.env("HF_ENDPOINT", hub.endpoint()).env("HF_HOME", home).envs(variables.iter().copied());
     run_with(command, b"")
 }
 
@@ -58,12 +41,7 @@ fn generate_by_name_is_generate_from_a_directory() {
     let here = run(&[&["generate", FERRIS], &GENERATE[2..]].concat());
     let first = with_hub(&GENERATE, &hub, home.path(), &[]);
     assert_eq!((stdout(&first), stderr(&first)), (stdout(&here), String::new()));
-    assert!(
-        home.path()
-            .join("hub/models--ferris--ferris-7m/snapshots")
-            .join(COMMIT)
-            .is_dir()
-    );
+    assert!(home.path().join("hub/models--ferris--ferris-7m/snapshots").join(COMMIT).is_dir());
 
     hub.forget();
     let cached = with_hub(&GENERATE, &hub, home.path(), &[]);
@@ -79,12 +57,8 @@ fn generate_by_name_is_generate_from_a_directory() {
 #[test]
 fn a_plan_by_name_downloads_no_weights() {
     let (hub, home) = (hub(), tempfile::tempdir().unwrap());
-    let by_name = with_hub(
-        &["plan", "ferris/ferris-7m", "--device", "cpu=1GiB", "--revision", COMMIT],
-        &hub,
-        home.path(),
-        &[],
-    );
+    let by_name =
+        with_hub(&["plan", "ferris/ferris-7m", "--device", "cpu=1GiB", "--revision", COMMIT], &hub, home.path(), &[]);
     let here = run(&["plan", FERRIS, "--device", "cpu=1GiB"]);
     assert_eq!(
         stdout(&by_name).split_once('\n').unwrap().1,
@@ -103,19 +77,11 @@ fn what_the_hub_refuses_ends_with_1_and_a_hint() {
     let (hub, home) = (hub(), tempfile::tempdir().unwrap());
     let offline = with_hub(&GENERATE, &hub, home.path(), &[("HF_HUB_OFFLINE", "1")]);
     assert_eq!(offline.status.code(), Some(1));
-    assert!(
-        stderr(&offline).starts_with("error: HF_HUB_OFFLINE is set"),
-        "{}",
-        stderr(&offline)
-    );
+    assert!(stderr(&offline).starts_with("error: HF_HUB_OFFLINE is set"), "{}", stderr(&offline));
     assert!(stderr(&offline).contains("\nhint: "), "{}", stderr(&offline));
 
     hub.fail(Part::Api, Fault::Status(403, "GatedRepo"), 9);
     let gated = with_hub(&GENERATE, &hub, home.path(), &[("HF_TOKEN", "hf_secret")]);
     assert_eq!(gated.status.code(), Some(1));
-    assert!(
-        stderr(&gated).contains("is gated") && !stderr(&gated).contains("hf_secret"),
-        "{}",
-        stderr(&gated)
-    );
+    assert!(stderr(&gated).contains("is gated") && !stderr(&gated).contains("hf_secret"), "{}", stderr(&gated));
 }

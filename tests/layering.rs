@@ -95,10 +95,7 @@ fn floors_are_in_order_and_every_room_is_there() {
     assert!(ROOMS.is_sorted_by_key(|(floor, _)| floor));
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     for (_, name) in ROOMS {
-        assert!(
-            src.join(name).is_dir() || src.join(format!("{name}.rs")).is_file(),
-            "{name}"
-        );
+        assert!(src.join(name).is_dir() || src.join(format!("{name}.rs")).is_file(), "{name}");
     }
 }
 

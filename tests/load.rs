@@ -26,10 +26,7 @@ fn copy() -> (tempfile::TempDir, Checkpoint) {
 }
 
 fn plan(checkpoint: &Checkpoint, scheme: Scheme) -> Plan {
-    let options = PlanOptions {
-        quantize: Some(QuantizeRules::whole_model(scheme)),
-        ..PlanOptions::default()
-    };
+    let options = PlanOptions { quantize: Some(QuantizeRules::whole_model(scheme)), ..PlanOptions::default() };
     Plan::new(checkpoint, &roomy(), &options).unwrap()
 }
 
@@ -46,15 +43,11 @@ fn a_weight_that_is_not_finite_is_named() {
     let columns = tensor.shape[1];
     for (value, shown) in [(f32::NAN, "NaN"), (f32::INFINITY, "inf")] {
         let file = fs::OpenOptions::new().write(true).open(&shard).unwrap();
-        file.write_all_at(&value.to_le_bytes(), tensor.range.start + 4 * (3 * columns + 5))
-            .unwrap();
+        file.write_all_at(&value.to_le_bytes(), tensor.range.start + 4 * (3 * columns + 5)).unwrap();
         drop(file);
         for scheme in [Scheme::Int8, Scheme::Int4] {
             let error = refused(&checkpoint, scheme);
-            assert_eq!(
-                error.to_string(),
-                format!("tensor `{TENSOR}` has {shown} at row 3, column 5")
-            );
+            assert_eq!(error.to_string(), format!("tensor `{TENSOR}` has {shown} at row 3, column 5"));
             assert_eq!(error.kind(), ErrorKind::Input);
             assert_eq!(error.hints(), ["`--quantize none` loads the weights as they are"]);
         }
@@ -70,10 +63,7 @@ fn a_shard_that_changed_since_its_header_was_read_is_refused() {
     for changed in [&bytes[..bytes.len() - 1], &[&bytes[..], &[0]].concat()] {
         fs::write(&shard, changed).unwrap();
         let error = refused(&checkpoint, Scheme::None);
-        assert!(
-            error.to_string().ends_with("has changed while it was being loaded"),
-            "{error}"
-        );
+        assert!(error.to_string().ends_with("has changed while it was being loaded"), "{error}");
         assert!(error.to_string().contains(&checkpoint.shards[2]), "{error}");
     }
     fs::remove_file(&shard).unwrap();
@@ -84,10 +74,7 @@ fn a_shard_that_changed_since_its_header_was_read_is_refused() {
 fn a_load_can_be_stopped() {
     let (_directory, checkpoint) = copy();
     let cancel = AtomicBool::new(false);
-    let options = LoadOptions {
-        offload_directory: Path::new(env!("CARGO_TARGET_TMPDIR")),
-        cancel: &cancel,
-    };
+    let options = LoadOptions { offload_directory: Path::new(env!("CARGO_TARGET_TMPDIR")), cancel: &cancel };
     let mut placed = 0;
     let result = plan(&checkpoint, Scheme::Int8).load(&checkpoint, &options, |event| {
         if let LoadEvent::Placed { .. } = event {
@@ -106,12 +93,7 @@ fn a_checkpoint_without_a_tokenizer_is_refused_before_its_weights_are_read() {
     fs::remove_file(directory.path().join(&checkpoint.shards[0])).unwrap();
     fs::write(directory.path().join("tokenizer.json"), "{}").unwrap();
     let error = load_plan(&plan, &checkpoint).err().unwrap();
-    assert!(
-        error
-            .to_string()
-            .ends_with("tokenizer.json` is no tokenizer that can be read"),
-        "{error}"
-    );
+    assert!(error.to_string().ends_with("tokenizer.json` is no tokenizer that can be read"), "{error}");
     fs::remove_file(directory.path().join("tokenizer.json")).unwrap();
     let error = load_plan(&plan, &checkpoint).err().unwrap();
     assert!(error.to_string().contains("tokenizer.json"), "{error}");
@@ -121,15 +103,9 @@ fn a_checkpoint_without_a_tokenizer_is_refused_before_its_weights_are_read() {
 fn an_offload_directory_that_cannot_be_used_is_an_error() {
     let (_directory, checkpoint) = copy();
     let map = evenkeel::device_map::DeviceMap::parse("map.json", br#"{"": "disk"}"#.to_vec()).unwrap();
-    let options = PlanOptions {
-        device_map: Some(map),
-        ..PlanOptions::default()
-    };
+    let options = PlanOptions { device_map: Some(map), ..PlanOptions::default() };
     let plan = Plan::new(&checkpoint, &roomy(), &options).unwrap();
-    let options = LoadOptions {
-        offload_directory: Path::new("/nowhere"),
-        cancel: &AtomicBool::new(false),
-    };
+    let options = LoadOptions { offload_directory: Path::new("/nowhere"), cancel: &AtomicBool::new(false) };
     let error = plan.load(&checkpoint, &options, |_| ()).err().unwrap();
     assert_eq!(error.to_string(), "cannot make a scratch file in `/nowhere`");
 }

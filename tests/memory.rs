@@ -40,11 +40,7 @@ fn a_plan_that_does_not_fit_is_not_loaded() {
     let checkpoint = Checkpoint::open(fixture("parity/llama")).unwrap();
     let options = PlanOptions {
         max_memory: Some(
-            [
-                (DeviceId::Cpu, evenkeel::bytes::Bytes(1000)),
-                (DeviceId::Disk, evenkeel::bytes::Bytes(1000)),
-            ]
-            .into(),
+            [(DeviceId::Cpu, evenkeel::bytes::Bytes(1000)), (DeviceId::Disk, evenkeel::bytes::Bytes(1000))].into(),
         ),
         ..PlanOptions::default()
     };

@@ -47,11 +47,7 @@ impl Case {
 }
 
 fn greedy(model: &mut Model, prompt: &[u32], count: usize) -> Vec<u32> {
-    let options = GenerateOptions {
-        max_new_tokens: Some(count),
-        ignore_eos: true,
-        ..GenerateOptions::default()
-    };
+    let options = GenerateOptions { max_new_tokens: Some(count), ignore_eos: true, ..GenerateOptions::default() };
     let cancel = AtomicBool::new(false);
     let generation = model.generate_from(prompt, options, &cancel).unwrap();
     generation.filter_map(|piece| piece.unwrap().token).collect()
@@ -76,11 +72,7 @@ fn best(logits: &[f32]) -> u32 {
 
 fn assert_is_transformers(model: &mut Model, name: &str) {
     for case in Case::all_of(name) {
-        assert_eq!(
-            greedy(model, &case.input_ids, case.greedy_ids.len()),
-            case.greedy_ids,
-            "{name}"
-        );
+        assert_eq!(greedy(model, &case.input_ids, case.greedy_ids.len()), case.greedy_ids, "{name}");
         let logits = logits(model, &case.sequence());
         let prompt = difference(&logits[case.input_ids.len() - 1], &case.prompt_logits);
         let last = difference(logits.last().unwrap(), &case.final_logits);
@@ -136,17 +128,11 @@ fn agreement(scheme: Scheme) -> f64 {
     for case in Case::all_of("ferris-7m") {
         let logits = logits(&mut model, &case.sequence());
         let predicted = logits[case.input_ids.len() - 1..].iter().map(|logits| best(logits));
-        agreed += predicted
-            .zip(&case.greedy_ids)
-            .filter(|(ours, theirs)| ours == *theirs)
-            .count();
+        agreed += predicted.zip(&case.greedy_ids).filter(|(ours, theirs)| ours == *theirs).count();
         total += case.greedy_ids.len();
     }
     let share = agreed as f64 / total as f64;
-    println!(
-        "{scheme}: {agreed} of {total} greedy tokens agree ({:.1} %)",
-        share * 100.0
-    );
+    println!("{scheme}: {agreed} of {total} greedy tokens agree ({:.1} %)", share * 100.0);
     share
 }
 
@@ -170,11 +156,7 @@ fn moving_blocks_between_memory_and_disk_changes_no_token() {
             r#"{"": "cpu", "model.layers.3": "disk", "model.layers.7": "disk"}"#,
             r#"{"": "disk", "model.layers.1": "cpu", "model.norm": "cpu"}"#,
         ] {
-            assert_eq!(
-                greedy(&mut load("ferris-7m", scheme, Some(map)), prompt, 30),
-                here,
-                "{scheme} {map}"
-            );
+            assert_eq!(greedy(&mut load("ferris-7m", scheme, Some(map)), prompt, 30), here, "{scheme} {map}");
         }
     }
 }

@@ -17,16 +17,10 @@ fn readme() -> String {
 /// Commands that begin with `$ evenkeel` and what the README says that they print.
 fn examples() -> Vec<(Vec<String>, String)> {
     let text = readme();
-    let blocks = text
-        .split("```console\n")
-        .skip(1)
-        .map(|block| block.split("```").next().unwrap().to_owned());
+    let blocks = text.split("```console\n").skip(1).map(|block| block.split("```").next().unwrap().to_owned());
     let example = |block: String| {
         let (command, output) = block.strip_prefix("$ evenkeel ")?.split_once('\n')?;
-        Some((
-            command.split_whitespace().map(str::to_owned).collect(),
-            output.to_owned(),
-        ))
+        Some((command.split_whitespace().map(str::to_owned).collect(), output.to_owned()))
     };
     blocks.filter_map(example).collect()
 }
@@ -82,36 +76,17 @@ fn maps_that_are_checked_in_are_canonical_and_fit() {
             continue;
         }
         let map = path.to_str().unwrap();
-        let model = path
-            .file_stem()
-            .unwrap()
-            .to_str()
-            .unwrap()
-            .split('.')
-            .next()
-            .unwrap()
-            .to_owned();
+        let model = path.file_stem().unwrap().to_str().unwrap().split('.').next().unwrap().to_owned();
         let model = format!("tests/fixtures/{model}");
         let devices = ["--device", "cpu=1GiB", "--device", "disk=1GiB"];
         let check = run(&[&["plan", &model, "--check", map], &devices[..]].concat());
         assert_eq!(check.status.code(), Some(0), "{map}: {}", stderr(&check));
         let directory = tempfile::tempdir().unwrap();
         let written = directory.path().join("map.json");
-        let rewrite = [
-            "plan",
-            &model,
-            "--device-map",
-            map,
-            "--output",
-            written.to_str().unwrap(),
-        ];
+        let rewrite = ["plan", &model, "--device-map", map, "--output", written.to_str().unwrap()];
         let rewritten = run(&[&rewrite[..], &devices].concat());
         assert_eq!(rewritten.status.code(), Some(0), "{map}: {}", stderr(&rewritten));
-        assert_eq!(
-            fs::read_to_string(&written).unwrap(),
-            fs::read_to_string(&path).unwrap(),
-            "{map}"
-        );
+        assert_eq!(fs::read_to_string(&written).unwrap(), fs::read_to_string(&path).unwrap(), "{map}");
         maps += 1;
     }
     assert!(maps > 0);

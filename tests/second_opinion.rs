@@ -24,10 +24,7 @@ fn candle_logits(name: &str, tokens: &[u32]) -> candle_core::Result<Vec<f32>> {
     let config = config.into_config(false);
     let mut cache = Cache::new(true, DType::F32, &config, &device)?;
     let input = Tensor::new(tokens, &device)?.unsqueeze(0)?;
-    Llama::load(weights, &config)?
-        .forward(&input, 0, &mut cache)?
-        .squeeze(0)?
-        .to_vec1()
+    Llama::load(weights, &config)?.forward(&input, 0, &mut cache)?.squeeze(0)?.to_vec1()
 }
 
 #[test]
@@ -36,9 +33,7 @@ fn candle_computes_the_same_logits() {
         let tokens: Vec<u32> = numbers(&expected(name)["input_ids"]);
         let theirs = candle_logits(name, &tokens).unwrap();
         let mut ours = Vec::new();
-        load(name, Scheme::None, None)
-            .score(&tokens, |_, logits| ours = logits.to_vec())
-            .unwrap();
+        load(name, Scheme::None, None).score(&tokens, |_, logits| ours = logits.to_vec()).unwrap();
         let difference = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert_eq!(ours.len(), theirs.len());
         assert!(difference < 1e-4, "{name}: {difference}");

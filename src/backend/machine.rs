@@ -26,12 +26,7 @@ impl Inventory {
             free = free.min(limit - used);
         }
         let disk = fs::free_space(offload_directory)?;
-        let device = |id, free, total| Device {
-            id,
-            name: None,
-            free,
-            total,
-        };
+        let device = |id, free, total| Device { id, name: None, free, total };
         Ok(Self {
             devices: vec![device(DeviceId::Cpu, free, total), device(DeviceId::Disk, disk, disk)],
             idle: cuda::devices(),
@@ -41,9 +36,7 @@ impl Inventory {
 
 /// A field of /proc/meminfo, which counts in KiB.
 fn field(meminfo: &str, key: &str) -> Option<Bytes> {
-    let line = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     kib.checked_mul(KIB).map(Bytes)
 }
@@ -56,10 +49,7 @@ fn control_group_limits(root: &Path) -> Vec<(Bytes, Bytes)> {
         return Vec::new();
     };
     let start = root.join(path);
-    let groups = start
-        .ancestors()
-        .take_while(|group| group.starts_with(root))
-        .map(PathBuf::from);
+    let groups = start.ancestors().take_while(|group| group.starts_with(root)).map(PathBuf::from);
     groups.filter_map(|group| limit(&group)).collect()
 }
 
@@ -69,10 +59,7 @@ fn limit(group: &Path) -> Option<(Bytes, Bytes)> {
     let limit = number(read("memory.max")?)?;
     let used = number(read("memory.current")?)?;
     let stat = read("memory.stat").unwrap_or_default();
-    let cache = stat
-        .lines()
-        .find_map(|line| line.strip_prefix("inactive_file "))
-        .and_then(|n| n.parse().ok());
+    let cache = stat.lines().find_map(|line| line.strip_prefix("inactive_file ")).and_then(|n| n.parse().ok());
     Some((limit, used - Bytes(cache.unwrap_or(0))))
 }
 

@@ -117,10 +117,9 @@ impl Pipeline {
             )));
         }
         match tokens.iter().find(|token| **token as usize >= self.vocab_size) {
-            Some(token) => Err(Error::input(format!(
-                "token {token} is not among the {} of the model",
-                self.vocab_size
-            ))),
+            Some(token) => {
+                Err(Error::input(format!("token {token} is not among the {} of the model", self.vocab_size)))
+            }
             None => Ok(()),
         }
     }
@@ -144,10 +143,8 @@ impl Pipeline {
         if self.logits.iter().all(|logit| logit.is_finite()) {
             Ok(())
         } else {
-            Err(
-                Error::input(format!("a logit behind token {} is not a number", self.length))
-                    .hint("the checkpoint's weights are broken, or overflow in this scheme; try `--quantize none`"),
-            )
+            Err(Error::input(format!("a logit behind token {} is not a number", self.length))
+                .hint("the checkpoint's weights are broken, or overflow in this scheme; try `--quantize none`"))
         }
     }
 }

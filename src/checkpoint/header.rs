@@ -142,10 +142,7 @@ pub fn length(start: &[u8], file: Bytes) -> Result<usize, HeaderError> {
         return Err(HeaderError::GitLfsPointer);
     }
     let Some(field) = start.first_chunk::<LENGTH_FIELD>() else {
-        return Err(HeaderError::Truncated {
-            file: file.0,
-            needed: LENGTH_FIELD as u64,
-        });
+        return Err(HeaderError::Truncated { file: file.0, needed: LENGTH_FIELD as u64 });
     };
     let length = u64::from_le_bytes(*field);
     if length > MAX_HEADER {
@@ -192,30 +189,15 @@ pub fn parse(header: Vec<u8>, file: Bytes) -> Result<Vec<TensorInfo>, HeaderErro
         }
         let (start, end) = entry.data_offsets;
         if byte_size(entry.dtype, &entry.shape).is_none_or(|size| start.checked_add(size) != Some(end)) {
-            return Err(HeaderError::Size {
-                name,
-                shape: entry.shape,
-                dtype: entry.dtype,
-                start,
-                end,
-            });
+            return Err(HeaderError::Size { name, shape: entry.shape, dtype: entry.dtype, start, end });
         }
-        tensors.push(TensorInfo {
-            name,
-            dtype: entry.dtype,
-            shape: entry.shape,
-            range: start..end,
-        });
+        tensors.push(TensorInfo { name, dtype: entry.dtype, shape: entry.shape, range: start..end });
     }
     tensors.sort_by_key(|tensor| (tensor.range.start, tensor.range.end));
     let mut expected = 0;
     for tensor in &mut tensors {
         if tensor.range.start != expected {
-            return Err(HeaderError::Gap {
-                name: tensor.name.clone(),
-                start: tensor.range.start,
-                expected,
-            });
+            return Err(HeaderError::Gap { name: tensor.name.clone(), start: tensor.range.start, expected });
         }
         expected = tensor.range.end;
     }
@@ -236,9 +218,7 @@ pub fn parse(header: Vec<u8>, file: Bytes) -> Result<Vec<TensorInfo>, HeaderErro
 
 /// The bytes of a tensor, where they are a number of whole bytes below 2^64.
 fn byte_size(dtype: Dtype, shape: &[u64]) -> Option<u64> {
-    let elements = shape
-        .iter()
-        .try_fold(1u64, |product, extent| product.checked_mul(*extent))?;
+    let elements = shape.iter().try_fold(1u64, |product, extent| product.checked_mul(*extent))?;
     let bits = elements.checked_mul(dtype.bitsize() as u64)?;
     bits.is_multiple_of(8).then_some(bits / 8)
 }
@@ -283,36 +263,16 @@ mod tests {
             ("", 0, "has a header that cannot be read: `header` is not JSON"),
             ("{}\0\0", 0, "has a header that cannot be read: `header` is not JSON"),
             ("[]", 0, "an object is wanted here, not a list"),
-            (
-                r#"{"a":{"dtype":"F99","shape":[1],"data_offsets":[0,4]}}"#,
-                4,
-                "unknown variant `F99`",
-            ),
-            (
-                r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[-4,0]}}"#,
-                4,
-                "invalid value: integer `-4`",
-            ),
-            (
-                r#"{"a":{"dtype":"F32","shape":[1],"shape":[1],"data_offsets":[0,4]}}"#,
-                4,
-                "duplicate field `shape`",
-            ),
+            (r#"{"a":{"dtype":"F99","shape":[1],"data_offsets":[0,4]}}"#, 4, "unknown variant `F99`"),
+            (r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[-4,0]}}"#, 4, "invalid value: integer `-4`"),
+            (r#"{"a":{"dtype":"F32","shape":[1],"shape":[1],"data_offsets":[0,4]}}"#, 4, "duplicate field `shape`"),
             (
                 r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"I32","shape":[1],"data_offsets":[0,4]}}"#,
                 4,
                 "`a` stands twice in this object",
             ),
-            (
-                r#"{"":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#,
-                4,
-                "names a tensor ``",
-            ),
-            (
-                r#"{"a\u0000b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#,
-                4,
-                r"names a tensor `a\0b`",
-            ),
+            (r#"{"":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#, 4, "names a tensor ``"),
+            (r#"{"a\u0000b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#, 4, r"names a tensor `a\0b`"),
             (
                 r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}"#,
                 4,
@@ -343,11 +303,7 @@ mod tests {
                 3,
                 "is 65 bytes, its header needs 66; the download is incomplete",
             ),
-            (
-                r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#,
-                9,
-                "5 bytes follow the last tensor",
-            ),
+            (r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#, 9, "5 bytes follow the last tensor"),
             (
                 &format!(
                     r#"{{"a":{{"dtype":"U8","shape":[{huge}],"data_offsets":[0,{huge}]}},"b":{{"dtype":"U8","shape":[{huge}],"data_offsets":[{huge},{}]}}}}"#,
@@ -367,11 +323,7 @@ mod tests {
         let part = (1u64 << 61) - 1;
         let entries: Vec<_> = (0..8)
             .map(|i| {
-                format!(
-                    r#""t{i}":{{"dtype":"U8","shape":[{part}],"data_offsets":[{},{}]}}"#,
-                    part * i,
-                    part * (i + 1)
-                )
+                format!(r#""t{i}":{{"dtype":"U8","shape":[{part}],"data_offsets":[{},{}]}}"#, part * i, part * (i + 1))
             })
             .collect();
         let error = read(&format!("{{{}}}", entries.join(",")), 0).unwrap_err();
@@ -380,10 +332,7 @@ mod tests {
 
     #[test]
     fn a_name_of_a_megabyte_is_refused() {
-        let json = format!(
-            r#"{{"{}":{{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}}}"#,
-            "n".repeat(1 << 20)
-        );
+        let json = format!(r#"{{"{}":{{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}}}"#, "n".repeat(1 << 20));
         let error = read(&json, 4).unwrap_err();
         assert!(error.len() < 300 && error.contains("names a tensor `nnn"), "{error}");
     }
@@ -393,31 +342,15 @@ mod tests {
         let length = |bytes: &[u8], file| length(bytes, Bytes(file)).map_err(|e| e.to_string());
         assert_eq!(length(&64u64.to_le_bytes(), 100), Ok(64));
         for (bytes, file, message) in [
-            (
-                &b""[..],
-                0,
-                "is 0 bytes, its header needs 8; the download is incomplete",
-            ),
-            (
-                &[1, 0, 0, 0, 0, 0, 0],
-                7,
-                "is 7 bytes, its header needs 8; the download is incomplete",
-            ),
-            (
-                &93u64.to_le_bytes(),
-                100,
-                "is 100 bytes, its header needs 101; the download is incomplete",
-            ),
+            (&b""[..], 0, "is 0 bytes, its header needs 8; the download is incomplete"),
+            (&[1, 0, 0, 0, 0, 0, 0], 7, "is 7 bytes, its header needs 8; the download is incomplete"),
+            (&93u64.to_le_bytes(), 100, "is 100 bytes, its header needs 101; the download is incomplete"),
             (
                 &u64::MAX.to_le_bytes(),
                 100,
                 "says that its header has 18446744073709551615 bytes; at most 100000000 are read",
             ),
-            (
-                b"version https://git-lfs.github.com/spec/v1",
-                130,
-                "is a Git LFS pointer, not the file itself",
-            ),
+            (b"version https://git-lfs.github.com/spec/v1", 130, "is a Git LFS pointer, not the file itself"),
         ] {
             assert_eq!(length(bytes, file), Err(message.to_owned()));
         }

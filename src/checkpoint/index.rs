@@ -39,9 +39,7 @@ impl Index {
             let shard = entry.value.text()?;
             if !is_plain_shard_name(&shard) {
                 let shard = printable(&shard);
-                return Err(entry
-                    .value
-                    .error(format!("`{shard}` is no plain name of a .safetensors file")));
+                return Err(entry.value.error(format!("`{shard}` is no plain name of a .safetensors file")));
             }
             named.insert(entry.name, shard);
         }

@@ -82,16 +82,10 @@ impl Checkpoint {
         } else {
             return Err(no_weights(source));
         };
-        let shards = index
-            .as_ref()
-            .map_or_else(|| vec![SINGLE_FILE.to_owned()], |index| index.shards.clone());
+        let shards = index.as_ref().map_or_else(|| vec![SINGLE_FILE.to_owned()], |index| index.shards.clone());
         check_presence(source, &shards)?;
-        let (shard_sizes, headers): (Vec<_>, Vec<_>) = shards
-            .par_iter()
-            .map(|shard| read_header(source, shard))
-            .collect::<Result<Vec<_>>>()?
-            .into_iter()
-            .unzip();
+        let (shard_sizes, headers): (Vec<_>, Vec<_>) =
+            shards.par_iter().map(|shard| read_header(source, shard)).collect::<Result<Vec<_>>>()?.into_iter().unzip();
         let (catalog, unlisted) = match index {
             Some(index) => catalog_by_index(source, &index, headers)?,
             None => (headers.into_iter().flatten().map(|info| entry(0, info)).collect(), 0),
@@ -109,16 +103,8 @@ impl Checkpoint {
 }
 
 fn no_weights(source: &dyn Source) -> Error {
-    let error = Error::input(format!(
-        "`{}` is missing, and so is `{}`",
-        source.display(SINGLE_FILE),
-        index::FILE
-    ));
-    let pickles = [
-        "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-        "consolidated.00.pth",
-    ];
+    let error = Error::input(format!("`{}` is missing, and so is `{}`", source.display(SINGLE_FILE), index::FILE));
+    let pickles = ["pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth"];
     match pickles.iter().find(|file| source.has(file).unwrap_or(false)) {
         Some(file) => error.hint(format!(
             "`{file}` is a Python pickle, which can run code and is never read; convert the checkpoint to safetensors"
@@ -178,12 +164,7 @@ fn read_header(source: &dyn Source, shard: &str) -> Result<(Bytes, Vec<TensorInf
 }
 
 fn entry(shard: usize, info: TensorInfo) -> (String, Tensor) {
-    let tensor = Tensor {
-        shard,
-        dtype: info.dtype,
-        shape: info.shape,
-        range: info.range,
-    };
+    let tensor = Tensor { shard, dtype: info.dtype, shape: info.shape, range: info.range };
     (info.name, tensor)
 }
 
@@ -213,16 +194,10 @@ fn catalog_by_index(
             }
         }
     }
-    let mut lacking = index
-        .weight_map
-        .iter()
-        .filter(|(name, _)| !catalog.contains_key(*name))
-        .peekable();
+    let mut lacking = index.weight_map.iter().filter(|(name, _)| !catalog.contains_key(*name)).peekable();
     if let Some((_, shard)) = lacking.peek() {
         let shard = *shard;
-        let names = lacking
-            .filter(|(_, at)| **at == *shard)
-            .map(|(name, _)| printable(name));
+        let names = lacking.filter(|(_, at)| **at == *shard).map(|(name, _)| printable(name));
         return Err(Error::input(format!(
             "`{}` lacks what the index says it holds: {}",
             source.display(&index.shards[*shard]),

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use evenkeel::bytes::Bytes;
 use evenkeel::device::DeviceId;
+use evenkeel::plan::Strategy;
 use evenkeel::quant::Scheme;
 
 const EXAMPLES: &str = "\
@@ -95,6 +96,11 @@ pub struct PlacementArguments {
     /// `auto`, or a JSON file that says which module goes where.
     #[arg(long, value_name = "auto|FILE", default_value = "auto")]
     pub device_map: String,
+    /// How modules are placed under `auto`: `balanced` (the fullest GPU is as little full as can
+    /// be), `packed` (the fewest GPUs), `sequential` (each in turn), or as Transformers would place
+    /// them: `hf-auto`, `hf-sequential`, `hf-balanced_low_0`.
+    #[arg(long, value_name = "PLACEMENT", default_value_t = Strategy::Balanced)]
+    pub placement: Strategy,
     /// A device's budget, as `cpu=8GiB`; repeat it or separate by commas.
     #[arg(long, value_name = "DEVICE=SIZE", value_delimiter = ',', value_parser = budget)]
     pub max_memory: Vec<(DeviceId, Bytes)>,
@@ -219,12 +225,7 @@ mod tests {
         Arguments::command().debug_assert();
         for command in Arguments::command().get_subcommands() {
             for argument in command.get_arguments() {
-                assert!(
-                    argument.get_help().is_some(),
-                    "{} {}",
-                    command.get_name(),
-                    argument.get_id()
-                );
+                assert!(argument.get_help().is_some(), "{} {}", command.get_name(), argument.get_id());
             }
         }
     }

@@ -52,8 +52,7 @@ impl Environment {
 
     /// Whether a switch is on, as Hugging Face reads it.
     fn is_on(&self, name: &str) -> bool {
-        self.text(name)
-            .is_some_and(|value| ["1", "ON", "YES", "TRUE"].contains(&value.to_uppercase().as_str()))
+        self.text(name).is_some_and(|value| ["1", "ON", "YES", "TRUE"].contains(&value.to_uppercase().as_str()))
     }
 
     /// The directory for large temporary files: not `/tmp`, which is in memory on many systems.
@@ -120,11 +119,7 @@ mod hub {
             }
             let bytes = evenkeel::fs::read_capped(&path, TOKEN_CAP)?;
             let token = String::from_utf8_lossy(&bytes).trim().to_owned();
-            if token.is_empty() {
-                Ok(None)
-            } else {
-                Token::new(&token).map(Some)
-            }
+            if token.is_empty() { Ok(None) } else { Token::new(&token).map(Some) }
         }
     }
 }
@@ -134,12 +129,7 @@ mod tests {
     use super::*;
 
     fn environment(variables: &[(&'static str, &str)]) -> Environment {
-        Environment(
-            variables
-                .iter()
-                .map(|(name, value)| (*name, (*value).to_owned()))
-                .collect(),
-        )
+        Environment(variables.iter().map(|(name, value)| (*name, (*value).to_owned())).collect())
     }
 
     #[test]
@@ -167,11 +157,7 @@ mod tests {
             (&[("HF_HOME", "/f"), ("HUGGINGFACE_HUB_CACHE", "/l")], "/l"),
             (&[("HF_HUB_CACHE", "/c"), ("HUGGINGFACE_HUB_CACHE", "/l")], "/c"),
         ] {
-            assert_eq!(
-                environment(variables).hub().unwrap().cache,
-                PathBuf::from(cache),
-                "{variables:?}"
-            );
+            assert_eq!(environment(variables).hub().unwrap().cache, PathBuf::from(cache), "{variables:?}");
         }
     }
 
@@ -181,16 +167,9 @@ mod tests {
         let hub = |variables: &[(&'static str, &str)]| environment(variables).hub().unwrap();
         assert!(hub(&[("HF_HUB_OFFLINE", "yes")]).offline);
         assert!(!hub(&[("HF_HUB_OFFLINE", "0")]).offline);
-        assert_eq!(
-            hub(&[("HF_ENDPOINT", "http://127.0.0.1:1/")]).endpoint,
-            "http://127.0.0.1:1"
-        );
+        assert_eq!(hub(&[("HF_ENDPOINT", "http://127.0.0.1:1/")]).endpoint, "http://127.0.0.1:1");
         assert!(hub(&[("HF_TOKEN", "hf_x")]).token.is_some());
-        assert!(
-            hub(&[("HF_TOKEN", "hf_x"), ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")])
-                .token
-                .is_none()
-        );
+        assert!(hub(&[("HF_TOKEN", "hf_x"), ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")]).token.is_none());
         let directory = tempfile::tempdir().unwrap();
         std::fs::write(directory.path().join("token"), "hf_y\n").unwrap();
         let home = directory.path().to_str().unwrap();

@@ -34,10 +34,7 @@ pub fn run(arguments: &GenerateArguments, environment: &Environment, printer: &P
     let checkpoint = model::open(&arguments.model, Need::Weights, environment, printer)?;
     let template = template(&arguments.prompt, &checkpoint)?;
     let plan = Plan::new(&checkpoint, &Inventory::this_machine(&offload_directory)?, &options)?;
-    let load = LoadOptions {
-        offload_directory: &offload_directory,
-        cancel: &interrupted,
-    };
+    let load = LoadOptions { offload_directory: &offload_directory, cancel: &interrupted };
     let mut model = load_with_bar(&plan, &checkpoint, &load, printer)?;
 
     let tokens = match template {
@@ -55,21 +52,14 @@ pub fn run(arguments: &GenerateArguments, environment: &Environment, printer: &P
     };
     let generated = stream(&mut model, &tokens, options, &interrupted, arguments.format, printer)?;
     if arguments.format == Format::Json {
-        printer.result(&json_line(&Event::Done {
-            generated: &generated,
-            loaded: &model.report,
-        }))?;
+        printer.result(&json_line(&Event::Done { generated: &generated, loaded: &model.report }))?;
     } else {
         printer.end_of_text()?;
     }
     if arguments.stats {
         printer.stats(&model.report, &generated);
     }
-    Ok(if generated.finish == Finish::Interrupted {
-        Exit::Interrupted
-    } else {
-        Exit::Done
-    })
+    Ok(if generated.finish == Finish::Interrupted { Exit::Interrupted } else { Exit::Done })
 }
 
 fn load_with_bar(plan: &Plan, checkpoint: &Checkpoint, options: &LoadOptions, printer: &Printer) -> Result<Model> {
@@ -104,10 +94,7 @@ fn stream(
         let piece = piece?;
         match format {
             Format::Text => printer.result(&piece.text)?,
-            Format::Json => printer.result(&json_line(&Event::Token {
-                token: piece.token,
-                text: &piece.text,
-            }))?,
+            Format::Json => printer.result(&json_line(&Event::Token { token: piece.token, text: &piece.text }))?,
         }
         if interrupted.load(Ordering::Relaxed) {
             break;
@@ -137,9 +124,7 @@ fn json_line(event: &Event) -> String {
 }
 
 fn new_tokens(arguments: &SamplingArguments, context: usize, prompt: usize) -> usize {
-    arguments
-        .max_new_tokens
-        .unwrap_or_else(|| context.saturating_sub(prompt).min(DEFAULT_NEW_TOKENS))
+    arguments.max_new_tokens.unwrap_or_else(|| context.saturating_sub(prompt).min(DEFAULT_NEW_TOKENS))
 }
 
 /// The prompt from the flag, the file or standard input.
@@ -179,10 +164,7 @@ fn template(arguments: &PromptArguments, checkpoint: &Checkpoint) -> Result<Opti
 }
 
 fn messages(arguments: &PromptArguments, prompt: String) -> Vec<Message> {
-    let message = |role: &str, content| Message {
-        role: role.to_owned(),
-        content,
-    };
+    let message = |role: &str, content| Message { role: role.to_owned(), content };
     let system = arguments.system.clone().map(|text| message("system", text));
     system.into_iter().chain([message("user", prompt)]).collect()
 }
@@ -205,27 +187,15 @@ impl Printer {
     fn stats(&self, loaded: &LoadReport, generated: &GenerateReport) {
         let rate = |count: usize, seconds: f64| if seconds > 0.0 { count as f64 / seconds } else { 0.0 };
         let gigabytes = loaded.read.0 as f64 / 1e9 / loaded.seconds;
-        self.note(&format!(
-            "load      {} in {:.2} s, {gigabytes:.2} GB/s",
-            loaded.read, loaded.seconds
-        ));
+        self.note(&format!("load      {} in {:.2} s, {gigabytes:.2} GB/s", loaded.read, loaded.seconds));
         let (prompt, new) = (generated.prompt_tokens, generated.generated_tokens);
-        self.note(&format!(
-            "prefill   {prompt} tokens, {:.1} tok/s",
-            rate(prompt, generated.prefill_seconds)
-        ));
+        self.note(&format!("prefill   {prompt} tokens, {:.1} tok/s", rate(prompt, generated.prefill_seconds)));
         // The first token comes with the prefill.
         let decoded = new.saturating_sub(1);
-        self.note(&format!(
-            "decode    {new} tokens, {:.1} tok/s",
-            rate(decoded, generated.decode_seconds)
-        ));
+        self.note(&format!("decode    {new} tokens, {:.1} tok/s", rate(decoded, generated.decode_seconds)));
         for device in &loaded.devices {
             if device.planned > Bytes::ZERO || device.measured > Bytes::ZERO {
-                self.note(&format!(
-                    "{:<9} planned {}, measured {}",
-                    device.id, device.planned, device.measured
-                ));
+                self.note(&format!("{:<9} planned {}, measured {}", device.id, device.planned, device.measured));
             }
         }
     }

@@ -79,10 +79,7 @@ fn from_hub(
         }
         (HubEvent::Downloaded { bytes }, Some(bar)) => bar.set(bytes),
         (HubEvent::LockHeld { path, .. }, _) => {
-            printer.note(&format!(
-                "waiting for another process that downloads `{model}` (`{}`)",
-                path.display()
-            ));
+            printer.note(&format!("waiting for another process that downloads `{model}` (`{}`)", path.display()));
         }
         (HubEvent::RateLimited { left }, Some(bar)) => bar.say(format!("rate limit, {} s", left.as_secs())),
         _ => {}
@@ -112,13 +109,12 @@ impl PlacementArguments {
             reserve: Some(self.reserve),
             max_memory: (!self.max_memory.is_empty()).then(|| self.max_memory.iter().copied().collect()),
             device_map: file.map(DeviceMap::open).transpose()?,
+            strategy: self.placement,
         })
     }
 
     /// Where weights on the disk go.
     pub fn offload_directory(&self, environment: &Environment) -> PathBuf {
-        self.offload_dir
-            .clone()
-            .unwrap_or_else(|| environment.temporary_directory())
+        self.offload_dir.clone().unwrap_or_else(|| environment.temporary_directory())
     }
 }

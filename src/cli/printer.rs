@@ -45,21 +45,15 @@ impl Printer {
     #[expect(clippy::unused_self, reason = "all that is printed goes through a printer")]
     pub fn result(&self, text: &str) -> Result<(), Stop> {
         let mut out = stdout().lock();
-        out.write_all(text.as_bytes())
-            .and_then(|()| out.flush())
-            .map_err(|e| match e.kind() {
-                std::io::ErrorKind::BrokenPipe => Stop::PipeClosed,
-                _ => Error::io("write", "standard output".as_ref(), e).into(),
-            })
+        out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(|e| match e.kind() {
+            std::io::ErrorKind::BrokenPipe => Stop::PipeClosed,
+            _ => Error::io("write", "standard output".as_ref(), e).into(),
+        })
     }
 
     /// Ends a result that is no line, so that a prompt does not stand behind it.
     pub fn end_of_text(&self) -> Result<(), Stop> {
-        if stdout().is_terminal() {
-            self.result("\n")
-        } else {
-            Ok(())
-        }
+        if stdout().is_terminal() { self.result("\n") } else { Ok(()) }
     }
 
     /// A message that is left out when quiet.
@@ -86,10 +80,6 @@ impl Printer {
     }
 
     fn label(&self, label: &str, code: &str) -> String {
-        if self.color {
-            format!("\x1b[1;{code}m{label}\x1b[0m")
-        } else {
-            label.to_owned()
-        }
+        if self.color { format!("\x1b[1;{code}m{label}\x1b[0m") } else { label.to_owned() }
     }
 }

@@ -81,10 +81,7 @@ impl DeviceMap {
             entries: Vec::new(),
         };
         // `model` alone does not tell: it is a module's path too.
-        if !members
-            .iter()
-            .any(|member| member.name != "model" && KEYS.contains(&member.name.as_str()))
-        {
+        if !members.iter().any(|member| member.name != "model" && KEYS.contains(&member.name.as_str())) {
             map.entries = entries(document.root())?;
             return Ok(map);
         }
@@ -110,28 +107,14 @@ impl DeviceMap {
                 other => return Err(unknown_key(member, other)),
             }
         }
-        if has_entries {
-            Ok(map)
-        } else {
-            Err(document.root().error("`device_map` is missing"))
-        }
+        if has_entries { Ok(map) } else { Err(document.root().error("`device_map` is missing")) }
     }
 }
 
-const KEYS: &[&str] = &[
-    "schema_version",
-    "model",
-    "quantize",
-    "context",
-    "batch",
-    "max_memory",
-    "device_map",
-];
+const KEYS: &[&str] = &["schema_version", "model", "quantize", "context", "batch", "max_memory", "device_map"];
 
 fn unknown_key(member: &Member, name: &str) -> Error {
-    let error = member
-        .key
-        .error(format!("`{}` is no key of a device map", printable(name)));
+    let error = member.key.error(format!("`{}` is no key of a device map", printable(name)));
     match did_you_mean(name, KEYS.iter().copied()) {
         Some(near) => error.hint(format!("did you mean `{near}`?")),
         None => error.hint(format!("the keys are {}", KEYS.join(", "))),
@@ -185,11 +168,7 @@ fn entries(node: Node) -> Result<Vec<Entry>> {
                 .map(DeviceId::Cuda)
                 .map_err(|_| member.value.error(format!("{index} is no index of a GPU")))?
         };
-        Ok(Entry {
-            path: member.name,
-            device,
-            place: member.key.place(),
-        })
+        Ok(Entry { path: member.name, device, place: member.key.place() })
     });
     entries.collect()
 }

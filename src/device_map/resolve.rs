@@ -56,9 +56,7 @@ impl DeviceMap {
             .hint("`\"\": \"cpu\"` catches all that no longer path places; `evenkeel plan --output FILE` writes a whole map"));
         }
         for (at, entry) in entries.iter().enumerate() {
-            let places_weights = tree
-                .parameters()
-                .any(|(_, parameter)| contains(&entry.path, &parameter.module));
+            let places_weights = tree.parameters().any(|(_, parameter)| contains(&entry.path, &parameter.module));
             if places_weights && !used.contains(&at) {
                 return Err(self.wrong(
                     format!("has an entry `{}` that places nothing", entry.path),
@@ -86,10 +84,7 @@ impl DeviceMap {
         let named = entries.iter().find(|entry| entry.path == "lm_head");
         match (named, embedding) {
             (Some(entry), Some(embedding)) if entry.device != embedding => Err(self.wrong(
-                format!(
-                    "puts `lm_head` on {} and `model.embed_tokens` on {embedding}",
-                    entry.device
-                ),
+                format!("puts `lm_head` on {} and `model.embed_tokens` on {embedding}", entry.device),
                 entry,
                 "the model ties them: they share one copy of their weights",
             )),
@@ -101,11 +96,7 @@ impl DeviceMap {
     fn expand(&self, tree: &ModuleTree) -> Result<Vec<Entry>> {
         let mut expanded = Vec::new();
         let mut seen = HashSet::new();
-        let blocks = tree
-            .modules
-            .iter()
-            .filter(|module| matches!(module.kind, ModuleKind::Block(_)))
-            .count();
+        let blocks = tree.modules.iter().filter(|module| matches!(module.kind, ModuleKind::Block(_))).count();
         for entry in &self.entries {
             let paths = match block_range(&entry.path) {
                 Some((BLOCKS, first, last)) => {
@@ -138,11 +129,8 @@ impl DeviceMap {
     }
 
     fn unknown(&self, path: &str, entry: &Entry, tree: &ModuleTree) -> Error {
-        let error = self.wrong(
-            format!("places unknown module `{}`", printable(path)),
-            entry,
-            "the model has no such module",
-        );
+        let error =
+            self.wrong(format!("places unknown module `{}`", printable(path)), entry, "the model has no such module");
         let modules = tree.modules.iter().map(|module| module.path.as_str());
         let parameters = tree.parameters().map(|(_, parameter)| parameter.module.as_str());
         let groups = ["model", BLOCKS];

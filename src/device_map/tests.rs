@@ -18,10 +18,7 @@ fn tree(tied: bool) -> ModuleTree {
         vocab_size: 320,
         max_position_embeddings: 256,
         rms_norm_eps: 1e-5,
-        rope: Rope {
-            theta: 10_000.0,
-            scaling: RopeScaling::Default,
-        },
+        rope: Rope { theta: 10_000.0, scaling: RopeScaling::Default },
         tie_word_embeddings: tied,
         eos_token_ids: Vec::new(),
     })
@@ -35,14 +32,8 @@ fn resolve(json: &str, tied: bool) -> Result<Vec<String>> {
 /// The whole chain of an error in a line.
 fn refused(json: &str, tied: bool) -> String {
     let error = resolve(json, tied).expect_err(json);
-    let cause = std::error::Error::source(&error)
-        .map(|cause| format!(" | {cause}"))
-        .unwrap_or_default();
-    let hint = error
-        .hints()
-        .first()
-        .map(|hint| format!(" | {hint}"))
-        .unwrap_or_default();
+    let cause = std::error::Error::source(&error).map(|cause| format!(" | {cause}")).unwrap_or_default();
+    let hint = error.hints().first().map(|hint| format!(" | {hint}")).unwrap_or_default();
     format!("{error}{cause}{hint}")
 }
 
@@ -69,10 +60,7 @@ fn parts_of_a_block_may_be_named_if_they_stay_together() {
 #[test]
 fn a_tied_head_goes_with_its_embedding() {
     assert_eq!(resolve(r#"{"model": "disk"}"#, true).unwrap()[14], "disk");
-    assert_eq!(
-        resolve(r#"{"model": "disk", "lm_head": "disk"}"#, true).unwrap()[14],
-        "disk"
-    );
+    assert_eq!(resolve(r#"{"model": "disk", "lm_head": "disk"}"#, true).unwrap()[14], "disk");
     assert_eq!(
         refused(r#"{"model": 0, "lm_head": "cpu"}"#, true),
         "device map `map.json` puts `lm_head` on cpu and `model.embed_tokens` on cuda:0 | line 1, column 14: the model ties them: they share one copy of their weights"
@@ -107,10 +95,7 @@ fn what_is_written_reads_back_the_same() {
     let map = DeviceMap::parse("map.json", json.clone().into_bytes()).unwrap();
     assert_eq!(map.resolve(&tree).unwrap(), devices);
     assert_eq!(map.max_memory.as_ref(), Some(&budgets));
-    assert_eq!(
-        to_json("m", map.quantize.as_ref().unwrap(), 4096, 1, &budgets, &tree, &devices),
-        json
-    );
+    assert_eq!(to_json("m", map.quantize.as_ref().unwrap(), 4096, 1, &budgets, &tree, &devices), json);
     assert!(json.contains(r#""model.layers.4-7": "cpu""#), "{json}");
 }
 
@@ -145,26 +130,14 @@ fn what_is_wrong_is_named_with_its_place() {
             r#"{"": 0, "model": 0, "lm_head": 1}"#,
             "device map `map.json` has an entry `` that places nothing | line 1, column 2: longer paths take all of its modules",
         ),
-        (
-            r#"{"": 0, "": 1}"#,
-            "`map.json`, line 1, column 9: `` stands twice in this object",
-        ),
+        (r#"{"": 0, "": 1}"#, "`map.json`, line 1, column 9: `` stands twice in this object"),
         (
             r#"{"": "gpu0"}"#,
             "`map.json`, line 1, column 6: `gpu0` is not a device; devices are `cuda:0`, `cuda:1`, …, `cpu` and `disk`",
         ),
-        (
-            r#"{"": -1}"#,
-            "`map.json`, line 1, column 6: a whole number, 0 or more, is wanted here, not -1",
-        ),
-        (
-            r#"{"": 1.5}"#,
-            "`map.json`, line 1, column 6: a whole number, 0 or more, is wanted here, not 1.5",
-        ),
-        (
-            r#"{"": null}"#,
-            "`map.json`, line 1, column 6: a whole number, 0 or more, is wanted here, not null",
-        ),
+        (r#"{"": -1}"#, "`map.json`, line 1, column 6: a whole number, 0 or more, is wanted here, not -1"),
+        (r#"{"": 1.5}"#, "`map.json`, line 1, column 6: a whole number, 0 or more, is wanted here, not 1.5"),
+        (r#"{"": null}"#, "`map.json`, line 1, column 6: a whole number, 0 or more, is wanted here, not null"),
         ("{}", "`map.json`, line 1, column 1: the device map is empty"),
         (
             r#"{"schema_version": 2, "device_map": {"": 0}}"#,
@@ -174,10 +147,7 @@ fn what_is_wrong_is_named_with_its_place() {
             r#"{"schema_version": 1, "devicemap": {"": 0}}"#,
             "`map.json`, line 1, column 23: `devicemap` is no key of a device map | did you mean `device_map`?",
         ),
-        (
-            r#"{"schema_version": 1}"#,
-            "`map.json`, line 1, column 1: `device_map` is missing",
-        ),
+        (r#"{"schema_version": 1}"#, "`map.json`, line 1, column 1: `device_map` is missing"),
         (
             r#"{"context": 0, "device_map": {"": 0}}"#,
             "`map.json`, line 1, column 13: `context` is 0; it must be from 1 to 268435456",

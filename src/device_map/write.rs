@@ -19,14 +19,10 @@ pub fn to_json(
     tree: &ModuleTree,
     devices: &[DeviceId],
 ) -> String {
-    let quantize: Map<String, Value> = quantize
-        .iter()
-        .map(|(path, scheme)| (path.to_owned(), scheme.name().into()))
-        .collect();
-    let max_memory: Map<String, Value> = max_memory
-        .iter()
-        .map(|(device, bytes)| (device.to_string(), bytes.exact().into()))
-        .collect();
+    let quantize: Map<String, Value> =
+        quantize.iter().map(|(path, scheme)| (path.to_owned(), scheme.name().into())).collect();
+    let max_memory: Map<String, Value> =
+        max_memory.iter().map(|(device, bytes)| (device.to_string(), bytes.exact().into())).collect();
     let map = json!({
         "schema_version": SCHEMA_VERSION,
         "model": model,
@@ -44,11 +40,7 @@ fn device_map(tree: &ModuleTree, devices: &[DeviceId]) -> Map<String, Value> {
     let mut run: Option<(usize, usize, DeviceId)> = None;
     let flush = |map: &mut Map<String, Value>, run: &mut Option<(usize, usize, DeviceId)>| {
         if let Some((first, last, device)) = run.take() {
-            let path = if first == last {
-                format!("{BLOCKS}.{first}")
-            } else {
-                format!("{BLOCKS}.{first}-{last}")
-            };
+            let path = if first == last { format!("{BLOCKS}.{first}") } else { format!("{BLOCKS}.{first}-{last}") };
             map.insert(path, device.to_string().into());
         }
     };

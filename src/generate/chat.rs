@@ -48,25 +48,12 @@ impl ChatTemplate {
         };
         let config = if directory.join(CONFIG_FILE).exists() {
             let path = fs::confined(directory, CONFIG_FILE)?;
-            Some(Document::parse(
-                path.display().to_string(),
-                fs::read_capped(&path, CAP)?,
-            )?)
+            Some(Document::parse(path.display().to_string(), fs::read_capped(&path, CAP)?)?)
         } else {
             None
         };
-        let members = config
-            .as_ref()
-            .map(|config| config.root().members())
-            .transpose()?
-            .unwrap_or_default();
-        let setting = |name: &str| {
-            members
-                .iter()
-                .find(|m| m.name == name)
-                .map(|m| m.value)
-                .filter(|v| !v.is_null())
-        };
+        let members = config.as_ref().map(|config| config.root().members()).transpose()?.unwrap_or_default();
+        let setting = |name: &str| members.iter().find(|m| m.name == name).map(|m| m.value).filter(|v| !v.is_null());
         let (source, origin) = if directory.join(TEMPLATE_FILE).exists() {
             let path = fs::confined(directory, TEMPLATE_FILE)?;
             let bytes = fs::read_capped(&path, CAP)?;
@@ -75,10 +62,7 @@ impl ChatTemplate {
             (jinja, path.display().to_string())
         } else {
             let template = setting("chat_template").ok_or_else(none)?;
-            (
-                default_template(template)?,
-                format!("chat_template of {}", directory.join(CONFIG_FILE).display()),
-            )
+            (default_template(template)?, format!("chat_template of {}", directory.join(CONFIG_FILE).display()))
         };
         let special = |name| setting(name).map(token_text).transpose();
         Ok(Self {
@@ -99,12 +83,9 @@ impl ChatTemplate {
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_function(
-            "raise_exception",
-            |message: String| -> Result<Value, minijinja::Error> {
-                Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-            },
-        );
+        environment.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
+            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+        });
         environment.add_filter("tojson", tojson);
         let broken = |e| Error::input(format!("the chat template in `{}` failed", self.origin)).caused_by(e);
         let template = environment.template_from_str(&self.source).map_err(broken)?;
@@ -143,32 +124,19 @@ fn default_template(node: Node) -> Result<String> {
     let mut templates = Vec::new();
     for element in node.elements()? {
         let members = element.members()?;
-        let text = |name: &str| {
-            members
-                .iter()
-                .find(|m| m.name == name)
-                .map(|m| m.value.text())
-                .transpose()
-        };
+        let text = |name: &str| members.iter().find(|m| m.name == name).map(|m| m.value.text()).transpose();
         if let (Some(name), Some(template)) = (text("name")?, text("template")?) {
             templates.push((name, template));
         }
     }
     let default = templates.into_iter().find(|(name, _)| name == "default");
-    default
-        .map(|(_, template)| template)
-        .ok_or_else(|| node.error("no template is named `default`"))
+    default.map(|(_, template)| template).ok_or_else(|| node.error("no template is named `default`"))
 }
 
 /// A special token is a text, or an object whose `content` is.
 fn token_text(node: Node) -> Result<Option<String>> {
     if node.is_object() {
-        return node
-            .members()?
-            .iter()
-            .find(|m| m.name == "content")
-            .map(|m| m.value.text())
-            .transpose();
+        return node.members()?.iter().find(|m| m.name == "content").map(|m| m.value.text()).transpose();
     }
     node.text().map(Some)
 }
@@ -184,10 +152,7 @@ mod tests {
     }
 
     fn hello() -> [Message; 1] {
-        [Message {
-            role: "user".into(),
-            content: "  Hello & <bye>".into(),
-        }]
+        [Message { role: "user".into(), content: "  Hello & <bye>".into() }]
     }
 
     #[test]
@@ -195,21 +160,11 @@ mod tests {
         for (source, rendered) in [
             ("{{ messages[0]['content'] | trim }}", "Hello & <bye>"),
             ("{{ messages[0].content.strip().upper() }}", "HELLO & <BYE>"),
-            (
-                "{{ bos_token }}{% for m in messages %}\n{{ m.role }}{% endfor %}",
-                "user",
-            ),
-            (
-                "{{ messages[0] | tojson }}",
-                r#"{"role":"user","content":"  Hello & <bye>"}"#,
-            ),
+            ("{{ bos_token }}{% for m in messages %}\n{{ m.role }}{% endfor %}", "user"),
+            ("{{ messages[0] | tojson }}", r#"{"role":"user","content":"  Hello & <bye>"}"#),
             ("{% if add_generation_prompt %}\n    {{- '<a>' }}\n{% endif %}", "<a>\n"),
         ] {
-            assert_eq!(
-                template(TEMPLATE_FILE, source).unwrap().render(&hello()).unwrap(),
-                rendered,
-                "{source}"
-            );
+            assert_eq!(template(TEMPLATE_FILE, source).unwrap().render(&hello()).unwrap(), rendered, "{source}");
         }
     }
 
@@ -221,22 +176,14 @@ mod tests {
         ] {
             assert_eq!(template(CONFIG_FILE, config).unwrap().render(&hello()).unwrap(), "<s>x");
         }
-        assert!(
-            template(CONFIG_FILE, "{}")
-                .unwrap_err()
-                .to_string()
-                .ends_with("has no chat template")
-        );
+        assert!(template(CONFIG_FILE, "{}").unwrap_err().to_string().ends_with("has no chat template"));
     }
 
     #[test]
     fn a_template_that_fails_or_does_not_end_is_an_error() {
         for (source, cause) in [
             ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-            (
-                "{% for i in range(9999) %}{% for j in range(9999) %}x{% endfor %}{% endfor %}",
-                "fuel",
-            ),
+            ("{% for i in range(9999) %}{% for j in range(9999) %}x{% endfor %}{% endfor %}", "fuel"),
             ("{% for %}", "syntax error"),
         ] {
             let error = template(TEMPLATE_FILE, source).unwrap().render(&hello()).unwrap_err();

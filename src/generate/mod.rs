@@ -108,11 +108,7 @@ impl Model {
         self.pipeline.truncate(0);
         let start = Instant::now();
         let interrupted = || {
-            if cancel.load(Ordering::Relaxed) {
-                Err(Error::interrupted())
-            } else {
-                Ok(())
-            }
+            if cancel.load(Ordering::Relaxed) { Err(Error::interrupted()) } else { Ok(()) }
         };
         let mut sampler = Sampler::new(options.sampling.clone(), prompt);
         let next = match options.max_new_tokens {
@@ -125,11 +121,7 @@ impl Model {
             decode: Duration::ZERO,
             generated: 0,
             next,
-            finish: if next.is_none() {
-                Some(Finish::MaxNewTokens)
-            } else {
-                None
-            },
+            finish: if next.is_none() { Some(Finish::MaxNewTokens) } else { None },
             stream: TextStream::new(options.stop.clone()),
             model: self,
             sampler,
@@ -140,20 +132,14 @@ impl Model {
 
     fn too_long(&self, prompt: usize, wanted: usize) -> Error {
         let (context, longest) = (self.plan.context, self.plan.longest_context);
-        let new = if wanted > 0 {
-            format!(" and {wanted} new ones are asked for")
-        } else {
-            String::new()
-        };
+        let new = if wanted > 0 { format!(" and {wanted} new ones are asked for") } else { String::new() };
         let what = format!("the context holds {context} tokens, the prompt has {prompt}{new}");
         let needed = prompt + wanted;
         if needed <= longest {
             Error::input(what).hint(format!("`--context {needed}` makes room"))
         } else if prompt < longest {
-            Error::input(what).hint(format!(
-                "`--max-new-tokens {}` is the most that the model has room for",
-                longest - prompt
-            ))
+            Error::input(what)
+                .hint(format!("`--max-new-tokens {}` is the most that the model has room for", longest - prompt))
         } else {
             Error::input(what).hint(format!("the model was made for {longest} tokens; shorten the prompt"))
         }
@@ -206,16 +192,10 @@ impl Generation<'_> {
         self.generated += 1;
         if !self.options.ignore_eos && self.model.eos_token_ids.contains(&token) {
             self.finish = Some(Finish::EndOfText);
-            return Ok(Piece {
-                token: Some(token),
-                text: String::new(),
-            });
+            return Ok(Piece { token: Some(token), text: String::new() });
         }
         let (text, stopped) = self.stream.push(token, &self.model.tokenizer)?;
-        let piece = Piece {
-            token: Some(token),
-            text,
-        };
+        let piece = Piece { token: Some(token), text };
         if stopped {
             self.finish = Some(Finish::Stop);
         } else if self.options.max_new_tokens == Some(self.generated) {

@@ -33,14 +33,7 @@ impl Default for Sampling {
 impl Sampling {
     /// Always the likeliest token.
     pub fn greedy() -> Self {
-        Self {
-            temperature: 0.0,
-            top_k: None,
-            top_p: None,
-            min_p: None,
-            repetition_penalty: 1.0,
-            seed: 0,
-        }
+        Self { temperature: 0.0, top_k: None, top_p: None, min_p: None, repetition_penalty: 1.0, seed: 0 }
     }
 
     /// # Errors
@@ -88,18 +81,12 @@ impl Sampler {
     /// A sampler that has seen `prompt`.
     pub fn new(sampling: Sampling, prompt: &[u32]) -> Self {
         let processor = LogitsProcessor::from_sampling(sampling.seed, sampling.method());
-        Self {
-            sampling,
-            processor,
-            seen: prompt.to_vec(),
-        }
+        Self { sampling, processor, seen: prompt.to_vec() }
     }
 
     /// The next token.
     pub fn sample(&mut self, logits: &[f32]) -> Result<u32> {
-        let token = self
-            .choose(logits)
-            .map_err(|e| Error::input("no token can be sampled").caused_by(e))?;
+        let token = self.choose(logits).map_err(|e| Error::input("no token can be sampled").caused_by(e))?;
         self.seen.push(token);
         Ok(token)
     }
@@ -137,51 +124,15 @@ mod tests {
 
     #[test]
     fn cuts_leave_the_likeliest() {
-        let base = Sampling {
-            temperature: 1.0,
-            seed: 7,
-            ..Sampling::greedy()
-        };
+        let base = Sampling { temperature: 1.0, seed: 7, ..Sampling::greedy() };
         for (sampling, left) in [
             (Sampling::greedy(), vec![1]),
             (base.clone(), vec![0, 1, 2, 3]),
-            (
-                Sampling {
-                    top_k: Some(2),
-                    ..base.clone()
-                },
-                vec![0, 1],
-            ),
-            (
-                Sampling {
-                    top_p: Some(0.6),
-                    ..base.clone()
-                },
-                vec![0, 1],
-            ),
-            (
-                Sampling {
-                    min_p: Some(0.2),
-                    ..base.clone()
-                },
-                vec![0, 1, 3],
-            ),
-            (
-                Sampling {
-                    top_k: Some(3),
-                    top_p: Some(0.4),
-                    ..base.clone()
-                },
-                vec![1],
-            ),
-            (
-                Sampling {
-                    min_p: Some(1.0),
-                    top_k: Some(3),
-                    ..base
-                },
-                vec![1],
-            ),
+            (Sampling { top_k: Some(2), ..base.clone() }, vec![0, 1]),
+            (Sampling { top_p: Some(0.6), ..base.clone() }, vec![0, 1]),
+            (Sampling { min_p: Some(0.2), ..base.clone() }, vec![0, 1, 3]),
+            (Sampling { top_k: Some(3), top_p: Some(0.4), ..base.clone() }, vec![1]),
+            (Sampling { min_p: Some(1.0), top_k: Some(3), ..base }, vec![1]),
         ] {
             assert_eq!(tokens(sampling.clone()), left, "{sampling:?}");
         }
@@ -190,15 +141,9 @@ mod tests {
     #[test]
     fn a_seed_repeats_itself() {
         let run = |seed| {
-            let sampling = Sampling {
-                temperature: 1.0,
-                seed,
-                ..Sampling::greedy()
-            };
+            let sampling = Sampling { temperature: 1.0, seed, ..Sampling::greedy() };
             let mut sampler = Sampler::new(sampling, &[]);
-            (0..50)
-                .map(|_| sampler.sample(&[0.0; 100]).unwrap())
-                .collect::<Vec<_>>()
+            (0..50).map(|_| sampler.sample(&[0.0; 100]).unwrap()).collect::<Vec<_>>()
         };
         assert_eq!(run(1), run(1));
         assert_ne!(run(1), run(2));
@@ -206,10 +151,7 @@ mod tests {
 
     #[test]
     fn a_penalty_moves_on() {
-        let sampling = Sampling {
-            repetition_penalty: 2.0,
-            ..Sampling::greedy()
-        };
+        let sampling = Sampling { repetition_penalty: 2.0, ..Sampling::greedy() };
         let mut sampler = Sampler::new(sampling, &[3]);
         let chosen: Vec<u32> = (0..4).map(|_| sampler.sample(&[1.0, 1.1, 1.2, 1.9]).unwrap()).collect();
         assert_eq!(chosen, [2, 1, 0, 3]);
@@ -219,40 +161,15 @@ mod tests {
     fn numbers_out_of_range_are_usage_errors() {
         let greedy = Sampling::greedy;
         for sampling in [
-            Sampling {
-                temperature: f64::NAN,
-                ..greedy()
-            },
-            Sampling {
-                temperature: -1.0,
-                ..greedy()
-            },
-            Sampling {
-                top_k: Some(0),
-                ..greedy()
-            },
-            Sampling {
-                top_p: Some(0.0),
-                ..greedy()
-            },
-            Sampling {
-                top_p: Some(1.5),
-                ..greedy()
-            },
-            Sampling {
-                min_p: Some(-0.1),
-                ..greedy()
-            },
-            Sampling {
-                repetition_penalty: 0.0,
-                ..greedy()
-            },
+            Sampling { temperature: f64::NAN, ..greedy() },
+            Sampling { temperature: -1.0, ..greedy() },
+            Sampling { top_k: Some(0), ..greedy() },
+            Sampling { top_p: Some(0.0), ..greedy() },
+            Sampling { top_p: Some(1.5), ..greedy() },
+            Sampling { min_p: Some(-0.1), ..greedy() },
+            Sampling { repetition_penalty: 0.0, ..greedy() },
         ] {
-            assert_eq!(
-                sampling.check().unwrap_err().kind(),
-                crate::ErrorKind::Usage,
-                "{sampling:?}"
-            );
+            assert_eq!(sampling.check().unwrap_err().kind(), crate::ErrorKind::Usage, "{sampling:?}");
         }
     }
 }

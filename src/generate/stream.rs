@@ -100,11 +100,7 @@ mod tests {
     use super::*;
 
     fn tokenizer() -> Tokenizer {
-        Tokenizer::open(
-            &Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/ferris-7m"),
-            4096,
-        )
-        .unwrap()
+        Tokenizer::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/ferris-7m"), 4096).unwrap()
     }
 
     fn pieces(text: &str, stop: &[&str]) -> (Vec<String>, bool) {
@@ -124,12 +120,8 @@ mod tests {
 
     #[test]
     fn pieces_make_up_the_text() {
-        for text in [
-            "Ownership is a set of rules.",
-            " grüße, 世界 🦀🦀!",
-            "a\n\n\tb",
-            "naïve café 👩‍👩‍👧",
-        ] {
+        for text in ["Ownership is a set of rules.", " grüße, 世界 🦀🦀!", "a\n\n\tb", "naïve café 👩‍👩‍👧"]
+        {
             let (pieces, stopped) = pieces(text, &[]);
             assert_eq!(pieces.concat(), text);
             assert!(!stopped);

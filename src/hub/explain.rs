@@ -12,9 +12,7 @@ impl Link {
     pub(super) fn explain(&self, failure: Failure, file: Option<&str>) -> Error {
         const NETWORK: &str = "check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 uses what is in the cache";
         const PORTAL: &str = "a login page of the network or a proxy may have answered; open the address in a browser";
-        let Self {
-            endpoint, id, revision, ..
-        } = self;
+        let Self { endpoint, id, revision, .. } = self;
         let place = match file {
             Some(file) => format!("`{}` of `{id}@{revision}`", printable(file)),
             None => format!("`{id}@{revision}`"),
@@ -66,9 +64,7 @@ impl Link {
 
     fn explain_answer(&self, answer: &Answer, place: &str, file: Option<&str>, error: &HFError) -> Error {
         const TOKEN: &str = "set HF_TOKEN to the token of an account that may read it";
-        let Self {
-            endpoint, id, revision, ..
-        } = self;
+        let Self { endpoint, id, revision, .. } = self;
         let page = format!("{endpoint}/{id}");
         let error = match (answer.status, answer.code.as_deref()) {
             (_, Some("GatedRepo")) => {
@@ -96,10 +92,9 @@ impl Link {
             (429, _) => {
                 let limited = Error::input(format!("{endpoint} has had too many requests, asked for {place}"));
                 let limited = match error {
-                    HFError::RateLimited {
-                        retry_after: Some(wait),
-                        ..
-                    } => limited.hint(format!("it takes the next one in {} s", wait.as_secs())),
+                    HFError::RateLimited { retry_after: Some(wait), .. } => {
+                        limited.hint(format!("it takes the next one in {} s", wait.as_secs()))
+                    }
                     _ => limited,
                 };
                 if self.has_token {
@@ -146,11 +141,7 @@ fn answer(error: &HFError) -> Option<Answer> {
                 None => context.status.to_string(),
             },
         },
-        None => Answer {
-            status: 404,
-            code: None,
-            shown: "404 Not Found".to_owned(),
-        },
+        None => Answer { status: 404, code: None, shown: "404 Not Found".to_owned() },
     })
 }
 

@@ -131,10 +131,7 @@ pub(super) struct Link {
 impl Link {
     /// The commit, and the sizes of the files that may matter.
     pub(super) fn open(&self) -> Result<(String, BTreeMap<String, u64>), Failure> {
-        let none = Limits {
-            declared: 0,
-            arriving: 0,
-        };
+        let none = Limits { declared: 0, arriving: 0 };
         let info = self.retry(QUIET_WAIT, &mut quiet, |note| {
             let revision = self.revision.clone();
             self.call(self.timeout, none, note, |repository, _| {
@@ -142,18 +139,9 @@ impl Link {
                 repository.info().revision(revision).expand(expand).send()
             })
         })?;
-        let commit = info
-            .sha
-            .filter(|sha| is_commit(sha))
-            .ok_or(Failure::Lacks("the commit"))?;
-        let names = info
-            .siblings
-            .ok_or(Failure::Lacks("the list of files"))?
-            .into_iter()
-            .map(|file| file.rfilename);
-        let names: Vec<String> = names
-            .filter(|name| !name.contains('/') || name.ends_with(".safetensors"))
-            .collect();
+        let commit = info.sha.filter(|sha| is_commit(sha)).ok_or(Failure::Lacks("the commit"))?;
+        let names = info.siblings.ok_or(Failure::Lacks("the list of files"))?.into_iter().map(|file| file.rfilename);
+        let names: Vec<String> = names.filter(|name| !name.contains('/') || name.ends_with(".safetensors")).collect();
         let mut sizes = BTreeMap::new();
         for names in names.chunks(PATHS) {
             let entries = self.retry(QUIET_WAIT, &mut quiet, |note| {
@@ -182,10 +170,7 @@ impl Link {
         let (sender, receiver) = mpsc::channel();
         let repository = self.repository.clone();
         let worker = thread::spawn(move || {
-            let meter = Progress::new(Meter {
-                limits,
-                sender: sender.clone(),
-            });
+            let meter = Progress::new(Meter { limits, sender: sender.clone() });
             let result = catch_unwind(AssertUnwindSafe(|| request(repository, meter)));
             // Only a caller that has given up no longer listens.
             let _ = sender.send(None);
@@ -229,10 +214,7 @@ impl Link {
             };
             match &failure {
                 Failure::Hub(HFError::CacheLockTimeout { path }) if begun.elapsed() < LOCK_WAIT => {
-                    let held = HubEvent::LockHeld {
-                        path: path.clone(),
-                        waited: begun.elapsed(),
-                    };
+                    let held = HubEvent::LockHeld { path: path.clone(), waited: begun.elapsed() };
                     if note(held).is_break() {
                         return Err(Failure::Stopped);
                     }

@@ -89,9 +89,9 @@ impl Repository {
                 let unreachable = failure.is_unreachable();
                 let error = link.explain(failure, None);
                 match cached {
-                    Some(commit) if unreachable => error.hint(format!(
-                        "commit {commit} of `{id}` is in the cache: HF_HUB_OFFLINE=1 uses it"
-                    )),
+                    Some(commit) if unreachable => {
+                        error.hint(format!("commit {commit} of `{id}` is in the cache: HF_HUB_OFFLINE=1 uses it"))
+                    }
                     _ => error,
                 }
             })?;
@@ -136,10 +136,7 @@ impl Repository {
             let _lock = self.lock(on_event)?;
             let missing = self.missing(&wanted)?;
             let bytes = missing.iter().map(|(_, size)| Bytes(*size)).sum();
-            on_event(HubEvent::Total {
-                bytes,
-                files: missing.len(),
-            });
+            on_event(HubEvent::Total { bytes, files: missing.len() });
             let free = fs::free_space(&link.cache)?;
             if bytes > free {
                 let cache = link.cache.display();
@@ -155,10 +152,7 @@ impl Repository {
                     return Err(self.offline(file));
                 }
             }
-            on_event(HubEvent::Total {
-                bytes: Bytes::ZERO,
-                files: 0,
-            });
+            on_event(HubEvent::Total { bytes: Bytes::ZERO, files: 0 });
         }
         self.remember()?;
         Ok(self.snapshot.clone())
@@ -184,11 +178,7 @@ impl Repository {
     /// Those of `wanted` that are not in the cache, with their sizes.
     fn missing(&self, wanted: &[String]) -> Result<Vec<(String, u64)>> {
         let with_size = |file: &String| Ok((file.clone(), self.size_on_hub(file)?));
-        wanted
-            .iter()
-            .filter(|file| !self.is_cached(file))
-            .map(with_size)
-            .collect()
+        wanted.iter().filter(|file| !self.is_cached(file)).map(with_size).collect()
     }
 
     fn is_cached(&self, file: &str) -> bool {
@@ -198,13 +188,8 @@ impl Repository {
 
     fn size_on_hub(&self, file: &str) -> Result<u64> {
         let missing = || {
-            Error::input(format!(
-                "`{}` is not in `{}@{}`",
-                printable(file),
-                self.id,
-                self.revision
-            ))
-            .hint("the repository must hold a checkpoint in safetensors format, as Transformers saves it")
+            Error::input(format!("`{}` is not in `{}@{}`", printable(file), self.id, self.revision))
+                .hint("the repository must hold a checkpoint in safetensors format, as Transformers saves it")
         };
         self.files.get(file).copied().ok_or_else(missing)
     }
@@ -241,11 +226,7 @@ impl Repository {
     fn lock(&self, on_event: &mut dyn FnMut(HubEvent)) -> Result<File> {
         std::fs::create_dir_all(&self.locks).map_err(|e| Error::io("create", &self.locks, e))?;
         let path = self.locks.join("evenkeel.lock");
-        let file = File::options()
-            .create(true)
-            .append(true)
-            .open(&path)
-            .map_err(|e| Error::io("open", &path, e))?;
+        let file = File::options().create(true).append(true).open(&path).map_err(|e| Error::io("open", &path, e))?;
         let begun = Instant::now();
         let mut announced = 0;
         loop {
@@ -255,10 +236,7 @@ impl Repository {
                 Err(Errno::WOULDBLOCK) if waited < LOCK_WAIT => {
                     if waited >= HEARTBEAT * announced {
                         announced += 1;
-                        on_event(HubEvent::LockHeld {
-                            path: path.clone(),
-                            waited,
-                        });
+                        on_event(HubEvent::LockHeld { path: path.clone(), waited });
                     }
                     thread::sleep(Duration::from_millis(50));
                 }
@@ -300,9 +278,7 @@ impl Repository {
                 match note {
                     Ok(HubEvent::Downloaded { bytes }) => {
                         arrived[at] = bytes.0;
-                        on_event(HubEvent::Downloaded {
-                            bytes: Bytes(arrived.iter().sum()),
-                        });
+                        on_event(HubEvent::Downloaded { bytes: Bytes(arrived.iter().sum()) });
                     }
                     Ok(event) => on_event(event),
                     Err(failure) => failed = failed.or_else(|| Some(link.explain(failure, Some(&files[at].0)))),
@@ -320,24 +296,15 @@ impl Repository {
             let replace = path.symlink_metadata().is_ok();
             let (name, commit) = (file.to_owned(), self.commit.clone());
             let silence = link.timeout + FILE_LOCK_WAIT;
-            let placed = link.call(
-                silence,
-                Limits {
-                    declared: size,
-                    arriving: size,
-                },
-                note,
-                move |repository, progress| {
+            let placed =
+                link.call(silence, Limits { declared: size, arriving: size }, note, move |repository, progress| {
                     let download = repository.download_file().filename(name).revision(commit);
                     download.force_download(replace).progress(progress).send()
-                },
-            )?;
+                })?;
             if placed != path {
                 return Err(Failure::OtherCommit);
             }
-            let got = std::fs::metadata(&path)
-                .map_err(|e| Failure::Hub(HFError::Io(e)))?
-                .len();
+            let got = std::fs::metadata(&path).map_err(|e| Failure::Hub(HFError::Io(e)))?.len();
             if got != size {
                 // What cannot be removed is found again by its size.
                 let _ = path.canonicalize().and_then(std::fs::remove_file);
@@ -354,10 +321,7 @@ impl Repository {
     fn range(&self, link: &Link, file: &str, size: u64, offset: u64, len: u64) -> Result<Vec<u8>> {
         let bytes = link.retry(QUIET_WAIT, &mut quiet, |note| {
             let (name, commit) = (file.to_owned(), self.commit.clone());
-            let limits = Limits {
-                declared: size,
-                arriving: len,
-            };
+            let limits = Limits { declared: size, arriving: len };
             let bytes = link.call(link.timeout, limits, note, move |repository, progress| {
                 let download = repository.download_file_to_bytes().filename(name).revision(commit);
                 download.range(offset..offset + len).progress(progress).send()
@@ -367,9 +331,7 @@ impl Repository {
                 got => Err(Failure::WrongSize { got, size: len }),
             }
         });
-        bytes
-            .map(Vec::from)
-            .map_err(|failure| link.explain(failure, Some(file)))
+        bytes.map(Vec::from).map_err(|failure| link.explain(failure, Some(file)))
     }
 
     /// The first bytes of a shard: its header, where that is within [`FIRST_READ`].
@@ -381,11 +343,7 @@ impl Repository {
         let mut head = self.range(link, file, size, 0, size.min(FIRST_READ))?;
         if let Some(length) = head.first_chunk() {
             let header = u64::from_le_bytes(*length).saturating_add(length.len() as u64);
-            let keep = if header <= FIRST_READ {
-                header
-            } else {
-                length.len() as u64
-            };
+            let keep = if header <= FIRST_READ { header } else { length.len() as u64 };
             head.truncate(usize::try_from(keep).unwrap_or(usize::MAX));
             head.shrink_to_fit();
         }
@@ -397,11 +355,7 @@ impl Repository {
 
 impl Source for Repository {
     fn has(&self, file: &str) -> Result<bool> {
-        Ok(if self.link.is_some() {
-            self.files.contains_key(file)
-        } else {
-            self.is_cached(file)
-        })
+        Ok(if self.link.is_some() { self.files.contains_key(file) } else { self.is_cached(file) })
     }
 
     fn read(&self, file: &str, cap: Bytes) -> Result<Vec<u8>> {
@@ -410,9 +364,7 @@ impl Source for Repository {
             let (link, size) = self.remote(file)?;
             if size > cap.0 {
                 let (size, shown) = (Bytes(size), self.display(file));
-                return Err(Error::input(format!(
-                    "`{shown}` is {size}, and at most {cap} is read of such a file"
-                )));
+                return Err(Error::input(format!("`{shown}` is {size}, and at most {cap} is read of such a file")));
             }
             self.fetch(link, file, size, QUIET_WAIT, &mut quiet)
                 .map_err(|failure| link.explain(failure, Some(file)))?;
@@ -460,10 +412,8 @@ impl Source for Repository {
 }
 
 fn not_cached(what: &str, id: &RepoId, revision: &str) -> Error {
-    Error::input(format!(
-        "HF_HUB_OFFLINE is set and {what} of {id}@{revision} is not cached"
-    ))
-    .hint(format!("hf download {id} --revision {revision}"))
+    Error::input(format!("HF_HUB_OFFLINE is set and {what} of {id}@{revision} is not cached"))
+        .hint(format!("hf download {id} --revision {revision}"))
 }
 
 /// The commit that a revision is according to the cache, where its directory is there.
@@ -483,9 +433,6 @@ fn check_name(file: &str) -> Result<()> {
     if fs::is_plain_name(file) {
         Ok(())
     } else {
-        Err(Error::input(format!(
-            "`{}` is no file name inside a repository",
-            printable(file)
-        )))
+        Err(Error::input(format!("`{}` is no file name inside a repository", printable(file))))
     }
 }

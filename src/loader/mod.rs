@@ -125,15 +125,7 @@ impl Plan {
         placed.sort_by_key(|p| (p.weight.tensor.shard, p.weight.tensor.range.start));
         let read: Bytes = placed.iter().map(|p| p.weight.tensor.size()).sum();
         on_event(LoadEvent::Started { bytes: read });
-        let staged = fill(
-            &mut arenas,
-            checkpoint,
-            directory,
-            &placed,
-            staging,
-            options,
-            &mut on_event,
-        )?;
+        let staged = fill(&mut arenas, checkpoint, directory, &placed, staging, options, &mut on_event)?;
         let arenas = arenas.finish(options.offload_directory)?;
 
         let (pipeline, mut measured) = build(self, checkpoint, &tree, &placed, &arenas)?;
@@ -170,29 +162,17 @@ struct Arenas {
 impl Arenas {
     /// Takes the memory and the disk space of all weights.
     fn take(plan: &Plan, placed: &[Placed], offload_directory: &Path) -> Result<Self> {
-        if let Some(device) = plan
-            .placement()
-            .into_iter()
-            .find(|device| matches!(device, DeviceId::Cuda(_)))
-        {
+        if let Some(device) = plan.placement().into_iter().find(|device| matches!(device, DeviceId::Cuda(_))) {
             return Err(Error::does_not_fit(format!(
                 "the plan needs {device}, and this version computes on the CPU and the disk only"
             ))
             .hint("`--device-map auto` uses what is there"));
         }
-        let size = |device| -> Bytes {
-            placed
-                .iter()
-                .filter(|p| p.device == device)
-                .map(|p| p.layout.size())
-                .sum()
-        };
+        let size = |device| -> Bytes { placed.iter().filter(|p| p.device == device).map(|p| p.layout.size()).sum() };
         let disk = size(DeviceId::Disk);
         Ok(Self {
             memory: cpu::zeroed("the weights", size(DeviceId::Cpu))?,
-            disk: (disk > Bytes::ZERO)
-                .then(|| fs::scratch_file(offload_directory, disk))
-                .transpose()?,
+            disk: (disk > Bytes::ZERO).then(|| fs::scratch_file(offload_directory, disk)).transpose()?,
         })
     }
 
@@ -264,10 +244,7 @@ fn broken_weight(tensor: &str, first_row: usize, error: QuantizeError) -> Error 
             format!("tensor `{tensor}` has {value} at row {}, column {col}", first_row + row)
         }
         QuantizeError::ScaleOverflow { row, scale } => {
-            format!(
-                "tensor `{tensor}` needs a scale of {scale} at row {}, which f16 cannot hold",
-                first_row + row
-            )
+            format!("tensor `{tensor}` needs a scale of {scale} at row {}, which f16 cannot hold", first_row + row)
         }
     };
     Error::input(what).hint("`--quantize none` loads the weights as they are")
@@ -286,11 +263,8 @@ fn build(
     for target in placed {
         // Arenas exist for all devices that the loader accepts, and offsets lie inside them.
         #[expect(clippy::cast_possible_truncation, reason = "an offset into an arena")]
-        let parameter = Parameter::new(
-            target.layout.clone(),
-            target.offset as usize,
-            Arc::clone(&arenas[&target.device]),
-        );
+        let parameter =
+            Parameter::new(target.layout.clone(), target.offset as usize, Arc::clone(&arenas[&target.device]));
         modules[target.weight.module].insert(target.weight.parameter.role, parameter);
     }
     let embedding = modules[0].get(&Role::Embedding).cloned();
@@ -301,11 +275,7 @@ fn build(
         .ok_or_else(|| Error::does_not_fit("the KV cache is too large for this machine"))?;
 
     let mut stages: Vec<CpuStage> = Vec::new();
-    let mut roles = StageRoles {
-        embedding: 0,
-        norm: 0,
-        head: 0,
-    };
+    let mut roles = StageRoles { embedding: 0, norm: 0, head: 0 };
     let mut current = None;
     for ((module, mut parameters), device) in tree.modules.iter().zip(modules).zip(plan.placement()) {
         if module.kind == ModuleKind::Head && tree.tied {
@@ -324,46 +294,27 @@ fn build(
         match module.kind {
             ModuleKind::Block(_) => stage.push_block(parameters, kv_len)?,
             ModuleKind::Embedding => {
-                parameters
-                    .remove(&Role::Embedding)
-                    .into_iter()
-                    .for_each(|p| stage.set_embedding(p));
+                parameters.remove(&Role::Embedding).into_iter().for_each(|p| stage.set_embedding(p));
                 roles.embedding = at;
             }
             ModuleKind::Norm => {
-                parameters
-                    .remove(&Role::OutputNorm)
-                    .into_iter()
-                    .for_each(|p| stage.set_norm(p));
+                parameters.remove(&Role::OutputNorm).into_iter().for_each(|p| stage.set_norm(p));
                 roles.norm = at;
             }
             ModuleKind::Head => {
-                parameters
-                    .remove(&Role::Head)
-                    .into_iter()
-                    .for_each(|p| stage.set_head(p));
+                parameters.remove(&Role::Head).into_iter().for_each(|p| stage.set_head(p));
                 roles.head = at;
             }
         }
     }
     let kv: Bytes = stages.iter().map(CpuStage::kv_bytes).sum();
-    let stages: Vec<Box<dyn Stage>> = stages
-        .into_iter()
-        .map(|stage| Box::new(stage) as Box<dyn Stage>)
-        .collect();
+    let stages: Vec<Box<dyn Stage>> = stages.into_iter().map(|stage| Box::new(stage) as Box<dyn Stage>).collect();
     let pipeline = Pipeline::new(stages, roles, config, plan.context);
 
     let mut measured: BTreeMap<DeviceId, Bytes> = BTreeMap::new();
     for (device, arena) in arenas {
         let used = placed.iter().any(|target| target.device == *device);
-        measured.insert(
-            *device,
-            if used {
-                Bytes(arena.bytes().len() as u64)
-            } else {
-                Bytes::ZERO
-            },
-        );
+        measured.insert(*device, if used { Bytes(arena.bytes().len() as u64) } else { Bytes::ZERO });
     }
     *measured.entry(DeviceId::Cpu).or_default() += kv + workspace_bytes + Bytes(pipeline.host_bytes() as u64);
     Ok((pipeline, measured))

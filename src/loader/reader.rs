@@ -58,11 +58,7 @@ pub fn read(
         });
         for filled in filled_in {
             let filled = filled?;
-            visit(Slab {
-                weight: filled.weight,
-                row: filled.row,
-                bytes: &filled.buffer[..filled.len],
-            })?;
+            visit(Slab { weight: filled.weight, row: filled.row, bytes: &filled.buffer[..filled.len] })?;
             // The reader is gone once all is read.
             let _ = empty_out.send(filled.buffer);
         }
@@ -96,12 +92,7 @@ fn read_ahead(
             let rows = (buffer.len() / row_bytes).min(target.weight.parameter.rows - row);
             let len = rows * row_bytes;
             shard.read(&mut buffer[..len], tensor.range.start + (row * row_bytes) as u64)?;
-            let message = Filled {
-                weight: at,
-                row,
-                len,
-                buffer,
-            };
+            let message = Filled { weight: at, row, len, buffer };
             if filled.send(Ok(message)).is_err() {
                 return Ok(());
             }
@@ -126,17 +117,8 @@ impl Shard {
         let path = fs::confined(directory, name)?;
         let file = fs::open_regular(&path)?;
         let opened = file.metadata().map_err(|e| Error::io("read", &path, e))?;
-        let shard = Self {
-            index,
-            path,
-            file,
-            opened,
-        };
-        if Bytes(shard.opened.len()) == checkpoint.shard_sizes[index] {
-            Ok(shard)
-        } else {
-            Err(shard.changed())
-        }
+        let shard = Self { index, path, file, opened };
+        if Bytes(shard.opened.len()) == checkpoint.shard_sizes[index] { Ok(shard) } else { Err(shard.changed()) }
     }
 
     fn read(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
@@ -155,10 +137,7 @@ impl Shard {
     }
 
     fn changed(&self) -> Error {
-        Error::input(format!(
-            "`{}` has changed while it was being loaded",
-            self.path.display()
-        ))
-        .hint("load again once the file is complete")
+        Error::input(format!("`{}` has changed while it was being loaded", self.path.display()))
+            .hint("load again once the file is complete")
     }
 }

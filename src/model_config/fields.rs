@@ -13,10 +13,7 @@ pub struct Fields<'a> {
 
 impl<'a> Fields<'a> {
     pub fn of(object: Node<'a>) -> Result<Self> {
-        Ok(Self {
-            object,
-            members: object.members()?,
-        })
+        Ok(Self { object, members: object.members()? })
     }
 
     pub fn optional(&self, key: &str) -> Option<Node<'a>> {
@@ -25,8 +22,7 @@ impl<'a> Fields<'a> {
     }
 
     pub fn required(&self, key: &str) -> Result<Node<'a>> {
-        self.optional(key)
-            .ok_or_else(|| self.object.error(format!("`{key}` is missing")))
+        self.optional(key).ok_or_else(|| self.object.error(format!("`{key}` is missing")))
     }
 
     /// An error at `key`, or at the object where `key` is absent.
@@ -45,11 +41,7 @@ impl<'a> Fields<'a> {
     }
 
     pub fn size_or(&self, key: &str, max: u64, default: usize) -> Result<usize> {
-        if self.optional(key).is_some() {
-            self.size(key, max)
-        } else {
-            Ok(default)
-        }
+        if self.optional(key).is_some() { self.size(key, max) } else { Ok(default) }
     }
 
     /// A number above 0, as f32 too, and at most `max`.
@@ -65,11 +57,7 @@ impl<'a> Fields<'a> {
     }
 
     pub fn positive_or(&self, key: &str, max: f64, default: f64) -> Result<f64> {
-        if self.optional(key).is_some() {
-            self.positive(key, max)
-        } else {
-            Ok(default)
-        }
+        if self.optional(key).is_some() { self.positive(key, max) } else { Ok(default) }
     }
 
     pub fn truth_or(&self, key: &str, default: bool) -> Result<bool> {

@@ -99,9 +99,7 @@ impl ModelConfig {
             let scheme = Fields::of(quantization)?.text_or_none("quant_method")?;
             let scheme = printable(scheme.as_deref().unwrap_or("unnamed"));
             return Err(quantization
-                .error(format!(
-                    "the checkpoint is already quantized (`{scheme}`), which is not supported"
-                ))
+                .error(format!("the checkpoint is already quantized (`{scheme}`), which is not supported"))
                 .hint("name the unquantized checkpoint that it was made from; `--quantize` quantizes while loading"));
         }
         for (key, supported) in [("attention_bias", false), ("mlp_bias", false)] {
@@ -139,10 +137,7 @@ impl ModelConfig {
         }
         let head_dim = fields.size_or("head_dim", MAX_WIDTH, hidden_size / num_attention_heads)?;
         if !head_dim.is_multiple_of(2) {
-            return Err(fields.error(
-                "head_dim",
-                format!("a head of width {head_dim} cannot be rotated: it is odd"),
-            ));
+            return Err(fields.error("head_dim", format!("a head of width {head_dim} cannot be rotated: it is odd")));
         }
         Ok(Self {
             architecture,
@@ -168,18 +163,10 @@ impl ModelConfig {
 }
 
 fn architecture(fields: &Fields) -> Result<&'static str> {
-    let known = || {
-        ARCHITECTURES
-            .iter()
-            .map(|(name, _)| *name)
-            .collect::<Vec<_>>()
-            .join(", ")
-    };
+    let known = || ARCHITECTURES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
     if let Some(node) = fields.optional("architectures") {
         let names = node.elements()?.iter().map(Node::text).collect::<Result<Vec<_>>>()?;
-        let supported = ARCHITECTURES
-            .iter()
-            .find(|(known, _)| names.iter().any(|name| name == known));
+        let supported = ARCHITECTURES.iter().find(|(known, _)| names.iter().any(|name| name == known));
         return supported.map(|(name, _)| *name).ok_or_else(|| {
             let names = first_five(names.iter().map(|name| printable(name)));
             node.error(format!("architecture {names} is not supported; supported: {}", known()))
@@ -190,10 +177,7 @@ fn architecture(fields: &Fields) -> Result<&'static str> {
     let supported = ARCHITECTURES.iter().find(|(_, known)| *known == model_type);
     supported.map(|(name, _)| *name).ok_or_else(|| {
         let model_type = printable(&model_type);
-        node.error(format!(
-            "model type `{model_type}` is not supported; supported: {}",
-            known()
-        ))
+        node.error(format!("model type `{model_type}` is not supported; supported: {}", known()))
     })
 }
 
@@ -202,14 +186,8 @@ fn rope(fields: &Fields) -> Result<Rope> {
     const MAX_THETA: f64 = 1e12;
     const DEFAULT_THETA: f64 = 10_000.0;
     let older_theta = fields.positive_or("rope_theta", MAX_THETA, DEFAULT_THETA)?;
-    let Some(node) = fields
-        .optional("rope_parameters")
-        .or_else(|| fields.optional("rope_scaling"))
-    else {
-        return Ok(Rope {
-            theta: older_theta,
-            scaling: RopeScaling::Default,
-        });
+    let Some(node) = fields.optional("rope_parameters").or_else(|| fields.optional("rope_scaling")) else {
+        return Ok(Rope { theta: older_theta, scaling: RopeScaling::Default });
     };
     let rope = Fields::of(node)?;
     let kind = match rope.text_or_none("rope_type")? {
@@ -220,10 +198,8 @@ fn rope(fields: &Fields) -> Result<Rope> {
         "default" => RopeScaling::Default,
         "llama3" => {
             const MAX_FACTOR: f64 = 1e6;
-            let (low, high) = (
-                rope.positive("low_freq_factor", MAX_FACTOR)?,
-                rope.positive("high_freq_factor", MAX_FACTOR)?,
-            );
+            let (low, high) =
+                (rope.positive("low_freq_factor", MAX_FACTOR)?, rope.positive("high_freq_factor", MAX_FACTOR)?);
             if high <= low {
                 return Err(rope.error(
                     "high_freq_factor",
@@ -239,15 +215,10 @@ fn rope(fields: &Fields) -> Result<Rope> {
         }
         other => {
             let other = printable(other);
-            return Err(node.error(format!(
-                "RoPE of type `{other}` is not supported; `default` and `llama3` are"
-            )));
+            return Err(node.error(format!("RoPE of type `{other}` is not supported; `default` and `llama3` are")));
         }
     };
-    Ok(Rope {
-        theta: rope.positive_or("rope_theta", MAX_THETA, older_theta)?,
-        scaling,
-    })
+    Ok(Rope { theta: rope.positive_or("rope_theta", MAX_THETA, older_theta)?, scaling })
 }
 
 fn end_of_text(source: &dyn Source, config: &Fields) -> Result<Vec<u32>> {

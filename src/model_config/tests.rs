@@ -57,10 +57,7 @@ fn both_dialects_of_rope_read_alike() {
     assert_eq!(newer.rope.theta, 500_000.0);
     assert!(matches!(newer.rope.scaling, RopeScaling::Llama3 { .. }));
     assert_eq!(with("rope_scaling", "null").unwrap().rope.scaling, RopeScaling::Default);
-    assert_eq!(
-        with("dtype", "\"bfloat16\"").unwrap().dtype,
-        with("torch_dtype", "\"bfloat16\"").unwrap().dtype
-    );
+    assert_eq!(with("dtype", "\"bfloat16\"").unwrap().dtype, with("torch_dtype", "\"bfloat16\"").unwrap().dtype);
 }
 
 #[test]
@@ -80,75 +77,27 @@ fn what_is_out_of_range_is_refused_by_name() {
     for (key, value, message) in [
         ("hidden_size", "0", "`hidden_size` is 0; it must be from 1 to 1048576"),
         ("hidden_size", "-1", "a whole number, 0 or more, is wanted here, not -1"),
-        (
-            "hidden_size",
-            "64.5",
-            "a whole number, 0 or more, is wanted here, not 64.5",
-        ),
-        (
-            "hidden_size",
-            "\"64\"",
-            "a whole number, 0 or more, is wanted here, not a text",
-        ),
+        ("hidden_size", "64.5", "a whole number, 0 or more, is wanted here, not 64.5"),
+        ("hidden_size", "\"64\"", "a whole number, 0 or more, is wanted here, not a text"),
         ("hidden_size", "", "`hidden_size` is missing"),
-        (
-            "hidden_size",
-            "65",
-            "a hidden size of 65 does not divide over 4 attention heads",
-        ),
-        (
-            "num_attention_heads",
-            "0",
-            "`num_attention_heads` is 0; it must be from 1 to 65536",
-        ),
-        (
-            "num_key_value_heads",
-            "3",
-            "4 attention heads do not divide over 3 key-value heads",
-        ),
-        (
-            "num_key_value_heads",
-            "8",
-            "4 attention heads do not divide over 8 key-value heads",
-        ),
-        (
-            "num_hidden_layers",
-            "1000000000",
-            "`num_hidden_layers` is 1000000000; it must be from 1 to 10000",
-        ),
+        ("hidden_size", "65", "a hidden size of 65 does not divide over 4 attention heads"),
+        ("num_attention_heads", "0", "`num_attention_heads` is 0; it must be from 1 to 65536"),
+        ("num_key_value_heads", "3", "4 attention heads do not divide over 3 key-value heads"),
+        ("num_key_value_heads", "8", "4 attention heads do not divide over 8 key-value heads"),
+        ("num_hidden_layers", "1000000000", "`num_hidden_layers` is 1000000000; it must be from 1 to 10000"),
         ("head_dim", "15", "a head of width 15 cannot be rotated: it is odd"),
-        (
-            "rms_norm_eps",
-            "-1e-5",
-            "`rms_norm_eps` is -1e-5; it must be from 1e-30 to 1",
-        ),
+        ("rms_norm_eps", "-1e-5", "`rms_norm_eps` is -1e-5; it must be from 1e-30 to 1"),
         ("rms_norm_eps", "0", "`rms_norm_eps` is 0.0; it must be from 1e-30 to 1"),
-        (
-            "hidden_act",
-            "\"gelu\"",
-            "activation `gelu` is not supported; `silu` is",
-        ),
+        ("hidden_act", "\"gelu\"", "activation `gelu` is not supported; `silu` is"),
         ("attention_bias", "true", "`attention_bias` is not supported"),
         (
             "architectures",
             "[\"WarpForCausalLM\"]",
             "architecture `WarpForCausalLM` is not supported; supported: LlamaForCausalLM",
         ),
-        (
-            "architectures",
-            "\"LlamaForCausalLM\"",
-            "a list is wanted here, not a text",
-        ),
-        (
-            "rope_scaling",
-            "{\"type\": \"yarn\"}",
-            "RoPE of type `yarn` is not supported; `default` and `llama3` are",
-        ),
-        (
-            "rope_theta",
-            "-1",
-            "`rope_theta` is -1.0; it must be from 1e-30 to 1000000000000",
-        ),
+        ("architectures", "\"LlamaForCausalLM\"", "a list is wanted here, not a text"),
+        ("rope_scaling", "{\"type\": \"yarn\"}", "RoPE of type `yarn` is not supported; `default` and `llama3` are"),
+        ("rope_theta", "-1", "`rope_theta` is -1.0; it must be from 1e-30 to 1000000000000"),
         ("eos_token_id", "99999999999", "99999999999 is no token id"),
         (
             "quantization_config",
@@ -156,10 +105,7 @@ fn what_is_out_of_range_is_refused_by_name() {
             "the checkpoint is already quantized (`gptq`), which is not supported",
         ),
     ] {
-        let error = with(key, value)
-            .err()
-            .unwrap_or_else(|| panic!("{key} = {value} passed"))
-            .to_string();
+        let error = with(key, value).err().unwrap_or_else(|| panic!("{key} = {value} passed")).to_string();
         assert!(
             error.starts_with("`config.json`, line 1, column ") && error.ends_with(message),
             "{key} = {value}: {error}"
@@ -175,8 +121,5 @@ fn an_epsilon_that_is_no_number_is_no_json() {
 
 #[test]
 fn code_that_a_configuration_names_has_no_effect() {
-    assert_eq!(
-        with("auto_map", "{\"AutoModel\": \"evil.Model\"}").unwrap(),
-        with("trust", "true").unwrap()
-    );
+    assert_eq!(with("auto_map", "{\"AutoModel\": \"evil.Model\"}").unwrap(), with("trust", "true").unwrap());
 }

@@ -41,26 +41,16 @@ impl Inventory {
                 Error::usage(format!("`{description}` describes no device: {why}"))
                     .hint("describe a device as `--device cuda:0=24GiB` or `--device cpu=64GiB`")
             };
-            let (id, bytes) = description
-                .split_once('=')
-                .ok_or_else(|| usage("it has no `=`".to_owned()))?;
+            let (id, bytes) = description.split_once('=').ok_or_else(|| usage("it has no `=`".to_owned()))?;
             let id: DeviceId = id.trim().parse().map_err(|e| usage(format!("{e}")))?;
             let bytes: Bytes = bytes.parse().map_err(|e| usage(format!("{e}")))?;
             if devices.iter().any(|device: &Device| device.id == id) {
                 return Err(usage(format!("{id} is described already")));
             }
-            devices.push(Device {
-                id,
-                name: None,
-                free: bytes,
-                total: bytes,
-            });
+            devices.push(Device { id, name: None, free: bytes, total: bytes });
         }
         devices.sort_by_key(|device| device.id);
-        Ok(Self {
-            devices,
-            idle: Vec::new(),
-        })
+        Ok(Self { devices, idle: Vec::new() })
     }
 
     /// The device of that name.

@@ -51,16 +51,8 @@ pub fn lay_out<'a>(weights: &[Weight<'a>], devices: &[DeviceId], rules: &Quantiz
             let layout = layout(weight, rules).ok_or_else(too_large)?;
             let end = ends.entry(device).or_default();
             let offset = *end;
-            *end = offset
-                .checked_add(layout.size().0)
-                .filter(|end| *end <= MAX_BYTES)
-                .ok_or_else(too_large)?;
-            Ok(Placed {
-                weight: *weight,
-                device,
-                layout,
-                offset,
-            })
+            *end = offset.checked_add(layout.size().0).filter(|end| *end <= MAX_BYTES).ok_or_else(too_large)?;
+            Ok(Placed { weight: *weight, device, layout, offset })
         })
         .collect()
 }
@@ -68,11 +60,7 @@ pub fn lay_out<'a>(weights: &[Weight<'a>], devices: &[DeviceId], rules: &Quantiz
 /// The layout of a weight under `rules`: norms keep their dtype.
 pub fn layout(weight: &Weight, rules: &QuantizeRules) -> Option<MatrixLayout> {
     let parameter = weight.parameter;
-    let scheme = if parameter.is_quantizable() {
-        rules.scheme(&parameter.module)
-    } else {
-        Scheme::None
-    };
+    let scheme = if parameter.is_quantizable() { rules.scheme(&parameter.module) } else { Scheme::None };
     MatrixLayout::new(Storage::of(scheme, weight.dtype), parameter.rows, parameter.cols)
 }
 
@@ -86,10 +74,7 @@ pub fn kv_element(device: DeviceId) -> usize {
 
 /// Elements of one block's KV cache, keys or values: `[batch][kv_heads][context][head_dim]`.
 pub fn kv_len(config: &ModelConfig, context: usize, batch: usize) -> Option<usize> {
-    batch
-        .checked_mul(config.num_key_value_heads)?
-        .checked_mul(context)?
-        .checked_mul(config.head_dim)
+    batch.checked_mul(config.num_key_value_heads)?.checked_mul(context)?.checked_mul(config.head_dim)
 }
 
 /// Bytes of one block's KV cache, keys and values.
@@ -198,9 +183,7 @@ impl HostStaging {
         let row = |weight: &Weight| weight.parameter.cols * weight.dtype.size();
         let longest_row = weights.iter().map(row).max().unwrap_or(0);
         let largest = weights.iter().map(|weight| weight.tensor.size().0).max().unwrap_or(0);
-        let slab = usize::try_from(SLAB.min(largest))
-            .unwrap_or(usize::MAX)
-            .max(longest_row);
+        let slab = usize::try_from(SLAB.min(largest)).unwrap_or(usize::MAX).max(longest_row);
         let packed = weights
             .iter()
             .filter_map(|weight| {

@@ -2,26 +2,30 @@
 //!
 //! `plan` prints it and `generate` carries it out; both make it here.
 
+mod alternatives;
 pub mod hf;
 mod inventory;
 pub mod memory;
 pub mod placement;
 mod remedies;
 mod report;
+mod strategy;
 
 use serde::Serialize;
 
-use crate::architecture::{ModuleKind, ModuleTree, Weight};
+use crate::architecture::{Module, ModuleKind, ModuleTree, Weight};
 use crate::bytes::{Bytes, MIB};
 use crate::checkpoint::Checkpoint;
 use crate::device::DeviceId;
 use crate::device_map::{self, DeviceMap, MaxMemory};
 use crate::error::{Error, Result, first_five};
 use crate::model_config::ModelConfig;
-use crate::quant::{QuantizeRules, Scheme};
+use crate::quant::{QuantizeRules, Scheme, WeightDtype};
 
+pub use alternatives::Outline;
 pub use inventory::{Device, Inventory};
 pub use remedies::Remedy;
+pub use strategy::{ParseStrategyError, Strategy};
 
 /// Bytes of every device that a plan leaves free, unless told otherwise.
 pub const DEFAULT_RESERVE: Bytes = Bytes(512 * MIB);
@@ -43,6 +47,8 @@ pub struct PlanOptions {
     pub max_memory: Option<MaxMemory>,
     /// Where the modules go; placed automatically by default.
     pub device_map: Option<DeviceMap>,
+    /// How modules are placed automatically.
+    pub strategy: Strategy,
 }
 
 /// A complete plan.
@@ -70,6 +76,8 @@ pub struct Plan {
     pub modules: Vec<PlannedModule>,
     /// Every device with what it takes.
     pub devices: Vec<DevicePlan>,
+    /// What each way to place the model gives, the chosen one first; none where a map decides.
+    pub placements: Vec<Outline>,
     /// GPUs of this machine that no plan uses yet.
     pub idle: Vec<Device>,
     /// What would fit, where this does not; cheapest in quality first.
@@ -121,11 +129,7 @@ pub struct DevicePlan {
 impl DevicePlan {
     /// What a device takes when it is used at all, before any module is on it.
     fn empty(device: &Device, conditions: &Conditions, config: &ModelConfig, staging: memory::HostStaging) -> Self {
-        let reserve = if device.id == DeviceId::Disk {
-            Bytes::ZERO
-        } else {
-            conditions.reserve
-        };
+        let reserve = if device.id == DeviceId::Disk { Bytes::ZERO } else { conditions.reserve };
         let limit = conditions.max_memory.get(&device.id).copied().unwrap_or(device.free);
         Self {
             id: device.id,
@@ -147,11 +151,8 @@ impl DevicePlan {
         let here = || modules.iter().filter(|module| module.device == self.id);
         let in_memory_here = || modules.iter().filter(|module| memory_device(module.device) == self.id);
         self.kv_cache = in_memory_here().map(|module| module.kv_cache).sum();
-        let (weights, count, is_used) = (
-            here().map(|module| module.weights).sum(),
-            here().count(),
-            in_memory_here().next().is_some(),
-        );
+        let (weights, count, is_used) =
+            (here().map(|module| module.weights).sum(), here().count(), in_memory_here().next().is_some());
         (self.weights, self.modules) = (weights, count);
         if !is_used {
             (self.workspace, self.staging, self.driver_context) = (Bytes::ZERO, Bytes::ZERO, Bytes::ZERO);
@@ -184,6 +185,7 @@ impl Plan {
     /// option is out of its range.
     pub fn new(checkpoint: &Checkpoint, inventory: &Inventory, options: &PlanOptions) -> Result<Self> {
         let mut plan = Self::without_remedies(checkpoint, inventory, options)?;
+        plan.placements = alternatives::outlines(checkpoint, inventory, options, &plan);
         if !plan.fits() {
             plan.remedies = remedies::find(checkpoint, inventory, options, &plan)?;
         }
@@ -202,16 +204,16 @@ impl Plan {
         let weights = tree.resolve(checkpoint)?;
         let sizes = module_sizes(&tree, &weights, &conditions.quantize)?;
         let kv = |device| memory::kv_bytes(config, context, batch, device).ok_or_else(|| too_large("the KV cache"));
-        let kv = KvCache {
-            cuda: kv(DeviceId::Cuda(0))?,
-            host: kv(DeviceId::Cpu)?,
-        };
+        let kv = KvCache { cuda: kv(DeviceId::Cuda(0))?, host: kv(DeviceId::Cpu)? };
         let staging = memory::HostStaging::new(&weights, &conditions.quantize);
         let empty = |device| DevicePlan::empty(device, &conditions, config, staging);
         let mut devices: Vec<DevicePlan> = inventory.devices.iter().map(empty).collect();
         let placement = match &options.device_map {
             Some(map) => map.resolve(&tree)?,
-            None => automatic(&tree, &sizes, kv, &devices)?,
+            None => match options.strategy.transformers() {
+                Some(mode) => as_transformers(checkpoint, &tree, &weights, &conditions, inventory, mode)?,
+                None => automatic(&tree, &sizes, kv, &devices, options.strategy)?,
+            },
         };
         check_devices(&placement, inventory)?;
 
@@ -234,10 +236,7 @@ impl Plan {
         Ok(Self {
             model: checkpoint.name.clone(),
             architecture: config.architecture.to_owned(),
-            parameters: weights
-                .iter()
-                .map(|weight| (weight.parameter.rows * weight.parameter.cols) as u64)
-                .sum(),
+            parameters: weights.iter().map(|weight| (weight.parameter.rows * weight.parameter.cols) as u64).sum(),
             dtype: config.dtype.clone(),
             quantize: conditions.quantize,
             context,
@@ -246,6 +245,7 @@ impl Plan {
             max_memory: conditions.max_memory,
             modules,
             devices,
+            placements: Vec::new(),
             idle: inventory.idle.clone(),
             remedies: Vec::new(),
         })
@@ -277,22 +277,11 @@ impl Plan {
     /// An error that says what is missing and what would fit.
     pub fn does_not_fit(&self) -> Error {
         let short = self.devices.iter().filter(|device| !device.fits()).map(|device| {
-            format!(
-                "{} lacks {} ({} of {})",
-                device.id,
-                device.missing(),
-                device.total(),
-                device.budget
-            )
+            format!("{} lacks {} ({} of {})", device.id, device.missing(), device.total(), device.budget)
         });
-        let error = Error::does_not_fit(format!(
-            "`{}` does not fit: {}",
-            self.model,
-            short.collect::<Vec<_>>().join(", ")
-        ));
-        self.remedies
-            .iter()
-            .fold(error, |error, remedy| error.hint(remedy.to_string()))
+        let error =
+            Error::does_not_fit(format!("`{}` does not fit: {}", self.model, short.collect::<Vec<_>>().join(", ")));
+        self.remedies.iter().fold(error, |error, remedy| error.hint(remedy.to_string()))
     }
 }
 
@@ -312,16 +301,9 @@ impl Conditions {
         let quantize = options.quantize.clone().or_else(|| map?.quantize.clone());
         let conditions = Self {
             quantize: quantize.unwrap_or_else(|| QuantizeRules::whole_model(Scheme::None)),
-            context: options
-                .context
-                .or_else(|| map?.context)
-                .unwrap_or(longest.min(DEFAULT_CONTEXT)),
+            context: options.context.or_else(|| map?.context).unwrap_or(longest.min(DEFAULT_CONTEXT)),
             batch: options.batch.or_else(|| map?.batch).unwrap_or(1),
-            max_memory: options
-                .max_memory
-                .clone()
-                .or_else(|| map?.max_memory.clone())
-                .unwrap_or_default(),
+            max_memory: options.max_memory.clone().or_else(|| map?.max_memory.clone()).unwrap_or_default(),
             reserve: options.reserve.unwrap_or(DEFAULT_RESERVE),
         };
         if conditions.context > longest {
@@ -357,11 +339,7 @@ impl KvCache {
 
 /// The device in whose memory the KV cache of a module on `device` is.
 fn memory_device(device: DeviceId) -> DeviceId {
-    if device == DeviceId::Disk {
-        DeviceId::Cpu
-    } else {
-        device
-    }
+    if device == DeviceId::Disk { DeviceId::Cpu } else { device }
 }
 
 fn too_large(what: &str) -> Error {
@@ -378,7 +356,13 @@ fn module_sizes(tree: &ModuleTree, weights: &[Weight], rules: &QuantizeRules) ->
     Ok(sizes)
 }
 
-fn automatic(tree: &ModuleTree, sizes: &[Bytes], kv: KvCache, devices: &[DevicePlan]) -> Result<Vec<DeviceId>> {
+fn automatic(
+    tree: &ModuleTree,
+    sizes: &[Bytes],
+    kv: KvCache,
+    devices: &[DevicePlan],
+    strategy: Strategy,
+) -> Result<Vec<DeviceId>> {
     let mut costs: Vec<placement::Cost> = tree
         .modules
         .iter()
@@ -395,29 +379,56 @@ fn automatic(tree: &ModuleTree, sizes: &[Bytes], kv: KvCache, devices: &[DeviceP
     }
     let capacities: Vec<placement::Capacity> = devices
         .iter()
-        .map(|device| placement::Capacity {
-            id: device.id,
-            room: device.budget - device.total(),
-        })
+        .map(|device| placement::Capacity { id: device.id, room: device.budget - device.total() })
         .collect();
     if capacities.is_empty() {
         return Err(Error::usage("there is no device to place the model on"));
     }
-    let mut placement = placement::balanced(&costs, &capacities);
+    let mut placement = match strategy {
+        Strategy::Packed => placement::packed(&costs, &capacities),
+        Strategy::Sequential => placement::sequential(&costs, &capacities),
+        _ => placement::balanced(&costs, &capacities),
+    };
     if tree.tied {
         placement.push(placement[0]);
     }
     Ok(placement)
 }
 
+/// What Transformers would choose, which sees free memory, our limits and the bytes of weights alone.
+fn as_transformers(
+    checkpoint: &Checkpoint,
+    tree: &ModuleTree,
+    weights: &[Weight],
+    conditions: &Conditions,
+    inventory: &Inventory,
+    mode: hf::Mode,
+) -> Result<Vec<DeviceId>> {
+    let dtype = weights.first().map_or(WeightDtype::Bf16, |weight| weight.dtype);
+    let quantization = match conditions.quantize.scheme("") {
+        Scheme::None => hf::Quantization::None,
+        Scheme::Int8 => hf::Quantization::EightBit,
+        Scheme::Int4 => hf::Quantization::FourBit,
+    };
+    let model = hf::tree_of(&checkpoint.config, tree, dtype, quantization);
+    let memory = inventory.devices.iter().filter(|device| device.id != DeviceId::Disk);
+    let free: MaxMemory = memory.map(|device| (device.id, device.free)).collect();
+    let limits = (!conditions.max_memory.is_empty()).then_some(&conditions.max_memory);
+    let placement = hf::place(&model, &free, limits, mode)?;
+    let device_of = |module: &Module| {
+        let nowhere = || Error::input(format!("Transformers leaves `{}` without a device", module.path));
+        placement.device_of(&module.path).ok_or_else(nowhere)
+    };
+    tree.modules.iter().map(device_of).collect()
+}
+
 fn check_model(map: Option<&DeviceMap>, checkpoint: &Checkpoint) -> Result<()> {
     let base = |name: &str| name.rsplit('/').next().map(str::to_owned);
     match map.and_then(|map| map.model.as_deref()) {
-        Some(model) if base(model) != base(&checkpoint.name) => Err(Error::input(format!(
-            "the device map was made for `{model}`, not for `{}`",
-            checkpoint.name
-        ))
-        .hint("remove its `model` if it is meant for this one too")),
+        Some(model) if base(model) != base(&checkpoint.name) => {
+            Err(Error::input(format!("the device map was made for `{model}`, not for `{}`", checkpoint.name))
+                .hint("remove its `model` if it is meant for this one too"))
+        }
         _ => Ok(()),
     }
 }
@@ -435,7 +446,7 @@ fn check_devices(placement: &[DeviceId], inventory: &Inventory) -> Result<()> {
     };
     let present: Vec<_> = inventory.devices.iter().map(|device| device.id.to_string()).collect();
     let error = Error::does_not_fit(format!(
-        "the device map needs {}; what can be used is {}",
+        "the placement needs {}; what can be used is {}",
         first_five(&absent),
         present.join(", ")
     ));
@@ -444,9 +455,8 @@ fn check_devices(placement: &[DeviceId], inventory: &Inventory) -> Result<()> {
             "this version computes on the CPU and the disk only; {first} is there but cannot be used yet"
         ))
     } else if matches!(first, DeviceId::Cuda(_)) {
-        error.hint(format!(
-            "no NVIDIA driver was found, or it shows no {first}; `--device-map auto` uses what is there"
-        ))
+        error
+            .hint(format!("no NVIDIA driver was found, or it shows no {first}; `--device-map auto` uses what is there"))
     } else {
         error.hint(format!("`--device {first}=SIZE` describes it"))
     })

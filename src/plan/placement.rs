@@ -77,11 +77,7 @@ fn prefix_sums(modules: &[Cost]) -> Vec<u64> {
 
 /// The share of its room that `taken` bytes are.
 fn share(taken: u64, device: &Capacity) -> f64 {
-    if taken == 0 {
-        0.0
-    } else {
-        taken as f64 / device.room.0 as f64
-    }
+    if taken == 0 { 0.0 } else { taken as f64 / device.room.0 as f64 }
 }
 
 /// The contiguous partition over `gpus` with the least largest share, or `None` where none fits.
@@ -168,16 +164,11 @@ fn fewest_gpus(modules: &[Cost], gpus: &[Capacity]) -> Option<Vec<DeviceId>> {
 /// Each GPU filled in turn, then the CPU, then the disk.
 fn in_turn(modules: &[Cost], devices: &[Capacity]) -> Vec<DeviceId> {
     let mut placement = Vec::with_capacity(modules.len());
-    let (last, before) = devices
-        .split_last()
-        .unwrap_or_else(|| unreachable!("checked by the caller"));
+    let (last, before) = devices.split_last().unwrap_or_else(|| unreachable!("checked by the caller"));
     for device in before {
         let rest = &modules[placement.len()..];
         let count = match device.id {
-            DeviceId::Cuda(_) => prefix_sums(rest)
-                .iter()
-                .rposition(|sum| *sum <= device.room.0)
-                .unwrap_or(0),
+            DeviceId::Cuda(_) => prefix_sums(rest).iter().rposition(|sum| *sum <= device.room.0).unwrap_or(0),
             // Blocks on the disk keep their KV cache in host memory, so all of the rest counts here.
             DeviceId::Cpu | DeviceId::Disk => {
                 let kv: Bytes = rest.iter().map(|module| module.kv_host).sum();
@@ -206,19 +197,12 @@ mod tests {
     use super::*;
 
     fn modules(sizes: &[u64]) -> Vec<Cost> {
-        let cost = |size: &u64| Cost {
-            weights: Bytes(*size),
-            kv_cuda: Bytes(1),
-            kv_host: Bytes(2),
-        };
+        let cost = |size: &u64| Cost { weights: Bytes(*size), kv_cuda: Bytes(1), kv_host: Bytes(2) };
         sizes.iter().map(cost).collect()
     }
 
     fn devices(rooms: &[(&str, u64)]) -> Vec<Capacity> {
-        let capacity = |(id, room): &(&str, u64)| Capacity {
-            id: id.parse().unwrap(),
-            room: Bytes(*room),
-        };
+        let capacity = |(id, room): &(&str, u64)| Capacity { id: id.parse().unwrap(), room: Bytes(*room) };
         rooms.iter().map(capacity).collect()
     }
 
@@ -241,27 +225,15 @@ mod tests {
         // balanced, packed, sequential
         for (sizes, rooms, placements) in [
             (&nine[..], &[("cuda:0", 100)][..], ["00000000"; 3]),
-            (
-                &nine,
-                &[("cuda:0", 100), ("cuda:1", 100)],
-                ["00001111", "00000000", "00000000"],
-            ),
-            (
-                &nine,
-                &[("cuda:0", 75), ("cuda:1", 25)],
-                ["00000011", "00000011", "00000001"],
-            ),
+            (&nine, &[("cuda:0", 100), ("cuda:1", 100)], ["00001111", "00000000", "00000000"]),
+            (&nine, &[("cuda:0", 75), ("cuda:1", 25)], ["00000011", "00000011", "00000001"]),
             (&nine, &[("cuda:0", 0), ("cuda:1", 100)], ["11111111"; 3]),
             (
                 &nine,
                 &[("cuda:0", 40), ("cuda:1", 30), ("cuda:2", 90), ("cuda:3", 100)],
                 ["01222333", "33333333", "00001112"],
             ),
-            (
-                &nine,
-                &[("cuda:0", 40), ("cuda:1", 30), ("cuda:2", 60)],
-                ["00112222", "00022222", "00001112"],
-            ),
+            (&nine, &[("cuda:0", 40), ("cuda:1", 30), ("cuda:2", 60)], ["00112222", "00022222", "00001112"]),
             (&nine, &[("cuda:0", 40), ("cuda:1", 20), ("cpu", 100)], ["000011cc"; 3]),
             (&nine, &[("cpu", 61), ("disk", 100)], ["cccccddd"; 3]),
             (&nine, &[("cuda:0", 20), ("cpu", 25)], ["00cccccc"; 3]),
@@ -286,23 +258,11 @@ mod tests {
     /// The largest share of a placement, or `None` where a GPU overflows.
     fn largest_share(modules: &[Cost], gpus: &[Capacity], placement: &[DeviceId]) -> Option<f64> {
         let shares = gpus.iter().map(|gpu| {
-            let taken: Bytes = modules
-                .iter()
-                .zip(placement)
-                .filter(|(_, d)| **d == gpu.id)
-                .map(|(m, _)| m.weights + m.kv_cuda)
-                .sum();
-            (taken <= gpu.room).then(|| {
-                if taken.0 == 0 {
-                    0.0
-                } else {
-                    taken.0 as f64 / gpu.room.0 as f64
-                }
-            })
+            let taken: Bytes =
+                modules.iter().zip(placement).filter(|(_, d)| **d == gpu.id).map(|(m, _)| m.weights + m.kv_cuda).sum();
+            (taken <= gpu.room).then(|| if taken.0 == 0 { 0.0 } else { taken.0 as f64 / gpu.room.0 as f64 })
         });
-        shares
-            .collect::<Option<Vec<_>>>()
-            .map(|shares| shares.into_iter().fold(0.0, f64::max))
+        shares.collect::<Option<Vec<_>>>().map(|shares| shares.into_iter().fold(0.0, f64::max))
     }
 
     fn contiguous(count: usize, gpus: &[Capacity]) -> Vec<Vec<DeviceId>> {
@@ -311,9 +271,7 @@ mod tests {
             [gpu] => vec![vec![gpu.id; count]],
             [gpu, rest @ ..] => (0..=count)
                 .flat_map(|first| {
-                    contiguous(count - first, rest)
-                        .into_iter()
-                        .map(move |tail| [vec![gpu.id; first], tail].concat())
+                    contiguous(count - first, rest).into_iter().map(move |tail| [vec![gpu.id; first], tail].concat())
                 })
                 .collect(),
         }
@@ -321,10 +279,7 @@ mod tests {
 
     fn gpus_with(rooms: &[u64]) -> Vec<Capacity> {
         let id = |index: usize| DeviceId::Cuda(index as u32);
-        let capacity = |(index, room): (usize, &u64)| Capacity {
-            id: id(index),
-            room: Bytes(*room),
-        };
+        let capacity = |(index, room): (usize, &u64)| Capacity { id: id(index), room: Bytes(*room) };
         rooms.iter().enumerate().map(capacity).collect()
     }
 

@@ -4,10 +4,9 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::{Plan, PlanOptions};
+use super::{Plan, PlanOptions, Strategy};
 use crate::bytes::Bytes;
 use crate::checkpoint::Checkpoint;
-use crate::device::DeviceId;
 use crate::error::Result;
 use crate::plan::Inventory;
 use crate::quant::{QuantizeRules, Scheme};
@@ -17,6 +16,8 @@ use crate::quant::{QuantizeRules, Scheme};
 #[serde(tag = "kind", rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Remedy {
+    /// Our own placement in place of the one that was asked for.
+    Balanced,
     /// A shorter context.
     Context {
         /// The longest context that fits, in tokens.
@@ -41,6 +42,7 @@ pub enum Remedy {
 impl fmt::Display for Remedy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Balanced => write!(f, "`--placement {}` fits", Strategy::Balanced),
             Self::Context { tokens } => write!(f, "`--context {tokens}` is the longest context that fits"),
             Self::Memory { missing } => write!(f, "nothing else fits; {missing} of memory are missing"),
             Self::Placement => write!(f, "`--device-map auto` fits"),
@@ -63,15 +65,13 @@ pub fn find(checkpoint: &Checkpoint, inventory: &Inventory, options: &PlanOption
     if options.device_map.is_some() && attempt(&|options| fix_conditions(options, plan))?.fits() {
         remedies.push(Remedy::Placement);
     }
+    if options.strategy != Strategy::Balanced && attempt(&|options| options.strategy = Strategy::Balanced)?.fits() {
+        remedies.push(Remedy::Balanced);
+    }
     for scheme in Scheme::ALL {
         let other = attempt(&|options| options.quantize = Some(QuantizeRules::whole_model(scheme)))?;
         if other.weights() < plan.weights() && other.fits() {
-            let total = other
-                .devices
-                .iter()
-                .filter(|device| device.modules > 0)
-                .map(super::DevicePlan::total)
-                .sum();
+            let total = other.devices.iter().filter(|device| device.modules > 0).map(super::DevicePlan::total).sum();
             remedies.push(Remedy::Quantize { scheme, total });
         }
     }
@@ -87,13 +87,7 @@ pub fn find(checkpoint: &Checkpoint, inventory: &Inventory, options: &PlanOption
                 too_long = middle;
             }
         }
-        remedies.push(Remedy::Context {
-            tokens: if fitting > ROUND {
-                fitting / ROUND * ROUND
-            } else {
-                fitting
-            },
-        });
+        remedies.push(Remedy::Context { tokens: if fitting > ROUND { fitting / ROUND * ROUND } else { fitting } });
     }
     if remedies.is_empty() {
         let missing = plan.devices.iter().map(super::DevicePlan::missing).sum();
@@ -113,10 +107,5 @@ fn fix_conditions(options: &mut PlanOptions, plan: &Plan) {
 impl Plan {
     fn weights(&self) -> Bytes {
         self.modules.iter().map(|module| module.weights).sum()
-    }
-
-    /// Whether a module is on `device`.
-    pub fn uses(&self, device: DeviceId) -> bool {
-        self.modules.iter().any(|module| module.device == device)
     }
 }

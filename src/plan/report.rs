@@ -50,12 +50,7 @@ impl Plan {
             headroom: device.budget - device.total(),
             missing: device.missing(),
         });
-        let json = Json {
-            schema_version: SCHEMA_VERSION,
-            fits: self.fits(),
-            plan: self,
-            totals: totals.collect(),
-        };
+        let json = Json { schema_version: SCHEMA_VERSION, fits: self.fits(), plan: self, totals: totals.collect() };
         // Every field is a number, a text, or a list or map with text keys.
         serde_json::to_string_pretty(&json).unwrap_or_default() + "\n"
     }
@@ -72,52 +67,33 @@ impl Plan {
                 _ => ranges.push((index, index)),
             }
         }
-        let texts = ranges.iter().map(|(first, last)| {
-            if first == last {
-                first.to_string()
-            } else {
-                format!("{first}-{last}")
-            }
-        });
+        let texts = ranges.iter().map(
+            |(first, last)| {
+                if first == last { first.to_string() } else { format!("{first}-{last}") }
+            },
+        );
         texts.collect::<Vec<_>>().join(", ")
     }
 
     /// What else than blocks is on `device`.
     fn others(&self, device: DeviceId) -> Vec<&str> {
         let other = |module: &&PlannedModule| module.device == device && !matches!(module.kind, ModuleKind::Block(_));
-        self.modules
-            .iter()
-            .filter(other)
-            .filter_map(|module| module.path.rsplit('.').next())
-            .collect()
+        self.modules.iter().filter(other).filter_map(|module| module.path.rsplit('.').next()).collect()
     }
 }
 
 impl fmt::Display for Plan {
     /// A column a device, then the verdict.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let blocks = self
-            .modules
-            .iter()
-            .filter(|module| matches!(module.kind, ModuleKind::Block(_)))
-            .count();
-        write!(
-            f,
-            "{}: {}, {blocks} blocks, {} parameters",
-            self.model,
-            self.architecture,
-            count(self.parameters)
-        )?;
+        let blocks = self.modules.iter().filter(|module| matches!(module.kind, ModuleKind::Block(_))).count();
+        write!(f, "{}: {}, {blocks} blocks, {} parameters", self.model, self.architecture, count(self.parameters))?;
         if let Some(dtype) = &self.dtype {
             write!(f, ", {dtype}")?;
         }
-        let rules = self.quantize.iter().map(|(path, scheme)| {
-            if path.is_empty() {
-                scheme.to_string()
-            } else {
-                format!("{path} {scheme}")
-            }
-        });
+        let rules = self
+            .quantize
+            .iter()
+            .map(|(path, scheme)| if path.is_empty() { scheme.to_string() } else { format!("{path} {scheme}") });
         writeln!(
             f,
             "\nquantize {}; context {}; batch {}\n",
@@ -138,11 +114,7 @@ impl fmt::Display for Plan {
         }
         let mut headroom = vec!["headroom".to_owned()];
         headroom.extend(self.devices.iter().map(|device| {
-            if device.fits() {
-                (device.budget - device.total()).to_string()
-            } else {
-                format!("-{}", device.missing())
-            }
+            if device.fits() { (device.budget - device.total()).to_string() } else { format!("-{}", device.missing()) }
         }));
         rows.push(headroom);
         let mut placed = vec!["blocks".to_owned()];
@@ -151,11 +123,7 @@ impl fmt::Display for Plan {
         let others: Vec<_> = self.devices.iter().map(|device| self.others(device.id)).collect();
         for line in 0..others.iter().map(Vec::len).max().unwrap_or(0) {
             let mut row = vec![if line == 0 { "also" } else { "" }.to_owned()];
-            row.extend(
-                others
-                    .iter()
-                    .map(|names| names.get(line).copied().unwrap_or_default().to_owned()),
-            );
+            row.extend(others.iter().map(|names| names.get(line).copied().unwrap_or_default().to_owned()));
             rows.push(row);
         }
         f.write_str(&table(&rows))?;
@@ -165,11 +133,10 @@ impl fmt::Display for Plan {
         }
         for device in &self.idle {
             let name = device.name.as_deref().unwrap_or("a GPU");
-            writeln!(
-                f,
-                "{} ({name}) is not used: this version computes on the CPU and the disk only",
-                device.id
-            )?;
+            writeln!(f, "{} ({name}) is not used: this version computes on the CPU and the disk only", device.id)?;
+        }
+        for (at, outline) in self.placements.iter().enumerate() {
+            writeln!(f, "{}{outline}", if at == 0 { "\nplaced  " } else { "        " })?;
         }
         if self.fits() {
             writeln!(f, "\nit fits")?;
@@ -216,11 +183,7 @@ fn table(rows: &[Vec<String>]) -> String {
         let mut line = String::new();
         for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
             // Writing to a String cannot fail.
-            let _ = if column == 0 {
-                write!(line, "{cell:<width$}")
-            } else {
-                write!(line, "   {cell:>width$}")
-            };
+            let _ = if column == 0 { write!(line, "{cell:<width$}") } else { write!(line, "   {cell:>width$}") };
         }
         text.push_str(line.trim_end());
         text.push('\n');

@@ -114,10 +114,7 @@ impl<'a> Matrix<'a> {
     /// # Panics
     /// `bytes` is shorter than the layout's size: the arena was made for another layout.
     pub fn new(layout: &'a MatrixLayout, bytes: &'a [u8]) -> Self {
-        assert!(
-            bytes.len() as u64 >= layout.size,
-            "an arena is shorter than the matrices in it"
-        );
+        assert!(bytes.len() as u64 >= layout.size, "an arena is shorter than the matrices in it");
         Self { layout, bytes }
     }
 
@@ -206,9 +203,6 @@ mod tests {
     fn sizes_beyond_the_address_space_are_none() {
         assert_eq!(MatrixLayout::new(Storage::Int8, usize::MAX, 64), None);
         assert_eq!(MatrixLayout::new(Storage::Int8, 1, usize::MAX), None);
-        assert_eq!(
-            MatrixLayout::new(Storage::Plain(WeightDtype::F32), usize::MAX / 2, usize::MAX / 2),
-            None
-        );
+        assert_eq!(MatrixLayout::new(Storage::Plain(WeightDtype::F32), usize::MAX / 2, usize::MAX / 2), None);
     }
 }

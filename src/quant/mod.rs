@@ -109,25 +109,23 @@ impl WeightDtype {
     /// Reads little-endian elements into `values`; both have as many elements.
     pub fn decode(self, bytes: &[u8], values: &mut [f32]) {
         debug_assert_eq!(bytes.len(), values.len() * self.size());
+        let pairs = || bytes.as_chunks::<2>().0.iter();
         match self {
-            Self::Bf16 => bytes
-                .as_chunks::<2>()
-                .0
-                .iter()
-                .zip(values.iter_mut())
-                .for_each(|(b, v)| *v = bf16::from_le_bytes(*b).to_f32()),
-            Self::F16 => bytes
-                .as_chunks::<2>()
-                .0
-                .iter()
-                .zip(values.iter_mut())
-                .for_each(|(b, v)| *v = f16::from_le_bytes(*b).to_f32()),
-            Self::F32 => bytes
-                .as_chunks::<4>()
-                .0
-                .iter()
-                .zip(values.iter_mut())
-                .for_each(|(b, v)| *v = f32::from_le_bytes(*b)),
+            Self::Bf16 => {
+                for (bytes, value) in pairs().zip(values) {
+                    *value = bf16::from_le_bytes(*bytes).to_f32();
+                }
+            }
+            Self::F16 => {
+                for (bytes, value) in pairs().zip(values) {
+                    *value = f16::from_le_bytes(*bytes).to_f32();
+                }
+            }
+            Self::F32 => {
+                for (bytes, value) in bytes.as_chunks::<4>().0.iter().zip(values) {
+                    *value = f32::from_le_bytes(*bytes);
+                }
+            }
         }
     }
 }

@@ -78,10 +78,7 @@ pub fn quantize_rows(
     weights: &[u8],
     packed: &mut PackedRows,
 ) -> Result<(), QuantizeError> {
-    assert!(
-        !matches!(layout.storage, Storage::Plain(_)),
-        "plain storage is copied, not quantized"
-    );
+    assert!(!matches!(layout.storage, Storage::Plain(_)), "plain storage is copied, not quantized");
     let row_bytes = layout.cols * dtype.size();
     let rows = weights.len() / row_bytes;
     packed.resize(layout, rows);
@@ -151,10 +148,7 @@ fn int4_row(values: &[f32], codes: &mut [u8], sub_scales: &mut [u8]) -> Result<f
         let rounded = round_i8(scale / row_scale.to_f32());
         let candidates = [rounded, rounded.saturating_sub(1).max(-127), rounded.saturating_add(1)];
         let error = |code: i8| squared_error(group, row_scale.to_f32() * f32::from(code));
-        let code = candidates
-            .into_iter()
-            .min_by(|a, b| error(*a).total_cmp(&error(*b)))
-            .unwrap_or(rounded);
+        let code = candidates.into_iter().min_by(|a, b| error(*a).total_cmp(&error(*b))).unwrap_or(rounded);
         *sub_scale = code.cast_unsigned();
         let scale = row_scale.to_f32() * f32::from(code);
         for (j, byte) in bytes.iter_mut().enumerate() {
@@ -168,9 +162,7 @@ fn int4_row(values: &[f32], codes: &mut [u8], sub_scales: &mut [u8]) -> Result<f
 /// The scale of a group with the least squared error: a few divisors of the
 /// extreme element, each refitted by least squares to the codes that it gives.
 fn search_group(group: &[f32; GROUP_SIZE]) -> f32 {
-    let extreme = group
-        .iter()
-        .fold(0.0f32, |m, value| if value.abs() > m.abs() { *value } else { m });
+    let extreme = group.iter().fold(0.0f32, |m, value| if value.abs() > m.abs() { *value } else { m });
     if extreme == 0.0 {
         return 0.0;
     }
@@ -301,21 +293,14 @@ mod tests {
     #[test]
     fn levels_of_int4_are_kept_exactly() {
         let row: Vec<f32> = (0..32).map(|k| (k % 16) as f32 - 8.0).collect();
-        let difference = pack(Storage::Int4, 1, 32, &row)
-            .unwrap()
-            .iter()
-            .zip(&row)
-            .map(|(a, b)| (a - b).abs())
-            .fold(0.0, f32::max);
+        let difference =
+            pack(Storage::Int4, 1, 32, &row).unwrap().iter().zip(&row).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(difference < 0.01, "{difference}");
     }
 
     #[test]
     fn what_is_not_finite_is_named() {
-        for (value, text) in [
-            (f32::NAN, "row 1, column 3 is NaN"),
-            (f32::NEG_INFINITY, "row 1, column 3 is -inf"),
-        ] {
+        for (value, text) in [(f32::NAN, "row 1, column 3 is NaN"), (f32::NEG_INFINITY, "row 1, column 3 is -inf")] {
             let mut weights = [1.0; 80];
             weights[43] = value;
             for storage in [Storage::Int8, Storage::Int4] {
@@ -326,33 +311,18 @@ mod tests {
 
     #[test]
     fn extremes_of_f32_are_an_error_or_near() {
-        assert!(matches!(
-            pack(Storage::Int4, 1, 32, &[3e38; 32]),
-            Err(QuantizeError::ScaleOverflow { row: 0, .. })
-        ));
+        assert!(matches!(pack(Storage::Int4, 1, 32, &[3e38; 32]), Err(QuantizeError::ScaleOverflow { row: 0, .. })));
         for storage in [Storage::Int8, Storage::Int4] {
             let tiny = pack(storage, 1, 32, &[1e-6; 32]).unwrap();
             assert!(tiny.iter().all(|w| (w - 1e-6).abs() < 1e-7), "{tiny:?}");
-            assert!(
-                pack(storage, 1, 32, &[1e-42; 32])
-                    .unwrap()
-                    .iter()
-                    .all(|w| w.abs() < 1e-6)
-            );
+            assert!(pack(storage, 1, 32, &[1e-42; 32]).unwrap().iter().all(|w| w.abs() < 1e-6));
         }
-        assert!(
-            pack(Storage::Int8, 1, 32, &[3e38; 32])
-                .unwrap()
-                .iter()
-                .all(|w| (w / 3e38 - 1.0).abs() < 1e-5)
-        );
+        assert!(pack(Storage::Int8, 1, 32, &[3e38; 32]).unwrap().iter().all(|w| (w / 3e38 - 1.0).abs() < 1e-5));
     }
 
     #[test]
     fn bf16_and_f16_are_read_as_f32_is() {
-        let weights: Vec<f32> = (0..64)
-            .map(|k| bf16::from_f32((k as f32 * 0.37).sin()).to_f32())
-            .collect();
+        let weights: Vec<f32> = (0..64).map(|k| bf16::from_f32((k as f32 * 0.37).sin()).to_f32()).collect();
         let layout = MatrixLayout::new(Storage::Int4, 2, 32).unwrap();
         let run = |dtype, bytes: Vec<u8>| {
             let mut packed = PackedRows::default();
@@ -362,18 +332,9 @@ mod tests {
         let f32s = run(WeightDtype::F32, weights.iter().flat_map(|w| w.to_le_bytes()).collect());
         assert_eq!(
             f32s,
-            run(
-                WeightDtype::Bf16,
-                weights.iter().flat_map(|w| bf16::from_f32(*w).to_le_bytes()).collect()
-            )
+            run(WeightDtype::Bf16, weights.iter().flat_map(|w| bf16::from_f32(*w).to_le_bytes()).collect())
         );
-        assert_eq!(
-            f32s,
-            run(
-                WeightDtype::F16,
-                weights.iter().flat_map(|w| f16::from_f32(*w).to_le_bytes()).collect()
-            )
-        );
+        assert_eq!(f32s, run(WeightDtype::F16, weights.iter().flat_map(|w| f16::from_f32(*w).to_le_bytes()).collect()));
     }
 
     proptest! {

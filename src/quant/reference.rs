@@ -26,9 +26,7 @@ pub fn rounded_activations(x: &[f32], cols: usize) -> Vec<f32> {
     x.chunks(cols)
         .flat_map(|x| {
             super::quantize_activations(x, &mut codes, &mut scales);
-            (0..cols)
-                .map(|k| f32::from(codes[k]) * scales[k / GROUP_SIZE])
-                .collect::<Vec<_>>()
+            (0..cols).map(|k| f32::from(codes[k]) * scales[k / GROUP_SIZE]).collect::<Vec<_>>()
         })
         .collect()
 }

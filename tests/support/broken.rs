@@ -1,9 +1,5 @@
 //! Checkpoints that are right until a test breaks them, and what becomes of them.
-#![allow(
-    clippy::unwrap_used,
-    clippy::disallowed_methods,
-    reason = "a test may panic and write files"
-)]
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "a test may panic and write files")]
 
 use std::error::Error as _;
 use std::path::{Path, PathBuf};
@@ -46,11 +42,7 @@ pub struct Spec {
 
 impl Spec {
     pub fn new(name: &str, dtype: &'static str, shape: &[u64]) -> Self {
-        Self {
-            name: name.to_owned(),
-            dtype,
-            shape: shape.to_vec(),
-        }
+        Self { name: name.to_owned(), dtype, shape: shape.to_vec() }
     }
 
     fn size(&self) -> u64 {
@@ -173,12 +165,7 @@ impl Broken {
 
     /// Cuts a file, or extends it by a hole.
     pub fn resize(&self, file: &str, len: u64) {
-        let file = std::fs::File::options()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(self.path(file))
-            .unwrap();
+        let file = std::fs::File::options().write(true).create(true).truncate(false).open(self.path(file)).unwrap();
         file.set_len(len).unwrap();
     }
 
@@ -236,9 +223,7 @@ impl Broken {
 pub fn rows<const N: usize>(table: &str) -> impl Iterator<Item = [&str; N]> {
     table.trim().lines().map(|line| {
         let cells: Vec<_> = line.trim().split(" | ").collect();
-        cells
-            .try_into()
-            .unwrap_or_else(|_| panic!("{N} cells are wanted: {line}"))
+        cells.try_into().unwrap_or_else(|_| panic!("{N} cells are wanted: {line}"))
     })
 }
 
@@ -263,10 +248,7 @@ impl Source for HeadersOnly {
         let field = self.0.read_range(file, 0, 8)?;
         let header = field.first_chunk().map_or(0, |field| u64::from_le_bytes(*field));
         let end = offset + len as u64;
-        assert!(
-            end <= header.saturating_add(8),
-            "`{file}` is read up to byte {end}, beyond its header"
-        );
+        assert!(end <= header.saturating_add(8), "`{file}` is read up to byte {end}, beyond its header");
         self.0.read_range(file, offset, len)
     }
 

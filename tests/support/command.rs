@@ -20,10 +20,7 @@ pub fn evenkeel(arguments: &[&str]) -> Command {
 
 /// Runs it to its end with `stdin` as its standard input.
 pub fn run_with(mut command: Command, stdin: &[u8]) -> Output {
-    let command = command
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
+    let command = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
     // A command that does not read its input closes it.
     let _ = child.stdin.take().unwrap().write_all(stdin);

@@ -90,10 +90,7 @@ impl FakeHub {
     pub fn start(repository: &str, commit: &str, files: Files) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        let state = Arc::new(State {
-            repository: repository.to_owned(),
-            ..State::default()
-        });
+        let state = Arc::new(State { repository: repository.to_owned(), ..State::default() });
         let shared = state.clone();
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
@@ -173,25 +170,12 @@ struct Answer {
 
 impl Answer {
     fn status(status: u16, code: &str) -> Self {
-        let headers = vec![
-            ("X-Error-Code", code.to_owned()),
-            ("X-Error-Message", "the fake Hub says no".to_owned()),
-        ];
-        Self {
-            status,
-            headers,
-            body: Vec::new(),
-            length: None,
-        }
+        let headers = vec![("X-Error-Code", code.to_owned()), ("X-Error-Message", "the fake Hub says no".to_owned())];
+        Self { status, headers, body: Vec::new(), length: None }
     }
 
     fn json(value: &serde_json::Value) -> Self {
-        Self {
-            status: 200,
-            headers: Vec::new(),
-            body: value.to_string().into_bytes(),
-            length: None,
-        }
+        Self { status: 200, headers: Vec::new(), body: value.to_string().into_bytes(), length: None }
     }
 }
 
@@ -229,9 +213,7 @@ impl State {
             Some(Fault::Status(status, code)) => Answer::status(status, code),
             Some(Fault::RateLimit(seconds)) => {
                 let mut answer = Answer::status(429, "");
-                answer
-                    .headers
-                    .extend(seconds.map(|seconds| ("Retry-After", seconds.to_string())));
+                answer.headers.extend(seconds.map(|seconds| ("Retry-After", seconds.to_string())));
                 answer
             }
             Some(Fault::Page) => Answer {
@@ -292,11 +274,7 @@ impl State {
     }
 
     fn find(&self, revision: &str) -> Option<(String, Files)> {
-        let commit = if revision == "main" {
-            self.main.lock().unwrap().clone()
-        } else {
-            revision.to_owned()
-        };
+        let commit = if revision == "main" { self.main.lock().unwrap().clone() } else { revision.to_owned() };
         let files = self.commits.lock().unwrap().get(&commit)?.clone();
         Some((commit, files))
     }
@@ -305,10 +283,7 @@ impl State {
         let Some((commit, files)) = self.find(revision) else {
             return Answer::status(404, "RevisionNotFound");
         };
-        let siblings: Vec<_> = files
-            .keys()
-            .map(|name| serde_json::json!({ "rfilename": name }))
-            .collect();
+        let siblings: Vec<_> = files.keys().map(|name| serde_json::json!({ "rfilename": name })).collect();
         Answer::json(&serde_json::json!({ "_id": "1", "id": self.repository, "sha": commit, "siblings": siblings }))
     }
 
@@ -338,45 +313,21 @@ impl State {
         body.hash(&mut hasher);
         let etag = format!("\"{:016x}\"", hasher.finish());
         let mut headers = vec![("X-Repo-Commit", commit)];
-        if let Some(cdn) = self
-            .cdn
-            .lock()
-            .unwrap()
-            .as_ref()
-            .filter(|_| file.ends_with(".safetensors"))
-        {
-            headers.push((
-                "Location",
-                format!("{cdn}/{}/resolve/{revision}/{file}", self.repository),
-            ));
+        if let Some(cdn) = self.cdn.lock().unwrap().as_ref().filter(|_| file.ends_with(".safetensors")) {
+            headers.push(("Location", format!("{cdn}/{}/resolve/{revision}/{file}", self.repository)));
             headers.push(("X-Linked-Size", body.len().to_string()));
             headers.push(("X-Linked-ETag", etag));
-            return Answer {
-                status: 302,
-                headers,
-                body: Vec::new(),
-                length: None,
-            };
+            return Answer { status: 302, headers, body: Vec::new(), length: None };
         }
         headers.push(("ETag", etag));
         match range {
             Some((first, last)) if first < body.len() => {
                 let last = last.min(body.len() - 1);
                 headers.push(("Content-Range", format!("bytes {first}-{last}/{}", body.len())));
-                Answer {
-                    status: 206,
-                    headers,
-                    body: body[first..=last].to_vec(),
-                    length: None,
-                }
+                Answer { status: 206, headers, body: body[first..=last].to_vec(), length: None }
             }
             Some(_) => Answer::status(416, ""),
-            None => Answer {
-                status: 200,
-                headers,
-                body: body.clone(),
-                length: None,
-            },
+            None => Answer { status: 200, headers, body: body.clone(), length: None },
         }
     }
 }

@@ -21,6 +21,16 @@ pub fn llama_405b() -> Value {
     llama(16_384, 53_248, 126, 128)
 }
 
+/// Llama 2 with 13 billion parameters.
+pub fn llama2_13b() -> Value {
+    let mut config = llama(5120, 13_824, 40, 40);
+    for (key, value) in [("num_key_value_heads", 40), ("vocab_size", 32_000), ("max_position_embeddings", 4096)] {
+        config[key] = value.into();
+    }
+    config["rope_scaling"] = Value::Null;
+    config
+}
+
 fn llama(hidden: u64, feed_forward: u64, blocks: u64, heads: u64) -> Value {
     json!({
         "architectures": ["LlamaForCausalLM"],
@@ -61,10 +71,7 @@ pub fn write(directory: &Path, config: &Value, shards: usize) {
             } else {
                 json!([parameter.cols])
             };
-            header.insert(
-                parameter.tensor(),
-                json!({"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}),
-            );
+            header.insert(parameter.tensor(), json!({"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}));
             weight_map.insert(parameter.tensor(), shard.clone().into());
         }
         let header = Value::Object(header).to_string();

@@ -1,8 +1,5 @@
 //! Memory of a planned size: anonymous, or a mapped file.
-#![expect(
-    unsafe_code,
-    reason = "mapping a file is the one thing here that the compiler cannot check"
-)]
+#![expect(unsafe_code, reason = "mapping a file is the one thing here that the compiler cannot check")]
 
 use std::fs::File;
 use std::path::Path;
@@ -29,8 +26,7 @@ impl Arena {
         // SAFETY: the file has no name and this process holds its only handle,
         // so nobody truncates or writes it while it is mapped.
         let map = unsafe { Mmap::map(file) };
-        map.map(Self::Mapped)
-            .map_err(|e| Error::io("map a scratch file in", directory, e))
+        map.map(Self::Mapped).map_err(|e| Error::io("map a scratch file in", directory, e))
     }
 
     /// The bytes.

@@ -32,17 +32,13 @@ impl Cache {
     /// position.
     pub fn attend(&self, query: &[f32], keys: &[f32], values: &[f32], position: usize, attended: &mut [f32]) {
         let width = self.head_dim;
-        attended
-            .par_chunks_mut(width)
-            .zip(query.par_chunks(width))
-            .enumerate()
-            .for_each(|(at, (out, query))| {
-                let (token, head) = (at / self.heads, at % self.heads);
-                let kv_head = head * self.kv_heads / self.heads;
-                let start = kv_head * self.context * width;
-                let seen = start..start + (position + token + 1) * width;
-                attend_one(query, &keys[seen.clone()], &values[seen], out);
-            });
+        attended.par_chunks_mut(width).zip(query.par_chunks(width)).enumerate().for_each(|(at, (out, query))| {
+            let (token, head) = (at / self.heads, at % self.heads);
+            let kv_head = head * self.kv_heads / self.heads;
+            let start = kv_head * self.context * width;
+            let seen = start..start + (position + token + 1) * width;
+            attend_one(query, &keys[seen.clone()], &values[seen], out);
+        });
     }
 }
 
@@ -94,13 +90,7 @@ mod tests {
         let weights: Vec<f64> = keys.chunks(width).map(score).collect();
         let sum: f64 = weights.iter().sum();
         (0..width)
-            .map(|i| {
-                weights
-                    .iter()
-                    .zip(values.chunks(width))
-                    .map(|(w, v)| w / sum * f64::from(v[i]))
-                    .sum()
-            })
+            .map(|i| weights.iter().zip(values.chunks(width)).map(|(w, v)| w / sum * f64::from(v[i])).sum())
             .collect()
     }
 
@@ -112,11 +102,7 @@ mod tests {
             let mut out = vec![0.0; 16];
             attend_one(&query, &keys, &values, &mut out);
             for (ours, exact) in out.iter().zip(reference(&query, &keys, &values)) {
-                assert!(
-                    (f64::from(*ours) - exact).abs() < 1e-5,
-                    "{} keys: {ours} {exact}",
-                    keys.len() / 16
-                );
+                assert!((f64::from(*ours) - exact).abs() < 1e-5, "{} keys: {ours} {exact}", keys.len() / 16);
             }
         }
     }

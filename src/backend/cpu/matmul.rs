@@ -29,10 +29,7 @@ impl<'a> Activations<'a> {
     pub fn new(x: &'a [f32], cols: usize, codes: &'a mut [i8], scales: &'a mut [f32], quantized: bool) -> Self {
         let padded = cols.next_multiple_of(GROUP_SIZE);
         let tokens = x.len() / cols;
-        let (codes, scales) = (
-            &mut codes[..tokens * padded],
-            &mut scales[..tokens * padded / GROUP_SIZE],
-        );
+        let (codes, scales) = (&mut codes[..tokens * padded], &mut scales[..tokens * padded / GROUP_SIZE]);
         if quantized {
             x.par_chunks(cols)
                 .zip(codes.par_chunks_mut(padded))
@@ -88,9 +85,7 @@ fn by_rows(matrix: &Matrix, x: &Activations, tokens: usize, product: &mut [f32])
                     Storage::Int4 => {
                         unpack_int4(matrix.codes(row), unpacked);
                         let (scale, sub_scales) = (matrix.scale(row), matrix.sub_scales(row));
-                        for_tokens(x, sums, |codes, scales| {
-                            scale * int4_dot(codes, scales, unpacked, sub_scales)
-                        });
+                        for_tokens(x, sums, |codes, scales| scale * int4_dot(codes, scales, unpacked, sub_scales));
                     }
                 }
             }
@@ -108,10 +103,7 @@ fn for_tokens(x: &Activations, sums: &mut [f32], product: impl Fn(&[i8], &[f32])
 
 /// Codes of int4 as signed levels, −8 to 7, in the order of the columns.
 fn unpack_int4(codes: &[u8], levels: &mut [i8]) {
-    for (bytes, levels) in codes
-        .chunks_exact(GROUP_SIZE / 2)
-        .zip(levels.chunks_exact_mut(GROUP_SIZE))
-    {
+    for (bytes, levels) in codes.chunks_exact(GROUP_SIZE / 2).zip(levels.chunks_exact_mut(GROUP_SIZE)) {
         let (low, high) = levels.split_at_mut(GROUP_SIZE / 2);
         for ((byte, low), high) in bytes.iter().zip(low).zip(high) {
             *low = (byte & 0x0f).cast_signed() - 8;
@@ -123,10 +115,7 @@ fn unpack_int4(codes: &[u8], levels: &mut [i8]) {
 /// `Σ_g scale[g] · Σ_k x[k] w[k]` over groups.
 fn int8_dot(x: &[i8], scales: &[f32], weights: &[i8]) -> f32 {
     let (x, weights) = (x.as_chunks::<GROUP_SIZE>().0, weights.as_chunks::<GROUP_SIZE>().0);
-    x.iter()
-        .zip(weights)
-        .zip(scales)
-        .fold(0.0, |sum, ((x, w), scale)| sum + scale * group_dot(x, w))
+    x.iter().zip(weights).zip(scales).fold(0.0, |sum, ((x, w), scale)| sum + scale * group_dot(x, w))
 }
 
 /// `Σ_g scale[g] · sub_scale[g] · Σ_k x[k] level[k]` over groups.
@@ -135,9 +124,7 @@ fn int4_dot(x: &[i8], scales: &[f32], levels: &[i8], sub_scales: &[i8]) -> f32 {
     x.iter()
         .zip(levels)
         .zip(scales.iter().zip(sub_scales))
-        .fold(0.0, |sum, ((x, levels), (scale, sub_scale))| {
-            sum + scale * f32::from(*sub_scale) * group_dot(x, levels)
-        })
+        .fold(0.0, |sum, ((x, levels), (scale, sub_scale))| sum + scale * f32::from(*sub_scale) * group_dot(x, levels))
 }
 
 /// The integer product of a group: at most 32 · 127 · 127 in size, so i32 and f32 hold it exactly.
@@ -170,9 +157,7 @@ mod tests {
     fn random(count: usize, seed: u64) -> Vec<f32> {
         let mut state = seed;
         let next = |_| {
-            state = state
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1_442_695_040_888_963_407);
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             ((state >> 40) as f32 / (1u64 << 24) as f32 - 0.5) * 2.0
         };
         (0..count).map(next).collect()
@@ -180,14 +165,12 @@ mod tests {
 
     fn packed(layout: &MatrixLayout, weights: &[f32]) -> Vec<u8> {
         let bytes: Vec<u8> = match layout.storage {
-            Storage::Plain(WeightDtype::Bf16) => weights
-                .iter()
-                .flat_map(|w| half::bf16::from_f32(*w).to_le_bytes())
-                .collect(),
-            Storage::Plain(WeightDtype::F16) => weights
-                .iter()
-                .flat_map(|w| half::f16::from_f32(*w).to_le_bytes())
-                .collect(),
+            Storage::Plain(WeightDtype::Bf16) => {
+                weights.iter().flat_map(|w| half::bf16::from_f32(*w).to_le_bytes()).collect()
+            }
+            Storage::Plain(WeightDtype::F16) => {
+                weights.iter().flat_map(|w| half::f16::from_f32(*w).to_le_bytes()).collect()
+            }
             _ => weights.iter().flat_map(|w| w.to_le_bytes()).collect(),
         };
         let mut matrix = vec![0; layout.size().as_usize().unwrap()];
@@ -216,16 +199,9 @@ mod tests {
     #[test]
     fn every_storage_equals_the_reference() {
         for storage in STORAGES {
-            for (rows, cols, tokens) in [
-                (1, 1, 1),
-                (3, 5, 2),
-                (17, 31, 3),
-                (16, 32, 1),
-                (33, 33, 5),
-                (40, 100, 8),
-                (64, 256, 1),
-                (5, 768, 7),
-            ] {
+            for (rows, cols, tokens) in
+                [(1, 1, 1), (3, 5, 2), (17, 31, 3), (16, 32, 1), (33, 33, 5), (40, 100, 8), (64, 256, 1), (5, 768, 7)]
+            {
                 let layout = MatrixLayout::new(storage, rows, cols).unwrap();
                 let bytes = packed(&layout, &random(rows * cols, 1));
                 let matrix = Matrix::new(&layout, &bytes);
@@ -236,11 +212,7 @@ mod tests {
                 let activations = Activations::new(&x, cols, &mut codes, &mut scales, quantized);
                 let (mut product, mut y) = (vec![f32::NAN; tokens * rows], vec![f32::NAN; tokens * rows]);
                 matmul(&matrix, &activations, &mut product, &mut y);
-                let seen = if quantized {
-                    reference::rounded_activations(&x, cols)
-                } else {
-                    x
-                };
+                let seen = if quantized { reference::rounded_activations(&x, cols) } else { x };
                 let exact = reference::matmul(&matrix, &seen, tokens);
                 for (ours, exact) in y.iter().zip(exact) {
                     let tolerance = 1e-5 * (cols as f64).sqrt() + 1e-6 * exact.abs();

@@ -184,10 +184,7 @@ impl CpuStage {
 
     /// Bytes of the KV caches.
     pub fn kv_bytes(&self) -> Bytes {
-        self.blocks
-            .iter()
-            .map(|block| Bytes((block.keys.len() + block.values.len()) as u64))
-            .sum()
+        self.blocks.iter().map(|block| Bytes((block.keys.len() + block.values.len()) as u64)).sum()
     }
 }
 
@@ -207,9 +204,7 @@ fn activations<'a>(
     scales: &'a mut [f32],
     matrices: &[&Matrix],
 ) -> Activations<'a> {
-    let quantized = matrices
-        .iter()
-        .any(|matrix| !matches!(matrix.layout.storage, Storage::Plain(_)));
+    let quantized = matrices.iter().any(|matrix| !matches!(matrix.layout.storage, Storage::Plain(_)));
     Activations::new(x, cols, codes, scales, quantized)
 }
 
@@ -233,12 +228,7 @@ impl Stage for CpuStage {
         let tokens = hidden.len() / self.dimensions.hidden;
         let rope = tokens * self.dimensions.head_dim / 2;
         let Workspace { cos, sin, .. } = &mut *workspace;
-        ops::rope_table(
-            &self.dimensions.frequencies,
-            position,
-            &mut cos[..rope],
-            &mut sin[..rope],
-        );
+        ops::rope_table(&self.dimensions.frequencies, position, &mut cos[..rope], &mut sin[..rope]);
         for block in &mut self.blocks {
             block.run(&self.dimensions, &mut workspace, hidden, tokens, position);
         }
@@ -258,11 +248,7 @@ impl Stage for CpuStage {
     fn logits(&mut self, hidden: &[f32], logits: &mut [f32]) -> Result<()> {
         if let Some(head) = &self.head {
             let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
-            let Workspace {
-                activation_codes,
-                activation_scales,
-                ..
-            } = &mut *workspace;
+            let Workspace { activation_codes, activation_scales, .. } = &mut *workspace;
             let matrix = head.matrix();
             let x = activations(hidden, hidden.len(), activation_codes, activation_scales, &[&matrix]);
             matmul(&matrix, &x, &mut [], logits);
@@ -298,11 +284,7 @@ impl Block {
         let parameters = &self.parameters;
 
         ops::rms_norm(hidden, of(parameters, Role::InputNorm), d.epsilon, normed);
-        let (q, k, v) = (
-            of(parameters, Role::Query),
-            of(parameters, Role::Key),
-            of(parameters, Role::Value),
-        );
+        let (q, k, v) = (of(parameters, Role::Query), of(parameters, Role::Key), of(parameters, Role::Value));
         let x = activations(normed, d.hidden, codes, scales, &[&q, &k, &v]);
         matmul(&q, &x, product, query);
         matmul(&k, &x, product, key);
@@ -310,12 +292,7 @@ impl Block {
         ops::rotate(query, d.head_dim, cos, sin);
         ops::rotate(key, d.head_dim, cos, sin);
 
-        let cache = attention::Cache {
-            heads: d.heads,
-            kv_heads: d.kv_heads,
-            head_dim: d.head_dim,
-            context: d.context,
-        };
+        let cache = attention::Cache { heads: d.heads, kv_heads: d.kv_heads, head_dim: d.head_dim, context: d.context };
         let cached_keys: &mut [f32] = bytemuck::cast_slice_mut(&mut self.keys);
         let cached_values: &mut [f32] = bytemuck::cast_slice_mut(&mut self.values);
         cache.append(key, cached_keys, position);

@@ -36,12 +36,7 @@ pub fn rope_frequencies(rope: &Rope, head_dim: usize) -> Vec<f32> {
             let frequency = rope.theta.powf(-exponent);
             let scaled = match rope.scaling {
                 RopeScaling::Default => frequency,
-                RopeScaling::Llama3 {
-                    factor,
-                    low_freq_factor,
-                    high_freq_factor,
-                    original_max_position_embeddings,
-                } => {
+                RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
                     let wavelength = TAU / frequency;
                     let turns = original_max_position_embeddings / wavelength;
                     if turns < low_freq_factor {
@@ -77,18 +72,16 @@ pub fn rotate(x: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32]) {
     let half = head_dim / 2;
     let tokens = cos.len() / half;
     let row = x.len() / tokens;
-    x.par_chunks_mut(row)
-        .zip(cos.par_chunks(half).zip(sin.par_chunks(half)))
-        .for_each(|(row, (cos, sin))| {
-            for head in row.chunks_mut(head_dim) {
-                let (low, high) = head.split_at_mut(half);
-                for i in 0..half {
-                    let (a, b) = (low[i], high[i]);
-                    low[i] = a * cos[i] - b * sin[i];
-                    high[i] = b * cos[i] + a * sin[i];
-                }
+    x.par_chunks_mut(row).zip(cos.par_chunks(half).zip(sin.par_chunks(half))).for_each(|(row, (cos, sin))| {
+        for head in row.chunks_mut(head_dim) {
+            let (low, high) = head.split_at_mut(half);
+            for i in 0..half {
+                let (a, b) = (low[i], high[i]);
+                low[i] = a * cos[i] - b * sin[i];
+                high[i] = b * cos[i] + a * sin[i];
             }
-        });
+        }
+    });
 }
 
 /// `x += y`.
@@ -101,11 +94,9 @@ pub fn add(x: &mut [f32], y: &[f32]) {
 /// `gate = silu(gate) · up`.
 pub fn swiglu(gate: &mut [f32], up: &[f32]) {
     const PIECE: usize = 4096;
-    gate.par_chunks_mut(PIECE)
-        .zip(up.par_chunks(PIECE))
-        .for_each(|(gate, up)| {
-            for (gate, up) in gate.iter_mut().zip(up) {
-                *gate = *gate / (1.0 + (-*gate).exp()) * up;
-            }
-        });
+    gate.par_chunks_mut(PIECE).zip(up.par_chunks(PIECE)).for_each(|(gate, up)| {
+        for (gate, up) in gate.iter_mut().zip(up) {
+            *gate = *gate / (1.0 + (-*gate).exp()) * up;
+        }
+    });
 }

@@ -12,11 +12,7 @@ use crate::plan::Device;
 /// or it fails.
 pub fn devices() -> Vec<Device> {
     // SAFETY: opens and closes the driver's library, whose initialization has no preconditions.
-    if unsafe { cudarc::driver::sys::is_culib_present() } {
-        list().unwrap_or_default()
-    } else {
-        Vec::new()
-    }
+    if unsafe { cudarc::driver::sys::is_culib_present() } { list().unwrap_or_default() } else { Vec::new() }
 }
 
 fn list() -> Result<Vec<Device>, DriverError> {

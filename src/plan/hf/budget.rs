@@ -31,11 +31,8 @@ const USED: f64 = 0.9;
 /// `balanced_low_0` and GPUs that are not numbered from 0 without a gap,
 /// for which Transformers raises a `KeyError`.
 pub fn budgets(model: &Model, free: &MaxMemory, max_memory: Option<&MaxMemory>, mode: Mode) -> Result<MaxMemory> {
-    let mut budgets: BTreeMap<DeviceId, f64> = max_memory
-        .unwrap_or(free)
-        .iter()
-        .map(|(id, bytes)| (*id, bytes.0 as f64))
-        .collect();
+    let mut budgets: BTreeMap<DeviceId, f64> =
+        max_memory.unwrap_or(free).iter().map(|(id, bytes)| (*id, bytes.0 as f64)).collect();
     if max_memory.is_none() {
         budgets.remove(&DeviceId::Disk);
         budgets.entry(DeviceId::Cpu).and_modify(|budget| *budget *= USED);
@@ -48,19 +45,13 @@ pub fn budgets(model: &Model, free: &MaxMemory, max_memory: Option<&MaxMemory>, 
             *budget *= USED;
         }
     }
-    Ok(budgets
-        .into_iter()
-        .map(|(id, budget)| (id, truncated(budget)))
-        .collect())
+    Ok(budgets.into_iter().map(|(id, budget)| (id, truncated(budget))).collect())
 }
 
 fn balance(model: &Model, budgets: &mut BTreeMap<DeviceId, f64>, is_default: bool, low_zero: bool) -> Result<()> {
     let is_gpu = |id: &DeviceId| matches!(id, DeviceId::Cuda(_));
-    let usable: Vec<DeviceId> = budgets
-        .iter()
-        .filter(|(id, budget)| is_gpu(id) && **budget > 0.0)
-        .map(|(id, _)| *id)
-        .collect();
+    let usable: Vec<DeviceId> =
+        budgets.iter().filter(|(id, budget)| is_gpu(id) && **budget > 0.0).map(|(id, _)| *id).collect();
     let Some((_, all_but_last)) = usable.split_last() else {
         return Ok(());
     };
@@ -76,10 +67,7 @@ fn balance(model: &Model, budgets: &mut BTreeMap<DeviceId, f64>, is_default: boo
     let largest = flat.largest_unit();
     let buffer = largest.saturating_add(largest / 4);
     let share = (flat.total() / sharing as u64).saturating_add(buffer) as f64;
-    for id in all_but_last
-        .iter()
-        .filter(|id| !(low_zero && **id == DeviceId::Cuda(0)))
-    {
+    for id in all_but_last.iter().filter(|id| !(low_zero && **id == DeviceId::Cuda(0))) {
         budgets.entry(*id).and_modify(|budget| *budget = budget.min(share));
     }
     if low_zero {

@@ -32,15 +32,11 @@ pub fn infer_auto_device_map(model: &Model, budgets: &MaxMemory) -> Result<Place
     while let Some(node) = walk.next() {
         let partners = walk.tied_to(node, &ties)?;
         let bytes = flat.nodes[node].bytes;
-        let with_ties = partners
-            .iter()
-            .fold(bytes, |sum, other| sum.saturating_add(flat.nodes[*other].bytes));
+        let with_ties = partners.iter().fold(bytes, |sum, other| sum.saturating_add(flat.nodes[*other].bytes));
         let keeps_room = Some(device) == first || device == DeviceId::Cpu;
         let room = match device {
             DeviceId::Disk => Some(u64::MAX),
-            _ => budgets[&device]
-                .0
-                .checked_sub(if keeps_room { walk.largest } else { 0 }),
+            _ => budgets[&device].0.checked_sub(if keeps_room { walk.largest } else { 0 }),
         };
         let fits = |bytes: u64| room.is_some_and(|room| used.saturating_add(bytes) <= room);
         if fits(with_ties) {
@@ -67,10 +63,7 @@ pub fn infer_auto_device_map(model: &Model, budgets: &MaxMemory) -> Result<Place
     for (node, device) in &placed {
         *planned.entry(*device).or_insert(Bytes::ZERO) += Bytes(flat.nodes[*node].bytes);
     }
-    let mut device_map = placed
-        .into_iter()
-        .map(|(node, device)| (flat.nodes[node].path.clone(), device))
-        .collect();
+    let mut device_map = placed.into_iter().map(|(node, device)| (flat.nodes[node].path.clone(), device)).collect();
     clean_device_map(&mut device_map);
     Ok(Placement { device_map, planned })
 }
@@ -163,16 +156,11 @@ fn tie_groups(model: &Model, flat: &Flat) -> Result<Vec<Vec<usize>>> {
         groups.entry(source).or_default().extend([target.as_str(), source]);
     }
     let node = |path: &str| flat.find(path).ok_or_else(|| cannot_tie(path));
-    groups
-        .into_values()
-        .map(|group| group.into_iter().map(node).collect())
-        .collect()
+    groups.into_values().map(|group| group.into_iter().map(node).collect()).collect()
 }
 
 fn cannot_tie(path: &str) -> Error {
-    Error::input(format!(
-        "Transformers cannot place a model in which `{path}` is tied as it is here"
-    ))
+    Error::input(format!("Transformers cannot place a model in which `{path}` is tied as it is here"))
 }
 
 /// Replaces all keys under a prefix by the prefix where there are several, all

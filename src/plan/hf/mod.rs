@@ -127,11 +127,7 @@ pub fn place(model: &Model, free: &MaxMemory, max_memory: Option<&MaxMemory>, mo
 
 /// The path of `name` in the module at `path`.
 fn join(path: &str, name: &str) -> String {
-    if path.is_empty() {
-        name.to_owned()
-    } else {
-        format!("{path}.{name}")
-    }
+    if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") }
 }
 
 #[cfg(test)]

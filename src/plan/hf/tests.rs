@@ -4,83 +4,43 @@ use super::*;
 
 fn memory(value: &Value) -> MaxMemory {
     let budgets = value.as_object().unwrap().iter();
-    budgets
-        .map(|(id, bytes)| (id.parse().unwrap(), Bytes(bytes.as_u64().unwrap())))
-        .collect()
+    budgets.map(|(id, bytes)| (id.parse().unwrap(), Bytes(bytes.as_u64().unwrap()))).collect()
 }
 
 fn devices(value: &Value) -> BTreeMap<String, DeviceId> {
-    let device = |value: &Value| {
-        value
-            .as_str()
-            .map_or_else(|| value.to_string(), str::to_owned)
-            .parse()
-            .unwrap()
-    };
-    value
-        .as_object()
-        .unwrap()
-        .iter()
-        .map(|(path, id)| (path.clone(), device(id)))
-        .collect()
+    let device = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned).parse().unwrap();
+    value.as_object().unwrap().iter().map(|(path, id)| (path.clone(), device(id))).collect()
 }
 
 fn tensor(name: &str, elements: u64) -> Tensor {
-    Tensor {
-        name: name.to_owned(),
-        bytes: Bytes(4 * elements),
-    }
+    Tensor { name: name.to_owned(), bytes: Bytes(4 * elements) }
 }
 
 fn parent<const N: usize>(children: [(&str, Module); N]) -> Module {
-    Module {
-        children: children.map(|(name, child)| (name.to_owned(), child)).into(),
-        ..Module::default()
-    }
+    Module { children: children.map(|(name, child)| (name.to_owned(), child)).into(), ..Module::default() }
 }
 
 fn linear(inputs: u64, outputs: u64) -> Module {
-    Module {
-        parameters: vec![tensor("weight", inputs * outputs), tensor("bias", outputs)],
-        ..Module::default()
-    }
+    Module { parameters: vec![tensor("weight", inputs * outputs), tensor("bias", outputs)], ..Module::default() }
 }
 
 /// `ModelForTest` of Accelerate: 64, 72 and 100 bytes.
 fn small() -> Module {
     let norm = Module {
         parameters: vec![tensor("weight", 4), tensor("bias", 4)],
-        buffers: vec![
-            tensor("running_mean", 4),
-            tensor("running_var", 4),
-            tensor("num_batches_tracked", 2),
-        ],
+        buffers: vec![tensor("running_mean", 4), tensor("running_var", 4), tensor("num_batches_tracked", 2)],
         ..Module::default()
     };
-    parent([
-        ("linear1", linear(3, 4)),
-        ("batchnorm", norm),
-        ("linear2", linear(4, 5)),
-    ])
+    parent([("linear1", linear(3, 4)), ("batchnorm", norm), ("linear2", linear(4, 5))])
 }
 
 fn whole(module: Module) -> Module {
-    Module {
-        is_whole: true,
-        ..module
-    }
+    Module { is_whole: true, ..module }
 }
 
 fn tied(root: Module, ties: &[(&str, &str)]) -> Model {
-    let ties = ties
-        .iter()
-        .map(|(target, source)| ((*target).to_owned(), (*source).to_owned()))
-        .collect();
-    Model {
-        root,
-        ties,
-        is_quantized: false,
-    }
+    let ties = ties.iter().map(|(target, source)| ((*target).to_owned(), (*source).to_owned())).collect();
+    Model { root, ties, is_quantized: false }
 }
 
 fn assert_map(model: &Model, budgets: &Value, expected: &Value) {
@@ -91,22 +51,14 @@ fn assert_map(model: &Model, budgets: &Value, expected: &Value) {
 #[test]
 fn maps_of_small_models() {
     let three = |module: Module| parent([("0", module.clone()), ("1", module.clone()), ("2", module)]);
-    let linears = parent([
-        ("linear1", linear(10, 4)),
-        ("linear2", linear(4, 4)),
-        ("linear3", linear(4, 8)),
-    ]);
+    let linears = parent([("linear1", linear(10, 4)), ("linear2", linear(4, 4)), ("linear3", linear(4, 8))]);
     let apart = json!({"linear1": 0, "batchnorm": 1, "linear2": 1});
     let halves = json!({"0": 0, "1.linear1": 0, "1.batchnorm": 0, "1.linear2": 1, "2": 1});
     for (root, budgets, expected) in [
         (small(), json!({"0": 200, "1": 200}), apart.clone()),
         (small(), json!({"0": 200, "1": 172, "2": 200}), apart),
         (three(small()), json!({"0": 500, "1": 500}), halves),
-        (
-            three(whole(small())),
-            json!({"0": 500, "1": 500}),
-            json!({"0": 0, "1": 1, "2": 1}),
-        ),
+        (three(whole(small())), json!({"0": 500, "1": 500}), json!({"0": 0, "1": 1, "2": 1})),
         (parent([("module", linears)]), json!({"0": 256}), json!({"": "disk"})),
     ] {
         assert_map(&tied(root, &[]), &budgets, &expected);
@@ -131,18 +83,9 @@ fn what_is_tied_goes_together() {
     assert_map(&tied(squares, &ties), &json!({"0": 250, "1": 400}), &expected);
 
     // `compute.weight` is a beginning of the other's path and does not hold it.
-    let inner = Module {
-        parameters: vec![tensor("parameter", 1)],
-        ..Module::default()
-    };
-    let compute = Module {
-        parameters: vec![tensor("weight", 1)],
-        ..parent([("weight_submodule", inner)])
-    };
-    let model = tied(
-        parent([("compute", compute)]),
-        &[("compute.weight_submodule.parameter", "compute.weight")],
-    );
+    let inner = Module { parameters: vec![tensor("parameter", 1)], ..Module::default() };
+    let compute = Module { parameters: vec![tensor("weight", 1)], ..parent([("weight_submodule", inner)]) };
+    let model = tied(parent([("compute", compute)]), &[("compute.weight_submodule.parameter", "compute.weight")]);
     assert_map(&model, &json!({"0": 4, "cpu": 96_000}), &json!({"compute": 0}));
 }
 
@@ -155,18 +98,9 @@ fn tied_modules_are_split_to_go_together() {
     ];
     let rest = json!({"layer3.linear1": 1, "layer3.batchnorm": 1, "layer2.batchnorm": 1});
     for (count, expected) in [
-        (
-            1,
-            json!({"layer1": 0, "layer3.linear2": 0, "layer2": 1, "layer3.linear1": 1, "layer3.batchnorm": 1}),
-        ),
-        (
-            2,
-            json!({"layer1": 0, "layer3.linear2": 0, "layer2.linear2": 0, "layer2.linear1": 1}),
-        ),
-        (
-            3,
-            json!({"layer1": 0, "layer3.linear2": 0, "layer2.linear2": 0, "layer2.linear1": 0}),
-        ),
+        (1, json!({"layer1": 0, "layer3.linear2": 0, "layer2": 1, "layer3.linear1": 1, "layer3.batchnorm": 1})),
+        (2, json!({"layer1": 0, "layer3.linear2": 0, "layer2.linear2": 0, "layer2.linear1": 1})),
+        (3, json!({"layer1": 0, "layer3.linear2": 0, "layer2.linear2": 0, "layer2.linear1": 0})),
     ] {
         let mut expected = expected;
         if count > 1 {
@@ -202,21 +136,12 @@ fn what_is_kept_free() {
     let free = memory(&json!({"0": 1001, "cpu": 10_001, "disk": 5}));
     let budgets = |model: &Model, mode| super::budgets(model, &free, None, mode).unwrap();
     assert_eq!(budgets(&model, Mode::Auto), memory(&json!({"0": 900, "cpu": 9000})));
-    assert_eq!(
-        budgets(&model, Mode::BalancedLowZero),
-        memory(&json!({"0": 900, "cpu": 9000}))
-    );
-    assert_eq!(
-        budgets(&model, Mode::Sequential),
-        memory(&json!({"0": 1001, "cpu": 9000}))
-    );
+    assert_eq!(budgets(&model, Mode::BalancedLowZero), memory(&json!({"0": 900, "cpu": 9000})));
+    assert_eq!(budgets(&model, Mode::Sequential), memory(&json!({"0": 1001, "cpu": 9000})));
     model.is_quantized = true;
     // 1001 * 0.9 * 0.9 and 10001 * 0.9 * 0.9; only the last product is cut.
     assert_eq!(budgets(&model, Mode::Auto), memory(&json!({"0": 810, "cpu": 8100})));
-    assert_eq!(
-        budgets(&model, Mode::Sequential),
-        memory(&json!({"0": 900, "cpu": 8100}))
-    );
+    assert_eq!(budgets(&model, Mode::Sequential), memory(&json!({"0": 900, "cpu": 8100})));
 }
 
 #[test]
@@ -226,10 +151,7 @@ fn what_makes_transformers_fail_is_an_error() {
         let error = budgets(&model, &memory(&gap), None, Mode::BalancedLowZero).unwrap_err();
         assert!(error.to_string().contains("without a gap"), "{error}");
     }
-    let both = Module {
-        parameters: vec![tensor("a", 9), tensor("b", 9)],
-        ..Module::default()
-    };
+    let both = Module { parameters: vec![tensor("a", 9), tensor("b", 9)], ..Module::default() };
     for ties in [("b", "a"), ("b", "c")] {
         let model = tied(both.clone(), &[ties]);
         let error = infer_auto_device_map(&model, &memory(&json!({"0": 300}))).unwrap_err();

@@ -48,9 +48,7 @@ pub fn tree_of(config: &ModelConfig, modules: &ModuleTree, dtype: WeightDtype, q
         for parameter in parameters {
             let is_quantized = is_block && parameter.is_quantizable();
             let stored = if is_quantized { quantization } else { Quantization::None };
-            descend(&mut root, &parameter.module)
-                .parameters
-                .push(weight(stored.bytes(parameter, dtype)));
+            descend(&mut root, &parameter.module).parameters.push(weight(stored.bytes(parameter, dtype)));
         }
         if module.kind == ModuleKind::Norm {
             let parent = module.path.rsplit_once('.').map_or("", |(parent, _)| parent);
@@ -72,34 +70,23 @@ pub fn tree_of(config: &ModelConfig, modules: &ModuleTree, dtype: WeightDtype, q
             ties.insert(join(&head.path, WEIGHT), parameter.tensor());
         }
     }
-    Model {
-        root,
-        ties,
-        is_quantized: quantization != Quantization::None,
-    }
+    Model { root, ties, is_quantized: quantization != Quantization::None }
 }
 
 /// The name of every parameter in its module.
 const WEIGHT: &str = "weight";
 
 fn weight(bytes: u64) -> Tensor {
-    Tensor {
-        name: WEIGHT.to_owned(),
-        bytes: Bytes(bytes),
-    }
+    Tensor { name: WEIGHT.to_owned(), bytes: Bytes(bytes) }
 }
 
 /// The module at `path` under `module`, made where it is not there yet.
 fn descend<'a>(module: &'a mut Module, path: &str) -> &'a mut Module {
     path.split('.').fold(module, |module, name| {
-        let at = module
-            .children
-            .iter()
-            .position(|(child, _)| child == name)
-            .unwrap_or_else(|| {
-                module.children.push((name.to_owned(), Module::default()));
-                module.children.len() - 1
-            });
+        let at = module.children.iter().position(|(child, _)| child == name).unwrap_or_else(|| {
+            module.children.push((name.to_owned(), Module::default()));
+            module.children.len() - 1
+        });
         &mut module.children[at].1
     })
 }
