@@ -2,7 +2,6 @@
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 use std::io::Write;
-use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 /// The binary in the project's directory, with no variables that have an effect but those given.
@@ -42,16 +41,12 @@ pub fn stderr(output: &Output) -> String {
     String::from_utf8(output.stderr.clone()).unwrap()
 }
 
-/// Exit code and both outputs as one text, with `directory` shown as `[DIR]`.
-pub fn transcript(output: &Output, directory: Option<&Path>) -> String {
-    let text = format!(
+/// Exit code and both outputs as one text.
+pub fn transcript(output: &Output) -> String {
+    format!(
         "exit code: {}\n--- stdout ---\n{}\n--- stderr ---\n{}",
         output.status.code().map_or("none".to_owned(), |code| code.to_string()),
         stdout(output),
         stderr(output)
-    );
-    match directory {
-        Some(directory) => text.replace(directory.to_str().unwrap(), "[DIR]"),
-        None => text,
-    }
+    )
 }
