@@ -1,6 +1,5 @@
 //! Checkpoints that are cut, malformed, hostile or contradict themselves: each
 //! is refused by name, before any weights are read.
-#![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "a test may panic and write files")]
 
 mod support;
 

@@ -1,5 +1,4 @@
 //! Checkpoints that are right until a test breaks them, and what becomes of them.
-#![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "a test may panic and write files")]
 
 use std::error::Error as _;
 use std::path::{Path, PathBuf};

@@ -2,7 +2,7 @@
 //! packed file on the disk that is mapped.
 //!
 //! Activations and the KV cache are f32. All buffers are made when the stage
-//! is; a step allocates nothing that grows with the model or the prompt.
+//! is; a step allocates nothing but a row of scratch for each thread.
 
 mod arena;
 mod attention;
