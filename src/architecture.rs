@@ -75,6 +75,13 @@ pub struct Module {
     pub parameters: Vec<Parameter>,
 }
 
+impl Module {
+    /// Whether it is a decoder layer.
+    pub fn is_block(&self) -> bool {
+        matches!(self.kind, ModuleKind::Block(_))
+    }
+}
+
 /// A model as its modules, in the order they run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ModuleTree {
@@ -85,7 +92,7 @@ pub struct ModuleTree {
 }
 
 /// Modules that Hugging Face's maps name and that hold no weights.
-const WEIGHTLESS: &[&str] = &["model.rotary_emb"];
+pub const WEIGHTLESS: &[&str] = &["model.rotary_emb"];
 
 /// The path under which the blocks stand.
 pub const BLOCKS: &str = "model.layers";

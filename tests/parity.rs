@@ -7,9 +7,9 @@ use std::sync::atomic::AtomicBool;
 
 use evenkeel::generate::GenerateOptions;
 use evenkeel::loader::Model;
-use evenkeel::quant::Scheme;
+use evenkeel::quant::{KvDtype, Scheme};
 use serde_json::Value;
-use support::{expected, load, numbers};
+use support::{expected, load, load_with, numbers};
 
 const CHECKPOINTS: [&str; 3] = ["parity/llama", "parity/llama31", "parity/llama_bf16"];
 /// The largest difference of a logit from Transformers' own.
@@ -121,9 +121,9 @@ fn chunks_of_the_prompt_do_not_change_a_bit() {
     }
 }
 
-/// The share of Transformers' greedy tokens that a scheme predicts from Transformers' own prefix.
-fn agreement(scheme: Scheme) -> f64 {
-    let mut model = load("ferris-7m", scheme, None);
+/// The share of Transformers' greedy tokens that are predicted from Transformers' own prefix.
+fn agreement(scheme: Scheme, kv_cache: KvDtype) -> f64 {
+    let mut model = load_with("ferris-7m", scheme, None, kv_cache);
     let (mut agreed, mut total) = (0, 0);
     for case in Case::all_of("ferris-7m") {
         let logits = logits(&mut model, &case.sequence());
@@ -132,18 +132,25 @@ fn agreement(scheme: Scheme) -> f64 {
         total += case.greedy_ids.len();
     }
     let share = agreed as f64 / total as f64;
-    println!("{scheme}: {agreed} of {total} greedy tokens agree ({:.1} %)", share * 100.0);
+    println!("{scheme}, KV cache {kv_cache}: {agreed} of {total} greedy tokens agree ({:.1} %)", share * 100.0);
     share
 }
 
 #[test]
 fn int8_agrees_with_97_in_100_tokens() {
-    assert!(agreement(Scheme::Int8) >= 0.97);
+    assert!(agreement(Scheme::Int8, KvDtype::default()) >= 0.97);
 }
 
 #[test]
 fn int4_agrees_with_88_in_100_tokens() {
-    assert!(agreement(Scheme::Int4) >= 0.88);
+    assert!(agreement(Scheme::Int4, KvDtype::default()) >= 0.88);
+}
+
+#[test]
+fn smaller_kv_caches_agree_with_98_in_100_tokens() {
+    for kv_cache in [KvDtype::F16, KvDtype::Bf16, KvDtype::Int8] {
+        assert!(agreement(Scheme::None, kv_cache) >= 0.98, "{kv_cache}");
+    }
 }
 
 #[test]

@@ -26,7 +26,7 @@ use crate::device::DeviceId;
 use crate::error::{Error, Result};
 use crate::fs;
 use crate::plan::Plan;
-use crate::plan::memory::{self, HostStaging, Placed, WorkspaceLayout};
+use crate::plan::memory::{self, HostStaging, KvLayout, Placed, WorkspaceLayout};
 use crate::quant::{PackedRows, QuantizeError, Storage, quantize_rows};
 use crate::tokenizer::Tokenizer;
 
@@ -271,7 +271,7 @@ fn build(
     let workspace = Workspace::new(&WorkspaceLayout::new(config, memory::chunk(plan.context)));
     let workspace_bytes = workspace.bytes();
     let workspace = Arc::new(Mutex::new(workspace));
-    let kv_len = memory::kv_len(config, plan.context, plan.batch)
+    let kv = KvLayout::new(config, plan.context, plan.batch, plan.kv_cache)
         .ok_or_else(|| Error::does_not_fit("the KV cache is too large for this machine"))?;
 
     let mut stages: Vec<CpuStage> = Vec::new();
@@ -292,7 +292,7 @@ fn build(
         let at = stages.len() - 1;
         let stage = &mut stages[at];
         match module.kind {
-            ModuleKind::Block(_) => stage.push_block(parameters, kv_len)?,
+            ModuleKind::Block(_) => stage.push_block(parameters, kv)?,
             ModuleKind::Embedding => {
                 parameters.remove(&Role::Embedding).into_iter().for_each(|p| stage.set_embedding(p));
                 roles.embedding = at;
@@ -307,7 +307,7 @@ fn build(
             }
         }
     }
-    let kv: Bytes = stages.iter().map(CpuStage::kv_bytes).sum();
+    let kv_bytes: Bytes = stages.iter().map(CpuStage::kv_bytes).sum();
     let stages: Vec<Box<dyn Stage>> = stages.into_iter().map(|stage| Box::new(stage) as Box<dyn Stage>).collect();
     let pipeline = Pipeline::new(stages, roles, config, plan.context);
 
@@ -316,6 +316,6 @@ fn build(
         let used = placed.iter().any(|target| target.device == *device);
         measured.insert(*device, if used { Bytes(arena.bytes().len() as u64) } else { Bytes::ZERO });
     }
-    *measured.entry(DeviceId::Cpu).or_default() += kv + workspace_bytes + Bytes(pipeline.host_bytes() as u64);
+    *measured.entry(DeviceId::Cpu).or_default() += kv_bytes + workspace_bytes + Bytes(pipeline.host_bytes() as u64);
     Ok((pipeline, measured))
 }

@@ -8,7 +8,7 @@ use crate::bytes::{Bytes, MIB};
 use crate::device::DeviceId;
 use crate::error::{Error, Result};
 use crate::model_config::ModelConfig;
-use crate::quant::{GROUP_SIZE, MatrixLayout, QuantizeRules, Scheme, Storage};
+use crate::quant::{GROUP_SIZE, KvDtype, MatrixLayout, QuantizeRules, Scheme, Storage};
 
 /// Tokens that prefill takes at once.
 pub const PREFILL_CHUNK: usize = 512;
@@ -64,24 +64,32 @@ pub fn layout(weight: &Weight, rules: &QuantizeRules) -> Option<MatrixLayout> {
     MatrixLayout::new(Storage::of(scheme, weight.dtype), parameter.rows, parameter.cols)
 }
 
-/// Bytes of an element of the KV cache: the device's activations are stored as they are.
-pub fn kv_element(device: DeviceId) -> usize {
-    match device {
-        DeviceId::Cuda(_) => 2,
-        DeviceId::Cpu | DeviceId::Disk => 4,
+/// The keys, or the values, that one block caches: codes as
+/// `[batch][kv_heads][context][head_dim]`, then scales as `[batch][kv_heads][context]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvLayout {
+    /// The type of the elements.
+    pub dtype: KvDtype,
+    /// Bytes of all codes, a multiple of 4.
+    pub codes: usize,
+    /// Bytes of all scales.
+    pub scales: usize,
+}
+
+impl KvLayout {
+    /// The layout for `batch` sequences of `context` tokens; `None` where it is beyond what a plan can hold.
+    pub fn new(config: &ModelConfig, context: usize, batch: usize, dtype: KvDtype) -> Option<Self> {
+        let vectors = batch.checked_mul(config.num_key_value_heads)?.checked_mul(context)?;
+        let codes =
+            vectors.checked_mul(dtype.code_bytes(config.head_dim))?.checked_next_multiple_of(size_of::<f32>())?;
+        let scales = vectors.checked_mul(dtype.scale_bytes())?;
+        (codes.checked_add(scales)? as u64 <= MAX_BYTES / 2).then_some(Self { dtype, codes, scales })
     }
-}
 
-/// Elements of one block's KV cache, keys or values: `[batch][kv_heads][context][head_dim]`.
-pub fn kv_len(config: &ModelConfig, context: usize, batch: usize) -> Option<usize> {
-    batch.checked_mul(config.num_key_value_heads)?.checked_mul(context)?.checked_mul(config.head_dim)
-}
-
-/// Bytes of one block's KV cache, keys and values.
-pub fn kv_bytes(config: &ModelConfig, context: usize, batch: usize, device: DeviceId) -> Option<Bytes> {
-    let elements = kv_len(config, context, batch)?.checked_mul(2)?;
-    let bytes = (elements as u64).checked_mul(kv_element(device) as u64)?;
-    (bytes <= MAX_BYTES).then_some(Bytes(bytes))
+    /// Bytes of codes and scales.
+    pub fn bytes(&self) -> Bytes {
+        Bytes((self.codes + self.scales) as u64)
+    }
 }
 
 /// The lengths, in elements, of the buffers that a step works in, for `tokens` tokens at once.

@@ -1,8 +1,11 @@
 //! The KV cache of a block and attention over it.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::matmul::dot;
+use crate::quant::KvDtype;
 
 /// Keys whose scores are held at once.
 const SPAN: usize = 64;
@@ -14,15 +17,29 @@ pub struct Cache {
     pub kv_heads: usize,
     pub head_dim: usize,
     pub context: usize,
+    pub dtype: KvDtype,
+}
+
+/// The keys, or the values, of a block: codes and scales as [`KvLayout`] has them.
+///
+/// [`KvLayout`]: crate::plan::memory::KvLayout
+#[derive(Clone, Copy)]
+pub struct Stored<'a> {
+    pub codes: &'a [u8],
+    pub scales: &'a [f32],
 }
 
 impl Cache {
-    /// Puts `rows`, `[tokens][kv_heads][head_dim]`, into `cache` from `position` on.
-    pub fn append(&self, rows: &[f32], cache: &mut [f32], position: usize) {
+    /// Stores `rows`, `[tokens][kv_heads][head_dim]`, from `position` on.
+    pub fn append(&self, rows: &[f32], codes: &mut [u8], scales: &mut [f32], position: usize) {
+        let width = self.dtype.code_bytes(self.head_dim);
         for (token, row) in rows.chunks(self.kv_heads * self.head_dim).enumerate() {
-            for (head, values) in row.chunks(self.head_dim).enumerate() {
-                let at = (head * self.context + position + token) * self.head_dim;
-                cache[at..at + self.head_dim].copy_from_slice(values);
+            for (head, vector) in row.chunks(self.head_dim).enumerate() {
+                let at = head * self.context + position + token;
+                let scale = self.dtype.encode(vector, &mut codes[at * width..][..width]);
+                if let Some(stored) = scales.get_mut(at) {
+                    *stored = scale;
+                }
             }
         }
     }
@@ -30,49 +47,67 @@ impl Cache {
     /// Causal attention with grouped queries: `softmax(q·k / sqrt(d)) · v` for
     /// each query of `[tokens][heads][head_dim]`, over the keys up to its own
     /// position.
-    pub fn attend(&self, query: &[f32], keys: &[f32], values: &[f32], position: usize, attended: &mut [f32]) {
+    pub fn attend(&self, query: &[f32], keys: Stored, values: Stored, position: usize, attended: &mut [f32]) {
         let width = self.head_dim;
-        attended.par_chunks_mut(width).zip(query.par_chunks(width)).enumerate().for_each(|(at, (out, query))| {
-            let (token, head) = (at / self.heads, at % self.heads);
-            let kv_head = head * self.kv_heads / self.heads;
-            let start = kv_head * self.context * width;
-            let seen = start..start + (position + token + 1) * width;
-            attend_one(query, &keys[seen.clone()], &values[seen], out);
-        });
+        let each = attended.par_chunks_mut(width).zip(query.par_chunks(width)).enumerate();
+        each.for_each_init(
+            || vec![0.0; width],
+            |vector, (at, (out, query))| {
+                let (token, head) = (at / self.heads, at % self.heads);
+                let start = head * self.kv_heads / self.heads * self.context;
+                self.attend_one(query, keys, values, start..start + position + token + 1, vector, out);
+            },
+        );
     }
-}
 
-/// One query over its keys and values, `[keys][head_dim]`. The softmax runs
-/// along with the keys (its largest score so far is kept, and what was summed
-/// is rescaled when a larger one comes), so nothing is held that grows with them.
-fn attend_one(query: &[f32], keys: &[f32], values: &[f32], out: &mut [f32]) {
-    let width = query.len();
-    let scale = 1.0 / (width as f32).sqrt();
-    let (mut largest, mut sum) = (f32::NEG_INFINITY, 0.0f32);
-    out.fill(0.0);
-    for (keys, values) in keys.chunks(SPAN * width).zip(values.chunks(SPAN * width)) {
-        let mut scores = [0.0f32; SPAN];
-        let scores = &mut scores[..keys.len() / width];
-        for (score, key) in scores.iter_mut().zip(keys.chunks(width)) {
-            *score = dot(query, key) * scale;
-        }
-        let before = largest;
-        largest = scores.iter().fold(largest, |max, score| max.max(*score));
-        let rescale = (before - largest).exp();
-        sum *= rescale;
-        for out in &mut *out {
-            *out *= rescale;
-        }
-        for (score, value) in scores.iter().zip(values.chunks(width)) {
-            let weight = (score - largest).exp();
-            sum += weight;
-            for (out, value) in out.iter_mut().zip(value) {
-                *out += weight * value;
+    /// One query over the keys and values at `seen`. The softmax runs along
+    /// with the keys (its largest score so far is kept, and what was summed is
+    /// rescaled when a larger one comes), so nothing is held that grows with
+    /// them but `vector`, one of them as f32.
+    fn attend_one(
+        &self,
+        query: &[f32],
+        keys: Stored,
+        values: Stored,
+        seen: Range<usize>,
+        vector: &mut [f32],
+        out: &mut [f32],
+    ) {
+        let scale = 1.0 / (self.head_dim as f32).sqrt();
+        let (mut largest, mut sum) = (f32::NEG_INFINITY, 0.0f32);
+        out.fill(0.0);
+        for start in seen.clone().step_by(SPAN) {
+            let mut scores = [0.0f32; SPAN];
+            let scores = &mut scores[..SPAN.min(seen.end - start)];
+            for (at, score) in (start..).zip(scores.iter_mut()) {
+                self.read(keys, at, vector);
+                *score = dot(query, vector) * scale;
+            }
+            let before = largest;
+            largest = scores.iter().fold(largest, |max, score| max.max(*score));
+            let rescale = (before - largest).exp();
+            sum *= rescale;
+            for out in &mut *out {
+                *out *= rescale;
+            }
+            for (at, score) in (start..).zip(scores.iter()) {
+                let weight = (score - largest).exp();
+                sum += weight;
+                self.read(values, at, vector);
+                for (out, value) in out.iter_mut().zip(vector.iter()) {
+                    *out += weight * value;
+                }
             }
         }
+        for out in out {
+            *out /= sum;
+        }
     }
-    for out in out {
-        *out /= sum;
+
+    fn read(&self, stored: Stored, at: usize, vector: &mut [f32]) {
+        let width = self.dtype.code_bytes(self.head_dim);
+        let scale = stored.scales.get(at).copied().unwrap_or(1.0);
+        self.dtype.decode(&stored.codes[at * width..][..width], scale, vector);
     }
 }
 
@@ -94,15 +129,31 @@ mod tests {
             .collect()
     }
 
+    fn view((cells, scales): &(Vec<u32>, Vec<f32>)) -> Stored<'_> {
+        Stored { codes: bytemuck::cast_slice(cells), scales }
+    }
+
     #[test]
     fn attention_is_softmax() {
-        for keys in [1, 2, 63, 64, 65, 200] {
-            let wave = |count: usize, step: f32| (0..count).map(|i| (i as f32 * step).sin() * 2.0).collect::<Vec<_>>();
-            let (query, keys, values) = (wave(16, 0.7), wave(keys * 16, 0.31), wave(keys * 16, 0.17));
-            let mut out = vec![0.0; 16];
-            attend_one(&query, &keys, &values, &mut out);
-            for (ours, exact) in out.iter().zip(reference(&query, &keys, &values)) {
-                assert!((f64::from(*ours) - exact).abs() < 1e-5, "{} keys: {ours} {exact}", keys.len() / 16);
+        for (dtype, error) in [(KvDtype::F32, 1e-5), (KvDtype::F16, 2e-3), (KvDtype::Bf16, 2e-2), (KvDtype::Int8, 3e-2)]
+        {
+            for count in [1, 2, 63, 64, 65, 200] {
+                let wave =
+                    |count: usize, step: f32| (0..count).map(|i| (i as f32 * step).sin() * 2.0).collect::<Vec<_>>();
+                let (query, keys, values) = (wave(16, 0.7), wave(count * 16, 0.31), wave(count * 16, 0.17));
+                let cache = Cache { heads: 1, kv_heads: 1, head_dim: 16, context: count + 3, dtype };
+                let store = |rows: &[f32]| {
+                    let mut cells = vec![0u32; (count + 3) * dtype.code_bytes(16) / 4];
+                    let mut scales = vec![0.0; (count + 3) * dtype.scale_bytes() / 4];
+                    cache.append(rows, bytemuck::cast_slice_mut(&mut cells), &mut scales, 0);
+                    (cells, scales)
+                };
+                let (stored_keys, stored_values) = (store(&keys), store(&values));
+                let mut out = vec![0.0; 16];
+                cache.attend(&query, view(&stored_keys), view(&stored_values), count - 1, &mut out);
+                for (ours, exact) in out.iter().zip(reference(&query, &keys, &values)) {
+                    assert!((f64::from(*ours) - exact).abs() < error, "{dtype}, {count} keys: {ours} {exact}");
+                }
             }
         }
     }

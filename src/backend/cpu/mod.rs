@@ -1,7 +1,7 @@
 //! The stage that the CPU computes: over weights in host memory, or over a
 //! packed file on the disk that is mapped.
 //!
-//! Activations and the KV cache are f32. All buffers are made when the stage
+//! Activations are f32. All buffers are made when the stage
 //! is; a step allocates nothing but a row of scratch for each thread.
 
 mod arena;
@@ -20,7 +20,7 @@ use crate::architecture::Role;
 use crate::bytes::Bytes;
 use crate::error::Result;
 use crate::model_config::ModelConfig;
-use crate::plan::memory::{self, WorkspaceLayout};
+use crate::plan::memory::{KvLayout, WorkspaceLayout};
 use crate::quant::{Matrix, MatrixLayout, Storage};
 
 /// A matrix in an arena.
@@ -116,7 +116,8 @@ impl Workspace {
 
 struct Block {
     parameters: Parameters,
-    /// Keys and values, `[batch][kv_heads][context][head_dim]` each; sequence 0 is used.
+    kv: KvLayout,
+    /// Keys and values, each laid out as `kv` says; sequence 0 is used.
     keys: memmap2::MmapMut,
     values: memmap2::MmapMut,
 }
@@ -168,17 +169,13 @@ impl CpuStage {
         self.head = Some(parameter);
     }
 
-    /// Adds a block with an empty KV cache of `kv_len` elements for keys and as many for values.
+    /// Adds a block with an empty KV cache: keys and values as `kv` lays them out.
     ///
     /// # Errors
     /// The memory is not to be had.
-    pub fn push_block(&mut self, parameters: Parameters, kv_len: usize) -> Result<()> {
-        let bytes = Bytes((kv_len * memory::kv_element(crate::device::DeviceId::Cpu)) as u64);
-        self.blocks.push(Block {
-            parameters,
-            keys: zeroed("the KV cache", bytes)?,
-            values: zeroed("the KV cache", bytes)?,
-        });
+    pub fn push_block(&mut self, parameters: Parameters, kv: KvLayout) -> Result<()> {
+        let empty = || zeroed("the KV cache", kv.bytes());
+        self.blocks.push(Block { parameters, kv, keys: empty()?, values: empty()? });
         Ok(())
     }
 
@@ -292,12 +289,16 @@ impl Block {
         ops::rotate(query, d.head_dim, cos, sin);
         ops::rotate(key, d.head_dim, cos, sin);
 
-        let cache = attention::Cache { heads: d.heads, kv_heads: d.kv_heads, head_dim: d.head_dim, context: d.context };
-        let cached_keys: &mut [f32] = bytemuck::cast_slice_mut(&mut self.keys);
-        let cached_values: &mut [f32] = bytemuck::cast_slice_mut(&mut self.values);
-        cache.append(key, cached_keys, position);
-        cache.append(value, cached_values, position);
-        cache.attend(query, cached_keys, cached_values, position, attended);
+        let cache = attention::Cache {
+            heads: d.heads,
+            kv_heads: d.kv_heads,
+            head_dim: d.head_dim,
+            context: d.context,
+            dtype: self.kv.dtype,
+        };
+        let stored_keys = store(&cache, self.kv, key, &mut self.keys, position);
+        let stored_values = store(&cache, self.kv, value, &mut self.values, position);
+        cache.attend(query, stored_keys, stored_values, position, attended);
 
         let output = of(parameters, Role::Output);
         let x = activations(attended, queries, codes, scales, &[&output]);
@@ -315,4 +316,18 @@ impl Block {
         matmul(&down, &x, product, normed);
         ops::add(hidden, normed);
     }
+}
+
+/// Appends `rows` to what `kv` lays out in `bytes`, and gives all of it.
+fn store<'a>(
+    cache: &attention::Cache,
+    kv: KvLayout,
+    rows: &[f32],
+    bytes: &'a mut [u8],
+    position: usize,
+) -> attention::Stored<'a> {
+    let (codes, scales) = bytes[..kv.codes + kv.scales].split_at_mut(kv.codes);
+    let scales: &mut [f32] = bytemuck::cast_slice_mut(scales);
+    cache.append(rows, codes, scales, position);
+    attention::Stored { codes, scales }
 }

@@ -6,7 +6,7 @@ use cudarc::driver::{CudaContext, DriverError};
 
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
-use crate::plan::Device;
+use crate::plan::{Bandwidth, Device};
 
 /// The GPUs that the driver shows, in its order; none where there is no driver
 /// or it fails.
@@ -21,9 +21,11 @@ fn list() -> Result<Vec<Device>, DriverError> {
         .map(|index| {
             let context = CudaContext::new(index as usize)?;
             let (free, total) = context.mem_get_info()?;
+            let name = context.name()?;
             Ok(Device {
                 id: DeviceId::Cuda(index),
-                name: Some(context.name()?),
+                bandwidth: Bandwidth::of_gpu(&name),
+                name: Some(name),
                 free: Bytes(free as u64),
                 total: Bytes(total as u64),
             })
