@@ -327,8 +327,7 @@ mod tests {
                 for device in &devices[..devices.len() - 1] {
                     let is_here = |id: DeviceId| id == device.id || (device.id == DeviceId::Cpu && id == DeviceId::Disk);
                     let taken = modules.iter().zip(&placement).filter(|(_, id)| is_here(**id)).map(|(module, id)| match id {
-                        DeviceId::Cuda(_) => module.weights + module.kv,
-                        DeviceId::Cpu => module.weights + module.kv,
+                        DeviceId::Cuda(_) | DeviceId::Cpu => module.weights + module.kv,
                         DeviceId::Disk => module.kv,
                     });
                     let taken: Bytes = taken.sum();
