@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::{MaxMemory, SCHEMA_VERSION};
-use crate::architecture::{BLOCKS, ModuleKind, ModuleTree};
+use crate::architecture::{ModuleKind, ModuleTree};
 use crate::device::DeviceId;
 use crate::quant::QuantizeRules;
 
@@ -40,7 +40,8 @@ fn device_map(tree: &ModuleTree, devices: &[DeviceId]) -> Map<String, Value> {
     let mut run: Option<(usize, usize, DeviceId)> = None;
     let flush = |map: &mut Map<String, Value>, run: &mut Option<(usize, usize, DeviceId)>| {
         if let Some((first, last, device)) = run.take() {
-            let path = if first == last { format!("{BLOCKS}.{first}") } else { format!("{BLOCKS}.{first}-{last}") };
+            let blocks = &tree.blocks;
+            let path = if first == last { format!("{blocks}.{first}") } else { format!("{blocks}.{first}-{last}") };
             map.insert(path, device.to_string().into());
         }
     };

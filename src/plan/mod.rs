@@ -198,6 +198,7 @@ impl Plan {
         let conditions = Conditions::of(checkpoint, options)?;
         let Conditions { context, batch, .. } = conditions;
         let tree = ModuleTree::new(config);
+        let conditions = Conditions { quantize: conditions.quantize.for_embedding(tree.embedding()), ..conditions };
         if let Some((path, _)) = conditions.quantize.iter().find(|(path, _)| !tree.names(path)) {
             return Err(Error::input(format!("`quantize` names unknown module `{path}`")));
         }
@@ -235,7 +236,7 @@ impl Plan {
         }
         Ok(Self {
             model: checkpoint.name.clone(),
-            architecture: config.architecture.to_owned(),
+            architecture: config.family.architecture.to_owned(),
             parameters: weights.iter().map(|weight| (weight.parameter.rows * weight.parameter.cols) as u64).sum(),
             dtype: config.dtype.clone(),
             quantize: conditions.quantize,
