@@ -142,7 +142,7 @@ impl ModuleTree {
                 && let Some(bare) = name.strip_prefix(self.base).and_then(|name| name.strip_prefix('.'))
                 && checkpoint.catalog.contains_key(bare)
             {
-                name = bare.to_owned();
+                name = name.split_off(name.len() - bare.len());
             }
             let Some(tensor) = checkpoint.catalog.get(&name) else {
                 missing.push(name);

@@ -132,6 +132,7 @@ pub(super) enum Windows {
 
 /// A row of the table of families.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[expect(clippy::struct_excessive_bools, reason = "each says whether a family has something")]
 pub struct Family {
     /// The models that have this architecture.
     pub models: &'static str,
@@ -187,6 +188,13 @@ pub struct Family {
     /// Whether there are Granite's four multipliers.
     pub(super) has_multipliers: bool,
     pub(super) experts: Option<ExpertDefaults>,
+}
+
+impl Family {
+    /// Whether Transformers keeps the embedding's factor as a buffer beside it.
+    pub fn has_embed_scale(&self) -> bool {
+        self.scales_embedding
+    }
 }
 
 /// Where a family's experts are configured.

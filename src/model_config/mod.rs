@@ -30,6 +30,7 @@ const MAX_SCALE: f64 = 1e6;
 
 /// What a model is, every number checked to be in its range and to fit the others.
 #[derive(Clone, Debug, PartialEq)]
+#[expect(clippy::struct_excessive_bools, reason = "each says whether a model has something")]
 pub struct ModelConfig {
     /// The architecture's row of [`FAMILIES`].
     pub family: &'static Family,
@@ -327,13 +328,13 @@ fn layers(fields: &Fields, family: &Family, count: usize, has_experts: bool) -> 
     let rotated = match (family.positions, family.no_rope_interval) {
         (Some(_), _) => vec![false; count],
         (None, None) => vec![true; count],
-        (None, Some(interval)) => match fields.optional("no_rope_layers") {
-            Some(node) => one_each(node, count, |node| Ok(node.whole()? != 0))?,
-            None => {
-                let interval = fields.size_or("no_rope_layer_interval", MAX_BLOCKS, interval)?;
-                (1..=count).map(|nth| !nth.is_multiple_of(interval)).collect()
+        (None, Some(interval)) => {
+            if let Some(node) = fields.optional("no_rope_layers") {
+                one_each(node, count, |node| Ok(node.whole()? != 0))?
+            } else {
+                all_but_every(fields.size_or("no_rope_layer_interval", MAX_BLOCKS, interval)?, count)
             }
-        },
+        }
     };
     let windowed = windowed(fields, family, &rotated)?;
     let sparse_step = if has_experts { fields.size_or("decoder_sparse_step", MAX_BLOCKS, 1)? } else { 1 };
@@ -388,25 +389,29 @@ fn windowed(fields: &Fields, family: &Family, rotated: &[bool]) -> Result<Vec<Op
         };
         fields.optional("layer_types").map(|node| one_each(node, count, kind)).transpose()
     };
-    let slides = match family.windows {
-        Windows::All(_) | Windows::Used | Windows::Never => vec![true; count],
-        Windows::Pattern(every) => match by_type()? {
-            Some(slides) => slides,
-            None => {
-                let every = fields.size_or("sliding_window_pattern", MAX_BLOCKS, every)?;
-                (1..=count).map(|nth| !nth.is_multiple_of(every)).collect()
+    let usual = || {
+        Ok(match family.windows {
+            Windows::Pattern(every) => {
+                all_but_every(fields.size_or("sliding_window_pattern", MAX_BLOCKS, every)?, count)
             }
-        },
-        Windows::UsedAbove => match by_type()? {
-            Some(slides) => slides,
-            None => {
+            Windows::UsedAbove => {
                 let first = fields.optional("max_window_layers").map_or(Ok(28), |node| node.whole())?;
                 (0..count as u64).map(|at| at >= first).collect()
             }
-        },
-        Windows::UsedWithoutRope => by_type()?.unwrap_or_else(|| rotated.iter().map(|rotated| !rotated).collect()),
+            Windows::UsedWithoutRope => rotated.iter().map(|rotated| !rotated).collect(),
+            Windows::All(_) | Windows::Used | Windows::Never => vec![true; count],
+        })
+    };
+    let slides = match family.windows {
+        Windows::All(_) | Windows::Used | Windows::Never => usual()?,
+        _ => by_type()?.map_or_else(usual, Ok)?,
     };
     Ok(slides.into_iter().map(|slides| size.filter(|_| slides)).collect())
+}
+
+/// For each block whether it is none of every n-th ones.
+fn all_but_every(n: usize, count: usize) -> Vec<bool> {
+    (1..=count).map(|nth| !nth.is_multiple_of(n)).collect()
 }
 
 /// The elements of a list that has one for each block.

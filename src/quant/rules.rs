@@ -33,6 +33,7 @@ impl QuantizeRules {
 
     /// The rules for a model whose embedding is at `path`: those of
     /// [`QuantizeRules::whole_model`] mean it, those of a map are meant as they are.
+    #[must_use]
     pub fn for_embedding(mut self, path: &str) -> Self {
         if self.is_for_any_model
             && let Some((rule, _)) = self.rules.iter_mut().find(|(rule, _)| rule == EMBEDDING)

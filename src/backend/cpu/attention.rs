@@ -140,8 +140,8 @@ mod tests {
             let cache = Cache { heads: 1, kv_heads: 1, head_dim: width, context, scores };
             let mut out = vec![0.0; 3 * width];
             cache.attend(&query, &keys, &values, 5, &mut out);
-            for token in 0..3 {
-                let (seen, at) = (first[token] * width..(5 + token + 1) * width, token * width..(token + 1) * width);
+            for (token, first) in first.into_iter().enumerate() {
+                let (seen, at) = (first * width..(5 + token + 1) * width, token * width..(token + 1) * width);
                 let exact = reference(&query[at.clone()], &keys[seen.clone()], &values[seen], scores);
                 assert_close(&out[at], &exact, &format!("token {token}, window {window:?}"));
             }

@@ -148,8 +148,8 @@ impl Block {
         let normed = &mut normed[..tokens * hidden];
         let mixed = &mut mixed[..tokens * hidden];
         let routes = &mut routes[..tokens * experts.count];
-        let router = self.parameters.of(Role::Router);
-        matmul(&router, &Activations::of(normed, codes, scales, &[&router]), product, routes);
+        let scorer = self.parameters.of(Role::Router);
+        matmul(&scorer, &Activations::of(normed, codes, scales, &[&scorer]), product, routes);
         ops::route(routes, experts.count, experts.per_token, experts.is_normalized);
 
         mixed.fill(0.0);

@@ -71,6 +71,7 @@ impl<'a> Affine<'a> {
     }
 
     /// Some rows, which lie within those that are meant now.
+    #[must_use]
     pub fn slice(mut self, rows: Range<usize>) -> Self {
         debug_assert!(self.rows.end - self.rows.start >= rows.end);
         self.rows = self.rows.start + rows.start..self.rows.start + rows.end;
@@ -125,7 +126,9 @@ fn by_rows(affine: &Affine, x: &Activations, tokens: usize, product: &mut [f32])
                 }
                 if let Some(bias) = &affine.bias {
                     let bias = bias.element(row);
-                    sums.iter_mut().for_each(|sum| *sum += bias);
+                    for sum in sums {
+                        *sum += bias;
+                    }
                 }
             }
         },

@@ -205,7 +205,9 @@ impl Stage for CpuStage {
             let scale = self.setup.config.embedding_scale;
             for (token, row) in tokens.iter().zip(hidden.chunks_mut(self.setup.config.hidden_size)) {
                 embedding.weight.dequantize_row(*token as usize, row);
-                row.iter_mut().for_each(|x| *x *= scale);
+                for x in row {
+                    *x *= scale;
+                }
             }
         }
         Ok(())
