@@ -2,26 +2,16 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::architecture::ModuleTree;
-use crate::model_config::{ModelConfig, Rope, RopeScaling};
+use crate::model_config::ModelConfig;
 use crate::quant::Scheme;
 
 fn tree(tied: bool) -> ModuleTree {
-    ModuleTree::new(&ModelConfig {
-        architecture: "LlamaForCausalLM",
-        dtype: None,
-        hidden_size: 64,
-        intermediate_size: 128,
-        num_hidden_layers: 12,
-        num_attention_heads: 4,
-        num_key_value_heads: 2,
-        head_dim: 16,
-        vocab_size: 320,
-        max_position_embeddings: 256,
-        rms_norm_eps: 1e-5,
-        rope: Rope { theta: 10_000.0, scaling: RopeScaling::Default },
-        tie_word_embeddings: tied,
-        eos_token_ids: Vec::new(),
-    })
+    let config = format!(
+        r#"{{"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
+            "num_hidden_layers": 12, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320,
+            "tie_word_embeddings": {tied}}}"#
+    );
+    ModuleTree::new(&ModelConfig::parse("config.json", config.into()).unwrap())
 }
 
 fn resolve(json: &str, tied: bool) -> Result<Vec<String>> {

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::{MaxMemory, SCHEMA_VERSION};
-use crate::architecture::{BLOCKS, ModuleKind, ModuleTree, WEIGHTLESS};
+use crate::architecture::{ModuleKind, ModuleTree};
 use crate::device::DeviceId;
 use crate::quant::{KvDtype, QuantizeRules};
 
@@ -56,7 +56,7 @@ pub fn to_hugging_face(tree: &ModuleTree, devices: &[DeviceId]) -> String {
         DeviceId::Cpu | DeviceId::Disk => device.to_string().into(),
     };
     let modules = tree.modules.iter().zip(devices).map(|(module, device)| (module.path.clone(), value(device)));
-    let weightless = WEIGHTLESS.iter().zip(devices.first()).map(|(path, device)| ((*path).to_owned(), value(device)));
+    let weightless = tree.weightless.iter().zip(devices.first()).map(|(path, device)| (path.clone(), value(device)));
     format!("{:#}\n", Value::Object(modules.chain(weightless).collect()))
 }
 
@@ -65,7 +65,8 @@ fn device_map(tree: &ModuleTree, devices: &[DeviceId]) -> Map<String, Value> {
     let mut run: Option<(usize, usize, DeviceId)> = None;
     let flush = |map: &mut Map<String, Value>, run: &mut Option<(usize, usize, DeviceId)>| {
         if let Some((first, last, device)) = run.take() {
-            let path = if first == last { format!("{BLOCKS}.{first}") } else { format!("{BLOCKS}.{first}-{last}") };
+            let blocks = &tree.blocks;
+            let path = if first == last { format!("{blocks}.{first}") } else { format!("{blocks}.{first}-{last}") };
             map.insert(path, device.to_string().into());
         }
     };

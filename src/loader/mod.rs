@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use crate::architecture::{ModuleKind, ModuleTree, Role};
+use crate::architecture::{ModuleKind, ModuleTree, Parameter as Named, Weight};
 use crate::backend::cpu::{self, Arena, CpuStage, Parameter, Parameters, Workspace};
 use crate::backend::{Pipeline, Stage, StageRoles};
 use crate::bytes::Bytes;
@@ -259,15 +259,15 @@ fn build(
     arenas: &BTreeMap<DeviceId, Arc<Arena>>,
 ) -> Result<(Pipeline, BTreeMap<DeviceId, Bytes>)> {
     let config = &checkpoint.config;
-    let mut modules: Vec<Parameters> = vec![Parameters::new(); tree.modules.len()];
+    let mut modules: Vec<Parameters> = vec![Parameters::default(); tree.modules.len()];
     for target in placed {
         // Arenas exist for all devices that the loader accepts, and offsets lie inside them.
         #[expect(clippy::cast_possible_truncation, reason = "an offset into an arena")]
         let parameter =
             Parameter::new(target.layout.clone(), target.offset as usize, Arc::clone(&arenas[&target.device]));
-        modules[target.weight.module].insert(target.weight.parameter.role, parameter);
+        let Weight { module, parameter: Named { role, part, .. }, .. } = target.weight;
+        modules[module].insert(*role, *part, parameter);
     }
-    let embedding = modules[0].get(&Role::Embedding).cloned();
     let workspace = Workspace::new(&WorkspaceLayout::new(config, memory::chunk(plan.context)));
     let workspace_bytes = workspace.bytes();
     let workspace = Arc::new(Mutex::new(workspace));
@@ -277,11 +277,9 @@ fn build(
     let mut stages: Vec<CpuStage> = Vec::new();
     let mut roles = StageRoles { embedding: 0, norm: 0, head: 0 };
     let mut current = None;
-    for ((module, mut parameters), device) in tree.modules.iter().zip(modules).zip(plan.placement()) {
+    for ((module, parameters), device) in tree.modules.iter().zip(modules).zip(plan.placement()) {
         if module.kind == ModuleKind::Head && tree.tied {
-            if let Some(embedding) = &embedding {
-                stages[roles.embedding].set_head(embedding.clone());
-            }
+            stages[roles.embedding].tie_head();
             roles.head = roles.embedding;
             continue;
         }
@@ -292,20 +290,16 @@ fn build(
         let at = stages.len() - 1;
         let stage = &mut stages[at];
         match module.kind {
-            ModuleKind::Block(_) => stage.push_block(parameters, kv)?,
-            ModuleKind::Embedding => {
-                parameters.remove(&Role::Embedding).into_iter().for_each(|p| stage.set_embedding(p));
-                roles.embedding = at;
+            ModuleKind::Block(index) => {
+                stage.push_block(index, parameters, kv)?;
+                continue;
             }
-            ModuleKind::Norm => {
-                parameters.remove(&Role::OutputNorm).into_iter().for_each(|p| stage.set_norm(p));
-                roles.norm = at;
-            }
-            ModuleKind::Head => {
-                parameters.remove(&Role::Head).into_iter().for_each(|p| stage.set_head(p));
-                roles.head = at;
-            }
+            ModuleKind::Embedding => roles.embedding = at,
+            ModuleKind::Norm => roles.norm = at,
+            ModuleKind::Head => roles.head = at,
+            ModuleKind::Positions => {}
         }
+        stage.add(parameters);
     }
     let kv_bytes: Bytes = stages.iter().map(CpuStage::kv_bytes).sum();
     let stages: Vec<Box<dyn Stage>> = stages.into_iter().map(|stage| Box::new(stage) as Box<dyn Stage>).collect();

@@ -5,6 +5,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
+use crate::architecture::Weight;
 use crate::bytes::Bytes;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
@@ -51,7 +52,8 @@ pub fn read(
     // a reader that waits ends where the visitor fails.
     std::thread::scope(move |scope| {
         scope.spawn(move || {
-            if let Err(error) = read_ahead(checkpoint, directory, placed, &empty_in, &filled_out) {
+            let mut gathered = vec![0; staging.transposed];
+            if let Err(error) = read_ahead(checkpoint, directory, placed, &empty_in, &filled_out, &mut gathered) {
                 // Nobody listens where the visitor has failed already.
                 let _ = filled_out.send(Err(error));
             }
@@ -62,7 +64,7 @@ pub fn read(
             // The reader is gone once all is read.
             let _ = empty_out.send(filled.buffer);
         }
-        Ok(Bytes((staging.slab * STAGING_SLABS) as u64))
+        Ok(Bytes((staging.slab * STAGING_SLABS + staging.transposed) as u64))
     })
 }
 
@@ -72,6 +74,7 @@ fn read_ahead(
     placed: &[Placed],
     empty: &Receiver<Vec<u8>>,
     filled: &SyncSender<Result<Filled>>,
+    gathered: &mut [u8],
 ) -> Result<()> {
     let mut open: Option<Shard> = None;
     for (at, target) in placed.iter().enumerate() {
@@ -83,15 +86,20 @@ fn read_ahead(
                 Shard::open(checkpoint, directory, tensor.shard)?
             }
         };
-        let row_bytes = target.weight.parameter.cols * target.weight.dtype.size();
+        let parameter = target.weight.parameter;
+        let row_bytes = parameter.cols * target.weight.dtype.size();
         let mut row = 0;
-        while row < target.weight.parameter.rows {
+        while row < parameter.rows {
             let Ok(mut buffer) = empty.recv() else {
                 return Ok(());
             };
-            let rows = (buffer.len() / row_bytes).min(target.weight.parameter.rows - row);
+            let rows = (buffer.len() / row_bytes).min(parameter.rows - row);
             let len = rows * row_bytes;
-            shard.read(&mut buffer[..len], tensor.range.start + (row * row_bytes) as u64)?;
+            if parameter.is_transposed {
+                shard.read_transposed(&mut buffer[..len], &target.weight, row, &mut gathered[..len])?;
+            } else {
+                shard.read(&mut buffer[..len], tensor.range.start + (row * row_bytes) as u64)?;
+            }
             let message = Filled { weight: at, row, len, buffer };
             if filled.send(Ok(message)).is_err() {
                 return Ok(());
@@ -126,6 +134,23 @@ impl Shard {
             std::io::ErrorKind::UnexpectedEof => self.changed(),
             _ => Error::io("read", &self.path, e),
         })
+    }
+
+    /// Fills `buffer` with rows of a tensor that is stored as `[cols, rows]`:
+    /// their part of each stored row is read into `gathered`, which is as long.
+    fn read_transposed(&self, buffer: &mut [u8], weight: &Weight, row: usize, gathered: &mut [u8]) -> Result<()> {
+        let (element, cols, stored) =
+            (weight.dtype.size(), weight.parameter.cols, weight.parameter.rows * weight.dtype.size());
+        let rows = buffer.len() / (cols * element);
+        for (col, part) in gathered.chunks_mut(rows * element).enumerate() {
+            self.read(part, weight.tensor.range.start + (col * stored + row * element) as u64)?;
+        }
+        for (row, values) in buffer.chunks_mut(cols * element).enumerate() {
+            for (col, value) in values.chunks_mut(element).enumerate() {
+                value.copy_from_slice(&gathered[(col * rows + row) * element..][..element]);
+            }
+        }
+        Ok(())
     }
 
     fn check_unchanged(&self) -> Result<()> {

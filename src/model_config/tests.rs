@@ -1,31 +1,4 @@
-use std::path::Path;
-
 use super::*;
-use crate::error::Error;
-
-/// A checkpoint that is nothing but its configuration.
-struct Config(&'static str, String);
-
-impl Source for Config {
-    fn has(&self, file: &str) -> Result<bool> {
-        Ok(file == FILE)
-    }
-    fn read(&self, _: &str, _: Bytes) -> Result<Vec<u8>> {
-        Ok(self.1.clone().into_bytes())
-    }
-    fn size(&self, _: &str) -> Result<Bytes> {
-        Ok(Bytes(self.1.len() as u64))
-    }
-    fn read_range(&self, _: &str, _: u64, _: usize) -> Result<Vec<u8>> {
-        Err(Error::input("a configuration has no ranges"))
-    }
-    fn display(&self, _: &str) -> String {
-        self.0.to_owned()
-    }
-    fn directory(&self) -> Option<&Path> {
-        None
-    }
-}
 
 const LLAMA: &str = r#"{
   "architectures": ["LlamaForCausalLM"],
@@ -41,7 +14,7 @@ fn with(key: &str, value: &str) -> Result<ModelConfig> {
     if !value.is_empty() {
         config.insert(key.to_owned(), serde_json::from_str(value).unwrap());
     }
-    ModelConfig::read(&Config("config.json", serde_json::to_string(&config).unwrap()))
+    ModelConfig::parse("config.json", serde_json::to_vec(&config).unwrap())
 }
 
 #[test]
@@ -52,11 +25,11 @@ fn both_dialects_of_rope_read_alike() {
     let mut config: serde_json::Value = serde_json::from_str(LLAMA).unwrap();
     config["rope_scaling"] = serde_json::from_str(&format!("{llama3}}}")).unwrap();
     config["rope_theta"] = 500_000.0.into();
-    let older = ModelConfig::read(&Config("config.json", config.to_string())).unwrap();
-    assert_eq!(newer.rope, older.rope);
-    assert_eq!(newer.rope.theta, 500_000.0);
-    assert!(matches!(newer.rope.scaling, RopeScaling::Llama3 { .. }));
-    assert_eq!(with("rope_scaling", "null").unwrap().rope.scaling, RopeScaling::Default);
+    let older = ModelConfig::parse("config.json", config.to_string().into()).unwrap();
+    assert_eq!(newer.ropes, older.ropes);
+    assert_eq!(newer.ropes[0].theta, 500_000.0);
+    assert!(matches!(newer.ropes[0].scaling, RopeScaling::Llama3 { .. }));
+    assert_eq!(with("rope_scaling", "null").unwrap().ropes[0].scaling, RopeScaling::Default);
     assert_eq!(with("dtype", "\"bfloat16\"").unwrap().dtype, with("torch_dtype", "\"bfloat16\"").unwrap().dtype);
 }
 
@@ -88,15 +61,25 @@ fn what_is_out_of_range_is_refused_by_name() {
         ("head_dim", "15", "a head of width 15 cannot be rotated: it is odd"),
         ("rms_norm_eps", "-1e-5", "`rms_norm_eps` is -1e-5; it must be from 1e-30 to 1"),
         ("rms_norm_eps", "0", "`rms_norm_eps` is 0.0; it must be from 1e-30 to 1"),
-        ("hidden_act", "\"gelu\"", "activation `gelu` is not supported; `silu` is"),
-        ("attention_bias", "true", "`attention_bias` is not supported"),
+        (
+            "hidden_act",
+            "\"relu2\"",
+            "activation `relu2` is not supported; `silu`, `gelu`, `gelu_new` and `gelu_pytorch_tanh` are",
+        ),
+        ("use_bidirectional_attention", "true", "`use_bidirectional_attention` is not supported"),
         (
             "architectures",
             "[\"WarpForCausalLM\"]",
-            "architecture `WarpForCausalLM` is not supported; supported: LlamaForCausalLM",
+            "architecture `WarpForCausalLM` is not supported; supported: SUPPORTED",
         ),
         ("architectures", "\"LlamaForCausalLM\"", "a list is wanted here, not a text"),
-        ("rope_scaling", "{\"type\": \"yarn\"}", "RoPE of type `yarn` is not supported; `default` and `llama3` are"),
+        (
+            "rope_scaling",
+            "{\"type\": \"dynamic\", \"factor\": 2}",
+            "RoPE of type `dynamic` is not supported; `default`, `linear`, `llama3`, `longrope` and `yarn` are",
+        ),
+        ("rope_scaling", "{\"type\": \"linear\"}", "`factor` is missing"),
+        ("partial_rotary_factor", "0.2", "3 of 16 elements of a head cannot be rotated in pairs"),
         ("rope_theta", "-1", "`rope_theta` is -1.0; it must be from 1e-30 to 1000000000000"),
         ("eos_token_id", "99999999999", "99999999999 is no token id"),
         (
@@ -107,7 +90,8 @@ fn what_is_out_of_range_is_refused_by_name() {
     ] {
         let error = with(key, value).err().unwrap_or_else(|| panic!("{key} = {value} passed")).to_string();
         assert!(
-            error.starts_with("`config.json`, line 1, column ") && error.ends_with(message),
+            error.starts_with("`config.json`, line 1, column ")
+                && error.ends_with(&message.replace("SUPPORTED", &families::supported())),
             "{key} = {value}: {error}"
         );
     }
@@ -115,7 +99,7 @@ fn what_is_out_of_range_is_refused_by_name() {
 
 #[test]
 fn an_epsilon_that_is_no_number_is_no_json() {
-    let error = ModelConfig::read(&Config("config.json", LLAMA.replace("1e-05", "NaN"))).unwrap_err();
+    let error = ModelConfig::parse("config.json", LLAMA.replace("1e-05", "NaN").into()).unwrap_err();
     assert_eq!(error.to_string(), "`config.json` is not JSON");
 }
 

@@ -57,7 +57,7 @@ pub fn lay_out<'a>(weights: &[Weight<'a>], devices: &[DeviceId], rules: &Quantiz
         .collect()
 }
 
-/// The layout of a weight under `rules`: norms keep their dtype.
+/// The layout of a weight under `rules`: what is not quantizable keeps its dtype.
 pub fn layout(weight: &Weight, rules: &QuantizeRules) -> Option<MatrixLayout> {
     let parameter = weight.parameter;
     let scheme = if parameter.is_quantizable() { rules.scheme(&parameter.module) } else { Scheme::None };
@@ -66,6 +66,7 @@ pub fn layout(weight: &Weight, rules: &QuantizeRules) -> Option<MatrixLayout> {
 
 /// The keys, or the values, that one block caches: codes as
 /// `[batch][kv_heads][context][head_dim]`, then scales as `[batch][kv_heads][context]`.
+/// A block with a sliding window has the whole context too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvLayout {
     /// The type of the elements.
@@ -107,22 +108,30 @@ pub struct WorkspaceLayout {
     pub attended: usize,
     /// The gate's output; up's takes as much again.
     pub gate: usize,
+    /// The experts' weights for each token; f32.
+    pub routes: usize,
+    /// The sum of what experts give; the inputs of one take as much again.
+    pub mixed: usize,
     /// A product before it is transposed.
     pub product: usize,
     /// Quantized activations, one byte each.
     pub activation_codes: usize,
     /// Scales of the quantized activations.
     pub activation_scales: usize,
-    /// Cosines of RoPE; sines take as much again.
+    /// Cosines of all ropes; sines take as much again.
     pub rope: usize,
 }
 
 impl WorkspaceLayout {
     /// The buffers for chunks of `tokens` tokens.
     pub fn new(config: &ModelConfig, tokens: usize) -> Self {
-        let queries = config.num_attention_heads * config.head_dim;
-        let keys = config.num_key_value_heads * config.head_dim;
-        let widest = config.hidden_size.max(queries).max(config.intermediate_size);
+        let (queries, keys) = (config.queries(), config.keys());
+        let has_dense = config.layers.iter().any(|layer| !layer.has_experts);
+        let dense = if has_dense { config.intermediate_size } else { 0 };
+        let experts = config.experts.filter(|_| config.layers.iter().any(|layer| layer.has_experts));
+        let feed_forward = experts.map_or(0, |experts| experts.intermediate_size).max(dense);
+        let routes = experts.map_or(0, |experts| experts.count);
+        let widest = config.hidden_size.max(queries).max(feed_forward);
         let padded = widest.next_multiple_of(GROUP_SIZE);
         Self {
             tokens,
@@ -130,19 +139,22 @@ impl WorkspaceLayout {
             query: tokens * queries,
             key: tokens * keys,
             attended: tokens * queries,
-            gate: tokens * config.intermediate_size,
-            product: tokens * widest,
+            gate: tokens * feed_forward,
+            routes: tokens * routes,
+            mixed: if experts.is_some() { tokens * config.hidden_size } else { 0 },
+            product: tokens * widest.max(routes),
             activation_codes: tokens * padded,
             activation_scales: tokens * padded / GROUP_SIZE,
-            rope: tokens * config.head_dim / 2,
+            rope: config.ropes.iter().map(|rope| tokens * rope.rotary_dim / 2).sum(),
         }
     }
 
-    /// Bytes of all of them, with activations of `element` bytes. Scales and
-    /// RoPE's table are f32.
+    /// Bytes of all of them, with activations of `element` bytes. Scales, the
+    /// experts' weights and RoPE's tables are f32.
     pub fn bytes(&self, element: usize) -> Bytes {
-        let activations = self.normed + self.query + 2 * self.key + self.attended + 2 * self.gate + self.product;
-        let tables = self.activation_scales + 2 * self.rope;
+        let block = self.normed + self.query + 2 * self.key + self.attended + 2 * self.gate;
+        let activations = block + 2 * self.mixed + self.product;
+        let tables = self.activation_scales + self.routes + 2 * self.rope;
         Bytes((activations * element + tables * size_of::<f32>() + self.activation_codes) as u64)
     }
 }
@@ -183,6 +195,8 @@ pub struct HostStaging {
     pub slab: usize,
     /// Bytes of the packed rows of one slab.
     pub packed: usize,
+    /// Bytes in which the rows of transposed tensors are put together: a slab, if there are any.
+    pub transposed: usize,
 }
 
 impl HostStaging {
@@ -202,12 +216,13 @@ impl HostStaging {
             })
             .max()
             .unwrap_or(0);
-        Self { slab, packed }
+        let transposed = if weights.iter().any(|weight| weight.parameter.is_transposed) { slab } else { 0 };
+        Self { slab, packed, transposed }
     }
 
     /// Bytes of the whole ring.
     pub fn bytes(&self) -> Bytes {
-        Bytes((self.slab * STAGING_SLABS + self.packed) as u64)
+        Bytes((self.slab * STAGING_SLABS + self.packed + self.transposed) as u64)
     }
 }
 

@@ -336,6 +336,7 @@ impl<'a> Subject<'a> {
         check_model(options, checkpoint)?;
         let conditions = Conditions::of(checkpoint, options)?;
         let Conditions { context, batch, kv_cache, .. } = conditions;
+        let conditions = Conditions { quantize: conditions.quantize.for_embedding(tree.embedding()), ..conditions };
         if let Some((path, _)) = conditions.quantize.iter().find(|(path, _)| !tree.names(path)) {
             return Err(Error::input(format!("`quantize` names unknown module `{path}`")));
         }
@@ -373,7 +374,7 @@ impl<'a> Subject<'a> {
         }
         Ok(Plan {
             model: checkpoint.name.clone(),
-            architecture: config.architecture.to_owned(),
+            architecture: config.family.architecture.to_owned(),
             parameters: weights.iter().map(|weight| (weight.parameter.rows * weight.parameter.cols) as u64).sum(),
             dtype: config.dtype.clone(),
             quantize: conditions.quantize,

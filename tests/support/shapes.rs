@@ -66,11 +66,7 @@ pub fn write(directory: &Path, config: &Value, shards: usize) {
         for parameter in part {
             let start = end;
             end += 2 * (parameter.rows * parameter.cols) as u64;
-            let shape = if parameter.is_quantizable() {
-                json!([parameter.rows, parameter.cols])
-            } else {
-                json!([parameter.cols])
-            };
+            let shape = parameter.shape();
             header.insert(parameter.tensor(), json!({"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}));
             weight_map.insert(parameter.tensor(), shard.clone().into());
         }
