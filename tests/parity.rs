@@ -188,13 +188,15 @@ fn experts_in_int8_are_near_the_unquantized_ones() {
 
 #[test]
 fn chunks_of_the_prompt_do_not_change_a_bit() {
-    for scheme in Scheme::ALL {
-        let mut model = load("ferris-7m", scheme, None);
-        let tokens = Case::all_of("ferris-7m")[0].sequence();
-        let whole = logits(&mut model, &tokens);
-        for chunk in [1, 3, 50] {
-            model.limit_prefill_chunk(chunk);
-            assert_eq!(logits(&mut model, &tokens), whole, "{scheme}, chunks of {chunk}");
+    for name in ["ferris-7m", "parity/gemma3", "parity/gpt2", "parity/mixtral", "parity/phi3", "parity/qwen3_moe"] {
+        for scheme in Scheme::ALL {
+            let mut model = load(name, scheme, None);
+            let tokens = Case::all_of(name)[0].sequence();
+            let whole = logits(&mut model, &tokens);
+            for chunk in [1, 3, 50] {
+                model.limit_prefill_chunk(chunk);
+                assert_eq!(logits(&mut model, &tokens), whole, "{name}, {scheme}, chunks of {chunk}");
+            }
         }
     }
 }

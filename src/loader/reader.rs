@@ -166,3 +166,46 @@ impl Shard {
             .hint("load again once the file is complete")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::architecture::ModuleTree;
+    use crate::device::DeviceId;
+    use crate::plan::memory::lay_out;
+    use crate::quant::{QuantizeRules, Scheme};
+
+    #[test]
+    fn transposed_tensors_come_in_rows_whatever_the_slab() {
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/parity/gpt2");
+        let checkpoint = Checkpoint::open(&directory).unwrap();
+        let tree = ModuleTree::new(&checkpoint.config);
+        let weights = tree.resolve(&checkpoint).unwrap();
+        let rules = QuantizeRules::whole_model(Scheme::None);
+        let mut placed = lay_out(&weights, &vec![DeviceId::Cpu; tree.modules.len()], &rules).unwrap();
+        placed.retain(|placed| placed.weight.parameter.is_transposed);
+        placed.sort_by_key(|placed| (placed.weight.tensor.shard, placed.weight.tensor.range.start));
+        assert_eq!(placed.len(), 4 * 3);
+        // One row of the widest matrix, some rows, all of them.
+        for slab in [512, 4099, 1 << 20] {
+            let staging = HostStaging { slab, packed: 0, transposed: slab };
+            let mut read_back = vec![Vec::new(); placed.len()];
+            let ring = read(&checkpoint, &directory, &placed, staging, |slab| {
+                read_back[slab.weight].extend_from_slice(slab.bytes);
+                Ok(())
+            });
+            assert_eq!(ring.unwrap(), Bytes(5 * slab as u64));
+            for (placed, rows) in placed.iter().zip(read_back) {
+                let (tensor, parameter) = (placed.weight.tensor, placed.weight.parameter);
+                let shard = std::fs::read(directory.join(&checkpoint.shards[tensor.shard])).unwrap();
+                let stored = &shard[tensor.range.start as usize..tensor.range.end as usize];
+                let element = |row: usize, col: usize| &stored[2 * (col * parameter.rows + row)..][..2];
+                let wanted: Vec<u8> = (0..parameter.rows)
+                    .flat_map(|row| (0..parameter.cols).flat_map(move |col| element(row, col)))
+                    .copied()
+                    .collect();
+                assert!(rows == wanted, "{} in slabs of {slab}", parameter.tensor());
+            }
+        }
+    }
+}

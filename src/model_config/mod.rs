@@ -2,6 +2,7 @@
 //! checked [`ModelConfig`].
 
 mod families;
+mod family;
 mod fields;
 mod rope;
 
@@ -9,10 +10,11 @@ use crate::bytes::{Bytes, MIB};
 use crate::error::{Result, first_five, printable};
 use crate::json::{Document, Node};
 use crate::source::Source;
-use families::{Biases, Windows};
+use family::{Biases, Windows};
 use fields::Fields;
 
-pub use families::{Activation, FAMILIES, Family, NormKind, Role, table};
+pub use families::{FAMILIES, table};
+pub use family::{Activation, Family, NormKind, Role};
 pub use rope::{Rope, RopeScaling};
 
 /// The configuration's file name.
@@ -313,7 +315,7 @@ fn experts(fields: &Fields, family: &Family) -> Result<Option<Experts>> {
     let count = fields.size(key, MAX_EXPERTS)?;
     let per_token = fields.size_or("num_experts_per_tok", MAX_EXPERTS, defaults.per_token)?;
     if per_token > count {
-        let problem = format!("a token cannot use {per_token} experts where there are {count}");
+        let problem = format!("a token cannot use {per_token} of {count} experts");
         return Err(fields.error("num_experts_per_tok", problem));
     }
     Ok(Some(Experts {

@@ -19,7 +19,7 @@ use std::borrow::Cow;
 
 use serde::Serialize;
 
-use crate::architecture::{Module, ModuleKind, ModuleTree, Weight};
+use crate::architecture::{Module, ModuleKind, ModuleTree, Role, Weight};
 use crate::bytes::Bytes;
 use crate::checkpoint::Checkpoint;
 use crate::device::DeviceId;
@@ -340,7 +340,7 @@ impl<'a> Subject<'a> {
         if let Some((path, _)) = conditions.quantize.iter().find(|(path, _)| !tree.names(path)) {
             return Err(Error::input(format!("`quantize` names unknown module `{path}`")));
         }
-        let sizes = module_sizes(tree, weights, &conditions.quantize)?;
+        let sizes = module_sizes(config, tree, weights, &conditions.quantize)?;
         let kv = KvLayout::new(config, context, batch, kv_cache).ok_or_else(|| too_large("the KV cache"))?;
         let staging = memory::HostStaging::new(weights, &conditions.quantize);
         let empty = |device| DevicePlan::empty(device, &conditions, config, staging);
@@ -349,12 +349,12 @@ impl<'a> Subject<'a> {
             .modules
             .iter()
             .zip(&sizes)
-            .map(|(module, weights)| PlannedModule {
+            .map(|(module, size)| PlannedModule {
                 path: module.path.clone(),
                 device: DeviceId::Cpu,
-                weights: *weights,
+                weights: size.packed,
                 kv_cache: if module.is_block() { kv.bytes() + kv.bytes() } else { Bytes::ZERO },
-                read: read(module, *weights, tree, &sizes),
+                read: size.read,
                 kind: module.kind,
             })
             .collect();
@@ -394,15 +394,6 @@ impl<'a> Subject<'a> {
     }
 }
 
-/// What a token reads of a module's weights: one row of an embedding, all of a tied head's.
-fn read(module: &Module, weights: Bytes, tree: &ModuleTree, sizes: &[Bytes]) -> Bytes {
-    match module.kind {
-        ModuleKind::Embedding => Bytes::ZERO,
-        ModuleKind::Head if tree.tied => sizes[0],
-        _ => weights,
-    }
-}
-
 /// The device in whose memory the KV cache of a module on `device` is.
 fn memory_device(device: DeviceId) -> DeviceId {
     if device == DeviceId::Disk { DeviceId::Cpu } else { device }
@@ -412,12 +403,41 @@ fn too_large(what: &str) -> Error {
     Error::input(format!("{what} is too large to plan for"))
 }
 
-/// The packed size of every module.
-fn module_sizes(tree: &ModuleTree, weights: &[Weight], rules: &QuantizeRules) -> Result<Vec<Bytes>> {
-    let mut sizes = vec![Bytes::ZERO; tree.modules.len()];
+/// What a module's weights take, and what a token reads of them.
+#[derive(Clone, Copy, Default)]
+struct Size {
+    packed: Bytes,
+    read: Bytes,
+}
+
+/// The size of every module: a token reads a row of the embedding, the experts
+/// that it is sent to, and all of anything else; where the head is the
+/// embedding, all of that.
+fn module_sizes(
+    config: &ModelConfig,
+    tree: &ModuleTree,
+    weights: &[Weight],
+    rules: &QuantizeRules,
+) -> Result<Vec<Size>> {
+    let mut sizes = vec![Size::default(); tree.modules.len()];
     let one_device = vec![DeviceId::Cpu; tree.modules.len()];
     for placed in memory::lay_out(weights, &one_device, rules)? {
-        sizes[placed.weight.module] += placed.layout.size();
+        let size = &mut sizes[placed.weight.module];
+        let packed = placed.layout.size();
+        size.packed += packed;
+        size.read += match (placed.weight.parameter.role, config.experts) {
+            (Role::Embedding | Role::Positions, _) => Bytes::ZERO,
+            (Role::ExpertGate(_) | Role::ExpertUp(_) | Role::ExpertDown(_), Some(experts)) => {
+                Bytes(packed.0 / experts.count as u64 * experts.per_token as u64)
+            }
+            _ => packed,
+        };
+    }
+    if tree.tied
+        && let Some(embedding) = sizes.first().map(|size| size.packed)
+        && let Some(head) = sizes.last_mut()
+    {
+        head.read = embedding;
     }
     Ok(sizes)
 }

@@ -2,6 +2,8 @@
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 pub mod broken;
+pub mod published;
+pub mod shapes;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;

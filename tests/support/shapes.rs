@@ -16,6 +16,11 @@ pub fn llama_8b() -> Value {
     llama(4096, 14_336, 32, 32)
 }
 
+/// Llama 3.3, which has 70 billion parameters.
+pub fn llama_70b() -> Value {
+    llama(8192, 28_672, 80, 64)
+}
+
 /// Llama 3.1 with 405 billion parameters.
 pub fn llama_405b() -> Value {
     llama(16_384, 53_248, 126, 128)
