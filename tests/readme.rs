@@ -1,4 +1,4 @@
-//! The README's examples, and the maps that are checked in.
+//! The README's examples.
 
 #[path = "support/command.rs"]
 mod command;
@@ -64,30 +64,4 @@ fn exit_codes_and_variables_of_the_readme_are_those_of_the_help() {
             assert!(readme().contains(&format!("`{name}`")), "{name}");
         }
     }
-}
-
-#[test]
-fn maps_that_are_checked_in_are_canonical_and_fit() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut maps = 0;
-    for entry in fs::read_dir(root.join("device_maps")).unwrap() {
-        let path = entry.unwrap().path();
-        if path.extension().is_none_or(|extension| extension != "json") {
-            continue;
-        }
-        let map = path.to_str().unwrap();
-        let model = path.file_stem().unwrap().to_str().unwrap().split('.').next().unwrap().to_owned();
-        let model = format!("tests/fixtures/{model}");
-        let devices = ["--device", "cpu=1GiB", "--device", "disk=1GiB"];
-        let check = run(&[&["plan", &model, "--check", map], &devices[..]].concat());
-        assert_eq!(check.status.code(), Some(0), "{map}: {}", stderr(&check));
-        let directory = tempfile::tempdir().unwrap();
-        let written = directory.path().join("map.json");
-        let rewrite = ["plan", &model, "--device-map", map, "--output", written.to_str().unwrap()];
-        let rewritten = run(&[&rewrite[..], &devices].concat());
-        assert_eq!(rewritten.status.code(), Some(0), "{map}: {}", stderr(&rewritten));
-        assert_eq!(fs::read_to_string(&written).unwrap(), fs::read_to_string(&path).unwrap(), "{map}");
-        maps += 1;
-    }
-    assert!(maps > 0);
 }
