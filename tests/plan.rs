@@ -114,16 +114,6 @@ fn a_placement_is_chosen_by_name() {
 }
 
 #[test]
-fn unequal_gpus_hold_what_transformers_puts_on_the_cpu() {
-    let devices =
-        ["--quantize", "int8", "--device", "cuda:0=24GiB", "--device", "cuda:1=6GiB", "--device", "cpu=64GiB"];
-    let (code, ours) = plan(&shapes::llama2_13b(), 3, &devices);
-    assert_eq!((code, used(&ours)), (Some(0), vec!["cuda:0".to_owned(), "cuda:1".to_owned()]));
-    let (_, theirs) = plan(&shapes::llama2_13b(), 3, &[&devices[..], &["--placement", "hf-auto"]].concat());
-    assert!(used(&theirs).contains(&"cpu".to_owned()), "{:?}", used(&theirs));
-}
-
-#[test]
 fn our_placement_is_a_remedy_for_that_of_transformers() {
     let arguments = [
         "--quantize",

@@ -31,8 +31,10 @@ fn examples_print_what_the_readme_says() {
     let model = directory.path().join("Llama-3.1-8B");
     fs::create_dir(&model).unwrap();
     shapes::write(&model, &shapes::llama_8b(), 4);
+    let ferris = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/ferris-7m");
+    std::os::unix::fs::symlink(ferris, directory.path().join("ferris-7m")).unwrap();
     let examples = examples();
-    assert!(examples.len() >= 2);
+    assert!(examples.len() >= 4);
     for (arguments, printed) in examples {
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         let mut command = evenkeel(&arguments);
@@ -40,6 +42,21 @@ fn examples_print_what_the_readme_says() {
         let output = run_with(command, b"");
         assert_eq!(stdout(&output), printed, "{arguments:?}: {}", stderr(&output));
     }
+}
+
+#[test]
+fn the_picture_is_what_the_plan_draws() {
+    let directory = tempfile::tempdir().unwrap();
+    let model = directory.path().join("Llama-3.1-8B");
+    fs::create_dir(&model).unwrap();
+    shapes::write(&model, &shapes::llama_8b(), 4);
+    let map = Path::new(env!("CARGO_MANIFEST_DIR")).join("device_maps/Llama-3.1-8B/int4-8+6GiB.json");
+    let arguments = ["plan", model.to_str().unwrap(), "--device-map", map.to_str().unwrap(), "--format"];
+    let devices = ["--device", "cuda:0=8GiB", "--device", "cuda:1=6GiB"];
+    let drawn = stdout(&run(&[&arguments[..], &["svg"], &devices].concat()));
+    assert_eq!(fs::read_to_string(map.with_extension("svg")).unwrap(), drawn);
+    let page = stdout(&run(&[&arguments[..], &["html"], &devices].concat()));
+    assert!(page.starts_with("<!doctype html>") && page.contains(&drawn), "{page}");
 }
 
 #[test]
