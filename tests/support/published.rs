@@ -68,6 +68,17 @@ pub fn all() -> Vec<Published> {
             }),
         ),
         model(
+            "Qwen3-235B-A22B",
+            235_093_634_560,
+            json!({
+                "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 4096, "intermediate_size": 12_288,
+                "moe_intermediate_size": 1536, "num_hidden_layers": 94, "num_attention_heads": 64,
+                "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151_936, "max_position_embeddings": 40_960,
+                "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": true, "decoder_sparse_step": 1,
+                "mlp_only_layers": [], "rope_theta": 1e6,
+            }),
+        ),
+        model(
             "gemma-2-27b",
             27_227_128_320,
             json!({
