@@ -10,9 +10,11 @@ use evenkeel::architecture::{ModuleTree, Parameter, Part};
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device_map::DeviceMap;
 use evenkeel::model_config::{self, FAMILIES, ModelConfig};
+use evenkeel::plan::memory::WorkspaceLayout;
 use evenkeel::plan::{Plan, PlanOptions};
 use evenkeel::quant::{ALIGNMENT, QuantizeRules, Scheme};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use serde_json::{Value, json};
 use support::{expected, fixture, load_plan, numbers, published, roomy, shapes};
 
 const FIXTURES: [(&str, &str); 13] = [
@@ -211,4 +213,55 @@ fn biases_are_where_the_configuration_says() {
             "transformer.ln_f.bias [64]",
         ]
     );
+}
+
+#[test]
+fn no_value_of_a_configuration_is_too_odd_to_be_read_or_refused() {
+    let odd = [
+        json!(null),
+        json!(0),
+        json!(1),
+        json!(2),
+        json!(3),
+        json!(-1),
+        json!(0.3),
+        json!(1e99),
+        json!(1 << 20),
+        json!(u64::MAX),
+        json!(true),
+        json!(false),
+        json!(""),
+        json!("gelu"),
+        json!([]),
+        json!([1, 2]),
+        json!({}),
+        json!({"rope_type": "yarn"}),
+        json!({"type": "longrope", "short_factor": [], "long_factor": []}),
+        json!({"full_attention": {}, "sliding_attention": {"rope_type": "llama3", "factor": 0.1}}),
+    ];
+    let (mut read, mut refused) = (0, 0);
+    for (name, _) in FIXTURES {
+        let config: Value = serde_json::from_slice(&fs::read(fixture(name).join("config.json")).unwrap()).unwrap();
+        let more =
+            ["rope_scaling", "rope_parameters", "partial_rotary_factor", "use_sliding_window"].map(str::to_owned);
+        for key in config.as_object().unwrap().keys().chain(&more) {
+            for value in &odd {
+                let mut config = config.clone();
+                config[key] = value.clone();
+                match ModelConfig::parse("config.json", config.to_string().into()) {
+                    Err(error) => {
+                        assert!(error.to_string().starts_with("`config.json`, line "), "{name} {key} {value}: {error}");
+                        refused += 1;
+                    }
+                    Ok(config) => {
+                        let _ = ModuleTree::new(&config).parameters().map(|(_, parameter)| parameter.shape()).count();
+                        let _ = WorkspaceLayout::new(&config, 512).bytes(4);
+                        config.ropes.iter().for_each(|rope| assert_eq!(rope.frequencies(9).len(), rope.rotary_dim / 2));
+                        read += 1;
+                    }
+                }
+            }
+        }
+    }
+    assert!(read > 1000 && refused > 1000, "{read} {refused}");
 }

@@ -1,6 +1,8 @@
 //! The configurations of published models, as the Hub has them, down to what
 //! decides their shapes and their computation; and their numbers of parameters.
 
+#![allow(dead_code, reason = "each test binary uses a part")]
+
 use serde_json::{Value, json};
 
 /// A model, its config.json, and the number of its parameters that the Hub gives.
