@@ -254,7 +254,8 @@ fn no_value_of_a_configuration_is_too_odd_to_be_read_or_refused() {
                         refused += 1;
                     }
                     Ok(config) => {
-                        let _ = ModuleTree::new(&config).parameters().map(|(_, parameter)| parameter.shape()).count();
+                        let tree = ModuleTree::new(&config);
+                        assert!(tree.parameters().all(|(_, parameter)| !parameter.shape().is_empty()));
                         let _ = WorkspaceLayout::new(&config, 512).bytes(4);
                         config.ropes.iter().for_each(|rope| assert_eq!(rope.frequencies(9).len(), rope.rotary_dim / 2));
                         read += 1;
