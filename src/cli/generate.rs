@@ -34,7 +34,7 @@ pub fn run(arguments: &GenerateArguments, environment: &Environment, printer: &P
     let checkpoint = model::open(&arguments.model, Need::Weights, environment, printer)?;
     let template = template(&arguments.prompt, &checkpoint)?;
     let plan = Plan::new(&checkpoint, &Inventory::this_machine(&offload_directory)?, &options)?;
-    let load = LoadOptions { offload_directory: &offload_directory, cancel: &interrupted };
+    let load = LoadOptions { offload_directory: &offload_directory, cancel: &interrupted, separate_buffers: false };
     let mut model = load_with_bar(&plan, &checkpoint, &load, printer)?;
 
     let tokens = match template {

@@ -1,36 +1,61 @@
 //! A thread that reads shards in slabs of whole rows, ahead of the work on them.
 
 use std::fs::{File, Metadata};
+use std::ops::{Deref, DerefMut};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
+use crate::backend::cuda::Pinned;
 use crate::bytes::Bytes;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::fs;
-use crate::plan::memory::{HostStaging, Placed, STAGING_SLABS};
+use crate::plan::memory::Placed;
 
-/// Whole rows of a weight.
-pub struct Slab<'a> {
+/// Host memory that a slab is read into.
+pub enum SlabBuffer {
+    /// Ordinary memory.
+    Heap(Vec<u8>),
+    /// Memory that GPUs copy from beside the host's work.
+    Pinned(Pinned),
+}
+
+impl Deref for SlabBuffer {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Heap(bytes) => bytes,
+            Self::Pinned(bytes) => bytes,
+        }
+    }
+}
+
+impl DerefMut for SlabBuffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        match self {
+            Self::Heap(bytes) => bytes,
+            Self::Pinned(bytes) => bytes,
+        }
+    }
+}
+
+/// Whole rows of a weight, as the shard has them.
+pub struct Slab {
     /// Position of the weight in the list that is read.
     pub weight: usize,
     /// First row.
     pub row: usize,
-    /// The rows' elements, as the shard has them.
-    pub bytes: &'a [u8],
-}
-
-/// A filled buffer on its way.
-struct Filled {
-    weight: usize,
-    row: usize,
-    len: usize,
-    buffer: Vec<u8>,
+    /// Bytes of the rows, at the start of the buffer.
+    pub len: usize,
+    /// Where they are; goes back to the reader when they are no longer needed.
+    pub buffer: SlabBuffer,
 }
 
 /// Reads `placed`, which is sorted by shard and offset, and calls `visit` with
-/// each slab in turn. Returns the bytes of the ring's buffers.
+/// each slab in turn, and with the way that buffers go back. `visit` may keep
+/// some of the buffers, but not all.
 ///
 /// # Errors
 /// A shard cannot be read or has changed since its header was, or `visit` fails.
@@ -38,14 +63,14 @@ pub fn read(
     checkpoint: &Checkpoint,
     directory: &Path,
     placed: &[Placed],
-    staging: HostStaging,
-    mut visit: impl FnMut(Slab) -> Result<()>,
-) -> Result<Bytes> {
-    let (filled_out, filled_in) = sync_channel::<Result<Filled>>(STAGING_SLABS);
-    let (empty_out, empty_in) = sync_channel::<Vec<u8>>(STAGING_SLABS);
-    for _ in 0..STAGING_SLABS {
+    buffers: Vec<SlabBuffer>,
+    mut visit: impl FnMut(Slab, &SyncSender<SlabBuffer>) -> Result<()>,
+) -> Result<()> {
+    let (filled_out, filled_in) = sync_channel::<Result<Slab>>(buffers.len());
+    let (empty_out, empty_in) = sync_channel::<SlabBuffer>(buffers.len());
+    for buffer in buffers {
         // The channel has room for all slabs, and its other end is alive.
-        let _ = empty_out.send(vec![0; staging.slab]);
+        let _ = empty_out.send(buffer);
     }
     // Both ends that the visitor holds are dropped with its closure, so that
     // a reader that waits ends where the visitor fails.
@@ -56,13 +81,10 @@ pub fn read(
                 let _ = filled_out.send(Err(error));
             }
         });
-        for filled in filled_in {
-            let filled = filled?;
-            visit(Slab { weight: filled.weight, row: filled.row, bytes: &filled.buffer[..filled.len] })?;
-            // The reader is gone once all is read.
-            let _ = empty_out.send(filled.buffer);
+        for slab in filled_in {
+            visit(slab?, &empty_out)?;
         }
-        Ok(Bytes((staging.slab * STAGING_SLABS) as u64))
+        Ok(())
     })
 }
 
@@ -70,8 +92,8 @@ fn read_ahead(
     checkpoint: &Checkpoint,
     directory: &Path,
     placed: &[Placed],
-    empty: &Receiver<Vec<u8>>,
-    filled: &SyncSender<Result<Filled>>,
+    empty: &Receiver<SlabBuffer>,
+    filled: &SyncSender<Result<Slab>>,
 ) -> Result<()> {
     let mut open: Option<Shard> = None;
     for (at, target) in placed.iter().enumerate() {
@@ -92,8 +114,7 @@ fn read_ahead(
             let rows = (buffer.len() / row_bytes).min(target.weight.parameter.rows - row);
             let len = rows * row_bytes;
             shard.read(&mut buffer[..len], tensor.range.start + (row * row_bytes) as u64)?;
-            let message = Filled { weight: at, row, len, buffer };
-            if filled.send(Ok(message)).is_err() {
+            if filled.send(Ok(Slab { weight: at, row, len, buffer })).is_err() {
                 return Ok(());
             }
             row += rows;

@@ -14,8 +14,8 @@ use crate::quant::{GROUP_SIZE, MatrixLayout, QuantizeRules, Scheme, Storage};
 pub const PREFILL_CHUNK: usize = 512;
 /// What a CUDA context takes of a GPU before anything is allocated.
 const CUDA_CONTEXT: Bytes = Bytes(330 * MIB);
-/// The staging ring of a GPU.
-const CUDA_STAGING: Bytes = Bytes(3 * 64 * MIB);
+/// Every buffer of a GPU starts on a multiple of this many bytes.
+const CUDA_ALIGNMENT: u64 = 256;
 /// Bytes of a slab of the host's staging ring, unless a single row is longer.
 const SLAB: u64 = 4 * MIB;
 /// Slabs in the host's staging ring.
@@ -130,12 +130,11 @@ impl WorkspaceLayout {
         }
     }
 
-    /// Bytes of all of them, with activations of `element` bytes. Scales and
-    /// RoPE's table are f32.
-    pub fn bytes(&self, element: usize) -> Bytes {
+    /// Bytes of all of them on the CPU, where everything but the codes is f32.
+    pub fn bytes(&self) -> Bytes {
         let activations = self.normed + self.query + 2 * self.key + self.attended + 2 * self.gate + self.product;
         let tables = self.activation_scales + 2 * self.rope;
-        Bytes((activations * element + tables * size_of::<f32>() + self.activation_codes) as u64)
+        Bytes(((activations + tables) * size_of::<f32>() + self.activation_codes) as u64)
     }
 }
 
@@ -154,10 +153,45 @@ pub fn host_state(config: &ModelConfig, context: usize) -> Bytes {
 pub fn workspace(config: &ModelConfig, context: usize, device: DeviceId) -> Bytes {
     let layout = WorkspaceLayout::new(config, chunk(context));
     match device {
-        DeviceId::Cuda(_) => layout.bytes(2) + Bytes((config.vocab_size * size_of::<f32>()) as u64),
-        DeviceId::Cpu => layout.bytes(size_of::<f32>()) + host_state(config, context),
+        DeviceId::Cuda(_) => cuda_workspace(config, context).into_iter().sum(),
+        DeviceId::Cpu => layout.bytes() + host_state(config, context),
         DeviceId::Disk => Bytes::ZERO,
     }
+}
+
+/// The buffers of a GPU's workspace: the hidden state and the normalized one;
+/// queries, keys, values and what attention gives; gate and up; logits, tokens
+/// and RoPE's frequencies. Hidden states, logits and frequencies are f32,
+/// tokens u32, all others f16.
+pub fn cuda_workspace(config: &ModelConfig, context: usize) -> [Bytes; 11] {
+    const HALF: usize = 2;
+    let layout = WorkspaceLayout::new(config, chunk(context));
+    [
+        layout.normed * size_of::<f32>(),
+        layout.normed * HALF,
+        layout.query * HALF,
+        layout.key * HALF,
+        layout.key * HALF,
+        layout.attended * HALF,
+        layout.gate * HALF,
+        layout.gate * HALF,
+        config.vocab_size * size_of::<f32>(),
+        layout.tokens * size_of::<u32>(),
+        config.head_dim / 2 * size_of::<f32>(),
+    ]
+    .map(cuda_aligned)
+}
+
+/// The regions of a GPU's staging ring: as many slabs as the host's has, and a word for each that
+/// says whether packing it failed.
+pub fn cuda_staging(slab: usize) -> [Bytes; STAGING_SLABS + 1] {
+    let mut sizes = [cuda_aligned(slab); STAGING_SLABS + 1];
+    sizes[STAGING_SLABS] = cuda_aligned(STAGING_SLABS * size_of::<u32>());
+    sizes
+}
+
+fn cuda_aligned(bytes: usize) -> Bytes {
+    Bytes((bytes as u64).next_multiple_of(CUDA_ALIGNMENT))
 }
 
 /// What the device's driver takes before anything is allocated.
@@ -197,17 +231,17 @@ impl HostStaging {
         Self { slab, packed }
     }
 
-    /// Bytes of the whole ring.
-    pub fn bytes(&self) -> Bytes {
-        Bytes((self.slab * STAGING_SLABS + self.packed) as u64)
+    /// Bytes of the ring that shards are read into.
+    pub fn ring(&self) -> Bytes {
+        Bytes((self.slab * STAGING_SLABS) as u64)
     }
 }
 
 /// The staging of a device while it is filled.
 pub fn staging(device: DeviceId, host: HostStaging) -> Bytes {
     match device {
-        DeviceId::Cuda(_) => CUDA_STAGING,
-        DeviceId::Cpu => host.bytes(),
+        DeviceId::Cuda(_) => cuda_staging(host.slab).into_iter().sum(),
+        DeviceId::Cpu => host.ring() + Bytes(host.packed as u64),
         DeviceId::Disk => Bytes::ZERO,
     }
 }

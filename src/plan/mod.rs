@@ -78,7 +78,7 @@ pub struct Plan {
     pub devices: Vec<DevicePlan>,
     /// What each way to place the model gives, the chosen one first; none where a map decides.
     pub placements: Vec<Outline>,
-    /// GPUs of this machine that no plan uses yet.
+    /// GPUs of this machine that are too old, or whose driver is.
     pub idle: Vec<Device>,
     /// What would fit, where this does not; cheapest in quality first.
     pub remedies: Vec<Remedy>,
@@ -97,6 +97,13 @@ pub struct PlannedModule {
     pub kv_cache: Bytes,
     #[serde(skip)]
     kind: ModuleKind,
+}
+
+impl PlannedModule {
+    /// Whether it is a block, which has a KV cache.
+    pub fn is_block(&self) -> bool {
+        matches!(self.kind, ModuleKind::Block(_))
+    }
 }
 
 /// What a device has and what the plan takes of it.
@@ -146,8 +153,9 @@ impl DevicePlan {
         }
     }
 
-    /// Adds what `modules` take of this device.
-    fn take(&mut self, modules: &[PlannedModule]) {
+    /// Adds what `modules` take of this device. Where GPUs compute all of them, hidden states
+    /// and logits (`state`) and what is read (`ring`) still pass through host memory.
+    fn take(&mut self, modules: &[PlannedModule], state: Bytes, ring: Bytes) {
         let here = || modules.iter().filter(|module| module.device == self.id);
         let in_memory_here = || modules.iter().filter(|module| memory_device(module.device) == self.id);
         self.kv_cache = in_memory_here().map(|module| module.kv_cache).sum();
@@ -155,7 +163,9 @@ impl DevicePlan {
             (here().map(|module| module.weights).sum(), here().count(), in_memory_here().next().is_some());
         (self.weights, self.modules) = (weights, count);
         if !is_used {
-            (self.workspace, self.staging, self.driver_context) = (Bytes::ZERO, Bytes::ZERO, Bytes::ZERO);
+            let passes = self.id == DeviceId::Cpu;
+            (self.workspace, self.staging) = if passes { (state, ring) } else { (Bytes::ZERO, Bytes::ZERO) };
+            self.driver_context = Bytes::ZERO;
         }
     }
 
@@ -231,7 +241,7 @@ impl Plan {
             })
             .collect();
         for device in &mut devices {
-            device.take(&modules);
+            device.take(&modules, memory::host_state(config, context), staging.ring());
         }
         Ok(Self {
             model: checkpoint.name.clone(),
@@ -452,7 +462,7 @@ fn check_devices(placement: &[DeviceId], inventory: &Inventory) -> Result<()> {
     ));
     Err(if inventory.idle.iter().any(|device| device.id == **first) {
         error.hint(format!(
-            "this version computes on the CPU and the disk only; {first} is there but cannot be used yet"
+            "{first} is there but cannot be used: evenkeel needs compute capability 7.5 and the NVIDIA driver 550"
         ))
     } else if matches!(first, DeviceId::Cuda(_)) {
         error

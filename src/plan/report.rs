@@ -133,7 +133,11 @@ impl fmt::Display for Plan {
         }
         for device in &self.idle {
             let name = device.name.as_deref().unwrap_or("a GPU");
-            writeln!(f, "{} ({name}) is not used: this version computes on the CPU and the disk only", device.id)?;
+            writeln!(
+                f,
+                "{} ({name}) is not used: evenkeel needs compute capability 7.5 and the NVIDIA driver 550",
+                device.id
+            )?;
         }
         for (at, outline) in self.placements.iter().enumerate() {
             writeln!(f, "{}{outline}", if at == 0 { "\nplaced  " } else { "        " })?;

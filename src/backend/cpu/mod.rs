@@ -14,8 +14,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 pub use arena::{Arena, zeroed};
 pub use matmul::{Activations, matmul};
+pub(super) use ops::rope_frequencies;
 
-use super::Stage;
+use super::{Hidden, Stage};
 use crate::architecture::Role;
 use crate::bytes::Bytes;
 use crate::error::Result;
@@ -209,20 +210,21 @@ fn activations<'a>(
 }
 
 impl Stage for CpuStage {
-    fn embed(&mut self, tokens: &[u32], hidden: &mut [f32]) -> Result<()> {
+    fn embed(&mut self, tokens: &[u32], hidden: &mut Hidden) -> Result<()> {
         if let Some(embedding) = &self.embedding {
             let matrix = embedding.matrix();
-            for (token, row) in tokens.iter().zip(hidden.chunks_mut(self.dimensions.hidden)) {
+            for (token, row) in tokens.iter().zip(hidden.on_host()?.chunks_mut(self.dimensions.hidden)) {
                 matrix.dequantize_row(*token as usize, row);
             }
         }
         Ok(())
     }
 
-    fn run_blocks(&mut self, hidden: &mut [f32], position: usize) -> Result<()> {
+    fn run_blocks(&mut self, hidden: &mut Hidden, position: usize) -> Result<()> {
         if self.blocks.is_empty() {
             return Ok(());
         }
+        let hidden = hidden.on_host()?;
         // A panic while the lock was held leaves only scratch data behind.
         let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
         let tokens = hidden.len() / self.dimensions.hidden;
@@ -235,8 +237,9 @@ impl Stage for CpuStage {
         Ok(())
     }
 
-    fn norm(&mut self, hidden: &mut [f32]) -> Result<()> {
+    fn norm(&mut self, hidden: &mut Hidden) -> Result<()> {
         if let Some(norm) = &self.norm {
+            let hidden = hidden.on_host()?;
             let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
             let normed = &mut workspace.normed[..hidden.len()];
             ops::rms_norm(hidden, norm.matrix(), self.dimensions.epsilon, normed);
@@ -245,8 +248,9 @@ impl Stage for CpuStage {
         Ok(())
     }
 
-    fn logits(&mut self, hidden: &[f32], logits: &mut [f32]) -> Result<()> {
+    fn logits(&mut self, hidden: &mut Hidden, logits: &mut [f32]) -> Result<()> {
         if let Some(head) = &self.head {
+            let hidden = hidden.on_host()?;
             let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
             let Workspace { activation_codes, activation_scales, .. } = &mut *workspace;
             let matrix = head.matrix();
