@@ -6,7 +6,7 @@ mod shapes;
 use criterion::{Criterion, criterion_group, criterion_main};
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::plan::{Inventory, Plan, PlanOptions};
-use evenkeel::quant::{QuantizeRules, Scheme};
+use evenkeel::quant::Scheme;
 
 fn plan(criterion: &mut Criterion) {
     let eight =
@@ -18,8 +18,7 @@ fn plan(criterion: &mut Criterion) {
         let directory = tempfile::tempdir().expect("a temporary directory");
         shapes::write(directory.path(), &config, shards);
         let inventory = Inventory::described(devices).expect("devices");
-        let options =
-            PlanOptions { quantize: Some(QuantizeRules::whole_model(Scheme::Int4)), ..PlanOptions::default() };
+        let options = PlanOptions { quantize: Some(Scheme::Int4.into()), ..PlanOptions::default() };
         criterion.bench_function(name, |bencher| {
             bencher.iter(|| {
                 let checkpoint = Checkpoint::open(directory.path()).expect("a checkpoint");

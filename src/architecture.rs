@@ -5,50 +5,35 @@ use std::collections::HashSet;
 
 use crate::checkpoint::{Checkpoint, Tensor};
 use crate::error::{Error, Result, first_five, printable};
-use crate::model_config::ModelConfig;
+use crate::model_config::{ModelConfig, NormKind};
 use crate::quant::WeightDtype;
 
-/// What a parameter is to its module; a backend asks for parameters by this.
+pub use crate::model_config::Role;
+
+/// Whether a parameter is multiplied with or added.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[non_exhaustive]
-pub enum Role {
-    /// `mlp.down_proj`.
-    Down,
-    /// The embedding's rows.
-    Embedding,
-    /// `mlp.gate_proj`.
-    Gate,
-    /// The output head's rows.
-    Head,
-    /// The norm before attention.
-    InputNorm,
-    /// The norm behind the last block.
-    OutputNorm,
-    /// The norm before the feed-forward layer.
-    PostAttentionNorm,
-    /// `self_attn.k_proj`.
-    Key,
-    /// `self_attn.o_proj`.
-    Output,
-    /// `self_attn.q_proj`.
-    Query,
-    /// `mlp.up_proj`.
-    Up,
-    /// `self_attn.v_proj`.
-    Value,
+pub enum Part {
+    /// Added.
+    Bias,
+    /// Multiplied with.
+    Weight,
 }
 
 /// One tensor of a module.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Parameter {
-    /// Its part in the module.
+    /// What its module is for.
     pub role: Role,
+    /// Its part in the module.
+    pub part: Part,
     /// The path of the module that holds it, for example `model.layers.3.mlp.up_proj`.
     pub module: String,
     /// Rows: output features, or 1 for a vector.
     pub rows: usize,
     /// Columns: input features, or the length of a vector.
     pub cols: usize,
+    /// Whether the checkpoint stores it as `[cols, rows]`.
+    pub is_transposed: bool,
 }
 
 /// What a module is.
@@ -62,6 +47,8 @@ pub enum ModuleKind {
     Head,
     /// The norm behind the last block.
     Norm,
+    /// Learned positions, which are added to the embedding.
+    Positions,
 }
 
 /// A part of the model that is placed whole.
@@ -75,65 +62,62 @@ pub struct Module {
     pub parameters: Vec<Parameter>,
 }
 
+impl Module {
+    /// Whether it is a decoder layer.
+    pub fn is_block(&self) -> bool {
+        matches!(self.kind, ModuleKind::Block(_))
+    }
+}
+
 /// A model as its modules, in the order they run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ModuleTree {
-    /// Embedding, blocks, norm, head.
+    /// Embedding, learned positions if there are any, blocks, norm, head.
     pub modules: Vec<Module>,
     /// Whether the head is the embedding.
     pub tied: bool,
+    /// The module that holds all but the head, for example `model`.
+    pub base: &'static str,
+    /// The path under which the blocks stand, for example `model.layers`.
+    pub blocks: String,
+    /// Modules that Hugging Face's maps name and that hold no weights.
+    pub weightless: Vec<String>,
+    unread: &'static [&'static str],
 }
-
-/// Modules that Hugging Face's maps name and that hold no weights.
-const WEIGHTLESS: &[&str] = &["model.rotary_emb"];
-
-/// The path under which the blocks stand.
-pub const BLOCKS: &str = "model.layers";
 
 impl ModuleTree {
     /// The modules of the model that `config` describes.
     pub fn new(config: &ModelConfig) -> Self {
-        let hidden = config.hidden_size;
-        let queries = config.num_attention_heads * config.head_dim;
-        let keys = config.num_key_value_heads * config.head_dim;
-        let feed_forward = config.intermediate_size;
-        let block_parameters = [
-            (Role::InputNorm, "input_layernorm", 1, hidden),
-            (Role::Query, "self_attn.q_proj", queries, hidden),
-            (Role::Key, "self_attn.k_proj", keys, hidden),
-            (Role::Value, "self_attn.v_proj", keys, hidden),
-            (Role::Output, "self_attn.o_proj", hidden, queries),
-            (Role::PostAttentionNorm, "post_attention_layernorm", 1, hidden),
-            (Role::Gate, "mlp.gate_proj", feed_forward, hidden),
-            (Role::Up, "mlp.up_proj", feed_forward, hidden),
-            (Role::Down, "mlp.down_proj", hidden, feed_forward),
-        ];
-        let single = |path: &str, kind, role, rows| Module {
-            path: path.to_owned(),
-            kind,
-            parameters: vec![Parameter { role, module: path.to_owned(), rows, cols: hidden }],
+        let family = config.family;
+        let in_base = |name: &str| format!("{}.{name}", family.base);
+        let module = |path: String, kind, role| {
+            let mut parameters = Vec::new();
+            push(&mut parameters, config, role, path.clone());
+            Module { path, kind, parameters }
         };
-        let mut modules = vec![single("model.embed_tokens", ModuleKind::Embedding, Role::Embedding, config.vocab_size)];
-        modules.extend((0..config.num_hidden_layers).map(|index| {
-            let path = format!("{BLOCKS}.{index}");
-            let parameters = block_parameters
-                .iter()
-                .map(|(role, name, rows, cols)| Parameter {
-                    role: *role,
-                    module: format!("{path}.{name}"),
-                    rows: *rows,
-                    cols: *cols,
-                })
-                .collect();
-            Module { path, kind: ModuleKind::Block(index), parameters }
-        }));
-        modules.push(single("model.norm", ModuleKind::Norm, Role::OutputNorm, 1));
-        let mut head = single("lm_head", ModuleKind::Head, Role::Head, config.vocab_size);
+        let blocks = in_base(family.blocks);
+        let mut modules = vec![module(in_base(family.embedding), ModuleKind::Embedding, Role::Embedding)];
+        modules.extend(family.positions.map(|name| module(in_base(name), ModuleKind::Positions, Role::Positions)));
+        modules.extend((0..config.num_hidden_layers).map(|index| block(config, &blocks, index)));
+        modules.push(module(in_base(family.norm), ModuleKind::Norm, Role::OutputNorm));
+        let mut head = module("lm_head".to_owned(), ModuleKind::Head, Role::Head);
         if config.tie_word_embeddings {
             head.parameters.clear();
         }
         modules.push(head);
-        Self { modules, tied: config.tie_word_embeddings }
+        Self {
+            modules,
+            tied: config.tie_word_embeddings,
+            base: family.base,
+            blocks,
+            weightless: family.weightless.iter().map(|name| in_base(name)).collect(),
+            unread: family.unread,
+        }
+    }
+
+    /// The path of the embedding.
+    pub fn embedding(&self) -> &str {
+        &self.modules[0].path
     }
 
     /// All parameters, each with its module's position in [`ModuleTree::modules`].
@@ -144,7 +128,7 @@ impl ModuleTree {
     /// Whether `path` names a module, a part of one, a group of them, or one that holds no weights.
     pub fn names(&self, path: &str) -> bool {
         use crate::module_path::contains;
-        WEIGHTLESS.iter().any(|weightless| contains(weightless, path))
+        self.weightless.iter().any(|weightless| contains(weightless, path))
             || self.modules.iter().any(|module| contains(path, &module.path))
             || self.parameters().any(|(_, parameter)| contains(path, &parameter.module))
     }
@@ -159,7 +143,14 @@ impl ModuleTree {
         let (mut weights, mut missing, mut mismatched) = (Vec::new(), Vec::new(), Vec::new());
         let mut used = HashSet::new();
         for (module, parameter) in self.parameters() {
-            let name = parameter.tensor();
+            let mut name = parameter.tensor();
+            // Files that were saved from the base model leave its name out.
+            if !checkpoint.catalog.contains_key(&name)
+                && let Some(bare) = name.strip_prefix(self.base).and_then(|name| name.strip_prefix('.'))
+                && checkpoint.catalog.contains_key(bare)
+            {
+                name = name.split_off(name.len() - bare.len());
+            }
             let Some(tensor) = checkpoint.catalog.get(&name) else {
                 missing.push(name);
                 continue;
@@ -203,10 +194,92 @@ impl ModuleTree {
         Ok(weights)
     }
 
-    /// Whether a tensor may stand in a checkpoint though nothing reads it: the
-    /// frequencies that old files carry, or a tied head's copy of the embedding.
+    /// Whether a tensor may stand in a checkpoint though nothing reads it: what
+    /// old files carry beside the weights, or a tied head's copy of the embedding.
     fn is_redundant(&self, tensor: &str) -> bool {
-        tensor.ends_with(".rotary_emb.inv_freq") || (self.tied && tensor == "lm_head.weight")
+        self.unread.iter().any(|end| tensor.ends_with(end)) || (self.tied && tensor == "lm_head.weight")
+    }
+}
+
+/// The block at `index` of those under `blocks`.
+fn block(config: &ModelConfig, blocks: &str, index: usize) -> Module {
+    let path = format!("{blocks}.{index}");
+    let has_experts = config.layers[index].has_experts;
+    let experts = config.experts.map_or(0, |experts| experts.count);
+    let mut parameters = Vec::new();
+    for (role, name) in config.family.block {
+        let mut push = |role, name: &str| push(&mut parameters, config, role, format!("{path}.{name}"));
+        let expert: fn(usize) -> Role = match role {
+            Role::ExpertGate(_) => Role::ExpertGate,
+            Role::ExpertUp(_) => Role::ExpertUp,
+            Role::ExpertDown(_) => Role::ExpertDown,
+            Role::Router if !has_experts => continue,
+            Role::Gate | Role::Up | Role::Down if has_experts => continue,
+            _ => {
+                push(*role, name);
+                continue;
+            }
+        };
+        if has_experts {
+            (0..experts).for_each(|at| push(expert(at), &name.replace("{}", &at.to_string())));
+        }
+    }
+    Module { path, kind: ModuleKind::Block(index), parameters }
+}
+
+/// Adds the parameters of the module at `path`, whose part in the model is `role`.
+fn push(parameters: &mut Vec<Parameter>, config: &ModelConfig, role: Role, path: String) {
+    let (rows, cols) = shape(config, role);
+    let is_norm = role.is_norm();
+    let has_bias = match role {
+        Role::Query | Role::Key | Role::Value | Role::QueryKeyValue => config.query_key_value_bias,
+        Role::Output => config.output_bias,
+        Role::Gate | Role::Up | Role::GateUp | Role::Down => config.feed_forward_bias,
+        _ => is_norm && config.norm_kind == NormKind::Layer,
+    };
+    let is_transposed =
+        config.family.is_transposed && matches!(role, Role::QueryKeyValue | Role::Output | Role::Up | Role::Down);
+    if has_bias {
+        let bias = Parameter {
+            role,
+            part: Part::Bias,
+            module: path.clone(),
+            rows: 1,
+            cols: if is_norm { cols } else { rows },
+            is_transposed: false,
+        };
+        parameters.push(bias);
+    }
+    parameters.push(Parameter { role, part: Part::Weight, module: path, rows, cols, is_transposed });
+}
+
+/// Rows and columns of the weight of a role.
+fn shape(config: &ModelConfig, role: Role) -> (usize, usize) {
+    let hidden = config.hidden_size;
+    let (queries, keys) = (config.queries(), config.keys());
+    let feed_forward = config.intermediate_size;
+    let expert = config.experts.map_or(0, |experts| experts.intermediate_size);
+    let is_whole = config.family.norms_whole_projections;
+    match role {
+        Role::Embedding | Role::Head => (config.vocab_size, hidden),
+        Role::Positions => (config.max_position_embeddings, hidden),
+        Role::Query => (queries, hidden),
+        Role::Key | Role::Value => (keys, hidden),
+        Role::QueryKeyValue => (queries + 2 * keys, hidden),
+        Role::Output => (hidden, queries),
+        Role::Gate | Role::Up => (feed_forward, hidden),
+        Role::GateUp => (2 * feed_forward, hidden),
+        Role::Down => (hidden, feed_forward),
+        Role::Router => (config.experts.map_or(0, |experts| experts.count), hidden),
+        Role::ExpertGate(_) | Role::ExpertUp(_) => (expert, hidden),
+        Role::ExpertDown(_) => (hidden, expert),
+        Role::QueryNorm => (1, if is_whole { queries } else { config.head_dim }),
+        Role::KeyNorm => (1, if is_whole { keys } else { config.head_dim }),
+        Role::InputNorm
+        | Role::AttentionOutputNorm
+        | Role::FeedForwardNorm
+        | Role::FeedForwardOutputNorm
+        | Role::OutputNorm => (1, hidden),
     }
 }
 
@@ -230,15 +303,27 @@ pub struct Weight<'a> {
 impl Parameter {
     /// The tensor's name in the checkpoint.
     pub fn tensor(&self) -> String {
-        format!("{}.weight", self.module)
+        let part = if self.part == Part::Bias { "bias" } else { "weight" };
+        format!("{}.{part}", self.module)
     }
 
-    /// Whether a scheme may pack it: matrices are quantized, norms are kept.
+    /// Whether a scheme may pack it: matrices are quantized; norms, biases,
+    /// learned positions and the experts' scores are kept.
     pub fn is_quantizable(&self) -> bool {
-        !matches!(self.role, Role::InputNorm | Role::PostAttentionNorm | Role::OutputNorm)
+        !self.is_vector() && !matches!(self.role, Role::Positions | Role::Router)
     }
 
-    fn shape(&self) -> Vec<u64> {
-        if self.is_quantizable() { vec![self.rows as u64, self.cols as u64] } else { vec![self.cols as u64] }
+    /// Its shape in the checkpoint.
+    pub fn shape(&self) -> Vec<u64> {
+        let (rows, cols) = (self.rows as u64, self.cols as u64);
+        match (self.is_vector(), self.is_transposed) {
+            (true, _) => vec![cols],
+            (false, true) => vec![cols, rows],
+            (false, false) => vec![rows, cols],
+        }
+    }
+
+    fn is_vector(&self) -> bool {
+        self.part == Part::Bias || self.role.is_norm()
     }
 }

@@ -9,7 +9,7 @@
 //! use evenkeel::generate::GenerateOptions;
 //! use evenkeel::loader::LoadOptions;
 //! use evenkeel::plan::{Inventory, Plan, PlanOptions};
-//! use evenkeel::quant::{QuantizeRules, Scheme};
+//! use evenkeel::quant::Scheme;
 //!
 //! # fn main() -> evenkeel::Result<()> {
 //! // Configuration and headers; no weights are read.
@@ -18,7 +18,7 @@
 //! // Or Inventory::described("cuda:0=24GiB,cpu=64GiB").
 //! let inventory = Inventory::this_machine(offload_directory)?;
 //! let options = PlanOptions {
-//!     quantize: Some(QuantizeRules::whole_model(Scheme::Int4)),
+//!     quantize: Some(Scheme::Int4.into()),
 //!     context: Some(8192),
 //!     ..PlanOptions::default()
 //! };

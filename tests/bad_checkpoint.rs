@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use evenkeel::ErrorKind;
 use evenkeel::error::printable;
+use evenkeel::model_config::FAMILIES;
 use proptest::prelude::*;
 use proptest::sample;
 use serde_json::Value;
@@ -443,10 +444,12 @@ fn row_15_configurations_out_of_range() {
         1e-05 | 1e-40 | line 9, column 19: `rms_norm_eps` is 1e-40; it must be from 1e-30 to 1
         1e-05 | 1e999 | line 9, column 19: a number is wanted here, not 1e999
         1e-05 | "NaN" | line 9, column 19: a number is wanted here, not a text
-        LlamaFor | \u001b[2JFor | line 2, column 20: architecture `\u{1b}[2JForCausalLM` is not supported; supported: LlamaForCausalLM
-        architectures": ["LlamaForCausalLM"] | model_type": "warp" | line 2, column 17: model type `warp` is not supported; supported: LlamaForCausalLM
+        LlamaFor | \u001b[2JFor | line 2, column 20: architecture `\u{1b}[2JForCausalLM` is not supported; supported: SUPPORTED
+        architectures": ["LlamaForCausalLM"] | model_type": "warp" | line 2, column 17: model type `warp` is not supported; supported: SUPPORTED
     "#;
     for [old, new, message] in rows(table) {
+        let names: Vec<_> = FAMILIES.iter().map(|family| family.architecture).collect();
+        let message = message.replace("SUPPORTED", &names.join(", "));
         assert_eq!(config_refusal(old, new), format!("`DIR/{CONFIG}`, {message}"));
     }
     let message = "is not JSON; cause: expected value at line 9 column 19";

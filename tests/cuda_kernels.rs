@@ -33,5 +33,6 @@ on_the_stand_in! {
     quantizing_is_bit_for_bit_the_hosts
     rotation_equals_the_reference
     the_best_logits_are_found
+    the_tokens_of_an_expert_go_there_and_back
     what_cannot_be_packed_is_noticed
 }

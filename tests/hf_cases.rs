@@ -9,7 +9,6 @@ use evenkeel::device_map::MaxMemory;
 use evenkeel::model_config::ModelConfig;
 use evenkeel::plan::hf::{self, Mode, Model, Module, Placement, Quantization, Tensor};
 use evenkeel::quant::WeightDtype;
-use evenkeel::source::LocalDirectory;
 use serde_json::{Value, json};
 
 fn fixture(name: &str) -> Value {
@@ -278,6 +277,25 @@ fn mixtral() -> Value {
     json!({"tree": tree, "no_split": ["MixtralDecoderLayer"], "tied": {}})
 }
 
+fn parse(config: &Value) -> ModelConfig {
+    ModelConfig::parse("config.json", config.to_string().into()).unwrap()
+}
+
+fn qwen2_half_billion() -> ModelConfig {
+    parse(&json!({
+        "architectures": ["Qwen2ForCausalLM"], "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151_936, "tie_word_embeddings": true,
+    }))
+}
+
+fn mixtral_8x7b() -> ModelConfig {
+    parse(&json!({
+        "architectures": ["MixtralForCausalLM"], "hidden_size": 4096, "intermediate_size": 14_336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32_000,
+        "num_local_experts": 8,
+    }))
+}
+
 /// The configuration of a Llama.
 fn llama(
     hidden: u64,
@@ -288,14 +306,12 @@ fn llama(
     vocabulary: u64,
     is_tied: bool,
 ) -> ModelConfig {
-    let directory = tempfile::tempdir().unwrap();
     let config = json!({
         "architectures": ["LlamaForCausalLM"], "hidden_size": hidden, "intermediate_size": feed_forward,
         "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
         "vocab_size": vocabulary, "tie_word_embeddings": is_tied, "torch_dtype": "bfloat16",
     });
-    std::fs::write(directory.path().join("config.json"), config.to_string()).unwrap();
-    ModelConfig::read(&LocalDirectory::new(directory.path()).unwrap()).unwrap()
+    parse(&config)
 }
 
 #[test]
@@ -306,8 +322,10 @@ fn an_architecture_is_counted_as_its_modules_are() {
         ("llama-2-13b", llama(5120, 13_824, 40, 40, 40, 32_000, false)),
         ("llama-3-8b", llama(4096, 14_336, 32, 32, 8, 128_256, false)),
         ("llama-3-70b", llama(8192, 28_672, 80, 64, 8, 128_256, false)),
+        ("qwen2.5-0.5b", qwen2_half_billion()),
+        ("mixtral", mixtral_8x7b()),
     ] {
-        let llm = &models[name];
+        let llm = if name == "mixtral" { &mixtral() } else { &models[name] };
         for quantization in [Quantization::None, Quantization::EightBit, Quantization::FourBit] {
             let expected = model(&llm["tree"], &llm["no_split"], &llm["tied"], quantization);
             let ours = hf::tree_of(&config, &ModuleTree::new(&config), WeightDtype::Bf16, quantization);

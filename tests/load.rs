@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::loader::{LoadEvent, LoadOptions};
 use evenkeel::plan::{Plan, PlanOptions};
-use evenkeel::quant::{QuantizeRules, Scheme};
+use evenkeel::quant::Scheme;
 use evenkeel::{Error, ErrorKind};
 use support::{fixture, load_plan, roomy};
 
@@ -26,7 +26,7 @@ fn copy() -> (tempfile::TempDir, Checkpoint) {
 }
 
 fn plan(checkpoint: &Checkpoint, scheme: Scheme) -> Plan {
-    let options = PlanOptions { quantize: Some(QuantizeRules::whole_model(scheme)), ..PlanOptions::default() };
+    let options = PlanOptions { quantize: Some(scheme.into()), ..PlanOptions::default() };
     Plan::new(checkpoint, &roomy(), &options).unwrap()
 }
 

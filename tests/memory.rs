@@ -6,7 +6,7 @@ use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device::DeviceId;
 use evenkeel::device_map::DeviceMap;
 use evenkeel::plan::{Plan, PlanOptions};
-use evenkeel::quant::{QuantizeRules, Scheme};
+use evenkeel::quant::{KvDtype, Scheme};
 use support::{fixture, load_plan, roomy};
 
 #[test]
@@ -14,14 +14,15 @@ fn measured_bytes_are_the_planned_ones() {
     for name in ["ferris-7m", "parity/llama", "parity/llama31"] {
         let checkpoint = Checkpoint::open(fixture(name)).unwrap();
         for scheme in Scheme::ALL {
-            for (map, context) in [
-                (r#"{"": "cpu"}"#, 64),
-                (r#"{"": "disk"}"#, 256),
-                (r#"{"": "cpu", "model.layers.1": "disk", "model.norm": "disk"}"#, 200),
+            for (map, context, kv_cache) in [
+                (r#"{"": "cpu"}"#, 64, KvDtype::F16),
+                (r#"{"": "disk"}"#, 256, KvDtype::Bf16),
+                (r#"{"": "cpu", "model.layers.1": "disk", "model.norm": "disk"}"#, 201, KvDtype::Int8),
             ] {
                 let options = PlanOptions {
-                    quantize: Some(QuantizeRules::whole_model(scheme)),
+                    quantize: Some(scheme.into()),
                     context: Some(context),
+                    kv_cache: Some(kv_cache),
                     device_map: Some(DeviceMap::parse("map.json", map.into()).unwrap()),
                     ..PlanOptions::default()
                 };

@@ -1,13 +1,16 @@
 //! The inventory of the machine that this runs on.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use rayon::prelude::*;
 
 use super::cuda;
 use crate::bytes::{Bytes, KIB};
 use crate::device::DeviceId;
 use crate::error::{Error, Result};
 use crate::fs;
-use crate::plan::{Device, Inventory};
+use crate::plan::{Bandwidth, Device, Inventory};
 
 impl Inventory {
     /// The devices of this machine: free host memory under the limit of the
@@ -26,11 +29,40 @@ impl Inventory {
             free = free.min(limit - used);
         }
         let disk = fs::free_space(offload_directory)?;
-        let device = |id, free, total| Device { id, name: None, free, total };
+        let device = |id, free, total| Device { id, name: None, free, total, bandwidth: None };
         let (mut devices, idle) = cuda::devices();
         devices.extend([device(DeviceId::Cpu, free, total), device(DeviceId::Disk, disk, disk)]);
         Ok(Self { devices, idle })
     }
+
+    /// Measures how fast the host reads its memory, with a short probe where
+    /// there is room for one. GPUs have their data sheets' figures.
+    pub fn measure_bandwidth(&mut self) {
+        for device in &mut self.devices {
+            if device.id == DeviceId::Cpu && device.free > Bytes(2 * PROBE as u64) {
+                device.bandwidth = host_bandwidth();
+            }
+        }
+    }
+}
+
+/// Bytes that are read to measure a bandwidth, more than caches hold.
+const PROBE: usize = 256 << 20;
+
+/// Adds up a large buffer three times over all cores; the best counts. It takes about a tenth of a second.
+fn host_bandwidth() -> Option<Bandwidth> {
+    let mut cells: Vec<u64> = Vec::new();
+    cells.try_reserve_exact(PROBE / size_of::<u64>()).ok()?;
+    cells.resize(PROBE / size_of::<u64>(), 1);
+    let read = |_| {
+        let start = Instant::now();
+        let sum: u64 = cells.par_chunks(1 << 16).map(|part| part.iter().sum::<u64>()).sum();
+        std::hint::black_box(sum);
+        PROBE as f64 / start.elapsed().as_secs_f64()
+    };
+    let best = (0..3).map(read).fold(0.0, f64::max);
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a saturating cast")]
+    Some(Bandwidth { bytes_per_second: best as u64, measured: true })
 }
 
 /// A field of /proc/meminfo, which counts in KiB.

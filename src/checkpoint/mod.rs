@@ -84,8 +84,14 @@ impl Checkpoint {
         };
         let shards = index.as_ref().map_or_else(|| vec![SINGLE_FILE.to_owned()], |index| index.shards.clone());
         check_presence(source, &shards)?;
-        let (shard_sizes, headers): (Vec<_>, Vec<_>) =
-            shards.par_iter().map(|shard| read_header(source, shard)).collect::<Result<Vec<_>>>()?.into_iter().unzip();
+        let read = || shards.par_iter().map(|shard| read_header(source, shard)).collect::<Result<Vec<_>>>();
+        // Reading a distant file is waiting, for which there need not be cores.
+        let distant = || rayon::ThreadPoolBuilder::new().num_threads(REQUESTS).build().ok();
+        let read = match source.directory().is_none().then(distant).flatten() {
+            Some(pool) => pool.install(read)?,
+            None => read()?,
+        };
+        let (shard_sizes, headers): (Vec<_>, Vec<_>) = read.into_iter().unzip();
         let (catalog, unlisted) = match index {
             Some(index) => catalog_by_index(source, &index, headers)?,
             None => (headers.into_iter().flatten().map(|info| entry(0, info)).collect(), 0),
@@ -101,6 +107,9 @@ impl Checkpoint {
         })
     }
 }
+
+/// Headers that are asked for at a time where they are not in a local directory.
+const REQUESTS: usize = 8;
 
 fn no_weights(source: &dyn Source) -> Error {
     let error = Error::input(format!("`{}` is missing, and so is `{}`", source.display(SINGLE_FILE), index::FILE));

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use evenkeel::bytes::Bytes;
 use evenkeel::device::DeviceId;
-use evenkeel::plan::Strategy;
-use evenkeel::quant::Scheme;
+use evenkeel::plan::{Quantize, Strategy};
+use evenkeel::quant::KvDtype;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -90,15 +90,22 @@ impl ModelArguments {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Placement")]
 pub struct PlacementArguments {
-    /// `none`, `int8` or `int4` for the whole model; int4 keeps embedding and head in int8 [default: the map's, or none].
+    /// `none`, `int8` or `int4` for the whole model, where int4 keeps embedding and head in int8;
+    /// `auto` for the most bits that fit without leaving the GPUs [default: the map's, or none].
     #[arg(long, value_name = "SCHEME")]
-    pub quantize: Option<Scheme>,
+    pub quantize: Option<Quantize>,
+    /// The type of the KV cache's elements: `f32`, `f16`, `bf16` or `int8` [default: the map's, or f16].
+    #[arg(long, value_name = "TYPE")]
+    pub kv_cache: Option<KvDtype>,
     /// `auto`, or a JSON file that says which module goes where.
     #[arg(long, value_name = "auto|FILE", default_value = "auto")]
     pub device_map: String,
+    /// Use a device map that was made for another model.
+    #[arg(long)]
+    pub any_model: bool,
     /// How modules are placed under `auto`: `balanced` (the fullest GPU is as little full as can
-    /// be), `packed` (the fewest GPUs), `sequential` (each in turn), or as Transformers would place
-    /// them: `hf-auto`, `hf-sequential`, `hf-balanced_low_0`.
+    /// be), `packed` (the fewest GPUs), `sequential` (each in turn), `fastest` (the least predicted
+    /// time for a token), or as Transformers would place them: `hf-auto`, `hf-sequential`, `hf-balanced_low_0`.
     #[arg(long, value_name = "PLACEMENT", default_value_t = Strategy::Balanced)]
     pub placement: Strategy,
     /// A device's budget, as `cpu=8GiB`; repeat it or separate by commas.
@@ -194,12 +201,19 @@ pub struct PlanArguments {
     pub model: ModelArguments,
     #[command(flatten)]
     pub placement: PlacementArguments,
-    /// Plan for this device in place of the machine's own, as `cuda:0=24GiB`; repeat it for several.
+    /// Plan for this device in place of the machine's own, as `cuda:0=24GiB`, with its bandwidth as
+    /// `cuda:0=24GiB@936GB/s`, or with a GPU's name as `cuda:0=24GiB@RTX 3090`; repeat it for several.
     #[arg(long, value_name = "DEVICE=SIZE", help_heading = "Placement")]
     pub device: Vec<String>,
     /// Sequences at once [default: the map's, or 1].
     #[arg(long, value_name = "N", help_heading = "Placement")]
     pub batch: Option<usize>,
+    /// Plan for the longest context that fits without leaving the GPUs for it.
+    #[arg(long, conflicts_with_all = ["context", "max_batch"], help_heading = "Placement")]
+    pub max_context: bool,
+    /// Plan for the most sequences at once that fit without leaving the GPUs for them.
+    #[arg(long, conflicts_with = "batch", help_heading = "Placement")]
+    pub max_batch: bool,
     /// Write the plan as a device map.
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub output: Option<PathBuf>,
@@ -210,8 +224,22 @@ pub struct PlanArguments {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["device_map", "output"], help_heading = "Output")]
     pub check: Option<PathBuf>,
     /// How the plan is written to standard output.
-    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = Format::Text, help_heading = "Output")]
-    pub format: Format,
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = PlanFormat::Text, help_heading = "Output")]
+    pub format: PlanFormat,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PlanFormat {
+    /// A table; on a terminal with a bar for each device.
+    Text,
+    /// Everything, sizes in bytes.
+    Json,
+    /// The plain dictionary that Transformers takes as `device_map`.
+    Hf,
+    /// A picture.
+    Svg,
+    /// A page with the picture and the table.
+    Html,
 }
 
 #[cfg(test)]

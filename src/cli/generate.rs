@@ -7,13 +7,14 @@ use evenkeel::bytes::{Bytes, MIB};
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::generate::{ChatTemplate, Finish, GenerateOptions, GenerateReport, Message, Sampling};
 use evenkeel::loader::{LoadEvent, LoadOptions, LoadReport, Model};
-use evenkeel::plan::{Inventory, Plan};
+use evenkeel::plan::{Inventory, Plan, Strategy};
 use evenkeel::{Error, Result, fs};
 use serde::Serialize;
 
 use super::args::{Format, GenerateArguments, PromptArguments, SamplingArguments};
 use super::env::Environment;
 use super::model::{self, Need};
+use super::plan::with_commands;
 use super::printer::Printer;
 use super::progress::Bar;
 use super::{Exit, Outcome, Stop, signal};
@@ -33,7 +34,14 @@ pub fn run(arguments: &GenerateArguments, environment: &Environment, printer: &P
     let offload_directory = arguments.placement.offload_directory(environment);
     let checkpoint = model::open(&arguments.model, Need::Weights, environment, printer)?;
     let template = template(&arguments.prompt, &checkpoint)?;
-    let plan = Plan::new(&checkpoint, &Inventory::this_machine(&offload_directory)?, &options)?;
+    let mut inventory = Inventory::this_machine(&offload_directory)?;
+    if options.strategy == Strategy::Fastest {
+        inventory.measure_bandwidth();
+    }
+    let plan = Plan::new(&checkpoint, &inventory, &options)?;
+    if !plan.fits() {
+        return Err(with_commands(&plan).into());
+    }
     let load = LoadOptions { offload_directory: &offload_directory, cancel: &interrupted, separate_buffers: false };
     let mut model = load_with_bar(&plan, &checkpoint, &load, printer)?;
 

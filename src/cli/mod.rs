@@ -3,6 +3,7 @@
 //! Nothing outside this room prints, exits or reads the environment.
 
 mod args;
+mod command_line;
 mod env;
 mod generate;
 mod model;

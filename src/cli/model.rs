@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device_map::DeviceMap;
 use evenkeel::plan::PlanOptions;
-use evenkeel::quant::QuantizeRules;
 use evenkeel::{Error, Result};
 
 use super::args::{ModelArguments, PlacementArguments};
@@ -103,12 +102,14 @@ impl PlacementArguments {
     pub fn options(&self, map: Option<&Path>) -> Result<PlanOptions> {
         let file = map.or_else(|| (self.device_map != "auto").then(|| Path::new(&self.device_map)));
         Ok(PlanOptions {
-            quantize: self.quantize.map(QuantizeRules::whole_model),
+            quantize: self.quantize.clone(),
             context: self.context,
             batch: None,
+            kv_cache: self.kv_cache,
             reserve: Some(self.reserve),
             max_memory: (!self.max_memory.is_empty()).then(|| self.max_memory.iter().copied().collect()),
             device_map: file.map(DeviceMap::open).transpose()?,
+            any_model: self.any_model,
             strategy: self.placement,
         })
     }

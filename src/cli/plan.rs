@@ -1,9 +1,11 @@
 //! `evenkeel plan`.
 
-use evenkeel::fs;
-use evenkeel::plan::{Inventory, Plan};
+use evenkeel::checkpoint::Checkpoint;
+use evenkeel::plan::{Inventory, Plan, PlanOptions};
+use evenkeel::{Result, fs};
 
-use super::args::{Format, PlanArguments};
+use super::args::{PlanArguments, PlanFormat};
+use super::command_line::CommandLine;
 use super::env::Environment;
 use super::model::{self, Need};
 use super::printer::Printer;
@@ -14,22 +16,70 @@ pub fn run(arguments: &PlanArguments, environment: &Environment, printer: &Print
     let mut options = arguments.placement.options(arguments.check.as_deref())?;
     options.batch = arguments.batch;
     let inventory = if arguments.device.is_empty() {
-        Inventory::this_machine(&arguments.placement.offload_directory(environment))?
+        let mut inventory = Inventory::this_machine(&arguments.placement.offload_directory(environment))?;
+        inventory.measure_bandwidth();
+        inventory
     } else {
         Inventory::described(&arguments.device.join(","))?
     };
     let checkpoint = model::open(&arguments.model, Need::Headers, environment, printer)?;
+    enlarge(arguments, &checkpoint, &inventory, &mut options)?;
     let plan = Plan::new(&checkpoint, &inventory, &options)?;
     if let Some(file) = &arguments.output {
         if !plan.fits() {
-            return Err(plan.does_not_fit().into());
+            return Err(with_commands(&plan).into());
         }
         fs::write_atomic(file, plan.device_map(&checkpoint).as_bytes(), arguments.force)?;
         printer.note(&format!("wrote `{}`", file.display()));
     }
     printer.result(&match arguments.format {
-        Format::Text => plan.to_string(),
-        Format::Json => plan.to_json(),
+        PlanFormat::Text => printer.plan(&plan) + &remedies(&plan),
+        PlanFormat::Json => plan.to_json(),
+        PlanFormat::Hf => plan.hugging_face_map(&checkpoint),
+        PlanFormat::Svg => plan.to_svg(),
+        PlanFormat::Html => plan.to_html(),
     })?;
     Ok(if plan.fits() { Exit::Done } else { Exit::DoesNotFit })
+}
+
+/// Finds the sizes that were asked to be as large as they may be; where none
+/// fits, the usual ones stay, and the plan says what would.
+fn enlarge(
+    arguments: &PlanArguments,
+    checkpoint: &Checkpoint,
+    inventory: &Inventory,
+    options: &mut PlanOptions,
+) -> Result<()> {
+    if arguments.max_context {
+        options.context = Plan::longest_context(checkpoint, inventory, options)?.or(options.context);
+    }
+    if arguments.max_batch {
+        options.batch = Plan::largest_batch(checkpoint, inventory, options)?.or(options.batch);
+    }
+    Ok(())
+}
+
+/// What would fit, as commands.
+fn remedies(plan: &Plan) -> String {
+    if plan.remedies.is_empty() {
+        return String::new();
+    }
+    let command_line = CommandLine::of_process();
+    let mut text = "\nwhat would fit, the least loss first:\n".to_owned();
+    for remedy in &plan.remedies {
+        text += &format!("  # {remedy}\n");
+        if let Some(command) = command_line.with(remedy) {
+            text += &format!("  {command}\n");
+        }
+    }
+    text
+}
+
+/// The error of a plan that does not fit, with commands that would as its hints.
+pub fn with_commands(plan: &Plan) -> evenkeel::Error {
+    let command_line = CommandLine::of_process();
+    plan.remedies.iter().fold(plan.does_not_fit(), |error, remedy| {
+        let command = command_line.with(remedy).map_or(String::new(), |command| format!("\n      {command}"));
+        error.hint(format!("{remedy}{command}"))
+    })
 }

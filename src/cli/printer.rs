@@ -6,6 +6,7 @@ use std::error::Error as _;
 use std::io::{IsTerminal, Write, stderr, stdout};
 
 use evenkeel::Error;
+use evenkeel::plan::Plan;
 
 use super::Stop;
 use super::args::{OutputArguments, When};
@@ -15,6 +16,8 @@ use super::env::Environment;
 pub struct Printer {
     quiet: bool,
     color: bool,
+    /// Whether results are coloured; `None` where they are not for a terminal.
+    result_color: Option<bool>,
     /// Whether bars are drawn.
     pub progress: bool,
 }
@@ -29,6 +32,11 @@ impl Printer {
                 When::Auto => environment.color(terminal),
                 When::Always => true,
                 When::Never => false,
+            },
+            result_color: match arguments.color {
+                When::Always => Some(true),
+                When::Auto => stdout().is_terminal().then(|| environment.color(true)),
+                When::Never => stdout().is_terminal().then_some(false),
             },
             progress: match arguments.progress {
                 When::Auto => terminal && !arguments.quiet && environment.progress(),
@@ -54,6 +62,11 @@ impl Printer {
     /// Ends a result that is no line, so that a prompt does not stand behind it.
     pub fn end_of_text(&self) -> Result<(), Stop> {
         if stdout().is_terminal() { self.result("\n") } else { Ok(()) }
+    }
+
+    /// A plan as text; on a terminal with bars.
+    pub fn plan(&self, plan: &Plan) -> String {
+        self.result_color.map_or_else(|| plan.to_string(), |color| plan.with_bars(color))
     }
 
     /// A message that is left out when quiet.

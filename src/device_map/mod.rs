@@ -17,9 +17,9 @@ use crate::device::DeviceId;
 use crate::error::{Error, Result, did_you_mean, printable};
 use crate::fs;
 use crate::json::{Document, Member, Node, Place};
-use crate::quant::{QuantizeRules, Scheme};
+use crate::quant::{KvDtype, QuantizeRules, Scheme};
 
-pub use write::to_json;
+pub use write::{Contents, to_hugging_face, to_json};
 
 /// The version of the form that is written and read.
 pub const SCHEMA_VERSION: u64 = 1;
@@ -43,6 +43,8 @@ pub struct DeviceMap {
     pub context: Option<usize>,
     /// Sequences at once.
     pub batch: Option<usize>,
+    /// The type of the KV cache's elements.
+    pub kv_cache: Option<KvDtype>,
     /// Budgets.
     pub max_memory: Option<MaxMemory>,
     entries: Vec<Entry>,
@@ -77,6 +79,7 @@ impl DeviceMap {
             quantize: None,
             context: None,
             batch: None,
+            kv_cache: None,
             max_memory: None,
             entries: Vec::new(),
         };
@@ -99,6 +102,7 @@ impl DeviceMap {
                 "quantize" => map.quantize = Some(rules(value)?),
                 "context" => map.context = Some(count(value, "context", MAX_CONTEXT)?),
                 "batch" => map.batch = Some(count(value, "batch", MAX_BATCH)?),
+                "kv_cache" => map.kv_cache = Some(value.text()?.parse().map_err(|e| value.error(e))?),
                 "max_memory" => map.max_memory = Some(max_memory(value)?),
                 "device_map" => {
                     map.entries = entries(value)?;
@@ -111,7 +115,8 @@ impl DeviceMap {
     }
 }
 
-const KEYS: &[&str] = &["schema_version", "model", "quantize", "context", "batch", "max_memory", "device_map"];
+const KEYS: &[&str] =
+    &["schema_version", "model", "quantize", "context", "batch", "kv_cache", "max_memory", "device_map"];
 
 fn unknown_key(member: &Member, name: &str) -> Error {
     let error = member.key.error(format!("`{}` is no key of a device map", printable(name)));

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use super::{DeviceMap, Entry};
-use crate::architecture::{BLOCKS, ModuleKind, ModuleTree};
+use crate::architecture::{ModuleKind, ModuleTree};
 use crate::device::DeviceId;
 use crate::error::{Error, Result, did_you_mean, first_five, printable};
 use crate::module_path::{block_range, contains, longest_prefix};
@@ -39,7 +39,7 @@ impl DeviceMap {
                 at = at.or(Some(entry));
             }
             let device = match (at, module.kind) {
-                (None, ModuleKind::Head) if tree.tied => self.tied_head(&entries, devices.first().copied())?,
+                (None, ModuleKind::Head) if tree.tied => self.tied_head(tree, &entries, devices.first().copied())?,
                 (at, _) => at.map(|entry| entries[entry].device),
             };
             // A module without a device is among the uncovered, which is an error below.
@@ -80,11 +80,11 @@ impl DeviceMap {
         )
     }
 
-    fn tied_head(&self, entries: &[Entry], embedding: Option<DeviceId>) -> Result<Option<DeviceId>> {
+    fn tied_head(&self, tree: &ModuleTree, entries: &[Entry], embedding: Option<DeviceId>) -> Result<Option<DeviceId>> {
         let named = entries.iter().find(|entry| entry.path == "lm_head");
         match (named, embedding) {
             (Some(entry), Some(embedding)) if entry.device != embedding => Err(self.wrong(
-                format!("puts `lm_head` on {} and `model.embed_tokens` on {embedding}", entry.device),
+                format!("puts `lm_head` on {} and `{}` on {embedding}", entry.device, tree.embedding()),
                 entry,
                 "the model ties them: they share one copy of their weights",
             )),
@@ -99,7 +99,7 @@ impl DeviceMap {
         let blocks = tree.modules.iter().filter(|module| matches!(module.kind, ModuleKind::Block(_))).count();
         for entry in &self.entries {
             let paths = match block_range(&entry.path) {
-                Some((BLOCKS, first, last)) => {
+                Some((parent, first, last)) if parent == tree.blocks => {
                     if first > last || last >= blocks {
                         return Err(self.wrong(
                             format!("places unknown blocks `{}`", printable(&entry.path)),
@@ -107,7 +107,7 @@ impl DeviceMap {
                             &format!("the model has the blocks 0 to {}", blocks.saturating_sub(1)),
                         ));
                     }
-                    (first..=last).map(|index| format!("{BLOCKS}.{index}")).collect()
+                    (first..=last).map(|index| format!("{parent}.{index}")).collect()
                 }
                 _ => vec![entry.path.clone()],
             };
@@ -133,7 +133,7 @@ impl DeviceMap {
             self.wrong(format!("places unknown module `{}`", printable(path)), entry, "the model has no such module");
         let modules = tree.modules.iter().map(|module| module.path.as_str());
         let parameters = tree.parameters().map(|(_, parameter)| parameter.module.as_str());
-        let groups = ["model", BLOCKS];
+        let groups = [tree.base, tree.blocks.as_str()];
         match did_you_mean(path, groups.into_iter().chain(modules).chain(parameters)) {
             Some(near) => error.hint(format!("did you mean `{near}`?")),
             None => error.hint("`evenkeel plan --output FILE` writes a map with this model's own names"),

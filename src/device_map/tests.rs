@@ -2,26 +2,16 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::architecture::ModuleTree;
-use crate::model_config::{ModelConfig, Rope, RopeScaling};
+use crate::model_config::ModelConfig;
 use crate::quant::Scheme;
 
 fn tree(tied: bool) -> ModuleTree {
-    ModuleTree::new(&ModelConfig {
-        architecture: "LlamaForCausalLM",
-        dtype: None,
-        hidden_size: 64,
-        intermediate_size: 128,
-        num_hidden_layers: 12,
-        num_attention_heads: 4,
-        num_key_value_heads: 2,
-        head_dim: 16,
-        vocab_size: 320,
-        max_position_embeddings: 256,
-        rms_norm_eps: 1e-5,
-        rope: Rope { theta: 10_000.0, scaling: RopeScaling::Default },
-        tie_word_embeddings: tied,
-        eos_token_ids: Vec::new(),
-    })
+    let config = format!(
+        r#"{{"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
+            "num_hidden_layers": 12, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320,
+            "tie_word_embeddings": {tied}}}"#
+    );
+    ModuleTree::new(&ModelConfig::parse("config.json", config.into()).unwrap())
 }
 
 fn resolve(json: &str, tied: bool) -> Result<Vec<String>> {
@@ -83,6 +73,10 @@ fn our_form_carries_its_conditions() {
     assert_eq!(devices[11], DeviceId::Cpu);
 }
 
+fn contents<'a>(quantize: &'a QuantizeRules, max_memory: &'a MaxMemory, kv_cache: KvDtype) -> Contents<'a> {
+    Contents { model: "m", quantize, context: 4096, batch: 1, kv_cache, max_memory }
+}
+
 #[test]
 fn what_is_written_reads_back_the_same() {
     let tree = tree(false);
@@ -91,12 +85,28 @@ fn what_is_written_reads_back_the_same() {
     devices[9..].fill(DeviceId::Disk);
     let rules = QuantizeRules::whole_model(Scheme::Int4);
     let budgets: MaxMemory = [(DeviceId::Cpu, Bytes(3 << 30)), (DeviceId::Cuda(0), Bytes(1000))].into();
-    let json = to_json("m", &rules, 4096, 1, &budgets, &tree, &devices);
-    let map = DeviceMap::parse("map.json", json.clone().into_bytes()).unwrap();
-    assert_eq!(map.resolve(&tree).unwrap(), devices);
-    assert_eq!(map.max_memory.as_ref(), Some(&budgets));
-    assert_eq!(to_json("m", map.quantize.as_ref().unwrap(), 4096, 1, &budgets, &tree, &devices), json);
-    assert!(json.contains(r#""model.layers.4-7": "cpu""#), "{json}");
+    for kv_cache in KvDtype::ALL {
+        let json = to_json(&contents(&rules, &budgets, kv_cache), &tree, &devices);
+        let map = DeviceMap::parse("map.json", json.clone().into_bytes()).unwrap();
+        assert_eq!(map.resolve(&tree).unwrap(), devices);
+        assert_eq!(map.max_memory.as_ref(), Some(&budgets));
+        assert_eq!(map.kv_cache.unwrap_or_default(), kv_cache);
+        assert_eq!(to_json(&contents(map.quantize.as_ref().unwrap(), &budgets, kv_cache), &tree, &devices), json);
+        assert!(json.contains(r#""model.layers.4-7": "cpu""#), "{json}");
+    }
+}
+
+#[test]
+fn hugging_face_gets_every_module_by_itself() {
+    let tree = tree(false);
+    let mut devices = vec![DeviceId::Cuda(0); 15];
+    devices[9..].fill(DeviceId::Disk);
+    let json = to_hugging_face(&tree, &devices);
+    let plain: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&json).unwrap();
+    assert_eq!(plain.len(), 16);
+    assert_eq!((&plain["model.layers.7"], &plain["model.layers.8"]), (&0.into(), &"disk".into()));
+    assert_eq!(plain["model.rotary_emb"], 0);
+    assert_eq!(DeviceMap::parse("map.json", json.into_bytes()).unwrap().resolve(&tree).unwrap(), devices);
 }
 
 #[test]
@@ -175,7 +185,9 @@ proptest! {
         };
         let devices: Vec<_> = devices.into_iter().map(device).collect();
         let (tree, rules) = (tree(false), QuantizeRules::whole_model(Scheme::Int8));
-        let json = to_json("m", &rules, context, 1, &MaxMemory::new(), &tree, &devices);
+        let max_memory = MaxMemory::new();
+        let contents = Contents { context, ..contents(&rules, &max_memory, KvDtype::F16) };
+        let json = to_json(&contents, &tree, &devices);
         let map = DeviceMap::parse("map.json", json.into_bytes()).unwrap();
         prop_assert_eq!(map.resolve(&tree).unwrap(), devices);
         prop_assert_eq!((map.context, map.quantize), (Some(context), Some(rules)));

@@ -1,38 +1,63 @@
 //! The canonical form of a device map.
 
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 use super::{MaxMemory, SCHEMA_VERSION};
-use crate::architecture::{BLOCKS, ModuleKind, ModuleTree};
+use crate::architecture::{ModuleKind, ModuleTree};
 use crate::device::DeviceId;
-use crate::quant::QuantizeRules;
+use crate::quant::{KvDtype, QuantizeRules};
+
+/// What a map carries beside the devices.
+#[derive(Clone, Copy, Debug)]
+pub struct Contents<'a> {
+    /// The model's name.
+    pub model: &'a str,
+    /// The schemes.
+    pub quantize: &'a QuantizeRules,
+    /// Longest context, in tokens.
+    pub context: usize,
+    /// Sequences at once.
+    pub batch: usize,
+    /// The type of the KV cache's elements; written where it is not the default.
+    pub kv_cache: KvDtype,
+    /// Budgets.
+    pub max_memory: &'a MaxMemory,
+}
 
 /// A map in canonical form: neighbouring blocks on one device as a range,
 /// modules in the order they run, sizes in the largest unit that divides them.
 /// `devices` has a device for every module of `tree`.
-pub fn to_json(
-    model: &str,
-    quantize: &QuantizeRules,
-    context: usize,
-    batch: usize,
-    max_memory: &MaxMemory,
-    tree: &ModuleTree,
-    devices: &[DeviceId],
-) -> String {
+pub fn to_json(contents: &Contents, tree: &ModuleTree, devices: &[DeviceId]) -> String {
     let quantize: Map<String, Value> =
-        quantize.iter().map(|(path, scheme)| (path.to_owned(), scheme.name().into())).collect();
+        contents.quantize.iter().map(|(path, scheme)| (path.to_owned(), scheme.name().into())).collect();
     let max_memory: Map<String, Value> =
-        max_memory.iter().map(|(device, bytes)| (device.to_string(), bytes.exact().into())).collect();
-    let map = json!({
-        "schema_version": SCHEMA_VERSION,
-        "model": model,
-        "quantize": quantize,
-        "context": context,
-        "batch": batch,
-        "max_memory": max_memory,
-        "device_map": device_map(tree, devices),
-    });
-    format!("{map:#}\n")
+        contents.max_memory.iter().map(|(device, bytes)| (device.to_string(), bytes.exact().into())).collect();
+    let mut map = Map::from_iter([
+        ("schema_version".to_owned(), SCHEMA_VERSION.into()),
+        ("model".to_owned(), contents.model.into()),
+        ("quantize".to_owned(), quantize.into()),
+        ("context".to_owned(), contents.context.into()),
+        ("batch".to_owned(), contents.batch.into()),
+    ]);
+    if contents.kv_cache != KvDtype::default() {
+        map.insert("kv_cache".to_owned(), contents.kv_cache.name().into());
+    }
+    map.insert("max_memory".to_owned(), max_memory.into());
+    map.insert("device_map".to_owned(), device_map(tree, devices).into());
+    format!("{:#}\n", Value::Object(map))
+}
+
+/// The plain dictionary of Hugging Face: every module by itself, GPUs by their
+/// index. Modules without weights, which Transformers wants placed too, go
+/// where the first module is.
+pub fn to_hugging_face(tree: &ModuleTree, devices: &[DeviceId]) -> String {
+    let value = |device: &DeviceId| match device {
+        DeviceId::Cuda(index) => Value::from(*index),
+        DeviceId::Cpu | DeviceId::Disk => device.to_string().into(),
+    };
+    let modules = tree.modules.iter().zip(devices).map(|(module, device)| (module.path.clone(), value(device)));
+    let weightless = tree.weightless.iter().zip(devices.first()).map(|(path, device)| (path.clone(), value(device)));
+    format!("{:#}\n", Value::Object(modules.chain(weightless).collect()))
 }
 
 fn device_map(tree: &ModuleTree, devices: &[DeviceId]) -> Map<String, Value> {
@@ -40,7 +65,8 @@ fn device_map(tree: &ModuleTree, devices: &[DeviceId]) -> Map<String, Value> {
     let mut run: Option<(usize, usize, DeviceId)> = None;
     let flush = |map: &mut Map<String, Value>, run: &mut Option<(usize, usize, DeviceId)>| {
         if let Some((first, last, device)) = run.take() {
-            let path = if first == last { format!("{BLOCKS}.{first}") } else { format!("{BLOCKS}.{first}-{last}") };
+            let blocks = &tree.blocks;
+            let path = if first == last { format!("{blocks}.{first}") } else { format!("{blocks}.{first}-{last}") };
             map.insert(path, device.to_string().into());
         }
     };

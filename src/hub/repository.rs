@@ -16,7 +16,7 @@ use rustix::io::Errno;
 use super::explain::lock_held;
 use super::link::{Failure, Limits, Link, Note, QUIET_WAIT, is_commit, quiet};
 use super::{Hub, HubEvent, LOCK_WAIT, RATE_LIMIT_WAIT, RepoId};
-use crate::bytes::{Bytes, MIB};
+use crate::bytes::{Bytes, KIB};
 use crate::checkpoint::{Index, index};
 use crate::error::{Error, Result, printable};
 use crate::fs;
@@ -29,7 +29,7 @@ const FILE_LOCK_WAIT: Duration = Duration::from_secs(10);
 /// Files downloaded at a time.
 const WORKERS: usize = 4;
 /// What is fetched of a shard at its first read: nearly every header is shorter.
-const FIRST_READ: u64 = MIB;
+const FIRST_READ: u64 = 128 * KIB;
 const CONFIG: &str = "config.json";
 const SINGLE_FILE: &str = "model.safetensors";
 /// What a load reads besides the configuration and the weights, where it exists.
@@ -53,6 +53,8 @@ pub struct Repository {
     /// The commit's directory in the cache; it may lack files, or be missing.
     snapshot: PathBuf,
     locks: PathBuf,
+    /// Where the headers of this commit are kept.
+    headers: PathBuf,
     /// Sizes of the files that matter, as the Hub has them; none offline.
     files: BTreeMap<String, u64>,
     link: Option<Link>,
@@ -104,7 +106,8 @@ impl Repository {
             id: id.clone(),
             revision: revision.to_owned(),
             snapshot: home.join("snapshots").join(&commit),
-            locks: hub.options.cache.join(".locks").join(folder),
+            locks: hub.options.cache.join(".locks").join(&folder),
+            headers: hub.options.cache.join(".evenkeel").join(folder).join(&commit),
             home,
             commit,
             files,
@@ -334,23 +337,36 @@ impl Repository {
         bytes.map(Vec::from).map_err(|failure| link.explain(failure, Some(file)))
     }
 
-    /// The first bytes of a shard: its header, where that is within [`FIRST_READ`].
+    /// The first bytes of a shard: its header, where that is within
+    /// [`FIRST_READ`]; kept on the disk for the next time.
     fn head(&self, link: &Link, file: &str, size: u64) -> Result<Arc<Vec<u8>>> {
         let heads = || self.heads.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(head) = heads().get(file) {
             return Ok(head.clone());
         }
-        let mut head = self.range(link, file, size, 0, size.min(FIRST_READ))?;
-        if let Some(length) = head.first_chunk() {
-            let header = u64::from_le_bytes(*length).saturating_add(length.len() as u64);
-            let keep = if header <= FIRST_READ { header } else { length.len() as u64 };
-            head.truncate(usize::try_from(keep).unwrap_or(usize::MAX));
-            head.shrink_to_fit();
-        }
+        let kept = self.headers.join(file);
+        let head = match fs::read_capped(&kept, Bytes(FIRST_READ)) {
+            Ok(head) if head_end(&head) == Some(head.len()) => head,
+            _ => {
+                let mut head = self.range(link, file, size, 0, size.min(FIRST_READ))?;
+                head.truncate(head_end(&head).unwrap_or(usize::MAX));
+                head.shrink_to_fit();
+                // What cannot be kept is fetched again.
+                let _ = std::fs::create_dir_all(&self.headers).map(|()| fs::write_atomic(&kept, &head, true));
+                head
+            }
+        };
         let head = Arc::new(head);
         heads().insert(file.to_owned(), head.clone());
         Ok(head)
     }
+}
+
+/// Where the header ends that `head` begins with; behind its length field where it is not whole.
+fn head_end(head: &[u8]) -> Option<usize> {
+    let length = head.first_chunk()?;
+    let end = u64::from_le_bytes(*length).saturating_add(length.len() as u64);
+    Some(if end <= FIRST_READ { usize::try_from(end).ok()? } else { length.len() })
 }
 
 impl Source for Repository {

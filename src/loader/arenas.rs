@@ -12,7 +12,7 @@ use crate::device::DeviceId;
 use crate::error::{Error, Result};
 use crate::fs;
 use crate::model_config::ModelConfig;
-use crate::plan::memory::{self, HostStaging, Placed};
+use crate::plan::memory::{HostStaging, KvLayout, Placed};
 use crate::plan::{DevicePlan, Plan};
 
 /// The arenas while they are filled.
@@ -95,9 +95,9 @@ impl GpuArenas {
         let matrix = |(at, region): (&usize, Region)| (*at, DeviceMatrix::new(placed[*at].layout.clone(), region));
 
         let blocks = plan.modules.iter().filter(|m| m.device == device.id && m.is_block()).count();
-        let cache = memory::kv_bytes(config, plan.context, plan.batch, device.id)
+        let cache = KvLayout::new(config, plan.context, plan.batch, plan.kv_cache)
             .ok_or_else(|| Error::does_not_fit("the KV cache is too large for this machine"))?;
-        let caches = cuda::arena(&gpu, "the KV cache", &vec![Bytes(cache.0 / 2); 2 * blocks], separate)?;
+        let caches = cuda::arena(&gpu, "the KV cache", &vec![cache.bytes(); 2 * blocks], separate)?;
         Ok(Self {
             matrices: here.iter().zip(weights).map(matrix).collect(),
             caches,

@@ -5,16 +5,16 @@ use std::sync::{Arc, Mutex};
 
 use super::LoadOptions;
 use super::arenas::{Arenas, GpuArenas};
-use crate::architecture::{ModuleKind, ModuleTree, Role};
+use crate::architecture::{ModuleKind, ModuleTree, Parameter as Named, Weight};
 use crate::backend::cpu::{self, Arena, CpuStage, Parameter, Workspace};
-use crate::backend::cuda::{self, CudaStage, Region};
+use crate::backend::cuda::{self, Cache, CudaStage};
 use crate::backend::{Pipeline, Stage, StageRoles};
 use crate::bytes::Bytes;
 use crate::checkpoint::Checkpoint;
 use crate::device::DeviceId;
 use crate::error::{Error, Result};
 use crate::plan::Plan;
-use crate::plan::memory::{self, Placed, WorkspaceLayout};
+use crate::plan::memory::{self, KvLayout, Placed, WorkspaceLayout};
 
 /// A stage while it is given its modules.
 enum Run {
@@ -43,29 +43,28 @@ pub fn build(
     if let Some(file) = disk {
         host.insert(DeviceId::Disk, Arc::new(Arena::map(&file, options.offload_directory)?));
     }
-    let mut modules = vec![cpu::Parameters::new(); tree.modules.len()];
-    let mut on_gpu = vec![cuda::Parameters::new(); tree.modules.len()];
+    let mut modules = vec![cpu::Parameters::default(); tree.modules.len()];
+    let mut on_gpu = vec![cuda::Parameters::default(); tree.modules.len()];
     for (at, target) in placed.iter().enumerate() {
-        let (module, role) = (target.weight.module, target.weight.parameter.role);
+        let Weight { module, parameter: Named { role, part, .. }, .. } = target.weight;
         if let Some(matrix) = gpus.get_mut(&target.device).and_then(|gpu| gpu.matrices.remove(&at)) {
-            on_gpu[module].insert(role, matrix);
+            on_gpu[module].insert(*role, *part, matrix);
         } else {
             // Arenas exist for all devices of the plan, and offsets lie inside them.
             #[expect(clippy::cast_possible_truncation, reason = "an offset into an arena")]
             let offset = target.offset as usize;
-            modules[module]
-                .insert(role, Parameter::new(target.layout.clone(), offset, Arc::clone(&host[&target.device])));
+            let parameter = Parameter::new(target.layout.clone(), offset, Arc::clone(&host[&target.device]));
+            modules[module].insert(*role, *part, parameter);
         }
     }
     let mut measured: Measured = gpus.iter().map(|(device, arenas)| (*device, arenas.gpu.peak())).collect();
 
-    let tied = (modules[0].get(&Role::Embedding).cloned(), on_gpu[0].get(&Role::Embedding).cloned());
     let computes_here = plan.modules.iter().any(|module| host.contains_key(&module.device));
     let tokens = if computes_here { memory::chunk(plan.context) } else { 0 };
     let workspace = Workspace::new(&WorkspaceLayout::new(config, tokens));
     let workspace_bytes = workspace.bytes();
     let workspace = Arc::new(Mutex::new(workspace));
-    let kv_len = memory::kv_len(config, plan.context, plan.batch)
+    let kv = KvLayout::new(config, plan.context, plan.batch, plan.kv_cache)
         .ok_or_else(|| Error::does_not_fit("the KV cache is too large for this machine"))?;
     let mut caches: BTreeMap<DeviceId, _> =
         gpus.iter_mut().map(|(device, arenas)| (*device, std::mem::take(&mut arenas.caches).into_iter())).collect();
@@ -82,10 +81,9 @@ pub fn build(
     let parameters = modules.into_iter().zip(on_gpu);
     for ((module, (parameters, on_gpu)), device) in tree.modules.iter().zip(parameters).zip(plan.placement()) {
         if module.kind == ModuleKind::Head && tree.tied {
-            match (&mut stages[roles.embedding], &tied) {
-                (Run::Cpu(stage), (Some(embedding), _)) => stage.set_head(embedding.clone()),
-                (Run::Cuda(_, stage), (_, Some(embedding))) => stage.set_head(embedding.clone()),
-                _ => unreachable!("the embedding is where its stage is"),
+            match &mut stages[roles.embedding] {
+                Run::Cpu(stage) => stage.tie_head(),
+                Run::Cuda(_, stage) => stage.tie_head(),
             }
             roles.head = roles.embedding;
             continue;
@@ -96,20 +94,25 @@ pub fn build(
         }
         let at = stages.len() - 1;
         match module.kind {
-            ModuleKind::Block(_) => {}
+            ModuleKind::Block(_) | ModuleKind::Positions => {}
             ModuleKind::Embedding => roles.embedding = at,
             ModuleKind::Norm => roles.norm = at,
             ModuleKind::Head => roles.head = at,
         }
-        match &mut stages[at] {
-            Run::Cpu(stage) => add_to_cpu(stage, module.kind, parameters, kv_len)?,
-            Run::Cuda(device, stage) => {
-                let mut cache = || caches.get_mut(device).and_then(Iterator::next);
-                add_to_gpu(stage, module.kind, on_gpu, &mut cache);
+        match (&mut stages[at], module.kind) {
+            (Run::Cpu(stage), ModuleKind::Block(index)) => stage.push_block(index, parameters, kv)?,
+            (Run::Cpu(stage), _) => stage.add(parameters),
+            (Run::Cuda(device, stage), ModuleKind::Block(index)) => {
+                let mut next = || caches.get_mut(device).and_then(Iterator::next);
+                let (Some(keys), Some(values)) = (next(), next()) else {
+                    unreachable!("there is a cache for every block")
+                };
+                stage.push_block(index, on_gpu, Cache::new(kv, &[keys, values]));
             }
+            (Run::Cuda(_, stage), _) => stage.add(on_gpu),
         }
     }
-    let kv: Bytes =
+    let kv_bytes: Bytes =
         stages.iter().map(|stage| if let Run::Cpu(stage) = stage { stage.kv_bytes() } else { Bytes::ZERO }).sum();
     let stage = |run| -> Box<dyn Stage> {
         match run {
@@ -122,37 +125,6 @@ pub fn build(
         let used = placed.iter().any(|target| target.device == *device);
         measured.insert(*device, if used { Bytes(arena.bytes().len() as u64) } else { Bytes::ZERO });
     }
-    *measured.entry(DeviceId::Cpu).or_default() += kv + workspace_bytes + Bytes(pipeline.host_bytes() as u64);
+    *measured.entry(DeviceId::Cpu).or_default() += kv_bytes + workspace_bytes + Bytes(pipeline.host_bytes() as u64);
     Ok((pipeline, measured))
-}
-
-fn add_to_cpu(stage: &mut CpuStage, kind: ModuleKind, mut parameters: cpu::Parameters, kv_len: usize) -> Result<()> {
-    let mut only = |role| parameters.remove(&role);
-    match kind {
-        ModuleKind::Block(_) => stage.push_block(parameters, kv_len)?,
-        ModuleKind::Embedding => only(Role::Embedding).into_iter().for_each(|p| stage.set_embedding(p)),
-        ModuleKind::Norm => only(Role::OutputNorm).into_iter().for_each(|p| stage.set_norm(p)),
-        ModuleKind::Head => only(Role::Head).into_iter().for_each(|p| stage.set_head(p)),
-    }
-    Ok(())
-}
-
-fn add_to_gpu(
-    stage: &mut CudaStage,
-    kind: ModuleKind,
-    mut parameters: cuda::Parameters,
-    cache: &mut dyn FnMut() -> Option<Region>,
-) {
-    let mut only = |role| parameters.remove(&role);
-    match kind {
-        ModuleKind::Block(_) => {
-            let (Some(keys), Some(values)) = (cache(), cache()) else {
-                unreachable!("there is a cache for every block")
-            };
-            stage.push_block(parameters, [keys, values]);
-        }
-        ModuleKind::Embedding => only(Role::Embedding).into_iter().for_each(|p| stage.set_embedding(p)),
-        ModuleKind::Norm => only(Role::OutputNorm).into_iter().for_each(|p| stage.set_norm(p)),
-        ModuleKind::Head => only(Role::Head).into_iter().for_each(|p| stage.set_head(p)),
-    }
 }

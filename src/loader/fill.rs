@@ -54,7 +54,7 @@ pub fn fill(
         let bytes = Bytes(len as u64);
         on_event(LoadEvent::Placed { module: &target.weight.parameter.module, device: target.device, bytes });
     };
-    reader::read(checkpoint, directory, placed, buffers, |slab, back| {
+    reader::read(checkpoint, directory, placed, buffers, staging.transposed, |slab, back| {
         if options.cancel.load(Ordering::Relaxed) {
             return Err(Error::interrupted());
         }
@@ -95,7 +95,7 @@ pub fn fill(
     for gpu in arenas.gpus.values_mut() {
         gpu.upload = None;
     }
-    Ok(Bytes((staging.slab * STAGING_SLABS) as u64) + most_packed)
+    Ok(staging.ring() + most_packed)
 }
 
 /// Waits for a slab on its way to a GPU and gives its buffer back.

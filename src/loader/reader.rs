@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
+use crate::architecture::Weight;
 use crate::backend::cuda::Pinned;
 use crate::bytes::Bytes;
 use crate::checkpoint::Checkpoint;
@@ -55,7 +56,8 @@ pub struct Slab {
 
 /// Reads `placed`, which is sorted by shard and offset, and calls `visit` with
 /// each slab in turn, and with the way that buffers go back. `visit` may keep
-/// some of the buffers, but not all.
+/// some of the buffers, but not all. `transposed` bytes are taken for rows of
+/// tensors that are stored the other way round.
 ///
 /// # Errors
 /// A shard cannot be read or has changed since its header was, or `visit` fails.
@@ -64,6 +66,7 @@ pub fn read(
     directory: &Path,
     placed: &[Placed],
     buffers: Vec<SlabBuffer>,
+    transposed: usize,
     mut visit: impl FnMut(Slab, &SyncSender<SlabBuffer>) -> Result<()>,
 ) -> Result<()> {
     let (filled_out, filled_in) = sync_channel::<Result<Slab>>(buffers.len());
@@ -76,7 +79,8 @@ pub fn read(
     // a reader that waits ends where the visitor fails.
     std::thread::scope(move |scope| {
         scope.spawn(move || {
-            if let Err(error) = read_ahead(checkpoint, directory, placed, &empty_in, &filled_out) {
+            let mut gathered = vec![0; transposed];
+            if let Err(error) = read_ahead(checkpoint, directory, placed, &empty_in, &filled_out, &mut gathered) {
                 // Nobody listens where the visitor has failed already.
                 let _ = filled_out.send(Err(error));
             }
@@ -94,6 +98,7 @@ fn read_ahead(
     placed: &[Placed],
     empty: &Receiver<SlabBuffer>,
     filled: &SyncSender<Result<Slab>>,
+    gathered: &mut [u8],
 ) -> Result<()> {
     let mut open: Option<Shard> = None;
     for (at, target) in placed.iter().enumerate() {
@@ -105,15 +110,20 @@ fn read_ahead(
                 Shard::open(checkpoint, directory, tensor.shard)?
             }
         };
-        let row_bytes = target.weight.parameter.cols * target.weight.dtype.size();
+        let parameter = target.weight.parameter;
+        let row_bytes = parameter.cols * target.weight.dtype.size();
         let mut row = 0;
-        while row < target.weight.parameter.rows {
+        while row < parameter.rows {
             let Ok(mut buffer) = empty.recv() else {
                 return Ok(());
             };
-            let rows = (buffer.len() / row_bytes).min(target.weight.parameter.rows - row);
+            let rows = (buffer.len() / row_bytes).min(parameter.rows - row);
             let len = rows * row_bytes;
-            shard.read(&mut buffer[..len], tensor.range.start + (row * row_bytes) as u64)?;
+            if parameter.is_transposed {
+                shard.read_transposed(&mut buffer[..len], &target.weight, row, &mut gathered[..len])?;
+            } else {
+                shard.read(&mut buffer[..len], tensor.range.start + (row * row_bytes) as u64)?;
+            }
             if filled.send(Ok(Slab { weight: at, row, len, buffer })).is_err() {
                 return Ok(());
             }
@@ -149,6 +159,23 @@ impl Shard {
         })
     }
 
+    /// Fills `buffer` with rows of a tensor that is stored as `[cols, rows]`:
+    /// their part of each stored row is read into `gathered`, which is as long.
+    fn read_transposed(&self, buffer: &mut [u8], weight: &Weight, row: usize, gathered: &mut [u8]) -> Result<()> {
+        let (element, cols, stored) =
+            (weight.dtype.size(), weight.parameter.cols, weight.parameter.rows * weight.dtype.size());
+        let rows = buffer.len() / (cols * element);
+        for (col, part) in gathered.chunks_mut(rows * element).enumerate() {
+            self.read(part, weight.tensor.range.start + (col * stored + row * element) as u64)?;
+        }
+        for (row, values) in buffer.chunks_mut(cols * element).enumerate() {
+            for (col, value) in values.chunks_mut(element).enumerate() {
+                value.copy_from_slice(&gathered[(col * rows + row) * element..][..element]);
+            }
+        }
+        Ok(())
+    }
+
     fn check_unchanged(&self) -> Result<()> {
         let now = self.file.metadata().map_err(|e| Error::io("read", &self.path, e))?;
         let same = |part: fn(&Metadata) -> i128| part(&now) == part(&self.opened);
@@ -160,5 +187,49 @@ impl Shard {
     fn changed(&self) -> Error {
         Error::input(format!("`{}` has changed while it was being loaded", self.path.display()))
             .hint("load again once the file is complete")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::architecture::ModuleTree;
+    use crate::device::DeviceId;
+    use crate::plan::memory::lay_out;
+    use crate::quant::{QuantizeRules, Scheme};
+
+    #[test]
+    fn transposed_tensors_come_in_rows_whatever_the_slab() {
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/parity/gpt2");
+        let checkpoint = Checkpoint::open(&directory).unwrap();
+        let tree = ModuleTree::new(&checkpoint.config);
+        let weights = tree.resolve(&checkpoint).unwrap();
+        let rules = QuantizeRules::whole_model(Scheme::None);
+        let mut placed = lay_out(&weights, &vec![DeviceId::Cpu; tree.modules.len()], &rules).unwrap();
+        placed.retain(|placed| placed.weight.parameter.is_transposed);
+        placed.sort_by_key(|placed| (placed.weight.tensor.shard, placed.weight.tensor.range.start));
+        assert_eq!(placed.len(), 4 * 3);
+        // One row of the widest matrix, some rows, all of them.
+        for slab in [512, 4099, 1 << 20] {
+            let buffers = (0..4).map(|_| SlabBuffer::Heap(vec![0; slab])).collect();
+            let mut read_back = vec![Vec::new(); placed.len()];
+            let read = read(&checkpoint, &directory, &placed, buffers, slab, |slab, back| {
+                read_back[slab.weight].extend_from_slice(&slab.buffer[..slab.len]);
+                let _ = back.send(slab.buffer);
+                Ok(())
+            });
+            read.unwrap();
+            for (placed, rows) in placed.iter().zip(read_back) {
+                let (tensor, parameter) = (placed.weight.tensor, placed.weight.parameter);
+                let shard = std::fs::read(directory.join(&checkpoint.shards[tensor.shard])).unwrap();
+                let stored = &shard[tensor.range.start as usize..tensor.range.end as usize];
+                let element = |row: usize, col: usize| &stored[2 * (col * parameter.rows + row)..][..2];
+                let wanted: Vec<u8> = (0..parameter.rows)
+                    .flat_map(|row| (0..parameter.cols).flat_map(move |col| element(row, col)))
+                    .copied()
+                    .collect();
+                assert!(rows == wanted, "{} in slabs of {slab}", parameter.tensor());
+            }
+        }
     }
 }

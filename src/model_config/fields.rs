@@ -21,6 +21,11 @@ impl<'a> Fields<'a> {
         (!member.value.is_null()).then_some(member.value)
     }
 
+    /// Whether `key` is there at all, if only as `null`.
+    pub fn has(&self, key: &str) -> bool {
+        self.members.iter().any(|member| member.name == key)
+    }
+
     pub fn required(&self, key: &str) -> Result<Node<'a>> {
         self.optional(key).ok_or_else(|| self.object.error(format!("`{key}` is missing")))
     }
@@ -46,14 +51,12 @@ impl<'a> Fields<'a> {
 
     /// A number above 0, as f32 too, and at most `max`.
     pub fn positive(&self, key: &str, max: f64) -> Result<f64> {
-        const MIN: f64 = 1e-30;
-        let node = self.required(key)?;
-        let number = node.number()?;
-        if (MIN..=max).contains(&number) {
-            Ok(number)
-        } else {
-            Err(node.error(format!("`{key}` is {number:?}; it must be from {MIN:e} to {max}")))
-        }
+        positive(self.required(key)?, key, max)
+    }
+
+    /// A list of such numbers.
+    pub fn positives(&self, key: &str, max: f64) -> Result<Vec<f64>> {
+        self.required(key)?.elements()?.into_iter().map(|node| positive(node, key, max)).collect()
     }
 
     pub fn positive_or(&self, key: &str, max: f64, default: f64) -> Result<f64> {
@@ -79,5 +82,15 @@ impl<'a> Fields<'a> {
             Some(node) if node.is_list() => node.elements()?.iter().map(id).collect(),
             Some(node) => Ok(vec![id(&node)?]),
         }
+    }
+}
+
+fn positive(node: Node, key: &str, max: f64) -> Result<f64> {
+    const MIN: f64 = 1e-30;
+    let number = node.number()?;
+    if (MIN..=max).contains(&number) {
+        Ok(number)
+    } else {
+        Err(node.error(format!("`{key}` is {number:?}; it must be from {MIN:e} to {max}")))
     }
 }

@@ -1,33 +1,41 @@
 //! config.json, in the older dialect of Transformers and the newer, as one
 //! checked [`ModelConfig`].
 
+mod families;
+mod family;
 mod fields;
+mod rope;
 
 use crate::bytes::{Bytes, MIB};
 use crate::error::{Result, first_five, printable};
 use crate::json::{Document, Node};
 use crate::source::Source;
+use family::{Biases, Windows};
 use fields::Fields;
+
+pub use families::{FAMILIES, table};
+pub use family::{Activation, Family, NormKind, Role};
+pub use rope::{Rope, RopeScaling};
 
 /// The configuration's file name.
 pub const FILE: &str = "config.json";
 const GENERATION_FILE: &str = "generation_config.json";
 const CAP: Bytes = Bytes(MIB);
 
-/// The architectures that are supported: the name in config.json's `architectures`, and its `model_type`.
-pub const ARCHITECTURES: &[(&str, &str)] = &[("LlamaForCausalLM", "llama")];
-
 const MAX_BLOCKS: u64 = 10_000;
 const MAX_WIDTH: u64 = 1 << 20;
 const MAX_HEADS: u64 = 1 << 16;
 const MAX_VOCABULARY: u64 = 1 << 24;
 const MAX_CONTEXT: u64 = 1 << 28;
+const MAX_EXPERTS: u64 = 1 << 16;
+const MAX_SCALE: f64 = 1e6;
 
 /// What a model is, every number checked to be in its range and to fit the others.
 #[derive(Clone, Debug, PartialEq)]
+#[expect(clippy::struct_excessive_bools, reason = "each says whether a model has something")]
 pub struct ModelConfig {
-    /// The architecture's name, one of [`ARCHITECTURES`].
-    pub architecture: &'static str,
+    /// The architecture's row of [`FAMILIES`].
+    pub family: &'static Family,
     /// The dtype that the configuration declares, for display; each tensor's own dtype counts.
     pub dtype: Option<String>,
     /// Width of the hidden state.
@@ -40,47 +48,70 @@ pub struct ModelConfig {
     pub num_attention_heads: usize,
     /// Number of key-value heads.
     pub num_key_value_heads: usize,
-    /// Width of a head; even.
+    /// Width of a head.
     pub head_dim: usize,
     /// Rows of the embedding.
     pub vocab_size: usize,
     /// The longest context that the model was made for, in tokens.
     pub max_position_embeddings: usize,
-    /// The epsilon under RMSNorm's root.
-    pub rms_norm_eps: f32,
-    /// Rotary position embedding.
-    pub rope: Rope,
+    /// How norms are computed.
+    pub norm_kind: NormKind,
+    /// The epsilon under the norms' root.
+    pub norm_eps: f32,
+    /// The activation of the feed-forward layer.
+    pub activation: Activation,
+    /// Whether queries, keys and values have a bias.
+    pub query_key_value_bias: bool,
+    /// Whether attention's output projection has a bias.
+    pub output_bias: bool,
+    /// Whether the feed-forward layer has biases.
+    pub feed_forward_bias: bool,
+    /// What is special to each block; as many as there are blocks.
+    pub layers: Vec<Layer>,
+    /// Rotary position embeddings, which blocks refer to; none where positions are learned.
+    pub ropes: Vec<Rope>,
+    /// Factor of the embedding.
+    pub embedding_scale: f32,
+    /// Factor of what a block's halves add to the hidden state.
+    pub residual_scale: f32,
+    /// Factor of the scores of queries and keys.
+    pub attention_scale: f32,
+    /// c, where scores of attention become `c · tanh(score / c)`.
+    pub attention_softcap: Option<f32>,
+    /// Factor of the logits.
+    pub logit_scale: f32,
+    /// c, where logits become `c · tanh(logit / c)`.
+    pub logit_softcap: Option<f32>,
+    /// The experts of the blocks that have some.
+    pub experts: Option<Experts>,
     /// Whether the head is the embedding.
     pub tie_word_embeddings: bool,
     /// The tokens that end a text; generation_config.json's if it names any.
     pub eos_token_ids: Vec<u32>,
 }
 
-/// Rotary position embedding: the base, and how its frequencies are scaled.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Rope {
-    /// The base of the frequencies θ^(−2i/d).
-    pub theta: f64,
-    /// Scaling of the frequencies.
-    pub scaling: RopeScaling,
+/// What may differ from block to block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layer {
+    /// How many of the last tokens a token sees, itself among them; all where it is `None`.
+    pub window: Option<usize>,
+    /// Position of its RoPE in [`ModelConfig::ropes`]; none where it has no RoPE.
+    pub rope: Option<usize>,
+    /// Whether its feed-forward layer is made of experts.
+    pub has_experts: bool,
 }
 
-/// How the frequencies of RoPE are scaled.
-#[derive(Clone, Debug, PartialEq)]
-pub enum RopeScaling {
-    /// Not at all.
-    Default,
-    /// Llama 3.1: low frequencies divided by `factor`, high ones kept, those between blended.
-    Llama3 {
-        /// Divisor of the low frequencies.
-        factor: f64,
-        /// Wavelengths above `original / low_freq_factor` are low frequencies.
-        low_freq_factor: f64,
-        /// Wavelengths below `original / high_freq_factor` are high frequencies.
-        high_freq_factor: f64,
-        /// The context before scaling, in tokens.
-        original_max_position_embeddings: f64,
-    },
+/// A feed-forward layer of which each token uses a part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Experts {
+    /// How many there are.
+    pub count: usize,
+    /// How many a token uses: those with the highest scores.
+    pub per_token: usize,
+    /// Width of one.
+    pub intermediate_size: usize,
+    /// Whether the weights of those that are used are made to sum up to 1.
+    pub is_normalized: bool,
 }
 
 impl ModelConfig {
@@ -92,9 +123,25 @@ impl ModelConfig {
     /// A file is missing or no JSON, a value is of the wrong type or out of
     /// its range, or the architecture is not supported.
     pub fn read(source: &dyn Source) -> Result<Self> {
-        let document = Document::parse(source.display(FILE), source.read(FILE, CAP)?)?;
+        let mut config = Self::parse(&source.display(FILE), source.read(FILE, CAP)?)?;
+        if source.has(GENERATION_FILE)? {
+            let document = Document::parse(source.display(GENERATION_FILE), source.read(GENERATION_FILE, CAP)?)?;
+            let ids = Fields::of(document.root())?.token_ids("eos_token_id")?;
+            if !ids.is_empty() {
+                config.eos_token_ids = ids;
+            }
+        }
+        Ok(config)
+    }
+
+    /// Reads and checks the text of a config.json; `origin` is its name in messages.
+    ///
+    /// # Errors
+    /// As [`ModelConfig::read`].
+    pub fn parse(origin: &str, json: Vec<u8>) -> Result<Self> {
+        let document = Document::parse(origin, json)?;
         let fields = Fields::of(document.root())?;
-        let architecture = architecture(&fields)?;
+        let family = family(&fields)?;
         if let Some(quantization) = fields.optional("quantization_config") {
             let scheme = Fields::of(quantization)?.text_or_none("quant_method")?;
             let scheme = printable(scheme.as_deref().unwrap_or("unnamed"));
@@ -102,134 +149,297 @@ impl ModelConfig {
                 .error(format!("the checkpoint is already quantized (`{scheme}`), which is not supported"))
                 .hint("name the unquantized checkpoint that it was made from; `--quantize` quantizes while loading"));
         }
-        for (key, supported) in [("attention_bias", false), ("mlp_bias", false)] {
-            if let Some(node) = fields.optional(key)
-                && node.truth()? != supported
-            {
-                return Err(node.error(format!("`{key}` is not supported")));
-            }
-        }
-        if let Some(node) = fields.optional("hidden_act") {
-            let activation = node.text()?;
-            if activation != "silu" {
-                let activation = printable(&activation);
-                return Err(node.error(format!("activation `{activation}` is not supported; `silu` is")));
-            }
-        }
+        refuse_unsupported(&fields)?;
 
-        let hidden_size = fields.size("hidden_size", MAX_WIDTH)?;
-        let num_attention_heads = fields.size("num_attention_heads", MAX_HEADS)?;
+        let keys = family.keys;
+        let hidden_size = fields.size(keys.hidden_size, MAX_WIDTH)?;
+        let num_attention_heads = fields.size(keys.num_attention_heads, MAX_HEADS)?;
         let num_key_value_heads = fields.size_or("num_key_value_heads", MAX_HEADS, num_attention_heads)?;
         if !num_attention_heads.is_multiple_of(num_key_value_heads) {
             return Err(fields.error(
-                "num_attention_heads",
+                keys.num_attention_heads,
                 format!(
                     "{num_attention_heads} attention heads do not divide over {num_key_value_heads} key-value heads"
                 ),
             ));
         }
-        let divides = hidden_size.is_multiple_of(num_attention_heads);
+        let divides = hidden_size.is_multiple_of(num_attention_heads) || family.head_dim.is_some();
         if !divides && fields.optional("head_dim").is_none() {
             return Err(fields.error(
-                "hidden_size",
+                keys.hidden_size,
                 format!("a hidden size of {hidden_size} does not divide over {num_attention_heads} attention heads"),
             ));
         }
-        let head_dim = fields.size_or("head_dim", MAX_WIDTH, hidden_size / num_attention_heads)?;
-        if !head_dim.is_multiple_of(2) {
-            return Err(fields.error("head_dim", format!("a head of width {head_dim} cannot be rotated: it is odd")));
-        }
+        let head_dim = family.head_dim.unwrap_or(hidden_size / num_attention_heads);
+        let head_dim = fields.size_or("head_dim", MAX_WIDTH, head_dim)?;
+        let max_position_embeddings = fields.size_or(keys.max_position_embeddings, MAX_CONTEXT, 2048)?;
+        let ropes = match family.positions {
+            Some(_) => Vec::new(),
+            None => rope::read(&fields, family, &rope::Context { head_dim, max_position_embeddings })?,
+        };
+        let num_hidden_layers = fields.size(keys.num_hidden_layers, MAX_BLOCKS)?;
+        let experts = experts(&fields, family)?;
+        let intermediate_size = match family.positions {
+            // GPT-2's is four times the hidden size unless it says otherwise.
+            Some(_) => fields.size_or(keys.intermediate_size, MAX_WIDTH, 4 * hidden_size)?,
+            None => fields.size(keys.intermediate_size, MAX_WIDTH)?,
+        };
+        let multiplier = |key| if family.has_multipliers { fields.positive_or(key, MAX_SCALE, 1.0) } else { Ok(1.0) };
+        let (attention_softcap, logit_softcap) = softcaps(&fields, family)?;
+        let (query_key_value_bias, output_bias, feed_forward_bias) = biases(&fields, family)?;
+        // What is computed with is f32.
+        #[expect(clippy::cast_possible_truncation, reason = "used in f32")]
         Ok(Self {
-            architecture,
+            family,
             dtype: match fields.text_or_none("dtype")? {
                 Some(dtype) => Some(printable(&dtype)),
                 None => fields.text_or_none("torch_dtype")?.map(|dtype| printable(&dtype)),
             },
             hidden_size,
-            intermediate_size: fields.size("intermediate_size", MAX_WIDTH)?,
-            num_hidden_layers: fields.size("num_hidden_layers", MAX_BLOCKS)?,
+            intermediate_size,
+            num_hidden_layers,
             num_attention_heads,
             num_key_value_heads,
             head_dim,
             vocab_size: fields.size("vocab_size", MAX_VOCABULARY)?,
-            max_position_embeddings: fields.size_or("max_position_embeddings", MAX_CONTEXT, 2048)?,
-            #[expect(clippy::cast_possible_truncation, reason = "epsilon is used in f32")]
-            rms_norm_eps: fields.positive_or("rms_norm_eps", 1.0, 1e-6)? as f32,
-            rope: rope(&fields)?,
-            tie_word_embeddings: fields.truth_or("tie_word_embeddings", false)?,
-            eos_token_ids: end_of_text(source, &fields)?,
+            max_position_embeddings,
+            norm_kind: family.norm_kind,
+            norm_eps: fields.positive_or(keys.norm_eps, 1.0, family.norm_eps)? as f32,
+            activation: activation(&fields, family)?,
+            query_key_value_bias,
+            output_bias,
+            feed_forward_bias,
+            layers: layers(&fields, family, num_hidden_layers, experts.is_some())?,
+            ropes,
+            embedding_scale: if family.scales_embedding {
+                (hidden_size as f32).sqrt()
+            } else {
+                multiplier("embedding_multiplier")? as f32
+            },
+            residual_scale: multiplier("residual_multiplier")? as f32,
+            attention_scale: attention_scale(&fields, family, head_dim)? as f32,
+            attention_softcap,
+            logit_scale: (1.0 / multiplier("logits_scaling")?) as f32,
+            logit_softcap,
+            experts,
+            tie_word_embeddings: fields.truth_or("tie_word_embeddings", family.is_tied)?,
+            eos_token_ids: fields.token_ids("eos_token_id")?,
         })
     }
 }
 
-fn architecture(fields: &Fields) -> Result<&'static str> {
-    let known = || ARCHITECTURES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
+impl ModelConfig {
+    /// Width of all queries of a token.
+    pub fn queries(&self) -> usize {
+        self.num_attention_heads * self.head_dim
+    }
+
+    /// Width of all keys of a token, and of all values.
+    pub fn keys(&self) -> usize {
+        self.num_key_value_heads * self.head_dim
+    }
+}
+
+/// Refuses what would change the computation of some family and is not there.
+fn refuse_unsupported(fields: &Fields) -> Result<()> {
+    for key in ["use_bidirectional_attention", "scale_attn_by_inverse_layer_idx", "add_cross_attention"] {
+        if let Some(node) = fields.optional(key)
+            && node.truth()?
+        {
+            return Err(node.error(format!("`{key}` is not supported")));
+        }
+    }
+    Ok(())
+}
+
+fn activation(fields: &Fields, family: &Family) -> Result<Activation> {
+    // Gemma's older configurations have its activation under the usual name too, where it counts for nothing.
+    let Some(node) = fields.optional(family.keys.activation) else {
+        return Ok(family.activation);
+    };
+    let name = node.text()?;
+    Activation::named(&name).ok_or_else(|| {
+        let name = printable(&name);
+        node.error(format!(
+            "activation `{name}` is not supported; `silu`, `gelu`, `gelu_new` and `gelu_pytorch_tanh` are"
+        ))
+    })
+}
+
+/// Whether queries, keys and values, attention's output, and the feed-forward layer have biases.
+fn biases(fields: &Fields, family: &Family) -> Result<(bool, bool, bool)> {
+    Ok(match family.biases {
+        Biases::All => (true, true, true),
+        Biases::QueryKeyValue => (true, false, false),
+        Biases::Configured => {
+            let attention = fields.truth_or("attention_bias", false)?;
+            (attention, attention, fields.truth_or("mlp_bias", false)?)
+        }
+    })
+}
+
+fn attention_scale(fields: &Fields, family: &Family, head_dim: usize) -> Result<f64> {
+    if family.has_multipliers {
+        return fields.positive_or("attention_multiplier", MAX_SCALE, 1.0);
+    }
+    let scalar = match family.query_pre_attn_scalar {
+        Some(default) => fields.positive_or("query_pre_attn_scalar", MAX_SCALE, default)?,
+        None if !fields.truth_or("scale_attn_weights", true)? => 1.0,
+        None => head_dim as f64,
+    };
+    Ok(1.0 / scalar.sqrt())
+}
+
+/// The soft caps of attention and of the logits; a key that is `null` is none.
+fn softcaps(fields: &Fields, family: &Family) -> Result<(Option<f32>, Option<f32>)> {
+    let Some((attention, logits)) = family.softcaps else {
+        return Ok((None, None));
+    };
+    let cap = |key, default: Option<f64>| -> Result<Option<f32>> {
+        let cap = if fields.has(key) {
+            fields.optional(key).map(|_| fields.positive(key, MAX_SCALE)).transpose()?
+        } else {
+            default
+        };
+        #[expect(clippy::cast_possible_truncation, reason = "used in f32")]
+        Ok(cap.map(|cap| cap as f32))
+    };
+    Ok((cap("attn_logit_softcapping", attention)?, cap("final_logit_softcapping", logits)?))
+}
+
+fn experts(fields: &Fields, family: &Family) -> Result<Option<Experts>> {
+    let Some(defaults) = family.experts else {
+        return Ok(None);
+    };
+    let key = if fields.optional("num_local_experts").is_some() { "num_local_experts" } else { "num_experts" };
+    let count = fields.size(key, MAX_EXPERTS)?;
+    let per_token = fields.size_or("num_experts_per_tok", MAX_EXPERTS, defaults.per_token)?;
+    if per_token > count {
+        let problem = format!("a token cannot use {per_token} of {count} experts");
+        return Err(fields.error("num_experts_per_tok", problem));
+    }
+    Ok(Some(Experts {
+        count,
+        per_token,
+        intermediate_size: fields.size(defaults.intermediate_size, MAX_WIDTH)?,
+        is_normalized: !defaults.is_norm_configured || fields.truth_or("norm_topk_prob", false)?,
+    }))
+}
+
+fn layers(fields: &Fields, family: &Family, count: usize, has_experts: bool) -> Result<Vec<Layer>> {
+    let rotated = match (family.positions, family.no_rope_interval) {
+        (Some(_), _) => vec![false; count],
+        (None, None) => vec![true; count],
+        (None, Some(interval)) => {
+            if let Some(node) = fields.optional("no_rope_layers") {
+                one_each(node, count, |node| Ok(node.whole()? != 0))?
+            } else {
+                all_but_every(fields.size_or("no_rope_layer_interval", MAX_BLOCKS, interval)?, count)
+            }
+        }
+    };
+    let windowed = windowed(fields, family, &rotated)?;
+    let sparse_step = if has_experts { fields.size_or("decoder_sparse_step", MAX_BLOCKS, 1)? } else { 1 };
+    let dense = match fields.optional("mlp_only_layers") {
+        Some(node) if has_experts => node.elements()?.iter().map(Node::whole).collect::<Result<Vec<_>>>()?,
+        _ => Vec::new(),
+    };
+    let layer = |at: usize| {
+        let window = windowed[at];
+        // The second RoPE is that of the blocks with a window.
+        let rope = usize::from(window.is_some() && family.local_rope_theta.is_some());
+        Layer {
+            window,
+            rope: rotated[at].then_some(rope),
+            has_experts: has_experts && (at + 1).is_multiple_of(sparse_step) && !dense.contains(&(at as u64)),
+        }
+    };
+    Ok((0..count).map(layer).collect())
+}
+
+/// The window of each block.
+fn windowed(fields: &Fields, family: &Family, rotated: &[bool]) -> Result<Vec<Option<usize>>> {
+    const USUAL: usize = 4096;
+    let count = rotated.len();
+    let is_used = match family.windows {
+        Windows::Used | Windows::UsedAbove | Windows::UsedWithoutRope => {
+            fields.truth_or("use_sliding_window", false)?
+        }
+        Windows::All(_) | Windows::Pattern(_) => true,
+        Windows::Never => false,
+    };
+    let default = match family.windows {
+        Windows::All(default) => default,
+        Windows::UsedWithoutRope => None,
+        _ => Some(USUAL),
+    };
+    let size = match (is_used, fields.optional("sliding_window")) {
+        (false, _) => None,
+        (true, Some(_)) => Some(fields.size("sliding_window", MAX_CONTEXT)?),
+        (true, None) => default.filter(|_| !fields.has("sliding_window")),
+    };
+    let by_type = || {
+        let kind = |node: &Node| match node.text()?.as_str() {
+            "full_attention" => Ok(false),
+            "sliding_attention" => Ok(true),
+            other => {
+                let other = printable(other);
+                Err(node.error(format!(
+                    "attention of type `{other}` is not supported; `full_attention` and `sliding_attention` are"
+                )))
+            }
+        };
+        fields.optional("layer_types").map(|node| one_each(node, count, kind)).transpose()
+    };
+    let usual = || {
+        Ok(match family.windows {
+            Windows::Pattern(every) => {
+                all_but_every(fields.size_or("sliding_window_pattern", MAX_BLOCKS, every)?, count)
+            }
+            Windows::UsedAbove => {
+                let first = fields.optional("max_window_layers").map_or(Ok(28), |node| node.whole())?;
+                (0..count as u64).map(|at| at >= first).collect()
+            }
+            Windows::UsedWithoutRope => rotated.iter().map(|rotated| !rotated).collect(),
+            Windows::All(_) | Windows::Used | Windows::Never => vec![true; count],
+        })
+    };
+    let slides = match family.windows {
+        Windows::All(_) | Windows::Used | Windows::Never => usual()?,
+        _ => by_type()?.map_or_else(usual, Ok)?,
+    };
+    Ok(slides.into_iter().map(|slides| size.filter(|_| slides)).collect())
+}
+
+/// For each block whether it is none of every n-th ones.
+fn all_but_every(n: usize, count: usize) -> Vec<bool> {
+    (1..=count).map(|nth| !nth.is_multiple_of(n)).collect()
+}
+
+/// The elements of a list that has one for each block.
+fn one_each<T>(list: Node, count: usize, read: impl Fn(&Node) -> Result<T>) -> Result<Vec<T>> {
+    let elements = list.elements()?;
+    if elements.len() != count {
+        return Err(list.error(format!("the list has {} elements for {count} blocks", elements.len())));
+    }
+    elements.iter().map(read).collect()
+}
+
+fn family(fields: &Fields) -> Result<&'static Family> {
     if let Some(node) = fields.optional("architectures") {
         let names = node.elements()?.iter().map(Node::text).collect::<Result<Vec<_>>>()?;
-        let supported = ARCHITECTURES.iter().find(|(known, _)| names.iter().any(|name| name == known));
-        return supported.map(|(name, _)| *name).ok_or_else(|| {
+        let supported = FAMILIES.iter().find(|family| names.iter().any(|name| name == family.architecture));
+        return supported.ok_or_else(|| {
             let names = first_five(names.iter().map(|name| printable(name)));
-            node.error(format!("architecture {names} is not supported; supported: {}", known()))
+            node.error(format!("architecture {names} is not supported; supported: {}", families::supported()))
         });
     }
     let node = fields.required("model_type")?;
     let model_type = node.text()?;
-    let supported = ARCHITECTURES.iter().find(|(_, known)| *known == model_type);
-    supported.map(|(name, _)| *name).ok_or_else(|| {
+    FAMILIES.iter().find(|family| family.model_type == model_type).ok_or_else(|| {
         let model_type = printable(&model_type);
-        node.error(format!("model type `{model_type}` is not supported; supported: {}", known()))
+        node.error(format!("model type `{model_type}` is not supported; supported: {}", families::supported()))
     })
-}
-
-/// RoPE from `rope_parameters`, or from the older `rope_theta` and `rope_scaling`.
-fn rope(fields: &Fields) -> Result<Rope> {
-    const MAX_THETA: f64 = 1e12;
-    const DEFAULT_THETA: f64 = 10_000.0;
-    let older_theta = fields.positive_or("rope_theta", MAX_THETA, DEFAULT_THETA)?;
-    let Some(node) = fields.optional("rope_parameters").or_else(|| fields.optional("rope_scaling")) else {
-        return Ok(Rope { theta: older_theta, scaling: RopeScaling::Default });
-    };
-    let rope = Fields::of(node)?;
-    let kind = match rope.text_or_none("rope_type")? {
-        Some(kind) => Some(kind),
-        None => rope.text_or_none("type")?,
-    };
-    let scaling = match kind.as_deref().unwrap_or("default") {
-        "default" => RopeScaling::Default,
-        "llama3" => {
-            const MAX_FACTOR: f64 = 1e6;
-            let (low, high) =
-                (rope.positive("low_freq_factor", MAX_FACTOR)?, rope.positive("high_freq_factor", MAX_FACTOR)?);
-            if high <= low {
-                return Err(rope.error(
-                    "high_freq_factor",
-                    format!("`high_freq_factor` {high} must be above `low_freq_factor` {low}"),
-                ));
-            }
-            RopeScaling::Llama3 {
-                factor: rope.positive("factor", MAX_FACTOR)?,
-                low_freq_factor: low,
-                high_freq_factor: high,
-                original_max_position_embeddings: rope.size("original_max_position_embeddings", MAX_CONTEXT)? as f64,
-            }
-        }
-        other => {
-            let other = printable(other);
-            return Err(node.error(format!("RoPE of type `{other}` is not supported; `default` and `llama3` are")));
-        }
-    };
-    Ok(Rope { theta: rope.positive_or("rope_theta", MAX_THETA, older_theta)?, scaling })
-}
-
-fn end_of_text(source: &dyn Source, config: &Fields) -> Result<Vec<u32>> {
-    if source.has(GENERATION_FILE)? {
-        let document = Document::parse(source.display(GENERATION_FILE), source.read(GENERATION_FILE, CAP)?)?;
-        let ids = Fields::of(document.root())?.token_ids("eos_token_id")?;
-        if !ids.is_empty() {
-            return Ok(ids);
-        }
-    }
-    config.token_ids("eos_token_id")
 }
 
 #[cfg(test)]

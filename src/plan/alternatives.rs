@@ -1,26 +1,34 @@
-//! What the other ways to place a model would have given.
+//! What the other schemes, and the other ways to place a model, would have given.
 
 use std::fmt;
 
 use serde::Serialize;
 
-use super::{DevicePlan, Inventory, Plan, PlanOptions, Strategy};
-use crate::checkpoint::Checkpoint;
+use super::{DevicePlan, Plan, PlanOptions, Quantize, Speed, Strategy, Subject};
+use crate::bytes::Bytes;
 use crate::device::DeviceId;
+use crate::error::Result;
+use crate::quant::Scheme;
 
-/// A placement in a line.
+/// A plan in a line.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Outline {
     /// How the modules are placed.
     pub placement: Strategy,
+    /// The scheme of most modules.
+    pub scheme: Scheme,
     /// Whether every device has room.
     pub fits: bool,
+    /// All that it takes, over all devices.
+    pub total: Bytes,
     /// GPUs that hold modules.
     pub gpus: usize,
     /// The largest share of a GPU's budget that is taken; 0 where no GPU is used.
     pub fullest: f64,
     /// Modules that are in host memory or on the disk.
     pub off_gpus: usize,
+    /// How fast it would be, where the bandwidths are known.
+    pub speed: Option<Speed>,
 }
 
 impl Outline {
@@ -29,40 +37,63 @@ impl Outline {
         let share = |device: &DevicePlan| device.total().0 as f64 / device.budget.0.max(1) as f64;
         Self {
             placement,
+            scheme: plan.quantize.scheme(""),
             fits: plan.fits(),
+            total: plan.total(),
             gpus: gpus().count(),
             fullest: gpus().map(share).fold(0.0, f64::max),
-            off_gpus: plan.modules.len() - gpus().map(|device| device.modules).sum::<usize>(),
+            off_gpus: plan.off_gpus(),
+            speed: plan.speed,
         }
     }
 }
 
 impl fmt::Display for Outline {
+    /// What came of it, without what it was made under.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let gpus = if self.gpus == 1 { "GPU" } else { "GPUs" };
-        write!(f, "{:<17}  {} {gpus}", self.placement, self.gpus)?;
+        write!(f, "{} {gpus}", self.gpus)?;
         if self.gpus > 0 {
             write!(f, ", the fullest at {:.0} % of its budget", 100.0 * self.fullest)?;
         }
         if self.off_gpus > 0 {
             write!(f, ", {} modules elsewhere", self.off_gpus)?;
         }
-        if self.fits { Ok(()) } else { f.write_str(", does not fit") }
+        match self.speed {
+            _ if !self.fits => f.write_str(", does not fit"),
+            Some(speed) => write!(f, ", {speed}"),
+            None => Ok(()),
+        }
     }
+}
+
+/// Options in which the scheme is decided: where it is to be chosen, that of
+/// the most bits with which the plan fits and no more modules leave the GPUs
+/// than with any other; with the outline of each.
+pub fn decide_scheme(subject: &Subject, options: &PlanOptions) -> Result<(PlanOptions, Vec<Outline>)> {
+    if options.quantize != Some(Quantize::Auto) {
+        return Ok((options.clone(), Vec::new()));
+    }
+    let with = |scheme: Scheme| PlanOptions { quantize: Some(scheme.into()), ..options.clone() };
+    let outline = |scheme| subject.plan(&with(scheme)).map(|plan| Outline::of(&plan, options.strategy));
+    let outlines = Scheme::ALL.into_iter().map(outline).collect::<Result<Vec<_>>>()?;
+    // Of equals `min_by_key` takes the first, which has the most bits; where nothing fits, the fewest.
+    let best = outlines.iter().filter(|outline| outline.fits).min_by_key(|outline| outline.off_gpus);
+    let scheme = best.or(outlines.last()).map_or(Scheme::None, |outline| outline.scheme);
+    Ok((with(scheme), outlines))
 }
 
 /// The outline of every strategy for the same model and machine, that of the
 /// options first; none where there are no GPUs to choose from or a map decides.
-pub fn outlines(checkpoint: &Checkpoint, inventory: &Inventory, options: &PlanOptions, plan: &Plan) -> Vec<Outline> {
-    let gpus = inventory.devices.iter().filter(|device| matches!(device.id, DeviceId::Cuda(_))).count();
-    if gpus == 0 || options.device_map.is_some() {
+pub fn placements(subject: &Subject, options: &PlanOptions, plan: &Plan) -> Vec<Outline> {
+    let has_gpus = subject.inventory.devices.iter().any(|device| matches!(device.id, DeviceId::Cuda(_)));
+    if !has_gpus || options.device_map.is_some() {
         return Vec::new();
     }
     let others = Strategy::ALL.into_iter().filter(|strategy| *strategy != options.strategy);
     let outline = |strategy| {
-        let options = PlanOptions { strategy, ..options.clone() };
-        // Transformers cannot place every model on every machine.
-        let plan = Plan::without_remedies(checkpoint, inventory, &options).ok()?;
+        // Transformers cannot place every model on every machine, and the fastest takes bandwidths.
+        let plan = subject.plan(&PlanOptions { strategy, ..options.clone() }).ok()?;
         Some(Outline::of(&plan, strategy))
     };
     [Outline::of(plan, options.strategy)].into_iter().chain(others.filter_map(outline)).collect()

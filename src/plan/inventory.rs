@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::Bandwidth;
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::error::{Error, Result};
@@ -17,6 +18,8 @@ pub struct Device {
     pub free: Bytes,
     /// Bytes that it has.
     pub total: Bytes,
+    /// How fast it reads them, where that is known.
+    pub bandwidth: Option<Bandwidth>,
 }
 
 /// The devices that a plan may use, in the order in which they are filled.
@@ -29,8 +32,9 @@ pub struct Inventory {
 }
 
 impl Inventory {
-    /// A machine that need not be there, from descriptions such as
-    /// `cuda:0=24GiB`, separated by commas.
+    /// A machine that need not be there, from descriptions separated by
+    /// commas: `cuda:0=24GiB`, or with the bandwidth behind it,
+    /// `cuda:0=24GiB@936GB/s` or `cuda:0=24GiB@RTX 3090`.
     ///
     /// # Errors
     /// A description is malformed, or names a device twice.
@@ -43,11 +47,13 @@ impl Inventory {
             };
             let (id, bytes) = description.split_once('=').ok_or_else(|| usage("it has no `=`".to_owned()))?;
             let id: DeviceId = id.trim().parse().map_err(|e| usage(format!("{e}")))?;
+            let (bytes, bandwidth) = bytes.split_once('@').map_or((bytes, None), |(bytes, speed)| (bytes, Some(speed)));
             let bytes: Bytes = bytes.parse().map_err(|e| usage(format!("{e}")))?;
+            let bandwidth = bandwidth.map(str::parse).transpose().map_err(|e| usage(format!("{e}")))?;
             if devices.iter().any(|device: &Device| device.id == id) {
                 return Err(usage(format!("{id} is described already")));
             }
-            devices.push(Device { id, name: None, free: bytes, total: bytes });
+            devices.push(Device { id, name: None, free: bytes, total: bytes, bandwidth });
         }
         devices.sort_by_key(|device| device.id);
         Ok(Self { devices, idle: Vec::new() })
@@ -65,15 +71,19 @@ mod tests {
 
     #[test]
     fn descriptions_parse_in_any_order() {
-        let inventory = Inventory::described("cpu=64GiB,cuda:1=12GiB,cuda:0=24GiB").unwrap();
+        let inventory = Inventory::described("cpu=64GiB,cuda:1=12GiB@504GB/s,cuda:0=24GiB").unwrap();
         let ids: Vec<_> = inventory.devices.iter().map(|device| device.id.to_string()).collect();
         assert_eq!(ids, ["cuda:0", "cuda:1", "cpu"]);
         assert_eq!(inventory.device(DeviceId::Cuda(1)).unwrap().free, Bytes(12 << 30));
+        let bandwidth = |id| inventory.device(id).unwrap().bandwidth.map(|bandwidth| bandwidth.bytes_per_second);
+        assert_eq!((bandwidth(DeviceId::Cuda(1)), bandwidth(DeviceId::Cpu)), (Some(504_000_000_000), None));
     }
 
     #[test]
     fn malformed_descriptions_are_refused() {
-        for text in ["", "cuda:0", "cuda:0=", "gpu=1GiB", "cuda:0=24", "cpu=1GiB,cpu=2GiB"] {
+        for text in
+            ["", "cuda:0", "cuda:0=", "gpu=1GiB", "cuda:0=24", "cpu=1GiB,cpu=2GiB", "cuda:0=24GiB@", "cuda:0=24GiB@1"]
+        {
             let refused = Inventory::described(text).is_err();
             assert_eq!(refused, text != "cuda:0=24", "{text}");
         }

@@ -3,12 +3,12 @@
 
 use std::collections::BTreeMap;
 
-use crate::architecture::Weight;
+use crate::architecture::{Role, Weight};
 use crate::bytes::{Bytes, MIB};
 use crate::device::DeviceId;
 use crate::error::{Error, Result};
 use crate::model_config::ModelConfig;
-use crate::quant::{GROUP_SIZE, MatrixLayout, QuantizeRules, Scheme, Storage};
+use crate::quant::{GROUP_SIZE, KvDtype, MatrixLayout, QuantizeRules, Scheme, Storage};
 
 /// Tokens that prefill takes at once.
 pub const PREFILL_CHUNK: usize = 512;
@@ -57,31 +57,40 @@ pub fn lay_out<'a>(weights: &[Weight<'a>], devices: &[DeviceId], rules: &Quantiz
         .collect()
 }
 
-/// The layout of a weight under `rules`: norms keep their dtype.
+/// The layout of a weight under `rules`: what is not quantizable keeps its dtype.
 pub fn layout(weight: &Weight, rules: &QuantizeRules) -> Option<MatrixLayout> {
     let parameter = weight.parameter;
     let scheme = if parameter.is_quantizable() { rules.scheme(&parameter.module) } else { Scheme::None };
     MatrixLayout::new(Storage::of(scheme, weight.dtype), parameter.rows, parameter.cols)
 }
 
-/// Bytes of an element of the KV cache: the device's activations are stored as they are.
-pub fn kv_element(device: DeviceId) -> usize {
-    match device {
-        DeviceId::Cuda(_) => 2,
-        DeviceId::Cpu | DeviceId::Disk => 4,
+/// The keys, or the values, that one block caches: codes as
+/// `[batch][kv_heads][context][head_dim]`, then scales as `[batch][kv_heads][context]`.
+/// A block with a sliding window has the whole context too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvLayout {
+    /// The type of the elements.
+    pub dtype: KvDtype,
+    /// Bytes of all codes, a multiple of 4.
+    pub codes: usize,
+    /// Bytes of all scales.
+    pub scales: usize,
+}
+
+impl KvLayout {
+    /// The layout for `batch` sequences of `context` tokens; `None` where it is beyond what a plan can hold.
+    pub fn new(config: &ModelConfig, context: usize, batch: usize, dtype: KvDtype) -> Option<Self> {
+        let vectors = batch.checked_mul(config.num_key_value_heads)?.checked_mul(context)?;
+        let codes =
+            vectors.checked_mul(dtype.code_bytes(config.head_dim))?.checked_next_multiple_of(size_of::<f32>())?;
+        let scales = vectors.checked_mul(dtype.scale_bytes())?;
+        (codes.checked_add(scales)? as u64 <= MAX_BYTES / 2).then_some(Self { dtype, codes, scales })
     }
-}
 
-/// Elements of one block's KV cache, keys or values: `[batch][kv_heads][context][head_dim]`.
-pub fn kv_len(config: &ModelConfig, context: usize, batch: usize) -> Option<usize> {
-    batch.checked_mul(config.num_key_value_heads)?.checked_mul(context)?.checked_mul(config.head_dim)
-}
-
-/// Bytes of one block's KV cache, keys and values.
-pub fn kv_bytes(config: &ModelConfig, context: usize, batch: usize, device: DeviceId) -> Option<Bytes> {
-    let elements = kv_len(config, context, batch)?.checked_mul(2)?;
-    let bytes = (elements as u64).checked_mul(kv_element(device) as u64)?;
-    (bytes <= MAX_BYTES).then_some(Bytes(bytes))
+    /// Bytes of codes and scales.
+    pub fn bytes(&self) -> Bytes {
+        Bytes((self.codes + self.scales) as u64)
+    }
 }
 
 /// The lengths, in elements, of the buffers that a step works in, for `tokens` tokens at once.
@@ -99,22 +108,30 @@ pub struct WorkspaceLayout {
     pub attended: usize,
     /// The gate's output; up's takes as much again.
     pub gate: usize,
+    /// The experts' weights for each token; f32.
+    pub routes: usize,
+    /// The sum of what experts give; the inputs of one take as much again.
+    pub mixed: usize,
     /// A product before it is transposed.
     pub product: usize,
     /// Quantized activations, one byte each.
     pub activation_codes: usize,
     /// Scales of the quantized activations.
     pub activation_scales: usize,
-    /// Cosines of RoPE; sines take as much again.
+    /// Cosines of all ropes; sines take as much again.
     pub rope: usize,
 }
 
 impl WorkspaceLayout {
     /// The buffers for chunks of `tokens` tokens.
     pub fn new(config: &ModelConfig, tokens: usize) -> Self {
-        let queries = config.num_attention_heads * config.head_dim;
-        let keys = config.num_key_value_heads * config.head_dim;
-        let widest = config.hidden_size.max(queries).max(config.intermediate_size);
+        let (queries, keys) = (config.queries(), config.keys());
+        let has_dense = config.layers.iter().any(|layer| !layer.has_experts);
+        let dense = if has_dense { config.intermediate_size } else { 0 };
+        let experts = config.experts.filter(|_| config.layers.iter().any(|layer| layer.has_experts));
+        let feed_forward = experts.map_or(0, |experts| experts.intermediate_size).max(dense);
+        let routes = experts.map_or(0, |experts| experts.count);
+        let widest = config.hidden_size.max(queries).max(feed_forward);
         let padded = widest.next_multiple_of(GROUP_SIZE);
         Self {
             tokens,
@@ -122,18 +139,21 @@ impl WorkspaceLayout {
             query: tokens * queries,
             key: tokens * keys,
             attended: tokens * queries,
-            gate: tokens * config.intermediate_size,
-            product: tokens * widest,
+            gate: tokens * feed_forward,
+            routes: tokens * routes,
+            mixed: if experts.is_some() { tokens * config.hidden_size } else { 0 },
+            product: tokens * widest.max(routes),
             activation_codes: tokens * padded,
             activation_scales: tokens * padded / GROUP_SIZE,
-            rope: tokens * config.head_dim / 2,
+            rope: config.ropes.iter().map(|rope| tokens * rope.rotary_dim / 2).sum(),
         }
     }
 
     /// Bytes of all of them on the CPU, where everything but the codes is f32.
     pub fn bytes(&self) -> Bytes {
-        let activations = self.normed + self.query + 2 * self.key + self.attended + 2 * self.gate + self.product;
-        let tables = self.activation_scales + 2 * self.rope;
+        let block = self.normed + self.query + 2 * self.key + self.attended + 2 * self.gate;
+        let activations = block + 2 * self.mixed + self.product;
+        let tables = self.activation_scales + self.routes + 2 * self.rope;
         Bytes(((activations + tables) * size_of::<f32>() + self.activation_codes) as u64)
     }
 }
@@ -159,15 +179,26 @@ pub fn workspace(config: &ModelConfig, context: usize, device: DeviceId) -> Byte
     }
 }
 
+/// Number of buffers in a GPU's workspace.
+pub const CUDA_BUFFERS: usize = 16;
+
 /// The buffers of a GPU's workspace: the hidden state and the normalized one;
-/// queries, keys, values and what attention gives; gate and up; logits, tokens
-/// and RoPE's frequencies. Hidden states, logits and frequencies are f32,
-/// tokens u32, all others f16.
-pub fn cuda_workspace(config: &ModelConfig, context: usize) -> [Bytes; 11] {
+/// queries, keys, values and what attention gives; gate and up; what a half of
+/// a block gives where that is not added at once; the experts' scores, the
+/// inputs and the outputs of one, its tokens and their weights; logits, tokens,
+/// and the frequencies of all ropes. Tokens are u32; normalized states, queries
+/// to up, and the experts' inputs f16; all others f32.
+pub fn cuda_workspace(config: &ModelConfig, context: usize) -> [Bytes; CUDA_BUFFERS] {
     const HALF: usize = 2;
+    const WORD: usize = 4;
     let layout = WorkspaceLayout::new(config, chunk(context));
+    let roles = || config.family.block.iter().map(|(role, _)| *role);
+    let norms_outputs = roles().any(|role| matches!(role, Role::AttentionOutputNorm | Role::FeedForwardOutputNorm));
+    let routed =
+        if layout.routes > 0 { config.experts.map_or(0, |experts| layout.tokens * experts.per_token) } else { 0 };
+    let rotated: usize = config.ropes.iter().map(|rope| rope.rotary_dim / 2).sum();
     [
-        layout.normed * size_of::<f32>(),
+        layout.normed * WORD,
         layout.normed * HALF,
         layout.query * HALF,
         layout.key * HALF,
@@ -175,9 +206,14 @@ pub fn cuda_workspace(config: &ModelConfig, context: usize) -> [Bytes; 11] {
         layout.attended * HALF,
         layout.gate * HALF,
         layout.gate * HALF,
-        config.vocab_size * size_of::<f32>(),
-        layout.tokens * size_of::<u32>(),
-        config.head_dim / 2 * size_of::<f32>(),
+        if norms_outputs || layout.mixed > 0 { layout.normed * WORD } else { 0 },
+        layout.routes * WORD,
+        layout.mixed * HALF,
+        layout.mixed * WORD,
+        2 * routed * WORD,
+        config.vocab_size * WORD,
+        layout.tokens * WORD,
+        rotated * WORD,
     ]
     .map(cuda_aligned)
 }
@@ -209,6 +245,8 @@ pub struct HostStaging {
     pub slab: usize,
     /// Bytes of the packed rows of one slab.
     pub packed: usize,
+    /// Bytes in which the rows of transposed tensors are put together: a slab, if there are any.
+    pub transposed: usize,
 }
 
 impl HostStaging {
@@ -228,12 +266,13 @@ impl HostStaging {
             })
             .max()
             .unwrap_or(0);
-        Self { slab, packed }
+        let transposed = if weights.iter().any(|weight| weight.parameter.is_transposed) { slab } else { 0 };
+        Self { slab, packed, transposed }
     }
 
-    /// Bytes of the ring that shards are read into.
+    /// Bytes of the ring that shards are read into, and of the rows of transposed tensors.
     pub fn ring(&self) -> Bytes {
-        Bytes((self.slab * STAGING_SLABS) as u64)
+        Bytes((self.slab * STAGING_SLABS + self.transposed) as u64)
     }
 }
 

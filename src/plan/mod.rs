@@ -3,53 +3,40 @@
 //! `plan` prints it and `generate` carries it out; both make it here.
 
 mod alternatives;
+mod fastest;
 pub mod hf;
 mod inventory;
 pub mod memory;
+mod options;
+mod picture;
 pub mod placement;
 mod remedies;
 mod report;
+mod speed;
 mod strategy;
+
+use std::borrow::Cow;
 
 use serde::Serialize;
 
-use crate::architecture::{Module, ModuleKind, ModuleTree, Weight};
-use crate::bytes::{Bytes, MIB};
+use crate::architecture::{Module, ModuleKind, ModuleTree, Role, Weight};
+use crate::bytes::Bytes;
 use crate::checkpoint::Checkpoint;
 use crate::device::DeviceId;
-use crate::device_map::{self, DeviceMap, MaxMemory};
+use crate::device_map::{self, Contents, DeviceMap, MaxMemory};
 use crate::error::{Error, Result, first_five};
 use crate::model_config::ModelConfig;
-use crate::quant::{QuantizeRules, Scheme, WeightDtype};
+use crate::quant::{KvDtype, QuantizeRules, Scheme, WeightDtype};
+use memory::KvLayout;
+use options::Conditions;
 
 pub use alternatives::Outline;
+pub use fastest::fastest;
 pub use inventory::{Device, Inventory};
-pub use remedies::Remedy;
+pub use options::{DEFAULT_CONTEXT, DEFAULT_RESERVE, PlanOptions, Quantize};
+pub use remedies::{Change, Remedy};
+pub use speed::{Bandwidth, Pace, ParseBandwidthError, Speed};
 pub use strategy::{ParseStrategyError, Strategy};
-
-/// Bytes of every device that a plan leaves free, unless told otherwise.
-pub const DEFAULT_RESERVE: Bytes = Bytes(512 * MIB);
-/// The longest context that is planned unless a longer one is asked for.
-pub const DEFAULT_CONTEXT: usize = 4096;
-
-/// What a caller may choose. A choice that is left open is the device map's, else the default.
-#[derive(Clone, Debug, Default)]
-pub struct PlanOptions {
-    /// The schemes; `none` for the whole model by default.
-    pub quantize: Option<QuantizeRules>,
-    /// Longest context in tokens; the model's own by default, at most [`DEFAULT_CONTEXT`].
-    pub context: Option<usize>,
-    /// Sequences at once; 1 by default.
-    pub batch: Option<usize>,
-    /// Bytes left free on GPUs and host; [`DEFAULT_RESERVE`] by default.
-    pub reserve: Option<Bytes>,
-    /// Budgets that override what is free, never above it.
-    pub max_memory: Option<MaxMemory>,
-    /// Where the modules go; placed automatically by default.
-    pub device_map: Option<DeviceMap>,
-    /// How modules are placed automatically.
-    pub strategy: Strategy,
-}
 
 /// A complete plan.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -70,14 +57,20 @@ pub struct Plan {
     pub longest_context: usize,
     /// Sequences at once.
     pub batch: usize,
+    /// The type of the KV cache's elements.
+    pub kv_cache: KvDtype,
     /// Budgets that were asked for.
     pub max_memory: MaxMemory,
     /// Every module with its device, in the order they run.
     pub modules: Vec<PlannedModule>,
     /// Every device with what it takes.
     pub devices: Vec<DevicePlan>,
+    /// How fast one sequence would be, where the bandwidths are known.
+    pub speed: Option<Speed>,
     /// What each way to place the model gives, the chosen one first; none where a map decides.
     pub placements: Vec<Outline>,
+    /// What each scheme gives, where the scheme was to be chosen; the most bits first.
+    pub schemes: Vec<Outline>,
     /// GPUs of this machine that are too old, or whose driver is.
     pub idle: Vec<Device>,
     /// What would fit, where this does not; cheapest in quality first.
@@ -95,6 +88,9 @@ pub struct PlannedModule {
     pub weights: Bytes,
     /// Its KV cache.
     pub kv_cache: Bytes,
+    /// What a token reads of its weights.
+    #[serde(skip)]
+    read: Bytes,
     #[serde(skip)]
     kind: ModuleKind,
 }
@@ -113,6 +109,8 @@ pub struct DevicePlan {
     pub id: DeviceId,
     /// What it is, where that is known.
     pub name: Option<String>,
+    /// How fast it reads its memory, where that is known.
+    pub bandwidth: Option<Bandwidth>,
     /// Bytes that are free.
     pub free: Bytes,
     /// Bytes left free on purpose.
@@ -141,6 +139,7 @@ impl DevicePlan {
         Self {
             id: device.id,
             name: device.name.clone(),
+            bandwidth: device.bandwidth,
             free: device.free,
             reserve,
             budget: limit.min(device.free - reserve),
@@ -194,71 +193,43 @@ impl Plan {
     /// does not match the model or names a device that is not there, or an
     /// option is out of its range.
     pub fn new(checkpoint: &Checkpoint, inventory: &Inventory, options: &PlanOptions) -> Result<Self> {
-        let mut plan = Self::without_remedies(checkpoint, inventory, options)?;
-        plan.placements = alternatives::outlines(checkpoint, inventory, options, &plan);
+        let tree = ModuleTree::new(&checkpoint.config);
+        let subject = Subject::new(checkpoint, inventory, &tree)?;
+        let (options, schemes) = alternatives::decide_scheme(&subject, options)?;
+        let mut plan = subject.plan(&options)?;
+        plan.schemes = schemes;
+        plan.placements = alternatives::placements(&subject, &options, &plan);
         if !plan.fits() {
-            plan.remedies = remedies::find(checkpoint, inventory, options, &plan)?;
+            plan.remedies = remedies::find(&subject, &options, &plan)?;
         }
         Ok(plan)
     }
 
-    fn without_remedies(checkpoint: &Checkpoint, inventory: &Inventory, options: &PlanOptions) -> Result<Self> {
-        let config = &checkpoint.config;
-        check_model(options.device_map.as_ref(), checkpoint)?;
-        let conditions = Conditions::of(checkpoint, options)?;
-        let Conditions { context, batch, .. } = conditions;
-        let tree = ModuleTree::new(config);
-        if let Some((path, _)) = conditions.quantize.iter().find(|(path, _)| !tree.names(path)) {
-            return Err(Error::input(format!("`quantize` names unknown module `{path}`")));
-        }
-        let weights = tree.resolve(checkpoint)?;
-        let sizes = module_sizes(&tree, &weights, &conditions.quantize)?;
-        let kv = |device| memory::kv_bytes(config, context, batch, device).ok_or_else(|| too_large("the KV cache"));
-        let kv = KvCache { cuda: kv(DeviceId::Cuda(0))?, host: kv(DeviceId::Cpu)? };
-        let staging = memory::HostStaging::new(&weights, &conditions.quantize);
-        let empty = |device| DevicePlan::empty(device, &conditions, config, staging);
-        let mut devices: Vec<DevicePlan> = inventory.devices.iter().map(empty).collect();
-        let placement = match &options.device_map {
-            Some(map) => map.resolve(&tree)?,
-            None => match options.strategy.transformers() {
-                Some(mode) => as_transformers(checkpoint, &tree, &weights, &conditions, inventory, mode)?,
-                None => automatic(&tree, &sizes, kv, &devices, options.strategy)?,
-            },
-        };
-        check_devices(&placement, inventory)?;
+    /// The longest context that fits, in tokens, with no more modules off the
+    /// GPUs than the shortest one needs; `None` where not even one token fits.
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub fn longest_context(
+        checkpoint: &Checkpoint,
+        inventory: &Inventory,
+        options: &PlanOptions,
+    ) -> Result<Option<usize>> {
+        let longest = checkpoint.config.max_position_embeddings;
+        largest(checkpoint, inventory, options, longest, |options, tokens| options.context = Some(tokens))
+    }
 
-        let modules: Vec<PlannedModule> = tree
-            .modules
-            .iter()
-            .zip(&placement)
-            .zip(&sizes)
-            .map(|((module, device), weights)| PlannedModule {
-                path: module.path.clone(),
-                device: *device,
-                weights: *weights,
-                kv_cache: kv.of(module.kind, *device),
-                kind: module.kind,
-            })
-            .collect();
-        for device in &mut devices {
-            device.take(&modules, memory::host_state(config, context), staging.ring());
-        }
-        Ok(Self {
-            model: checkpoint.name.clone(),
-            architecture: config.architecture.to_owned(),
-            parameters: weights.iter().map(|weight| (weight.parameter.rows * weight.parameter.cols) as u64).sum(),
-            dtype: config.dtype.clone(),
-            quantize: conditions.quantize,
-            context,
-            longest_context: config.max_position_embeddings,
-            batch,
-            max_memory: conditions.max_memory,
-            modules,
-            devices,
-            placements: Vec::new(),
-            idle: inventory.idle.clone(),
-            remedies: Vec::new(),
-        })
+    /// The most sequences at once that fit, with no more modules off the GPUs
+    /// than one needs; `None` where not even one fits.
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub fn largest_batch(
+        checkpoint: &Checkpoint,
+        inventory: &Inventory,
+        options: &PlanOptions,
+    ) -> Result<Option<usize>> {
+        largest(checkpoint, inventory, options, MAX_BATCH, |options, batch| options.batch = Some(batch))
     }
 
     /// Whether every device has room for what the plan puts there.
@@ -268,15 +239,35 @@ impl Plan {
 
     /// The plan as a device map in canonical form.
     pub fn device_map(&self, checkpoint: &Checkpoint) -> String {
-        device_map::to_json(
-            &self.model,
-            &self.quantize,
-            self.context,
-            self.batch,
-            &self.max_memory,
-            &ModuleTree::new(&checkpoint.config),
-            &self.placement(),
-        )
+        let contents = Contents {
+            model: &self.model,
+            quantize: &self.quantize,
+            context: self.context,
+            batch: self.batch,
+            kv_cache: self.kv_cache,
+            max_memory: &self.max_memory,
+        };
+        device_map::to_json(&contents, &ModuleTree::new(&checkpoint.config), &self.placement())
+    }
+
+    /// The plan as the plain dictionary of Hugging Face: GPUs by index, every module by itself.
+    pub fn hugging_face_map(&self, checkpoint: &Checkpoint) -> String {
+        device_map::to_hugging_face(&ModuleTree::new(&checkpoint.config), &self.placement())
+    }
+
+    /// How often the hidden state changes its device for a token.
+    pub fn hops(&self) -> usize {
+        self.modules.windows(2).filter(|pair| pair[0].device != pair[1].device).count()
+    }
+
+    /// Modules that are in host memory or on the disk.
+    pub fn off_gpus(&self) -> usize {
+        self.modules.iter().filter(|module| !matches!(module.device, DeviceId::Cuda(_))).count()
+    }
+
+    /// All that the plan takes, over all devices.
+    pub fn total(&self) -> Bytes {
+        self.devices.iter().map(DevicePlan::total).sum()
     }
 
     /// The device of every module, in the order they run.
@@ -284,66 +275,132 @@ impl Plan {
         self.modules.iter().map(|module| module.device).collect()
     }
 
-    /// An error that says what is missing and what would fit.
+    /// An error that says what is missing; [`Plan::remedies`] says what would fit.
     pub fn does_not_fit(&self) -> Error {
         let short = self.devices.iter().filter(|device| !device.fits()).map(|device| {
             format!("{} lacks {} ({} of {})", device.id, device.missing(), device.total(), device.budget)
         });
-        let error =
-            Error::does_not_fit(format!("`{}` does not fit: {}", self.model, short.collect::<Vec<_>>().join(", ")));
-        self.remedies.iter().fold(error, |error, remedy| error.hint(remedy.to_string()))
+        Error::does_not_fit(format!("`{}` does not fit: {}", self.model, short.collect::<Vec<_>>().join(", ")))
     }
 }
 
-/// What a plan is made under: the caller's choices, else the map's, else the defaults.
-struct Conditions {
-    quantize: QuantizeRules,
-    context: usize,
-    batch: usize,
-    max_memory: MaxMemory,
-    reserve: Bytes,
+/// The most sequences at once that are tried.
+const MAX_BATCH: usize = 1 << 16;
+
+/// The largest size up to `limit` under which a plan fits with no more off the GPUs than under 1.
+fn largest(
+    checkpoint: &Checkpoint,
+    inventory: &Inventory,
+    options: &PlanOptions,
+    limit: usize,
+    set: impl Fn(&mut PlanOptions, usize),
+) -> Result<Option<usize>> {
+    let tree = ModuleTree::new(&checkpoint.config);
+    let subject = Subject::new(checkpoint, inventory, &tree)?;
+    let plan = |size| {
+        let mut options = options.clone();
+        set(&mut options, size);
+        let (options, _) = alternatives::decide_scheme(&subject, &options)?;
+        subject.plan(&options)
+    };
+    let smallest = plan(1)?;
+    // The bytes grow with the size, so the largest that fits is found by halving.
+    let fits = |size| plan(size).map(|plan| plan.fits() && plan.off_gpus() <= smallest.off_gpus());
+    if !smallest.fits() {
+        return Ok(None);
+    }
+    Ok(Some(halve(1, limit, fits)?))
 }
 
-impl Conditions {
-    fn of(checkpoint: &Checkpoint, options: &PlanOptions) -> Result<Self> {
-        let map = options.device_map.as_ref();
-        let longest = checkpoint.config.max_position_embeddings;
-        let quantize = options.quantize.clone().or_else(|| map?.quantize.clone());
-        let conditions = Self {
-            quantize: quantize.unwrap_or_else(|| QuantizeRules::whole_model(Scheme::None)),
-            context: options.context.or_else(|| map?.context).unwrap_or(longest.min(DEFAULT_CONTEXT)),
-            batch: options.batch.or_else(|| map?.batch).unwrap_or(1),
-            max_memory: options.max_memory.clone().or_else(|| map?.max_memory.clone()).unwrap_or_default(),
-            reserve: options.reserve.unwrap_or(DEFAULT_RESERVE),
+/// The largest size of `fitting..=limit` that fits, where `fitting` does and larger ones are harder.
+fn halve(mut fitting: usize, limit: usize, fits: impl Fn(usize) -> Result<bool>) -> Result<usize> {
+    let mut too_large = limit + 1;
+    while too_large - fitting > 1 {
+        let middle = usize::midpoint(fitting, too_large);
+        if fits(middle)? {
+            fitting = middle;
+        } else {
+            too_large = middle;
+        }
+    }
+    Ok(fitting)
+}
+
+/// What is planned, and for what: a checkpoint whose tensors have been found, and a machine.
+struct Subject<'a> {
+    checkpoint: &'a Checkpoint,
+    inventory: Cow<'a, Inventory>,
+    tree: &'a ModuleTree,
+    weights: Vec<Weight<'a>>,
+}
+
+impl<'a> Subject<'a> {
+    fn new(checkpoint: &'a Checkpoint, inventory: &'a Inventory, tree: &'a ModuleTree) -> Result<Self> {
+        Ok(Self { checkpoint, inventory: Cow::Borrowed(inventory), tree, weights: tree.resolve(checkpoint)? })
+    }
+
+    /// The plan under `options`, in which `auto` has been decided; without alternatives and remedies.
+    fn plan(&self, options: &PlanOptions) -> Result<Plan> {
+        let Self { checkpoint, inventory, tree, weights } = self;
+        let config = &checkpoint.config;
+        check_model(options, checkpoint)?;
+        let conditions = Conditions::of(checkpoint, options)?;
+        let Conditions { context, batch, kv_cache, .. } = conditions;
+        let conditions = Conditions { quantize: conditions.quantize.for_embedding(tree.embedding()), ..conditions };
+        if let Some((path, _)) = conditions.quantize.iter().find(|(path, _)| !tree.names(path)) {
+            return Err(Error::input(format!("`quantize` names unknown module `{path}`")));
+        }
+        let sizes = module_sizes(config, tree, weights, &conditions.quantize)?;
+        let kv = KvLayout::new(config, context, batch, kv_cache).ok_or_else(|| too_large("the KV cache"))?;
+        let staging = memory::HostStaging::new(weights, &conditions.quantize);
+        let empty = |device| DevicePlan::empty(device, &conditions, config, staging);
+        let mut devices: Vec<DevicePlan> = inventory.devices.iter().map(empty).collect();
+        let mut modules: Vec<PlannedModule> = tree
+            .modules
+            .iter()
+            .zip(&sizes)
+            .map(|(module, size)| PlannedModule {
+                path: module.path.clone(),
+                device: DeviceId::Cpu,
+                weights: size.packed,
+                kv_cache: if module.is_block() { kv.bytes() + kv.bytes() } else { Bytes::ZERO },
+                read: size.read,
+                kind: module.kind,
+            })
+            .collect();
+        let placement = match &options.device_map {
+            Some(map) => map.resolve(tree)?,
+            None => match options.strategy.transformers() {
+                Some(mode) => as_transformers(self, &conditions, mode)?,
+                None => automatic(tree, &modules, &devices, options.strategy)?,
+            },
         };
-        if conditions.context > longest {
-            return Err(Error::usage(format!(
-                "a context of {} tokens is longer than the {longest} that `{}` was made for",
-                conditions.context, checkpoint.name
-            ))
-            .hint(format!("`--context {longest}` is the longest")));
+        check_devices(&placement, inventory)?;
+        for (module, device) in modules.iter_mut().zip(placement) {
+            module.device = device;
         }
-        if conditions.context == 0 || conditions.batch == 0 {
-            return Err(Error::usage("context and batch must be at least 1"));
+        for device in &mut devices {
+            device.take(&modules, memory::host_state(config, context), staging.ring());
         }
-        Ok(conditions)
-    }
-}
-
-/// Bytes of a block's KV cache, by where the block is computed.
-#[derive(Clone, Copy)]
-struct KvCache {
-    cuda: Bytes,
-    host: Bytes,
-}
-
-impl KvCache {
-    fn of(self, module: ModuleKind, device: DeviceId) -> Bytes {
-        match (module, device) {
-            (ModuleKind::Block(_), DeviceId::Cuda(_)) => self.cuda,
-            (ModuleKind::Block(_), DeviceId::Cpu | DeviceId::Disk) => self.host,
-            _ => Bytes::ZERO,
-        }
+        Ok(Plan {
+            model: checkpoint.name.clone(),
+            architecture: config.family.architecture.to_owned(),
+            parameters: weights.iter().map(|weight| (weight.parameter.rows * weight.parameter.cols) as u64).sum(),
+            dtype: config.dtype.clone(),
+            quantize: conditions.quantize,
+            context,
+            longest_context: config.max_position_embeddings,
+            batch,
+            kv_cache,
+            max_memory: conditions.max_memory,
+            speed: Speed::predict(&devices, &modules, batch),
+            modules,
+            devices,
+            placements: Vec::new(),
+            schemes: Vec::new(),
+            idle: inventory.idle.clone(),
+            remedies: Vec::new(),
+        })
     }
 }
 
@@ -356,36 +413,63 @@ fn too_large(what: &str) -> Error {
     Error::input(format!("{what} is too large to plan for"))
 }
 
-/// The packed size of every module.
-fn module_sizes(tree: &ModuleTree, weights: &[Weight], rules: &QuantizeRules) -> Result<Vec<Bytes>> {
-    let mut sizes = vec![Bytes::ZERO; tree.modules.len()];
+/// What a module's weights take, and what a token reads of them.
+#[derive(Clone, Copy, Default)]
+struct Size {
+    packed: Bytes,
+    read: Bytes,
+}
+
+/// The size of every module: a token reads a row of the embedding, the experts
+/// that it is sent to, and all of anything else; where the head is the
+/// embedding, all of that.
+fn module_sizes(
+    config: &ModelConfig,
+    tree: &ModuleTree,
+    weights: &[Weight],
+    rules: &QuantizeRules,
+) -> Result<Vec<Size>> {
+    let mut sizes = vec![Size::default(); tree.modules.len()];
     let one_device = vec![DeviceId::Cpu; tree.modules.len()];
     for placed in memory::lay_out(weights, &one_device, rules)? {
-        sizes[placed.weight.module] += placed.layout.size();
+        let size = &mut sizes[placed.weight.module];
+        let packed = placed.layout.size();
+        size.packed += packed;
+        size.read += match (placed.weight.parameter.role, config.experts) {
+            (Role::Embedding | Role::Positions, _) => Bytes::ZERO,
+            (Role::ExpertGate(_) | Role::ExpertUp(_) | Role::ExpertDown(_), Some(experts)) => {
+                Bytes(packed.0 / experts.count as u64 * experts.per_token as u64)
+            }
+            _ => packed,
+        };
+    }
+    if tree.tied
+        && let Some(embedding) = sizes.first().map(|size| size.packed)
+        && let Some(head) = sizes.last_mut()
+    {
+        head.read = embedding;
     }
     Ok(sizes)
 }
 
 fn automatic(
     tree: &ModuleTree,
-    sizes: &[Bytes],
-    kv: KvCache,
+    modules: &[PlannedModule],
     devices: &[DevicePlan],
     strategy: Strategy,
 ) -> Result<Vec<DeviceId>> {
-    let mut costs: Vec<placement::Cost> = tree
-        .modules
+    let mut costs: Vec<placement::Cost> = modules
         .iter()
-        .zip(sizes)
-        .map(|(module, weights)| placement::Cost {
-            weights: *weights,
-            kv_cuda: kv.of(module.kind, DeviceId::Cuda(0)),
-            kv_host: kv.of(module.kind, DeviceId::Cpu),
+        .map(|module| placement::Cost {
+            weights: module.weights,
+            kv: module.kv_cache,
+            read: module.read,
+            is_block: module.is_block(),
         })
         .collect();
     // A tied head costs nothing and runs where the embedding is.
-    if tree.tied {
-        costs.pop();
+    if let Some(head) = costs.pop_if(|_| tree.tied) {
+        costs[0].read = head.read;
     }
     let capacities: Vec<placement::Capacity> = devices
         .iter()
@@ -397,6 +481,7 @@ fn automatic(
     let mut placement = match strategy {
         Strategy::Packed => placement::packed(&costs, &capacities),
         Strategy::Sequential => placement::sequential(&costs, &capacities),
+        Strategy::Fastest => fastest(&costs, &capacities, &paces(devices)?),
         _ => placement::balanced(&costs, &capacities),
     };
     if tree.tied {
@@ -405,15 +490,21 @@ fn automatic(
     Ok(placement)
 }
 
+fn paces(devices: &[DevicePlan]) -> Result<Vec<Pace>> {
+    let pace = |device: &DevicePlan| {
+        Pace::new(device.id, device.bandwidth).ok_or_else(|| {
+            Error::usage(format!("`--placement fastest` needs the bandwidth of {}", device.id)).hint(format!(
+                "state it, or name the GPU: `--device {id}=SIZE@936GB/s`, `--device \"{id}=SIZE@RTX 3090\"`",
+                id = device.id
+            ))
+        })
+    };
+    devices.iter().map(pace).collect()
+}
+
 /// What Transformers would choose, which sees free memory, our limits and the bytes of weights alone.
-fn as_transformers(
-    checkpoint: &Checkpoint,
-    tree: &ModuleTree,
-    weights: &[Weight],
-    conditions: &Conditions,
-    inventory: &Inventory,
-    mode: hf::Mode,
-) -> Result<Vec<DeviceId>> {
+fn as_transformers(subject: &Subject, conditions: &Conditions, mode: hf::Mode) -> Result<Vec<DeviceId>> {
+    let Subject { checkpoint, inventory, tree, weights } = subject;
     let dtype = weights.first().map_or(WeightDtype::Bf16, |weight| weight.dtype);
     let quantization = match conditions.quantize.scheme("") {
         Scheme::None => hf::Quantization::None,
@@ -432,12 +523,12 @@ fn as_transformers(
     tree.modules.iter().map(device_of).collect()
 }
 
-fn check_model(map: Option<&DeviceMap>, checkpoint: &Checkpoint) -> Result<()> {
+fn check_model(options: &PlanOptions, checkpoint: &Checkpoint) -> Result<()> {
     let base = |name: &str| name.rsplit('/').next().map(str::to_owned);
-    match map.and_then(|map| map.model.as_deref()) {
-        Some(model) if base(model) != base(&checkpoint.name) => {
+    match options.device_map.as_ref().and_then(|map: &DeviceMap| map.model.as_deref()) {
+        Some(model) if !options.any_model && base(model) != base(&checkpoint.name) => {
             Err(Error::input(format!("the device map was made for `{model}`, not for `{}`", checkpoint.name))
-                .hint("remove its `model` if it is meant for this one too"))
+                .hint("`--any-model` uses it for this one too"))
         }
         _ => Ok(()),
     }

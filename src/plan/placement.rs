@@ -8,10 +8,12 @@ use crate::device::DeviceId;
 pub struct Cost {
     /// Packed weights.
     pub weights: Bytes,
-    /// KV cache on a GPU.
-    pub kv_cuda: Bytes,
-    /// KV cache on the host, for a module on the CPU or on the disk.
-    pub kv_host: Bytes,
+    /// KV cache; for a module on the disk it is in host memory.
+    pub kv: Bytes,
+    /// Bytes of weights that a token reads.
+    pub read: Bytes,
+    /// Whether it is a block.
+    pub is_block: bool,
 }
 
 /// What a device can give.
@@ -70,7 +72,7 @@ fn prefix_sums(modules: &[Cost]) -> Vec<u64> {
     let mut sums = vec![0u64];
     for module in modules {
         let last = sums[sums.len() - 1];
-        sums.push(last.saturating_add((module.weights + module.kv_cuda).0));
+        sums.push(last.saturating_add((module.weights + module.kv).0));
     }
     sums
 }
@@ -171,7 +173,7 @@ fn in_turn(modules: &[Cost], devices: &[Capacity]) -> Vec<DeviceId> {
             DeviceId::Cuda(_) => prefix_sums(rest).iter().rposition(|sum| *sum <= device.room.0).unwrap_or(0),
             // Blocks on the disk keep their KV cache in host memory, so all of the rest counts here.
             DeviceId::Cpu | DeviceId::Disk => {
-                let kv: Bytes = rest.iter().map(|module| module.kv_host).sum();
+                let kv: Bytes = rest.iter().map(|module| module.kv).sum();
                 let mut sum = kv;
                 let mut fitting = 0;
                 for (at, module) in rest.iter().enumerate() {
@@ -197,7 +199,7 @@ mod tests {
     use super::*;
 
     fn modules(sizes: &[u64]) -> Vec<Cost> {
-        let cost = |size: &u64| Cost { weights: Bytes(*size), kv_cuda: Bytes(1), kv_host: Bytes(2) };
+        let cost = |size: &u64| Cost { weights: Bytes(*size), kv: Bytes(1), read: Bytes(*size), is_block: true };
         sizes.iter().map(cost).collect()
     }
 
@@ -259,7 +261,7 @@ mod tests {
     fn largest_share(modules: &[Cost], gpus: &[Capacity], placement: &[DeviceId]) -> Option<f64> {
         let shares = gpus.iter().map(|gpu| {
             let taken: Bytes =
-                modules.iter().zip(placement).filter(|(_, d)| **d == gpu.id).map(|(m, _)| m.weights + m.kv_cuda).sum();
+                modules.iter().zip(placement).filter(|(_, d)| **d == gpu.id).map(|(m, _)| m.weights + m.kv).sum();
             (taken <= gpu.room).then(|| if taken.0 == 0 { 0.0 } else { taken.0 as f64 / gpu.room.0 as f64 })
         });
         shares.collect::<Option<Vec<_>>>().map(|shares| shares.into_iter().fold(0.0, f64::max))
@@ -325,9 +327,8 @@ mod tests {
                 for device in &devices[..devices.len() - 1] {
                     let is_here = |id: DeviceId| id == device.id || (device.id == DeviceId::Cpu && id == DeviceId::Disk);
                     let taken = modules.iter().zip(&placement).filter(|(_, id)| is_here(**id)).map(|(module, id)| match id {
-                        DeviceId::Cuda(_) => module.weights + module.kv_cuda,
-                        DeviceId::Cpu => module.weights + module.kv_host,
-                        DeviceId::Disk => module.kv_host,
+                        DeviceId::Cuda(_) | DeviceId::Cpu => module.weights + module.kv,
+                        DeviceId::Disk => module.kv,
                     });
                     let taken: Bytes = taken.sum();
                     prop_assert!(taken <= device.room || !placement.contains(&device.id));
@@ -343,10 +344,10 @@ mod tests {
             for gpu in &gpus[..gpus.len() - 1] {
                 let mut taken = Bytes::ZERO;
                 while at < modules.len() && placement[at] == gpu.id {
-                    taken += modules[at].weights + modules[at].kv_cuda;
+                    taken += modules[at].weights + modules[at].kv;
                     at += 1;
                 }
-                prop_assert!(at == modules.len() || taken + modules[at].weights + modules[at].kv_cuda > gpu.room);
+                prop_assert!(at == modules.len() || taken + modules[at].weights + modules[at].kv > gpu.room);
             }
         }
     }

@@ -1,111 +1,268 @@
 //! What would fit where a plan does not: each remedy is found by planning it.
 
+use std::borrow::Cow;
 use std::fmt;
 
 use serde::Serialize;
 
-use super::{Plan, PlanOptions, Strategy};
-use crate::bytes::Bytes;
-use crate::checkpoint::Checkpoint;
+use super::{Bandwidth, Device, DevicePlan, Plan, PlanOptions, Quantize, Speed, Strategy, Subject, halve};
+use crate::bytes::{Bytes, GIB, MIB};
+use crate::device::DeviceId;
 use crate::error::Result;
-use crate::plan::Inventory;
-use crate::quant::{QuantizeRules, Scheme};
+use crate::quant::{KvDtype, Scheme};
 
-/// A change that makes a model fit, or what is missing.
+/// Changes with which a model fits, and what it takes then.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Remedy {
+    /// What is to be changed, all of it.
+    pub changes: Vec<Change>,
+    /// All that is taken then, over all devices.
+    pub total: Bytes,
+    /// Modules that are in host memory or on the disk then.
+    pub off_gpus: usize,
+    /// How fast it would be, where the bandwidths are known.
+    pub speed: Option<Speed>,
+}
+
+/// A change to the options or the machine.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 #[non_exhaustive]
-pub enum Remedy {
-    /// Our own placement in place of the one that was asked for.
-    Balanced,
+pub enum Change {
+    /// Automatic placement in place of the map.
+    Automatic,
+    /// A larger budget.
+    Budget {
+        /// The device.
+        device: DeviceId,
+        /// What may be taken of it.
+        max_memory: Bytes,
+    },
+    /// Fewer sequences at once.
+    Batch {
+        /// The most that fit.
+        sequences: usize,
+    },
     /// A shorter context.
     Context {
-        /// The longest context that fits, in tokens.
+        /// The longest that fits, in tokens.
         tokens: usize,
     },
-    /// More memory on the devices that compute.
+    /// Fewer bits for the KV cache.
+    KvCache {
+        /// The type of its elements.
+        dtype: KvDtype,
+    },
+    /// More memory of a device, or a device that is not there.
     Memory {
-        /// Bytes that are missing over all devices.
+        /// The device.
+        device: DeviceId,
+        /// The memory that it is to have free.
+        free: Bytes,
+        /// What it lacks of that.
         missing: Bytes,
+        /// The bandwidth that is assumed where it is a new device.
+        bandwidth: Option<Bandwidth>,
     },
-    /// Automatic placement in place of the map.
-    Placement,
-    /// Fewer bits.
+    /// Another placement.
+    Placement {
+        /// How the modules are to be placed.
+        placement: Strategy,
+    },
+    /// Fewer bits for the weights.
     Quantize {
-        /// The scheme that fits.
+        /// The scheme.
         scheme: Scheme,
-        /// Bytes over all devices.
-        total: Bytes,
     },
+}
+
+impl Change {
+    /// The flag that makes the change, and its value. That of memory describes a device, which `plan` can.
+    pub fn flag(&self) -> (&'static str, String) {
+        match self {
+            Self::Automatic => ("--device-map", "auto".to_owned()),
+            Self::Batch { sequences } => ("--batch", sequences.to_string()),
+            Self::Budget { device, max_memory } => ("--max-memory", format!("{device}={}", max_memory.exact())),
+            Self::Context { tokens } => ("--context", tokens.to_string()),
+            Self::KvCache { dtype } => ("--kv-cache", dtype.to_string()),
+            Self::Memory { device, free, bandwidth, .. } => {
+                let bandwidth = bandwidth.map(|bandwidth| format!("@{bandwidth}"));
+                ("--device", format!("{device}={}{}", free.exact(), bandwidth.unwrap_or_default()))
+            }
+            Self::Placement { placement } => ("--placement", placement.to_string()),
+            Self::Quantize { scheme } => ("--quantize", scheme.to_string()),
+        }
+    }
+}
+
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Automatic => f.write_str("automatic placement"),
+            Self::Batch { sequences } => write!(f, "a batch of {sequences}"),
+            Self::Budget { device, max_memory } => write!(f, "a budget of {max_memory} on {device}"),
+            Self::Context { tokens } => write!(f, "a context of {tokens} tokens, the longest that fits"),
+            Self::KvCache { dtype } => write!(f, "an {dtype} KV cache"),
+            Self::Memory { device: DeviceId::Cpu, free, missing, .. } if free == missing => {
+                write!(f, "{free} of host memory")
+            }
+            Self::Memory { device, missing, .. } => write!(f, "{missing} more on {device}"),
+            Self::Placement { placement } => write!(f, "{placement} placement"),
+            Self::Quantize { scheme } => write!(f, "{scheme} weights"),
+        }
+    }
 }
 
 impl fmt::Display for Remedy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Balanced => write!(f, "`--placement {}` fits", Strategy::Balanced),
-            Self::Context { tokens } => write!(f, "`--context {tokens}` is the longest context that fits"),
-            Self::Memory { missing } => write!(f, "nothing else fits; {missing} of memory are missing"),
-            Self::Placement => write!(f, "`--device-map auto` fits"),
-            Self::Quantize { scheme, total } => write!(f, "`--quantize {scheme}` fits and takes {total}"),
+        for (at, change) in self.changes.iter().enumerate() {
+            write!(f, "{}{change}", if at == 0 { "" } else { " and " })?;
         }
+        write!(f, ": {} in all", self.total)?;
+        if self.changes.iter().any(|change| matches!(change, Change::Memory { device: DeviceId::Cpu, .. })) {
+            write!(f, ", {} modules off the GPUs", self.off_gpus)?;
+        }
+        self.speed.map_or(Ok(()), |speed| write!(f, ", {speed}"))
     }
 }
 
 /// Contexts are rounded down to a multiple of this.
 const ROUND: usize = 64;
+/// What host memory is assumed to do that nothing is said of: two channels of DDR4-3200.
+const HOST: Bandwidth = Bandwidth { bytes_per_second: 51_000_000_000, measured: false };
 
-/// Plans what might fit instead of `plan`.
-pub fn find(checkpoint: &Checkpoint, inventory: &Inventory, options: &PlanOptions, plan: &Plan) -> Result<Vec<Remedy>> {
-    let attempt = |change: &dyn Fn(&mut PlanOptions)| {
-        let mut options = options.clone();
-        change(&mut options);
-        Plan::without_remedies(checkpoint, inventory, &options)
-    };
+/// Plans what might fit instead of `plan`: the least loss of quality first, then what has to be bought.
+pub fn find(subject: &Subject, options: &PlanOptions, plan: &Plan) -> Result<Vec<Remedy>> {
+    let search = Search { subject, options, plan };
     let mut remedies = Vec::new();
-    if options.device_map.is_some() && attempt(&|options| fix_conditions(options, plan))?.fits() {
-        remedies.push(Remedy::Placement);
+    if options.device_map.is_some() {
+        remedies.extend(search.fitting(vec![Change::Automatic])?);
     }
-    if options.strategy != Strategy::Balanced && attempt(&|options| options.strategy = Strategy::Balanced)?.fits() {
-        remedies.push(Remedy::Balanced);
+    let ours = Change::Placement { placement: Strategy::Balanced };
+    if options.device_map.is_none() && options.strategy != Strategy::Balanced {
+        remedies.extend(search.fitting(vec![ours])?);
     }
-    for scheme in Scheme::ALL {
-        let other = attempt(&|options| options.quantize = Some(QuantizeRules::whole_model(scheme)))?;
-        if other.weights() < plan.weights() && other.fits() {
-            let total = other.devices.iter().filter(|device| device.modules > 0).map(super::DevicePlan::total).sum();
-            remedies.push(Remedy::Quantize { scheme, total });
-        }
+    let before = remedies.len();
+    let fewer = |scheme: &Scheme| plan.quantize.scheme("") < *scheme;
+    let schemes: Vec<_> = Scheme::ALL.into_iter().filter(fewer).map(|scheme| Change::Quantize { scheme }).collect();
+    let kv_cache = (plan.kv_cache != KvDtype::Int8).then_some(Change::KvCache { dtype: KvDtype::Int8 });
+    for change in schemes.iter().chain(&kv_cache) {
+        remedies.extend(search.fitting(vec![change.clone()])?);
     }
-    let fits_with = |tokens: usize| -> Result<bool> { Ok(attempt(&|options| options.context = Some(tokens))?.fits()) };
-    if fits_with(1)? {
-        // The bytes grow with the context, so the longest that fits is found by halving.
-        let (mut fitting, mut too_long) = (1, plan.context);
-        while too_long - fitting > 1 {
-            let middle = usize::midpoint(fitting, too_long);
-            if fits_with(middle)? {
-                fitting = middle;
-            } else {
-                too_long = middle;
-            }
-        }
-        remedies.push(Remedy::Context { tokens: if fitting > ROUND { fitting / ROUND * ROUND } else { fitting } });
+    remedies.extend(search.longest_context(Vec::new())?);
+    remedies.extend(search.largest_batch()?);
+    if remedies.len() == before {
+        // Nothing alone fits; all that costs bits, and if need be the context too.
+        let all: Vec<_> = schemes.last().into_iter().chain(&kv_cache).cloned().collect();
+        let together = search.fitting(all.clone())?;
+        remedies.extend(if together.is_some() { together } else { search.longest_context(all)? });
     }
-    if remedies.is_empty() {
-        let missing = plan.devices.iter().map(super::DevicePlan::missing).sum();
-        remedies.push(Remedy::Memory { missing });
-    }
+    remedies.extend(search.with_host_memory()?);
+    remedies.extend(search.with_more_memory()?);
     Ok(remedies)
 }
 
-/// The map's conditions without its placement.
-fn fix_conditions(options: &mut PlanOptions, plan: &Plan) {
-    options.device_map = None;
-    options.quantize = Some(plan.quantize.clone());
-    (options.context, options.batch) = (Some(plan.context), Some(plan.batch));
-    options.max_memory = Some(plan.max_memory.clone());
+struct Search<'a> {
+    subject: &'a Subject<'a>,
+    options: &'a PlanOptions,
+    plan: &'a Plan,
 }
 
-impl Plan {
-    fn weights(&self) -> Bytes {
-        self.modules.iter().map(|module| module.weights).sum()
+impl Search<'_> {
+    fn plan(&self, changes: &[Change]) -> Result<Plan> {
+        let mut options = self.options.clone();
+        let mut inventory = Cow::Borrowed(&*self.subject.inventory);
+        for change in changes {
+            match change {
+                Change::Automatic => {
+                    // The map's conditions without its placement.
+                    options.device_map = None;
+                    options.quantize = Some(Quantize::Rules(self.plan.quantize.clone()));
+                    (options.context, options.batch) = (Some(self.plan.context), Some(self.plan.batch));
+                    options.kv_cache = Some(self.plan.kv_cache);
+                    options.max_memory = Some(self.plan.max_memory.clone());
+                }
+                Change::Batch { sequences } => options.batch = Some(*sequences),
+                Change::Budget { device, max_memory } => {
+                    let limits = options.max_memory.get_or_insert_with(|| self.plan.max_memory.clone());
+                    limits.insert(*device, *max_memory);
+                }
+                Change::Context { tokens } => options.context = Some(*tokens),
+                Change::KvCache { dtype } => options.kv_cache = Some(*dtype),
+                Change::Memory { device, free, bandwidth, .. } => {
+                    let devices = &mut inventory.to_mut().devices;
+                    if let Some(device) = devices.iter_mut().find(|known| known.id == *device) {
+                        device.free = *free;
+                    } else {
+                        let (id, free) = (*device, *free);
+                        devices.push(Device { id, name: None, free, total: free, bandwidth: *bandwidth });
+                        devices.sort_by_key(|device| device.id);
+                    }
+                }
+                Change::Placement { placement } => options.strategy = *placement,
+                Change::Quantize { scheme } => options.quantize = Some((*scheme).into()),
+            }
+        }
+        let Subject { checkpoint, tree, ref weights, .. } = *self.subject;
+        Subject { checkpoint, inventory, tree, weights: weights.clone() }.plan(&options)
+    }
+
+    /// The remedy of `changes`, if it is one.
+    fn fitting(&self, changes: Vec<Change>) -> Result<Option<Remedy>> {
+        let plan = self.plan(&changes)?;
+        let remedy = Remedy { total: plan.total(), off_gpus: plan.off_gpus(), speed: plan.speed, changes };
+        Ok((plan.fits() && !remedy.changes.is_empty()).then_some(remedy))
+    }
+
+    /// The longest context that fits after `changes`.
+    fn longest_context(&self, mut changes: Vec<Change>) -> Result<Option<Remedy>> {
+        let with = |tokens| {
+            let last = [Change::Context { tokens }];
+            self.plan(&[&changes[..], &last].concat()).map(|plan| plan.fits())
+        };
+        if self.plan.context == 1 || !with(1)? {
+            return Ok(None);
+        }
+        let longest = halve(1, self.plan.context - 1, with)?;
+        let tokens = if longest > ROUND { longest / ROUND * ROUND } else { longest };
+        changes.push(Change::Context { tokens });
+        self.fitting(changes)
+    }
+
+    fn largest_batch(&self) -> Result<Option<Remedy>> {
+        let with = |sequences| self.plan(&[Change::Batch { sequences }]).map(|plan| plan.fits());
+        if self.plan.batch == 1 || !with(1)? {
+            return Ok(None);
+        }
+        let sequences = halve(1, self.plan.batch - 1, with)?;
+        self.fitting(vec![Change::Batch { sequences }])
+    }
+
+    /// Blocks in host memory, where no host was described.
+    fn with_host_memory(&self) -> Result<Option<Remedy>> {
+        let devices = &self.subject.inventory.devices;
+        if self.options.device_map.is_some() || devices.iter().any(|device| device.id == DeviceId::Cpu) {
+            return Ok(None);
+        }
+        let bandwidth = devices.iter().all(|device| device.bandwidth.is_some()).then_some(HOST);
+        let memory = |free| Change::Memory { device: DeviceId::Cpu, free, missing: free, bandwidth };
+        let roomy = self.plan(&[memory(Bytes(1 << 60))])?;
+        let Some(host) = roomy.devices.iter().find(|device| device.id == DeviceId::Cpu) else { return Ok(None) };
+        let needed = (host.total() + host.reserve).0.next_multiple_of(GIB);
+        self.fitting(vec![memory(Bytes(needed))])
+    }
+
+    /// What the devices that overflow lack.
+    fn with_more_memory(&self) -> Result<Option<Remedy>> {
+        let short = self.plan.devices.iter().filter(|device| !device.fits());
+        let change = |device: &DevicePlan| {
+            let needed = Bytes(device.total().0.next_multiple_of(MIB));
+            if needed + device.reserve <= device.free {
+                return Change::Budget { device: device.id, max_memory: needed };
+            }
+            let free = needed + device.reserve;
+            Change::Memory { device: device.id, free, missing: free - device.free, bandwidth: None }
+        };
+        self.fitting(short.map(change).collect())
     }
 }

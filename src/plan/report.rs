@@ -4,11 +4,12 @@ use std::fmt::{self, Write};
 
 use serde::Serialize;
 
-use super::{DevicePlan, Plan, PlannedModule};
+use super::{DevicePlan, Plan, PlannedModule, Quantize, Speed, speed};
 use crate::architecture::ModuleKind;
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::device_map::SCHEMA_VERSION;
+use crate::quant::KvDtype;
 
 /// Rows of the table and the part of a device's plan that each shows.
 type Row = (&'static str, fn(&DevicePlan) -> Bytes);
@@ -83,24 +84,46 @@ impl Plan {
 }
 
 impl fmt::Display for Plan {
-    /// A column a device, then the verdict.
+    /// A column a device, then the alternatives and the verdict.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.write(f, "")
+    }
+}
+
+impl Plan {
+    /// As it prints, with the bars of [`Plan::bars`] under the table.
+    pub fn with_bars(&self, color: bool) -> String {
+        let mut text = String::new();
+        // Writing to a String cannot fail.
+        let _ = self.write(&mut text, &self.bars(color));
+        text
+    }
+
+    /// Schemes, context, batch and KV cache in a line.
+    pub(super) fn conditions(&self) -> String {
+        let rules = Quantize::Rules(self.quantize.clone());
+        let kv_cache = match self.kv_cache {
+            KvDtype::F16 => String::new(),
+            other => format!("; KV cache {other}"),
+        };
+        format!("quantize {rules}; context {}; batch {}{kv_cache}", self.context, self.batch)
+    }
+
+    /// What is on `device`, in a line.
+    pub(super) fn content(&self, device: DeviceId) -> String {
+        let blocks = self.blocks(device);
+        let blocks = (!blocks.is_empty()).then(|| format!("blocks {blocks}"));
+        let parts: Vec<_> = blocks.into_iter().chain(self.others(device).into_iter().map(str::to_owned)).collect();
+        if parts.is_empty() { "nothing".to_owned() } else { parts.join(", ") }
+    }
+
+    fn write(&self, f: &mut dyn fmt::Write, bars: &str) -> fmt::Result {
         let blocks = self.modules.iter().filter(|module| matches!(module.kind, ModuleKind::Block(_))).count();
         write!(f, "{}: {}, {blocks} blocks, {} parameters", self.model, self.architecture, count(self.parameters))?;
         if let Some(dtype) = &self.dtype {
             write!(f, ", {dtype}")?;
         }
-        let rules = self
-            .quantize
-            .iter()
-            .map(|(path, scheme)| if path.is_empty() { scheme.to_string() } else { format!("{path} {scheme}") });
-        writeln!(
-            f,
-            "\nquantize {}; context {}; batch {}\n",
-            rules.collect::<Vec<_>>().join(", "),
-            self.context,
-            self.batch
-        )?;
+        writeln!(f, "\n{}\n", self.conditions())?;
 
         let mut rows: Vec<Vec<String>> = vec![vec![String::new()]];
         rows[0].extend(self.devices.iter().map(|device| device.id.to_string()));
@@ -127,7 +150,9 @@ impl fmt::Display for Plan {
             rows.push(row);
         }
         f.write_str(&table(&rows))?;
-
+        if !bars.is_empty() {
+            write!(f, "\n{bars}")?;
+        }
         for device in self.devices.iter().filter(|device| device.name.is_some()) {
             writeln!(f, "{}: {}", device.id, device.name.as_deref().unwrap_or_default())?;
         }
@@ -139,29 +164,48 @@ impl fmt::Display for Plan {
                 device.id
             )?;
         }
+        for (at, outline) in self.schemes.iter().enumerate() {
+            let chosen = if outline.scheme == self.quantize.scheme("") { "*" } else { " " };
+            let (scheme, total) = (outline.scheme, outline.total);
+            writeln!(f, "{}{chosen} {scheme:<5} {total:>9}  {outline}", label(at, "quantize"))?;
+        }
         for (at, outline) in self.placements.iter().enumerate() {
-            writeln!(f, "{}{outline}", if at == 0 { "\nplaced  " } else { "        " })?;
+            writeln!(f, "{}{:<17}  {outline}", label(at, "placed"), outline.placement)?;
+        }
+        if let Some(Speed { at_first, at_last }) = self.speed.filter(|_| self.fits()) {
+            writeln!(
+                f,
+                "\npredicted for one sequence: {} tok/s with the context empty, {} with it full",
+                speed::digits(at_first),
+                speed::digits(at_last)
+            )?;
+        }
+        let used = self.devices.iter().filter(|device| device.modules > 0).count();
+        if self.hops()
+            > used.saturating_sub(1) + usize::from(self.modules.last().is_some_and(|head| head.weights == Bytes::ZERO))
+        {
+            writeln!(
+                f,
+                "\na token changes its device {} times on its way; with each device's modules in one run it would be {}",
+                self.hops(),
+                used - 1
+            )?;
         }
         if self.fits() {
-            writeln!(f, "\nit fits")?;
-        } else {
-            writeln!(f, "\nit does not fit")?;
-            for device in self.devices.iter().filter(|device| !device.fits()) {
-                writeln!(
-                    f,
-                    "  {} lacks {}: {} are needed, {} may be taken",
-                    device.id,
-                    device.missing(),
-                    device.total(),
-                    device.budget
-                )?;
-            }
-            for remedy in &self.remedies {
-                writeln!(f, "  {remedy}")?;
-            }
+            return writeln!(f, "\nit fits");
+        }
+        writeln!(f, "\nit does not fit")?;
+        for device in self.devices.iter().filter(|device| !device.fits()) {
+            let (id, total, budget) = (device.id, device.total(), device.budget);
+            writeln!(f, "  {id} lacks {}: {total} are needed, {budget} may be taken", device.missing())?;
         }
         Ok(())
     }
+}
+
+/// The first of some lines has a label.
+fn label(at: usize, text: &str) -> String {
+    if at == 0 { format!("\n{text:<8}  ") } else { " ".repeat(10) }
 }
 
 fn dash(text: String) -> String {

@@ -18,6 +18,8 @@ pub enum Strategy {
     Packed,
     /// Each device is filled in turn.
     Sequential,
+    /// The least predicted time for a token.
+    Fastest,
     /// What Transformers chooses for `device_map="auto"`.
     HfAuto,
     /// What Transformers chooses for `balanced_low_0`.
@@ -28,8 +30,15 @@ pub enum Strategy {
 
 impl Strategy {
     /// All of them.
-    pub const ALL: [Self; 6] =
-        [Self::Balanced, Self::Packed, Self::Sequential, Self::HfAuto, Self::HfBalancedLowZero, Self::HfSequential];
+    pub const ALL: [Self; 7] = [
+        Self::Balanced,
+        Self::Packed,
+        Self::Sequential,
+        Self::Fastest,
+        Self::HfAuto,
+        Self::HfBalancedLowZero,
+        Self::HfSequential,
+    ];
 
     /// The name in flags.
     pub fn name(self) -> &'static str {
@@ -37,6 +46,7 @@ impl Strategy {
             Self::Balanced => "balanced",
             Self::Packed => "packed",
             Self::Sequential => "sequential",
+            Self::Fastest => "fastest",
             Self::HfAuto => "hf-auto",
             Self::HfBalancedLowZero => "hf-balanced_low_0",
             Self::HfSequential => "hf-sequential",
@@ -46,7 +56,7 @@ impl Strategy {
     /// The mode of Transformers that it stands for, if it does.
     pub fn transformers(self) -> Option<Mode> {
         match self {
-            Self::Balanced | Self::Packed | Self::Sequential => None,
+            Self::Balanced | Self::Packed | Self::Sequential | Self::Fastest => None,
             Self::HfAuto => Some(Mode::Auto),
             Self::HfBalancedLowZero => Some(Mode::BalancedLowZero),
             Self::HfSequential => Some(Mode::Sequential),
@@ -69,7 +79,7 @@ impl Serialize for Strategy {
 /// A text that names no strategy.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "`{0}` is not a placement; placements are balanced, packed, sequential, hf-auto, hf-sequential and hf-balanced_low_0"
+    "`{0}` is not a placement; placements are balanced, packed, sequential, fastest, hf-auto, hf-sequential and hf-balanced_low_0"
 )]
 pub struct ParseStrategyError(String);
 

@@ -145,6 +145,15 @@ impl<'a> Matrix<'a> {
         }
     }
 
+    /// The element at `col` of a plain vector.
+    pub fn element(&self, col: usize) -> f32 {
+        let mut value = [0.0];
+        if let Storage::Plain(dtype) = self.layout.storage {
+            dtype.decode(&self.codes(0)[col * dtype.size()..][..dtype.size()], &mut value);
+        }
+        value[0]
+    }
+
     /// The dequantized weights of `row` into `values`, K of them.
     pub fn dequantize_row(&self, row: usize, values: &mut [f32]) {
         debug_assert_eq!(values.len(), self.layout.cols);

@@ -7,6 +7,7 @@
 //! | `int4` | `scale[row] * sub_scale[row][k/32] * (q − 8)`, q in 0..16 | 4.25 + 16/K |
 //! | `none` | as the checkpoint stores it | 16 or 32 |
 
+mod kv_cache;
 mod layout;
 mod quantize;
 pub mod reference;
@@ -19,6 +20,7 @@ use half::{bf16, f16};
 use safetensors::Dtype;
 use serde::{Serialize, Serializer};
 
+pub use kv_cache::{KvDtype, ParseKvDtypeError};
 pub use layout::{ALIGNMENT, GROUP_SIZE, Matrix, MatrixLayout};
 pub use quantize::{PackedRows, QuantizeError, quantize_activations, quantize_rows};
 pub use rules::QuantizeRules;

@@ -7,7 +7,13 @@ use crate::module_path::longest_prefix;
 
 /// Module paths and their schemes; the longest path that contains a module decides.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct QuantizeRules(Vec<(String, Scheme)>);
+pub struct QuantizeRules {
+    rules: Vec<(String, Scheme)>,
+    /// The embedding's path is Llama's, whatever the model's own is.
+    is_for_any_model: bool,
+}
+
+const EMBEDDING: &str = "model.embed_tokens";
 
 impl QuantizeRules {
     /// The rules that `--quantize` gives: one scheme for the whole model,
@@ -15,24 +21,37 @@ impl QuantizeRules {
     pub fn whole_model(scheme: Scheme) -> Self {
         let mut rules = vec![(String::new(), scheme)];
         if scheme == Scheme::Int4 {
-            rules.extend(["model.embed_tokens", "lm_head"].map(|path| (path.to_owned(), Scheme::Int8)));
+            rules.extend([EMBEDDING, "lm_head"].map(|path| (path.to_owned(), Scheme::Int8)));
         }
-        Self(rules)
+        Self { rules, is_for_any_model: scheme == Scheme::Int4 }
     }
 
     /// Rules as a map lists them.
     pub fn new(rules: Vec<(String, Scheme)>) -> Self {
-        Self(rules)
+        Self { rules, is_for_any_model: false }
+    }
+
+    /// The rules for a model whose embedding is at `path`: those of
+    /// [`QuantizeRules::whole_model`] mean it, those of a map are meant as they are.
+    #[must_use]
+    pub fn for_embedding(mut self, path: &str) -> Self {
+        if self.is_for_any_model
+            && let Some((rule, _)) = self.rules.iter_mut().find(|(rule, _)| rule == EMBEDDING)
+        {
+            path.clone_into(rule);
+        }
+        Self { is_for_any_model: false, ..self }
     }
 
     /// The rules in their order.
     pub fn iter(&self) -> impl Iterator<Item = (&str, Scheme)> {
-        self.0.iter().map(|(path, scheme)| (path.as_str(), *scheme))
+        self.rules.iter().map(|(path, scheme)| (path.as_str(), *scheme))
     }
 
     /// The scheme of the module at `path`; `none` where no rule contains it.
     pub fn scheme(&self, path: &str) -> Scheme {
-        longest_prefix(self.0.iter().map(|(rule, _)| rule.as_str()), path).map_or(Scheme::None, |at| self.0[at].1)
+        let rules = self.rules.iter().map(|(rule, _)| rule.as_str());
+        longest_prefix(rules, path).map_or(Scheme::None, |at| self.rules[at].1)
     }
 }
 
@@ -52,6 +71,7 @@ mod tests {
         assert_eq!(rules.scheme("model.layers.3.mlp.up_proj"), Scheme::Int4);
         assert_eq!(rules.scheme("model.embed_tokens"), Scheme::Int8);
         assert_eq!(rules.scheme("lm_head"), Scheme::Int8);
+        assert_eq!(rules.for_embedding("transformer.wte").scheme("transformer.wte"), Scheme::Int8);
         assert_eq!(
             QuantizeRules::new(vec![("model.layers.1".into(), Scheme::Int8)]).scheme("model.layers.10"),
             Scheme::None

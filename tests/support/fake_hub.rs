@@ -78,6 +78,8 @@ struct State {
     main: Mutex<String>,
     /// A fault, and how many requests it still strikes.
     fault: Mutex<Option<(Part, Fault, usize)>>,
+    /// Sizes of files that go on in zeros behind what is there of them.
+    sizes: Mutex<HashMap<String, usize>>,
     /// Where requests for weights are sent, as the Hub sends them to its CDN.
     cdn: Mutex<Option<String>>,
     requests: Mutex<Vec<Request>>,
@@ -121,6 +123,11 @@ impl FakeHub {
     /// From now on the next `times` requests of `part` go wrong.
     pub fn fail(&self, part: Part, fault: Fault, times: usize) {
         *self.state.fault.lock().unwrap() = Some((part, fault, times));
+    }
+
+    /// Makes a file go on in zeros up to `size`.
+    pub fn extend(&self, file: &str, size: usize) {
+        self.state.sizes.lock().unwrap().insert(file.to_owned(), size);
     }
 
     /// Sends requests for weights to another server.
@@ -294,10 +301,15 @@ impl State {
         let body: serde_json::Value = serde_json::from_slice(body).unwrap_or_default();
         let asked = body["paths"].as_array().cloned().unwrap_or_default();
         let entries = asked.iter().filter_map(|path| {
-            let size = files.get(path.as_str()?)?.len();
+            let path = path.as_str()?;
+            let size = self.size(path, files.get(path)?);
             Some(serde_json::json!({ "type": "file", "oid": "1", "size": size, "path": path }))
         });
         Answer::json(&entries.collect())
+    }
+
+    fn size(&self, file: &str, body: &[u8]) -> usize {
+        self.sizes.lock().unwrap().get(file).copied().unwrap_or(body.len())
     }
 
     fn file(&self, revision: &str, file: &str, range: Option<(usize, usize)>) -> Answer {
@@ -315,16 +327,19 @@ impl State {
         let mut headers = vec![("X-Repo-Commit", commit)];
         if let Some(cdn) = self.cdn.lock().unwrap().as_ref().filter(|_| file.ends_with(".safetensors")) {
             headers.push(("Location", format!("{cdn}/{}/resolve/{revision}/{file}", self.repository)));
-            headers.push(("X-Linked-Size", body.len().to_string()));
+            headers.push(("X-Linked-Size", self.size(file, body).to_string()));
             headers.push(("X-Linked-ETag", etag));
             return Answer { status: 302, headers, body: Vec::new(), length: None };
         }
         headers.push(("ETag", etag));
+        let size = self.size(file, body);
         match range {
-            Some((first, last)) if first < body.len() => {
-                let last = last.min(body.len() - 1);
-                headers.push(("Content-Range", format!("bytes {first}-{last}/{}", body.len())));
-                Answer { status: 206, headers, body: body[first..=last].to_vec(), length: None }
+            Some((first, last)) if first < size => {
+                let last = last.min(size - 1);
+                headers.push(("Content-Range", format!("bytes {first}-{last}/{size}")));
+                let mut part = body[first.min(body.len())..(last + 1).min(body.len())].to_vec();
+                part.resize(last + 1 - first, 0);
+                Answer { status: 206, headers, body: part, length: None }
             }
             Some(_) => Answer::status(416, ""),
             None => Answer { status: 200, headers, body: body.clone(), length: None },

@@ -5,9 +5,11 @@
 
 use std::sync::Arc;
 
-use evenkeel::backend::cuda::{Activation, Attention, DeviceMatrix, Gpu, Norm, NormKind, Output, Region};
+use evenkeel::backend::cuda::{Affine, Attention, Cache, DeviceMatrix, Gpu, Norm, Output, Region};
 use evenkeel::bytes::Bytes;
-use evenkeel::quant::{Matrix, MatrixLayout, PackedRows, Storage, WeightDtype, quantize_rows, reference};
+use evenkeel::model_config::{Activation, NormKind};
+use evenkeel::plan::memory::KvLayout;
+use evenkeel::quant::{KvDtype, Matrix, MatrixLayout, PackedRows, Storage, WeightDtype, quantize_rows, reference};
 use half::{bf16, f16};
 
 pub const DTYPES: [WeightDtype; 3] = [WeightDtype::Bf16, WeightDtype::F16, WeightDtype::F32];
@@ -221,33 +223,45 @@ pub fn products_equal_the_reference(gpu: &Arc<Gpu>) {
             let shift = random(rows, 6);
             let bias = vector(gpu, WeightDtype::F32, &shift);
             let before = random(tokens * rows, 7);
-            for output in [Output::F16, Output::F32, Output::Add] {
+            for (output, factor) in [(Output::F16, 1.0), (Output::F32, 0.5), (Output::Add, 2.0)] {
                 let bias = (output == Output::F32).then_some(&bias);
                 let dtype = if output == Output::F16 { WeightDtype::F16 } else { WeightDtype::F32 };
                 let y = upload(gpu, &encode(dtype, &before));
-                gpu.matmul(&matrix, bias, &halves(gpu, &x), tokens, &y, output).unwrap();
+                gpu.matmul(&Affine::new(&matrix, bias), &halves(gpu, &x), tokens, &y, output, factor).unwrap();
                 let exact: Vec<f64> = product
                     .iter()
                     .enumerate()
                     .map(|(i, y)| {
                         let onto = if output == Output::Add { f64::from(before[i]) } else { 0.0 };
-                        y + onto + bias.map_or(0.0, |_| f64::from(shift[i % rows]))
+                        onto + f64::from(factor) * (y + bias.map_or(0.0, |_| f64::from(shift[i % rows])))
                     })
                     .collect();
                 let what = format!("{storage:?} {rows}×{cols}, {tokens} tokens, {output:?}");
-                near(&what, &download(&y, dtype), &exact, 1e-6 * (cols as f64).sqrt(), output);
+                near(&what, &download(&y, dtype), &exact, 2e-6 * (cols as f64).sqrt(), output);
             }
+            // Some of the rows, as those of a fused matrix.
+            let (first, last) = (rows / 3, rows - rows / 4);
+            let y = buffer(gpu, tokens * (last - first) * 4);
+            let affine = Affine::new(&matrix, Some(&bias)).slice(first..last);
+            gpu.matmul(&affine, &halves(gpu, &x), tokens, &y, Output::F32, 1.0).unwrap();
+            let exact: Vec<f64> = (0..tokens)
+                .flat_map(|token| (first..last).map(move |row| (token, row)))
+                .map(|(token, row)| product[token * rows + row] + f64::from(shift[row]))
+                .collect();
+            let what = format!("{storage:?} {rows}×{cols}, rows {first} to {last}");
+            near(&what, &download(&y, WeightDtype::F32), &exact, 2e-6 * (cols as f64).sqrt(), Output::F32);
         }
     }
 }
 
 pub fn norms_equal_the_reference(gpu: &Arc<Gpu>) {
     for (rows, width) in [(1, 1), (3, 5), (2, 64), (5, 300), (1, 4097)] {
-        for (at, kind) in [NormKind::Rms, NormKind::Layer].into_iter().enumerate() {
-            for (dtype, offset, output) in [
-                (WeightDtype::F32, 0.0, Output::F16),
-                (WeightDtype::Bf16, 1.0, Output::F32),
-                (WeightDtype::F16, 0.0, Output::Add),
+        for kind in [NormKind::Rms, NormKind::RmsPlusOne, NormKind::Layer] {
+            let offset = if kind == NormKind::RmsPlusOne { 1.0 } else { 0.0 };
+            for (dtype, factor, output) in [
+                (WeightDtype::F32, 1.0, Output::F16),
+                (WeightDtype::Bf16, 0.5, Output::F32),
+                (WeightDtype::F16, 3.0, Output::Add),
             ] {
                 let x_dtype = if output == Output::F32 { WeightDtype::F16 } else { WeightDtype::F32 };
                 let x = decode(x_dtype, &encode(x_dtype, &random(rows * width, 8)));
@@ -262,23 +276,24 @@ pub fn norms_equal_the_reference(gpu: &Arc<Gpu>) {
                         let mean =
                             |f: &dyn Fn(f64) -> f64| x.iter().map(|x| f(f64::from(*x))).sum::<f64>() / width as f64;
                         let centre = if kind == NormKind::Layer { mean(&|x| x) } else { 0.0 };
-                        let factor = 1.0 / (mean(&|x| (x - centre).powi(2)) + 1e-5).sqrt();
+                        let inverse = 1.0 / (mean(&|x| (x - centre).powi(2)) + 1e-5).sqrt();
                         let value = |i: usize| {
                             let bias = if has_bias { f64::from(shift[i]) } else { 0.0 };
                             let onto = if output == Output::Add { f64::from(before[i]) } else { 0.0 };
-                            (f64::from(x[i]) - centre) * factor * f64::from(weight[i] + offset) + bias + onto
+                            let y = (f64::from(x[i]) - centre) * inverse * f64::from(weight[i] + offset) + bias;
+                            y * f64::from(factor) + onto
                         };
                         (0..width).map(value).collect::<Vec<_>>()
                     })
                     .collect();
                 let (weight, shift) = (vector(gpu, dtype, &weight), vector(gpu, dtype, &shift));
                 let bias = has_bias.then_some(&shift);
-                let norm = Norm { kind, weight: &weight, bias, offset, epsilon: 1e-5 };
+                let norm = Norm { kind, epsilon: 1e-5, affine: Affine::new(&weight, bias) };
                 let y_dtype = if output == Output::F16 { WeightDtype::F16 } else { WeightDtype::F32 };
                 let y = upload(gpu, &encode(y_dtype, &before));
                 let x = upload(gpu, &encode(x_dtype, &x));
-                gpu.normalize(Some(norm), &x, x_dtype, (rows, width), &y, output).unwrap();
-                let what = format!("norm {at} of {rows}×{width}, {output:?}");
+                gpu.normalize(Some(&norm), (&x, x_dtype), (rows, width), &y, output, factor).unwrap();
+                let what = format!("{kind:?} of {rows}×{width}, {output:?}");
                 near(&what, &download(&y, y_dtype), &exact, 2e-5, output);
             }
         }
@@ -286,14 +301,69 @@ pub fn norms_equal_the_reference(gpu: &Arc<Gpu>) {
     let x = random(21, 12);
     let in_place = floats(gpu, &x);
     let weight = vector(gpu, WeightDtype::F32, &[2.0; 7]);
-    let norm = Norm { kind: NormKind::Rms, weight: &weight, bias: None, offset: 0.0, epsilon: 0.0 };
-    gpu.normalize(Some(norm), &in_place, WeightDtype::F32, (3, 7), &in_place, Output::F32).unwrap();
+    let norm = Norm { kind: NormKind::Rms, epsilon: 0.0, affine: Affine::new(&weight, None) };
+    gpu.normalize(Some(&norm), (&in_place, WeightDtype::F32), (3, 7), &in_place, Output::F32, 1.0).unwrap();
     let squares: Vec<f32> =
         download(&in_place, WeightDtype::F32).chunks(7).map(|y| y.iter().map(|y| y * y).sum()).collect();
     assert!(squares.iter().all(|sum| (sum - 28.0).abs() < 1e-3), "{squares:?}");
     let y = buffer(gpu, 42);
-    gpu.normalize(None, &floats(gpu, &x), WeightDtype::F32, (3, 7), &y, Output::F16).unwrap();
+    gpu.normalize(None, (&floats(gpu, &x), WeightDtype::F32), (3, 7), &y, Output::F16, 1.0).unwrap();
     assert_eq!(download(&y, WeightDtype::F16), rounded(&x));
+}
+
+/// A cache of one dtype: `vectors` of `head_dim` as the host stores them, on the GPU, and as they read back.
+struct TestCache {
+    layout: KvLayout,
+    regions: [Region; 2],
+    stored: [Vec<f32>; 2],
+}
+
+impl TestCache {
+    fn new(gpu: &Arc<Gpu>, dtype: KvDtype, head_dim: usize, values: [&[f32]; 2]) -> Self {
+        let vectors = values[0].len() / head_dim;
+        let codes = (vectors * dtype.code_bytes(head_dim)).next_multiple_of(4);
+        let layout = KvLayout { dtype, codes, scales: vectors * dtype.scale_bytes() };
+        let each = values.map(|values| {
+            let mut bytes = vec![0u8; layout.codes + layout.scales];
+            for (at, vector) in values.chunks(head_dim).enumerate() {
+                let width = dtype.code_bytes(head_dim);
+                let mut words = vec![0u32; width.div_ceil(4)];
+                let scale = dtype.encode(vector, &mut bytemuck::cast_slice_mut(&mut words)[..width]);
+                bytes[at * width..][..width].copy_from_slice(&bytemuck::cast_slice(&words)[..width]);
+                if layout.scales > 0 {
+                    bytes[layout.codes + at * 4..][..4].copy_from_slice(&scale.to_le_bytes());
+                }
+            }
+            (upload(gpu, &bytes), Self::decode(layout, head_dim, &bytes))
+        });
+        let [(keys, stored_keys), (values, stored_values)] = each;
+        Self { layout, regions: [keys, values], stored: [stored_keys, stored_values] }
+    }
+
+    fn decode(layout: KvLayout, head_dim: usize, bytes: &[u8]) -> Vec<f32> {
+        let width = layout.dtype.code_bytes(head_dim);
+        let mut values = Vec::new();
+        for (at, codes) in bytes[..layout.codes / width * width].chunks(width).enumerate() {
+            let scale = bytes[layout.codes..].as_chunks().0.get(at).map_or(1.0, |bytes| f32::from_le_bytes(*bytes));
+            // Aligned as the decoder wants it.
+            let mut words = vec![0u32; width.div_ceil(4)];
+            bytemuck::cast_slice_mut(&mut words)[..width].copy_from_slice(codes);
+            let mut vector = vec![0.0; head_dim];
+            layout.dtype.decode(&bytemuck::cast_slice(&words)[..width], scale, &mut vector);
+            values.extend(vector);
+        }
+        values
+    }
+
+    fn cache(&self) -> Cache {
+        Cache::new(self.layout, &self.regions)
+    }
+
+    fn read_back(&self, which: usize, head_dim: usize) -> Vec<f32> {
+        let mut bytes = vec![0; self.regions[which].len()];
+        self.regions[which].read(&mut bytes).unwrap();
+        Self::decode(self.layout, head_dim, &bytes)
+    }
 }
 
 /// Softmax over all keys that each query sees, in f64.
@@ -336,13 +406,16 @@ pub fn attention_equals_the_reference(gpu: &Arc<Gpu>) {
         let context = position + tokens + 3;
         let scale = 1.0 / (head_dim as f32).sqrt();
         let shape = Attention { heads, kv_heads, head_dim, context, position, tokens, window, scale, softcap };
-        let cache =
-            |seed| rounded(&random(kv_heads * context * head_dim, seed).iter().map(|v| v * 2.0).collect::<Vec<_>>());
-        let (query, keys, values) = (rounded(&random(tokens * heads * head_dim, 13)), cache(14), cache(15));
-        let out = buffer(gpu, tokens * heads * head_dim * 2);
-        gpu.attend(&shape, &halves(gpu, &query), [&halves(gpu, &keys), &halves(gpu, &values)], &out).unwrap();
-        let exact = attention(&shape, &query, &keys, &values);
-        near(&format!("{shape:?}"), &download(&out, WeightDtype::F16), &exact, 1e-5, Output::F16);
+        let random_cache =
+            |seed| random(kv_heads * context * head_dim, seed).iter().map(|v| v * 2.0).collect::<Vec<_>>();
+        let query = rounded(&random(tokens * heads * head_dim, 13));
+        for dtype in KvDtype::ALL {
+            let cache = TestCache::new(gpu, dtype, head_dim, [&random_cache(14), &random_cache(15)]);
+            let out = buffer(gpu, tokens * heads * head_dim * 2);
+            gpu.attend(&shape, &halves(gpu, &query), &cache.cache(), &out).unwrap();
+            let exact = attention(&shape, &query, &cache.stored[0], &cache.stored[1]);
+            near(&format!("{shape:?} {dtype}"), &download(&out, WeightDtype::F16), &exact, 1e-5, Output::F16);
+        }
     }
 }
 
@@ -367,26 +440,35 @@ pub fn rotation_equals_the_reference(gpu: &Arc<Gpu>) {
             }
             y
         };
-        let queries = halves(gpu, &query);
-        let before = rounded(&random(kv_heads * context * head_dim, 19));
-        let (keys, values) = (halves(gpu, &before), halves(gpu, &before));
-        let table = floats(gpu, if pairs > 0 { &frequencies } else { &[0.0] });
-        let table = table.part(0, pairs * 4);
-        let inputs = [&queries, &halves(gpu, &key), &halves(gpu, &value)];
-        gpu.rotate_and_append(&shape, inputs, [&keys, &values], &table, factor).unwrap();
-        let what = format!("{shape:?}, {pairs} pairs");
-        near(&what, &download(&queries, WeightDtype::F16), &rotate(&query, heads), 1e-6, Output::F16);
-        let appended = |rows: &[f64]| {
-            let mut cache: Vec<f64> = before.iter().map(|v| f64::from(*v)).collect();
-            for (at, row) in rows.chunks(head_dim).enumerate() {
-                let (token, head) = (at / kv_heads, at % kv_heads);
-                cache[(head * context + position + token) * head_dim..][..head_dim].copy_from_slice(row);
+        let before = random(kv_heads * context * head_dim, 19);
+        for dtype in KvDtype::ALL {
+            let queries = halves(gpu, &query);
+            let cache = TestCache::new(gpu, dtype, head_dim, [&before, &before]);
+            let table = (pairs > 0).then(|| floats(gpu, &frequencies));
+            let inputs = [&queries, &halves(gpu, &key), &halves(gpu, &value)];
+            gpu.rotate_and_store(&shape, inputs, &cache.cache(), table.as_ref(), factor).unwrap();
+            let what = format!("{shape:?}, {pairs} pairs, {dtype}");
+            near(&what, &download(&queries, WeightDtype::F16), &rotate(&query, heads), 1e-6, Output::F16);
+            let stored = |rows: &[f64], unchanged: &[f32]| {
+                let mut all: Vec<f64> = unchanged.iter().map(|v| f64::from(*v)).collect();
+                for (at, row) in rows.chunks(head_dim).enumerate() {
+                    let (token, head) = (at / kv_heads, at % kv_heads);
+                    all[(head * context + position + token) * head_dim..][..head_dim].copy_from_slice(row);
+                }
+                all
+            };
+            let step = match dtype {
+                KvDtype::F32 => 1e-6,
+                KvDtype::F16 => 1e-3,
+                KvDtype::Bf16 => 1e-2,
+                KvDtype::Int8 => 1.3 / 127.0,
+            };
+            let value: Vec<f64> = value.iter().map(|v| f64::from(*v)).collect();
+            for (which, rows) in [rotate(&key, kv_heads), value].iter().enumerate() {
+                let exact = stored(rows, &cache.stored[which]);
+                near(&what, &cache.read_back(which, head_dim), &exact, step, Output::F32);
             }
-            cache
-        };
-        near(&what, &download(&keys, WeightDtype::F16), &appended(&rotate(&key, kv_heads)), 1e-6, Output::F16);
-        let value: Vec<f64> = value.iter().map(|v| f64::from(*v)).collect();
-        near(&what, &download(&values, WeightDtype::F16), &appended(&value), 0.0, Output::F32);
+        }
     }
 }
 
@@ -399,7 +481,8 @@ pub fn embeddings_are_the_rows(gpu: &Arc<Gpu>) {
             let hidden = buffer(gpu, tokens.len() * cols * 4);
             let matrix = DeviceMatrix::new(layout.clone(), upload(gpu, &bytes));
             let ids: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
-            gpu.embed(&matrix, &upload(gpu, &ids), 2.0, &hidden).unwrap();
+            let ids = upload(gpu, &ids);
+            gpu.embed(&Affine::new(&matrix, None), &ids, 2.0, &hidden, Output::F32).unwrap();
             let mut row = vec![0.0; cols];
             let exact: Vec<f64> = tokens
                 .iter()
@@ -409,6 +492,15 @@ pub fn embeddings_are_the_rows(gpu: &Arc<Gpu>) {
                 })
                 .collect();
             near(&format!("{storage:?}, {cols}"), &download(&hidden, WeightDtype::F32), &exact, 0.0, Output::F32);
+            gpu.embed(&Affine::new(&matrix, None), &ids, -1.0, &hidden, Output::Add).unwrap();
+            let halved: Vec<f64> = exact.iter().map(|v| v / 2.0).collect();
+            near(
+                &format!("{storage:?}, {cols}, added"),
+                &download(&hidden, WeightDtype::F32),
+                &halved,
+                1e-6,
+                Output::F32,
+            );
         }
     }
 }
@@ -454,6 +546,25 @@ pub fn activations_equal_the_reference(gpu: &Arc<Gpu>) {
     gpu.activate(Activation::Silu, &gate, Some(&up), 2).unwrap();
     let ours = download(&gate, WeightDtype::F16);
     assert!(ours[0] == 65_504.0 && ours[1].is_nan(), "{ours:?}");
+}
+
+pub fn the_tokens_of_an_expert_go_there_and_back(gpu: &Arc<Gpu>) {
+    let (width, tokens) = (300, [4u32, 0, 2]);
+    let (x, y, before) = (rounded(&random(5 * width, 24)), random(3 * width, 25), random(5 * width, 26));
+    let ids: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
+    let (ids, out) = (upload(gpu, &ids), buffer(gpu, 3 * width * 2));
+    gpu.gather(&halves(gpu, &x), &ids, width, &out).unwrap();
+    let rows: Vec<f32> = tokens.iter().flat_map(|token| x[*token as usize * width..][..width].to_vec()).collect();
+    assert_eq!(download(&out, WeightDtype::F16), rows);
+    let (weights, sum) = ([0.5f32, -1.0, 2.0], floats(gpu, &before));
+    gpu.scatter_add(&floats(gpu, &y), &ids, &floats(gpu, &weights), width, &sum).unwrap();
+    let mut exact: Vec<f64> = before.iter().map(|v| f64::from(*v)).collect();
+    for (at, token) in tokens.iter().enumerate() {
+        for i in 0..width {
+            exact[*token as usize * width + i] += f64::from(weights[at]) * f64::from(y[at * width + i]);
+        }
+    }
+    near("the sum", &download(&sum, WeightDtype::F32), &exact, 1e-6, Output::F32);
 }
 
 pub fn the_best_logits_are_found(gpu: &Arc<Gpu>) {

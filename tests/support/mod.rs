@@ -2,6 +2,8 @@
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 pub mod broken;
+pub mod published;
+pub mod shapes;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -10,7 +12,7 @@ use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device_map::DeviceMap;
 use evenkeel::loader::{LoadOptions, Model};
 use evenkeel::plan::{Inventory, Plan, PlanOptions};
-use evenkeel::quant::{QuantizeRules, Scheme};
+use evenkeel::quant::{KvDtype, Scheme};
 
 /// A fixture's directory.
 pub fn fixture(name: &str) -> PathBuf {
@@ -22,11 +24,18 @@ pub fn roomy() -> Inventory {
     Inventory::described("cpu=64GiB,disk=64GiB").unwrap()
 }
 
-/// Loads a fixture onto the CPU, or where `map` says.
+/// Loads a fixture onto the CPU, or where `map` says. Its KV cache is f32, as
+/// that of Transformers was for the expected values.
 pub fn load(name: &str, scheme: Scheme, map: Option<&str>) -> Model {
+    load_with(name, scheme, map, KvDtype::F32)
+}
+
+/// As [`load`], with a KV cache of another type.
+pub fn load_with(name: &str, scheme: Scheme, map: Option<&str>, kv_cache: KvDtype) -> Model {
     let checkpoint = Checkpoint::open(fixture(name)).unwrap();
     let options = PlanOptions {
-        quantize: Some(QuantizeRules::whole_model(scheme)),
+        quantize: Some(scheme.into()),
+        kv_cache: Some(kv_cache),
         device_map: map.map(|json| DeviceMap::parse("map.json", json.as_bytes().to_vec()).unwrap()),
         ..PlanOptions::default()
     };

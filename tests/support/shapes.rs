@@ -16,6 +16,11 @@ pub fn llama_8b() -> Value {
     llama(4096, 14_336, 32, 32)
 }
 
+/// Llama 3.3, which has 70 billion parameters.
+pub fn llama_70b() -> Value {
+    llama(8192, 28_672, 80, 64)
+}
+
 /// Llama 3.1 with 405 billion parameters.
 pub fn llama_405b() -> Value {
     llama(16_384, 53_248, 126, 128)
@@ -66,11 +71,7 @@ pub fn write(directory: &Path, config: &Value, shards: usize) {
         for parameter in part {
             let start = end;
             end += 2 * (parameter.rows * parameter.cols) as u64;
-            let shape = if parameter.is_quantizable() {
-                json!([parameter.rows, parameter.cols])
-            } else {
-                json!([parameter.cols])
-            };
+            let shape = parameter.shape();
             header.insert(parameter.tensor(), json!({"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}));
             weight_map.insert(parameter.tensor(), shard.clone().into());
         }

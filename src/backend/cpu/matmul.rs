@@ -5,6 +5,8 @@
 //! in f32. Threads share the rows of the matrix, and each row is unpacked once
 //! for all tokens. A token's result does not depend on the others beside it.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use crate::quant::{GROUP_SIZE, Matrix, Storage, quantize_activations};
@@ -39,21 +41,54 @@ impl<'a> Activations<'a> {
         Self { x, cols, codes, scales }
     }
 
+    /// The input of `affines`, quantized if one of them computes on integers.
+    pub fn of(x: &'a [f32], codes: &'a mut [i8], scales: &'a mut [f32], affines: &[&Affine]) -> Self {
+        let is_packed = |affine: &&Affine| !matches!(affine.weight.layout.storage, Storage::Plain(_));
+        let cols = affines.first().map_or(x.len(), |affine| affine.weight.layout.cols);
+        Self::new(x, cols, codes, scales, affines.iter().any(is_packed))
+    }
+
     fn tokens(&self) -> usize {
         self.x.len() / self.cols
     }
 }
 
-/// `y = x · wᵀ`, `[tokens][rows]`. `product` has room for as much, unless
+/// The weight of a module and its bias, or some of their rows.
+#[derive(Clone)]
+pub struct Affine<'a> {
+    /// The weight.
+    pub weight: Matrix<'a>,
+    /// The bias, a plain vector.
+    pub bias: Option<Matrix<'a>>,
+    /// The rows that are meant.
+    pub rows: Range<usize>,
+}
+
+impl<'a> Affine<'a> {
+    /// All rows of `weight`.
+    pub fn new(weight: Matrix<'a>, bias: Option<Matrix<'a>>) -> Self {
+        Self { weight, bias, rows: 0..weight.layout.rows }
+    }
+
+    /// Some rows, which lie within those that are meant now.
+    #[must_use]
+    pub fn slice(mut self, rows: Range<usize>) -> Self {
+        debug_assert!(self.rows.end - self.rows.start >= rows.end);
+        self.rows = self.rows.start + rows.start..self.rows.start + rows.end;
+        self
+    }
+}
+
+/// `y = x · wᵀ + b`, `[tokens][rows]`. `product` has room for as much, unless
 /// there is one token only.
-pub fn matmul(matrix: &Matrix, x: &Activations, product: &mut [f32], y: &mut [f32]) {
-    let (tokens, rows) = (x.tokens(), matrix.layout.rows);
-    debug_assert_eq!(matrix.layout.cols, x.cols);
+pub fn matmul(affine: &Affine, x: &Activations, product: &mut [f32], y: &mut [f32]) {
+    let (tokens, rows) = (x.tokens(), affine.rows.len());
+    debug_assert_eq!(affine.weight.layout.cols, x.cols);
     if tokens == 1 {
-        return by_rows(matrix, x, 1, y);
+        return by_rows(affine, x, 1, y);
     }
     let product = &mut product[..tokens * rows];
-    by_rows(matrix, x, tokens, product);
+    by_rows(affine, x, tokens, product);
     let product = &*product;
     y.par_chunks_mut(rows).enumerate().for_each(|(token, y)| {
         for (row, y) in y.iter_mut().enumerate() {
@@ -63,13 +98,14 @@ pub fn matmul(matrix: &Matrix, x: &Activations, product: &mut [f32], y: &mut [f3
 }
 
 /// The product as `[rows][tokens]`, so that each thread writes its own rows.
-fn by_rows(matrix: &Matrix, x: &Activations, tokens: usize, product: &mut [f32]) {
+fn by_rows(affine: &Affine, x: &Activations, tokens: usize, product: &mut [f32]) {
+    let matrix = &affine.weight;
     let (cols, padded) = (matrix.layout.cols, matrix.layout.padded_cols);
     product.par_chunks_mut(ROWS * tokens).enumerate().for_each_init(
         || (vec![0.0f32; cols], vec![0i8; padded]),
         |(plain, unpacked), (at, sums)| {
             for (i, sums) in sums.chunks_mut(tokens).enumerate() {
-                let row = at * ROWS + i;
+                let row = affine.rows.start + at * ROWS + i;
                 match matrix.layout.storage {
                     Storage::Plain(_) => {
                         matrix.dequantize_row(row, plain);
@@ -86,6 +122,12 @@ fn by_rows(matrix: &Matrix, x: &Activations, tokens: usize, product: &mut [f32])
                         unpack_int4(matrix.codes(row), unpacked);
                         let (scale, sub_scales) = (matrix.scale(row), matrix.sub_scales(row));
                         for_tokens(x, sums, |codes, scales| scale * int4_dot(codes, scales, unpacked, sub_scales));
+                    }
+                }
+                if let Some(bias) = &affine.bias {
+                    let bias = bias.element(row);
+                    for sum in sums {
+                        *sum += bias;
                     }
                 }
             }
@@ -211,7 +253,7 @@ mod tests {
                 let quantized = !matches!(storage, Storage::Plain(_));
                 let activations = Activations::new(&x, cols, &mut codes, &mut scales, quantized);
                 let (mut product, mut y) = (vec![f32::NAN; tokens * rows], vec![f32::NAN; tokens * rows]);
-                matmul(&matrix, &activations, &mut product, &mut y);
+                matmul(&Affine::new(matrix, None), &activations, &mut product, &mut y);
                 let seen = if quantized { reference::rounded_activations(&x, cols) } else { x };
                 let exact = reference::matmul(&matrix, &seen, tokens);
                 for (ours, exact) in y.iter().zip(exact) {
@@ -238,11 +280,39 @@ mod tests {
                 let activations = Activations::new(x, cols, &mut codes, &mut scales, true);
                 let outputs = x.len() / cols * rows;
                 let (mut product, mut y) = (vec![0.0; outputs], vec![0.0; outputs]);
-                matmul(&matrix, &activations, &mut product, &mut y);
+                matmul(&Affine::new(matrix, None), &activations, &mut product, &mut y);
                 y
             };
             let alone: Vec<f32> = x.chunks(cols).flat_map(run).collect();
             assert_eq!(run(&x), alone, "{storage:?}");
+        }
+    }
+
+    #[test]
+    fn a_slice_is_a_part_of_the_whole_with_its_bias() {
+        let (rows, cols, tokens) = (40, 33, 3);
+        for storage in STORAGES {
+            let layout = MatrixLayout::new(storage, rows, cols).unwrap();
+            let bytes = packed(&layout, &random(rows * cols, 5));
+            let vector = MatrixLayout::new(Storage::Plain(WeightDtype::F16), 1, rows).unwrap();
+            let bias = packed(&vector, &random(rows, 6));
+            let whole = Affine::new(Matrix::new(&layout, &bytes), Some(Matrix::new(&vector, &bias)));
+            let x = random(tokens * cols, 7);
+            let run = |affine: &Affine| {
+                let (mut codes, mut scales) = (vec![0; x.len() * 2], vec![0.0; x.len()]);
+                let activations = Activations::new(&x, cols, &mut codes, &mut scales, true);
+                let outputs = tokens * affine.rows.len();
+                let (mut product, mut y) = (vec![0.0; outputs], vec![0.0; outputs]);
+                matmul(affine, &activations, &mut product, &mut y);
+                y
+            };
+            let all = run(&whole);
+            let unbiased = run(&Affine::new(whole.weight, None));
+            assert_eq!(all[5], unbiased[5] + whole.bias.unwrap().element(5), "{storage:?}");
+            for part in [0..17, 17..40] {
+                let wanted: Vec<f32> = all.chunks(rows).flat_map(|row| &row[part.clone()]).copied().collect();
+                assert_eq!(run(&whole.clone().slice(part)), wanted, "{storage:?}");
+            }
         }
     }
 }

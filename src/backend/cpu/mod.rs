@@ -1,11 +1,12 @@
 //! The stage that the CPU computes: over weights in host memory, or over a
 //! packed file on the disk that is mapped.
 //!
-//! Activations and the KV cache are f32. All buffers are made when the stage
+//! Activations are f32. All buffers are made when the stage
 //! is; a step allocates nothing but a row of scratch for each thread.
 
 mod arena;
 mod attention;
+mod block;
 mod matmul;
 mod ops;
 
@@ -13,16 +14,18 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub use arena::{Arena, zeroed};
-pub use matmul::{Activations, matmul};
-pub(super) use ops::rope_frequencies;
+pub use matmul::{Activations, Affine, matmul};
+pub(super) use ops::{route, soft_cap};
 
 use super::{Hidden, Stage};
-use crate::architecture::Role;
+use crate::architecture::{Part, Role};
 use crate::bytes::Bytes;
 use crate::error::Result;
 use crate::model_config::ModelConfig;
-use crate::plan::memory::{self, WorkspaceLayout};
-use crate::quant::{Matrix, MatrixLayout, Storage};
+use crate::plan::memory::{KvLayout, WorkspaceLayout};
+use crate::quant::{Matrix, MatrixLayout};
+use block::Block;
+use ops::Norm;
 
 /// A matrix in an arena.
 #[derive(Clone)]
@@ -43,20 +46,38 @@ impl Parameter {
     }
 }
 
-/// The parameters of one module, by role.
-pub type Parameters = HashMap<Role, Parameter>;
+/// The parameters of modules, by what they are for.
+#[derive(Clone, Default)]
+pub struct Parameters(HashMap<(Role, Part), Parameter>);
 
-/// The dimensions that a step needs.
-#[derive(Clone, Debug)]
-struct Dimensions {
-    hidden: usize,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    feed_forward: usize,
-    epsilon: f32,
+impl Parameters {
+    /// Adds a parameter.
+    pub fn insert(&mut self, role: Role, part: Part, parameter: Parameter) {
+        self.0.insert((role, part), parameter);
+    }
+
+    /// The module of a role, if the model has one.
+    fn find(&self, role: Role) -> Option<Affine<'_>> {
+        let matrix = |part| self.0.get(&(role, part)).map(Parameter::matrix);
+        Some(Affine::new(matrix(Part::Weight)?, matrix(Part::Bias)))
+    }
+
+    /// The module of a role that [`crate::architecture::ModuleTree`] gives every model.
+    fn of(&self, role: Role) -> Affine<'_> {
+        match self.find(role) {
+            Some(affine) => affine,
+            None => unreachable!("the loader gives every module all of its parameters: {role:?}"),
+        }
+    }
+}
+
+/// What all steps of a stage need to know.
+struct Setup {
+    config: ModelConfig,
+    norm: Norm,
     context: usize,
-    frequencies: Vec<f32>,
+    /// The angular frequencies of each of the model's ropes.
+    frequencies: Vec<Vec<f32>>,
 }
 
 /// The buffers of a step, shared by all CPU stages of a model: they run in turn.
@@ -68,6 +89,9 @@ pub struct Workspace {
     attended: Vec<f32>,
     gate: Vec<f32>,
     up: Vec<f32>,
+    routes: Vec<f32>,
+    gathered: Vec<f32>,
+    mixed: Vec<f32>,
     product: Vec<f32>,
     activation_codes: Vec<i8>,
     activation_scales: Vec<f32>,
@@ -87,6 +111,9 @@ impl Workspace {
             attended: buffer(layout.attended),
             gate: buffer(layout.gate),
             up: buffer(layout.gate),
+            routes: buffer(layout.routes),
+            gathered: buffer(layout.mixed),
+            mixed: buffer(layout.mixed),
             product: buffer(layout.product),
             activation_codes: vec![0; layout.activation_codes],
             activation_scales: buffer(layout.activation_scales),
@@ -105,6 +132,9 @@ impl Workspace {
             &self.attended,
             &self.gate,
             &self.up,
+            &self.routes,
+            &self.gathered,
+            &self.mixed,
             &self.product,
             &self.activation_scales,
             &self.cos,
@@ -115,71 +145,48 @@ impl Workspace {
     }
 }
 
-struct Block {
-    parameters: Parameters,
-    /// Keys and values, `[batch][kv_heads][context][head_dim]` each; sequence 0 is used.
-    keys: memmap2::MmapMut,
-    values: memmap2::MmapMut,
-}
-
 /// A run of modules that the CPU computes.
 pub struct CpuStage {
-    dimensions: Dimensions,
+    setup: Setup,
     workspace: Arc<Mutex<Workspace>>,
-    embedding: Option<Parameter>,
+    /// All that is in no block.
+    parameters: Parameters,
     blocks: Vec<Block>,
-    norm: Option<Parameter>,
-    head: Option<Parameter>,
 }
 
 impl CpuStage {
     /// A stage without modules, for sequences of at most `context` tokens.
     pub fn new(config: &ModelConfig, context: usize, workspace: Arc<Mutex<Workspace>>) -> Self {
-        Self {
-            dimensions: Dimensions {
-                hidden: config.hidden_size,
-                heads: config.num_attention_heads,
-                kv_heads: config.num_key_value_heads,
-                head_dim: config.head_dim,
-                feed_forward: config.intermediate_size,
-                epsilon: config.rms_norm_eps,
-                context,
-                frequencies: ops::rope_frequencies(&config.rope, config.head_dim),
-            },
-            workspace,
-            embedding: None,
-            blocks: Vec::new(),
-            norm: None,
-            head: None,
+        let setup = Setup {
+            norm: Norm { kind: config.norm_kind, epsilon: config.norm_eps },
+            context,
+            frequencies: config.ropes.iter().map(|rope| rope.frequencies(context)).collect(),
+            config: config.clone(),
+        };
+        Self { setup, workspace, parameters: Parameters::default(), blocks: Vec::new() }
+    }
+
+    /// Gives the stage the parameters of a module that is no block.
+    pub fn add(&mut self, parameters: Parameters) {
+        self.parameters.0.extend(parameters.0);
+    }
+
+    /// Makes the embedding the head too.
+    pub fn tie_head(&mut self) {
+        if let Some(embedding) = self.parameters.0.get(&(Role::Embedding, Part::Weight)).cloned() {
+            self.parameters.insert(Role::Head, Part::Weight, embedding);
         }
     }
 
-    /// Gives the stage the embedding.
-    pub fn set_embedding(&mut self, parameter: Parameter) {
-        self.embedding = Some(parameter);
-    }
-
-    /// Gives the stage the last norm.
-    pub fn set_norm(&mut self, parameter: Parameter) {
-        self.norm = Some(parameter);
-    }
-
-    /// Gives the stage the head.
-    pub fn set_head(&mut self, parameter: Parameter) {
-        self.head = Some(parameter);
-    }
-
-    /// Adds a block with an empty KV cache of `kv_len` elements for keys and as many for values.
+    /// Adds the block at `index` of the model with an empty KV cache: keys and
+    /// values as `kv` lays them out.
     ///
     /// # Errors
     /// The memory is not to be had.
-    pub fn push_block(&mut self, parameters: Parameters, kv_len: usize) -> Result<()> {
-        let bytes = Bytes((kv_len * memory::kv_element(crate::device::DeviceId::Cpu)) as u64);
-        self.blocks.push(Block {
-            parameters,
-            keys: zeroed("the KV cache", bytes)?,
-            values: zeroed("the KV cache", bytes)?,
-        });
+    pub fn push_block(&mut self, index: usize, parameters: Parameters, kv: KvLayout) -> Result<()> {
+        let empty = || zeroed("the KV cache", kv.bytes());
+        let layer = self.setup.config.layers[index];
+        self.blocks.push(Block { layer, parameters, kv, keys: empty()?, values: empty()? });
         Ok(())
     }
 
@@ -189,134 +196,69 @@ impl CpuStage {
     }
 }
 
-/// The parameter of a role that [`crate::architecture::ModuleTree`] gives every block.
-fn of(parameters: &Parameters, role: Role) -> Matrix<'_> {
-    match parameters.get(&role) {
-        Some(parameter) => parameter.matrix(),
-        None => unreachable!("the loader gives every module all of its parameters: {role:?}"),
-    }
-}
-
-/// `x` as activations, quantized if one of `matrices` computes on integers.
-fn activations<'a>(
-    x: &'a [f32],
-    cols: usize,
-    codes: &'a mut [i8],
-    scales: &'a mut [f32],
-    matrices: &[&Matrix],
-) -> Activations<'a> {
-    let quantized = matrices.iter().any(|matrix| !matches!(matrix.layout.storage, Storage::Plain(_)));
-    Activations::new(x, cols, codes, scales, quantized)
-}
-
 impl Stage for CpuStage {
     fn embed(&mut self, tokens: &[u32], hidden: &mut Hidden) -> Result<()> {
-        if let Some(embedding) = &self.embedding {
-            let matrix = embedding.matrix();
-            for (token, row) in tokens.iter().zip(hidden.on_host()?.chunks_mut(self.dimensions.hidden)) {
-                matrix.dequantize_row(*token as usize, row);
+        if let Some(embedding) = self.parameters.find(Role::Embedding) {
+            let scale = self.setup.config.embedding_scale;
+            for (token, row) in tokens.iter().zip(hidden.on_host()?.chunks_mut(self.setup.config.hidden_size)) {
+                embedding.weight.dequantize_row(*token as usize, row);
+                for x in row {
+                    *x *= scale;
+                }
             }
         }
         Ok(())
     }
 
     fn run_blocks(&mut self, hidden: &mut Hidden, position: usize) -> Result<()> {
-        if self.blocks.is_empty() {
+        if self.blocks.is_empty() && self.parameters.find(Role::Positions).is_none() {
             return Ok(());
         }
         let hidden = hidden.on_host()?;
         // A panic while the lock was held leaves only scratch data behind.
         let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
-        let tokens = hidden.len() / self.dimensions.hidden;
-        let rope = tokens * self.dimensions.head_dim / 2;
-        let Workspace { cos, sin, .. } = &mut *workspace;
-        ops::rope_table(&self.dimensions.frequencies, position, &mut cos[..rope], &mut sin[..rope]);
+        let Setup { config, frequencies, .. } = &self.setup;
+        let tokens = hidden.len() / config.hidden_size;
+        let Workspace { cos, sin, normed, .. } = &mut *workspace;
+        if let Some(positions) = self.parameters.find(Role::Positions) {
+            let row = &mut normed[..config.hidden_size];
+            for (token, hidden) in hidden.chunks_mut(config.hidden_size).enumerate() {
+                positions.weight.dequantize_row(position + token, row);
+                ops::add(hidden, row, 1.0);
+            }
+        }
+        let (mut cos, mut sin) = (&mut cos[..], &mut sin[..]);
+        for (rope, frequencies) in config.ropes.iter().zip(frequencies) {
+            let (table_cos, table_sin);
+            (table_cos, cos) = cos.split_at_mut(tokens * frequencies.len());
+            (table_sin, sin) = sin.split_at_mut(tokens * frequencies.len());
+            #[expect(clippy::cast_possible_truncation, reason = "angles are f32")]
+            ops::rope_table(frequencies, rope.attention_factor as f32, position, table_cos, table_sin);
+        }
         for block in &mut self.blocks {
-            block.run(&self.dimensions, &mut workspace, hidden, tokens, position);
+            block.run(&self.setup, &mut workspace, hidden, tokens, position);
         }
         Ok(())
     }
 
     fn norm(&mut self, hidden: &mut Hidden) -> Result<()> {
-        if let Some(norm) = &self.norm {
-            let hidden = hidden.on_host()?;
-            let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
-            let normed = &mut workspace.normed[..hidden.len()];
-            ops::rms_norm(hidden, norm.matrix(), self.dimensions.epsilon, normed);
-            hidden.copy_from_slice(normed);
+        if let Some(norm) = self.parameters.find(Role::OutputNorm) {
+            self.setup.norm.apply(hidden.on_host()?, &norm);
         }
         Ok(())
     }
 
     fn logits(&mut self, hidden: &mut Hidden, logits: &mut [f32]) -> Result<()> {
-        if let Some(head) = &self.head {
-            let hidden = hidden.on_host()?;
+        if let Some(head) = self.parameters.find(Role::Head) {
             let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
             let Workspace { activation_codes, activation_scales, .. } = &mut *workspace;
-            let matrix = head.matrix();
-            let x = activations(hidden, hidden.len(), activation_codes, activation_scales, &[&matrix]);
-            matmul(&matrix, &x, &mut [], logits);
+            let x = Activations::of(hidden.on_host()?, activation_codes, activation_scales, &[&head]);
+            matmul(&head, &x, &mut [], logits);
+            let config = &self.setup.config;
+            for logit in logits {
+                *logit = ops::soft_cap(*logit * config.logit_scale, config.logit_softcap);
+            }
         }
         Ok(())
-    }
-}
-
-impl Block {
-    /// `hidden += attention(norm(hidden)); hidden += feed_forward(norm(hidden))`.
-    #[expect(clippy::many_single_char_names, reason = "q, k and v are what they are called")]
-    fn run(&mut self, d: &Dimensions, workspace: &mut Workspace, hidden: &mut [f32], tokens: usize, position: usize) {
-        let Workspace {
-            normed,
-            query,
-            key,
-            value,
-            attended,
-            gate,
-            up,
-            product,
-            activation_codes: codes,
-            activation_scales: scales,
-            cos,
-            sin,
-        } = workspace;
-        let (queries, keys) = (d.heads * d.head_dim, d.kv_heads * d.head_dim);
-        let normed = &mut normed[..tokens * d.hidden];
-        let (query, attended) = (&mut query[..tokens * queries], &mut attended[..tokens * queries]);
-        let (key, value) = (&mut key[..tokens * keys], &mut value[..tokens * keys]);
-        let (gate, up) = (&mut gate[..tokens * d.feed_forward], &mut up[..tokens * d.feed_forward]);
-        let (cos, sin) = (&cos[..tokens * d.head_dim / 2], &sin[..tokens * d.head_dim / 2]);
-        let parameters = &self.parameters;
-
-        ops::rms_norm(hidden, of(parameters, Role::InputNorm), d.epsilon, normed);
-        let (q, k, v) = (of(parameters, Role::Query), of(parameters, Role::Key), of(parameters, Role::Value));
-        let x = activations(normed, d.hidden, codes, scales, &[&q, &k, &v]);
-        matmul(&q, &x, product, query);
-        matmul(&k, &x, product, key);
-        matmul(&v, &x, product, value);
-        ops::rotate(query, d.head_dim, cos, sin);
-        ops::rotate(key, d.head_dim, cos, sin);
-
-        let cache = attention::Cache { heads: d.heads, kv_heads: d.kv_heads, head_dim: d.head_dim, context: d.context };
-        let cached_keys: &mut [f32] = bytemuck::cast_slice_mut(&mut self.keys);
-        let cached_values: &mut [f32] = bytemuck::cast_slice_mut(&mut self.values);
-        cache.append(key, cached_keys, position);
-        cache.append(value, cached_values, position);
-        cache.attend(query, cached_keys, cached_values, position, attended);
-
-        let output = of(parameters, Role::Output);
-        let x = activations(attended, queries, codes, scales, &[&output]);
-        matmul(&output, &x, product, normed);
-        ops::add(hidden, normed);
-
-        ops::rms_norm(hidden, of(parameters, Role::PostAttentionNorm), d.epsilon, normed);
-        let (g, u) = (of(parameters, Role::Gate), of(parameters, Role::Up));
-        let x = activations(normed, d.hidden, codes, scales, &[&g, &u]);
-        matmul(&g, &x, product, gate);
-        matmul(&u, &x, product, up);
-        ops::swiglu(gate, up);
-        let down = of(parameters, Role::Down);
-        let x = activations(gate, d.feed_forward, codes, scales, &[&down]);
-        matmul(&down, &x, product, normed);
-        ops::add(hidden, normed);
     }
 }

@@ -16,7 +16,7 @@ use super::kernels::MODULES;
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::error::{Error, Result};
-use crate::plan::{Device, memory};
+use crate::plan::{Bandwidth, Device, memory};
 
 /// Memory of every context can be copied from page-locked memory that is allocated with this flag.
 const PORTABLE: u32 = 1;
@@ -42,7 +42,9 @@ pub fn describe(index: u32) -> Result<(Device, (i32, i32)), DriverError> {
     let (free, total) = context.mem_get_info()?;
     let (id, total) = (DeviceId::Cuda(index), Bytes(total as u64));
     let free = (Bytes(free as u64) + memory::driver_context(id)).min(total);
-    Ok((Device { id, name: Some(context.name()?), free, total }, context.compute_capability()?))
+    let name = context.name()?;
+    let bandwidth = Bandwidth::of_gpu(&name);
+    Ok((Device { id, name: Some(name), free, total, bandwidth }, context.compute_capability()?))
 }
 
 /// A GPU with its context, its streams and its kernels.

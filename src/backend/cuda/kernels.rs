@@ -1,14 +1,18 @@
 //! The kernels: their PTX, and a typed launch for each. What a kernel computes
 //! stands at the head of its `.cu` file.
 
+use std::ops::Range;
+
 use super::driver::{Argument, Gpu, Region};
 use crate::error::Result;
-use crate::quant::{MatrixLayout, Storage, WeightDtype};
+use crate::model_config::{Activation, NormKind};
+use crate::plan::memory::KvLayout;
+use crate::quant::{KvDtype, MatrixLayout, Storage, WeightDtype};
 
 /// Name, PTX and kernels of each file.
 pub(super) const MODULES: &[(&str, &str, &[&str])] = &[
-    ("attention", include_str!("kernels/attention.ptx"), &["attend", "rotate_and_append"]),
-    ("elementwise", include_str!("kernels/elementwise.ptx"), &["activate", "embed", "top_k"]),
+    ("attention", include_str!("kernels/attention.ptx"), &["attend", "rotate_and_store"]),
+    ("elementwise", include_str!("kernels/elementwise.ptx"), &["activate", "embed", "gather", "scatter_add", "top_k"]),
     (
         "matmul",
         include_str!("kernels/matmul.ptx"),
@@ -98,39 +102,82 @@ impl Output {
     }
 }
 
-/// What a norm does with a row.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum NormKind {
-    /// `x / sqrt(mean(x²) + ε)`.
-    Rms = 0,
-    /// `(x − mean(x)) / sqrt(variance(x) + ε)`.
-    Layer = 1,
+/// The weight of a module and its bias, or some of their rows.
+#[derive(Clone)]
+pub struct Affine<'a> {
+    weight: &'a DeviceMatrix,
+    bias: Option<&'a DeviceMatrix>,
+    rows: Range<usize>,
 }
 
-/// A norm: `y = normalized(x) · (weight + offset) + bias`.
-#[derive(Clone, Copy)]
+impl<'a> Affine<'a> {
+    /// All rows of `weight`; `bias` is a plain vector.
+    pub fn new(weight: &'a DeviceMatrix, bias: Option<&'a DeviceMatrix>) -> Self {
+        Self { weight, bias, rows: 0..weight.layout.rows }
+    }
+
+    /// Some rows, counted from the first that is meant now.
+    ///
+    /// # Panics
+    /// There are not as many.
+    #[must_use]
+    pub fn slice(mut self, rows: Range<usize>) -> Self {
+        assert!(rows.end <= self.rows.len(), "rows that the matrix has not");
+        self.rows = self.rows.start + rows.start..self.rows.start + rows.end;
+        self
+    }
+
+    /// Number of rows that are meant.
+    pub fn rows(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Length of a row; of a vector, its length.
+    pub fn cols(&self) -> usize {
+        self.weight.layout.cols
+    }
+}
+
+/// A norm: its weight is a plain vector as long as a row, its bias another.
+#[derive(Clone)]
 pub struct Norm<'a> {
     /// How rows are normalized.
     pub kind: NormKind,
-    /// A plain vector as long as a row.
-    pub weight: &'a DeviceMatrix,
-    /// Another.
-    pub bias: Option<&'a DeviceMatrix>,
-    /// Added to each weight.
-    pub offset: f32,
-    /// ε.
+    /// Under the root.
     pub epsilon: f32,
+    /// Weight and bias.
+    pub affine: Affine<'a>,
 }
 
-/// An activation function.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
-    /// `x / (1 + exp(−x))`.
-    Silu = 0,
-    /// GELU by the hyperbolic tangent.
-    GeluTanh = 1,
-    /// GELU by the error function.
-    Gelu = 2,
+/// The KV cache of a block.
+#[derive(Clone)]
+pub struct Cache {
+    dtype: KvDtype,
+    /// Codes and scales of keys, then of values.
+    regions: [Region; 4],
+}
+
+impl Cache {
+    /// The cache that `layout` lays out in `keys` and in `values`.
+    ///
+    /// # Panics
+    /// A region is shorter than the layout.
+    pub fn new(layout: KvLayout, [keys, values]: &[Region; 2]) -> Self {
+        let split = |region: &Region| (region.part(0, layout.codes), region.part(layout.codes, layout.scales));
+        let ((key_codes, key_scales), (value_codes, value_scales)) = (split(keys), split(values));
+        Self { dtype: layout.dtype, regions: [key_codes, key_scales, value_codes, value_scales] }
+    }
+
+    fn arguments(&self) -> [Argument<'_>; 5] {
+        let [keys, key_scales, values, value_scales] = self.regions.each_ref().map(Argument::Region);
+        let dtype = match self.dtype {
+            KvDtype::Bf16 => 0,
+            KvDtype::F16 => 1,
+            KvDtype::F32 => 2,
+            KvDtype::Int8 => 3,
+        };
+        [keys, key_scales, values, value_scales, Argument::I32(dtype)]
+    }
 }
 
 /// The shape of attention, and where it stands in the sequence.
@@ -181,16 +228,13 @@ fn pointer(region: Option<&Region>) -> Argument<'_> {
     region.map_or(Argument::Null, Argument::Region)
 }
 
-/// A plain vector of `len` elements and its dtype; null where there is none.
-fn vector(matrix: Option<&DeviceMatrix>, len: usize) -> (Argument<'_>, Argument<'static>) {
-    match matrix.map(|matrix| (matrix, matrix.layout.storage)) {
-        Some((matrix, Storage::Plain(dtype))) => {
-            assert_eq!(matrix.layout.rows * matrix.layout.cols, len, "a vector of another length");
-            (Argument::Region(&matrix.region), Argument::I32(dtype_number(dtype)))
-        }
-        Some(_) => unreachable!("norms and biases are plain"),
-        None => (Argument::Null, Argument::I32(0)),
-    }
+/// The elements at `range` of a plain vector, and its dtype; null where there is none.
+fn vector(matrix: Option<&DeviceMatrix>, range: Range<usize>) -> (Option<Region>, Argument<'static>) {
+    let Some(matrix) = matrix else { return (None, Argument::I32(0)) };
+    let Storage::Plain(dtype) = matrix.layout.storage else { unreachable!("norms and biases are plain") };
+    assert!(range.end <= matrix.layout.rows * matrix.layout.cols, "a vector that is too short");
+    let elements = matrix.region.part(range.start * dtype.size(), range.len() * dtype.size());
+    (Some(elements), Argument::I32(dtype_number(dtype)))
 }
 
 /// Sees to it that a region holds `count` elements of `size` bytes.
@@ -237,7 +281,7 @@ impl Gpu {
         self.launch(kernel, (rows, 1), threads, &[&head[..], &sections, &[Argument::Region(failed)]].concat())
     }
 
-    /// `y = x · wᵀ + bias` for `tokens` rows of f16 in `x`.
+    /// `y = factor · (x · wᵀ + bias)` for `tokens` rows of f16 in `x`.
     ///
     /// # Errors
     /// The driver fails.
@@ -246,14 +290,14 @@ impl Gpu {
     /// A region is shorter than the shapes say.
     pub fn matmul(
         &self,
-        matrix: &DeviceMatrix,
-        bias: Option<&DeviceMatrix>,
+        affine: &Affine,
         x: &Region,
         tokens: usize,
         y: &Region,
         output: Output,
+        factor: f32,
     ) -> Result<()> {
-        let (rows, cols) = (matrix.layout.rows, matrix.layout.cols);
+        let (matrix, rows, cols) = (affine.weight, affine.rows(), affine.cols());
         holds(x, tokens * cols, HALF);
         holds(y, tokens * rows, output.size());
         let names = match matrix.layout.storage {
@@ -268,8 +312,8 @@ impl Gpu {
         } else {
             (names[1], (rows.div_ceil(TILE), tokens.div_ceil(TILE)))
         };
-        let [codes, sub_scales, scales] = matrix.sections(0);
-        let (bias, bias_dtype) = vector(bias, rows);
+        let [codes, sub_scales, scales] = matrix.sections(affine.rows.start);
+        let (bias, bias_dtype) = vector(affine.bias, affine.rows.clone());
         let arguments = [
             pointer(codes.as_ref()),
             pointer(sub_scales.as_ref()),
@@ -278,15 +322,17 @@ impl Gpu {
             int(cols),
             Argument::Region(x),
             int(tokens),
-            bias,
+            pointer(bias.as_ref()),
             bias_dtype,
             Argument::Region(y),
             Argument::I32(output as i32),
+            Argument::F32(factor),
         ];
         self.launch(kernel, grid, 256, &arguments)
     }
 
-    /// A norm of `rows` rows of `dtype` in `x`; without one, the rows as they are.
+    /// `factor` times a norm of `rows` rows of `dtype` in `x`; without one, times the rows as they are.
+    /// The shape is rows and their width.
     ///
     /// # Errors
     /// The driver fails.
@@ -295,60 +341,66 @@ impl Gpu {
     /// A region is shorter than the shapes say.
     pub fn normalize(
         &self,
-        norm: Option<Norm>,
-        x: &Region,
-        dtype: WeightDtype,
-        shape: (usize, usize),
+        norm: Option<&Norm>,
+        (x, dtype): (&Region, WeightDtype),
+        (rows, width): (usize, usize),
         y: &Region,
         output: Output,
+        factor: f32,
     ) -> Result<()> {
-        let (rows, width) = shape;
         holds(x, rows * width, dtype.size());
         holds(y, rows * width, output.size());
-        let (weight, weight_dtype) = vector(norm.map(|norm| norm.weight), width);
-        let (bias, bias_dtype) = vector(norm.and_then(|norm| norm.bias), width);
-        let kind = norm.map_or(2, |norm| norm.kind as i32);
+        let (weight, weight_dtype) = vector(norm.map(|norm| norm.affine.weight), 0..width);
+        let (bias, bias_dtype) = vector(norm.and_then(|norm| norm.affine.bias), 0..width);
+        let (kind, offset) = match norm.map(|norm| norm.kind) {
+            Some(NormKind::Rms) => (0, 0.0),
+            Some(NormKind::RmsPlusOne) => (0, 1.0),
+            Some(NormKind::Layer) => (1, 0.0),
+            None => (2, 0.0),
+        };
         let arguments = [
             Argument::Region(x),
             Argument::I32(dtype_number(dtype)),
-            weight,
+            pointer(weight.as_ref()),
             weight_dtype,
-            bias,
+            pointer(bias.as_ref()),
             bias_dtype,
-            Argument::F32(norm.map_or(0.0, |norm| norm.offset)),
+            Argument::F32(offset),
             Argument::Region(y),
             Argument::I32(output as i32),
             int(width),
             Argument::I32(kind),
             Argument::F32(norm.map_or(0.0, |norm| norm.epsilon)),
+            Argument::F32(factor),
         ];
         self.launch("normalize", (rows, 1), 256, &arguments)
     }
 
     /// Rotates queries and keys by their positions, and puts keys and values into the cache.
-    /// `frequencies` has an f32 for each pair that is rotated; `factor` scales them all.
+    /// `frequencies` has an f32 for each pair that is rotated, or is not there; `factor` is that of
+    /// cosines and sines.
     ///
     /// # Errors
     /// The driver fails.
     ///
     /// # Panics
     /// A region is shorter than the shapes say.
-    pub fn rotate_and_append(
+    pub fn rotate_and_store(
         &self,
         shape: &Attention,
         [query, key, value]: [&Region; 3],
-        [keys, values]: [&Region; 2],
-        frequencies: &Region,
+        cache: &Cache,
+        frequencies: Option<&Region>,
         factor: f32,
     ) -> Result<()> {
-        shape.check(query, [keys, values]);
+        shape.check(query, cache);
         for region in [key, value] {
             holds(region, shape.tokens * shape.kv_heads * shape.head_dim, HALF);
         }
-        let pairs = frequencies.len() / FLOAT;
+        let pairs = frequencies.map_or(0, |frequencies| frequencies.len() / FLOAT);
         assert!(2 * pairs <= shape.head_dim, "more pairs than a head has");
-        let regions = [query, key, value, keys, values, frequencies].map(Argument::Region);
         let numbers = [
+            pointer(frequencies),
             int(shape.heads),
             int(shape.kv_heads),
             int(shape.head_dim),
@@ -357,7 +409,9 @@ impl Gpu {
             int(shape.position),
             Argument::F32(factor),
         ];
-        self.launch("rotate_and_append", (shape.tokens, 1), 128, &[&regions[..], &numbers].concat())
+        let grid = (shape.tokens, shape.heads + 2 * shape.kv_heads);
+        let regions = [query, key, value].map(Argument::Region);
+        self.launch("rotate_and_store", grid, 128, &[&regions[..], &cache.arguments(), &numbers].concat())
     }
 
     /// Attention of `query` over the cache, into `out`.
@@ -367,12 +421,11 @@ impl Gpu {
     ///
     /// # Panics
     /// A region is shorter than the shapes say.
-    pub fn attend(&self, shape: &Attention, query: &Region, cache: [&Region; 2], out: &Region) -> Result<()> {
+    pub fn attend(&self, shape: &Attention, query: &Region, cache: &Cache, out: &Region) -> Result<()> {
         shape.check(query, cache);
         holds(out, shape.tokens * shape.heads * shape.head_dim, HALF);
-        assert!(shape.head_dim <= MAX_HEAD_DIM, "a head that is too wide");
-        let regions = [query, cache[0], cache[1], out].map(Argument::Region);
         let numbers = [
+            Argument::Region(out),
             int(shape.heads),
             int(shape.kv_heads),
             int(shape.head_dim),
@@ -382,18 +435,20 @@ impl Gpu {
             Argument::F32(shape.scale),
             Argument::F32(shape.softcap),
         ];
-        self.launch("attend", (shape.tokens, shape.heads), 128, &[&regions[..], &numbers].concat())
+        let grid = (shape.tokens, shape.heads);
+        self.launch("attend", grid, 128, &[&[Argument::Region(query)][..], &cache.arguments(), &numbers].concat())
     }
 
-    /// `scale` times the rows of `matrix` that the u32 in `tokens` name, into f32.
+    /// `scale` times the rows of `matrix` that the u32 in `tokens` name, into f32 or onto it.
     ///
     /// # Errors
     /// The driver fails.
     ///
     /// # Panics
     /// A region is shorter than the shapes say.
-    pub fn embed(&self, matrix: &DeviceMatrix, tokens: &Region, scale: f32, hidden: &Region) -> Result<()> {
-        let (count, cols) = (tokens.len() / size_of::<u32>(), matrix.layout.cols);
+    pub fn embed(&self, affine: &Affine, tokens: &Region, scale: f32, hidden: &Region, output: Output) -> Result<()> {
+        let (matrix, cols) = (affine.weight, affine.cols());
+        let count = tokens.len() / size_of::<u32>();
         holds(hidden, count * cols, FLOAT);
         let [codes, sub_scales, scales] = matrix.sections(0);
         let arguments = [
@@ -404,6 +459,7 @@ impl Gpu {
             Argument::I32(storage_number(matrix.layout.storage)),
             int(cols),
             Argument::F32(scale),
+            Argument::I32(i32::from(output == Output::Add)),
             Argument::Region(hidden),
         ];
         self.launch("embed", (count, 1), 256, &arguments)
@@ -421,8 +477,44 @@ impl Gpu {
             holds(region, count, HALF);
         }
         let up = up.map_or(Argument::Null, Argument::Region);
-        let arguments = [Argument::Region(gate), up, int(count), Argument::I32(activation as i32)];
+        let kind = match activation {
+            Activation::Silu => 0,
+            Activation::GeluTanh => 1,
+            Activation::Gelu => 2,
+        };
+        let arguments = [Argument::Region(gate), up, int(count), Argument::I32(kind)];
         self.launch("activate", (count.div_ceil(256), 1), 256, &arguments)
+    }
+
+    /// The rows of `x`, f16 of `width`, that the u32 in `tokens` name.
+    ///
+    /// # Errors
+    /// The driver fails.
+    ///
+    /// # Panics
+    /// A region is shorter than the shapes say.
+    pub fn gather(&self, x: &Region, tokens: &Region, width: usize, out: &Region) -> Result<()> {
+        let count = tokens.len() / size_of::<u32>();
+        holds(out, count * width, HALF);
+        let arguments = [Argument::Region(x), Argument::Region(tokens), int(width), Argument::Region(out)];
+        self.launch("gather", (count, 1), 256, &arguments)
+    }
+
+    /// Adds each row of `x`, f32 of `width`, times its f32 of `weights`, to the row of `out` that its
+    /// u32 of `tokens` names; none is named twice.
+    ///
+    /// # Errors
+    /// The driver fails.
+    ///
+    /// # Panics
+    /// A region is shorter than the shapes say.
+    pub fn scatter_add(&self, x: &Region, tokens: &Region, weights: &Region, width: usize, out: &Region) -> Result<()> {
+        let count = tokens.len() / size_of::<u32>();
+        holds(x, count * width, FLOAT);
+        holds(weights, count, FLOAT);
+        let regions = [x, tokens, weights].map(Argument::Region);
+        let arguments = [&regions[..], &[int(width), Argument::Region(out)]].concat();
+        self.launch("scatter_add", (count, 1), 256, &arguments)
     }
 
     /// The indices of the largest of `count` f32 in `logits`, best first, as many as `indices` has u32.
@@ -441,11 +533,14 @@ impl Gpu {
 }
 
 impl Attention {
-    fn check(&self, query: &Region, cache: [&Region; 2]) {
+    fn check(&self, query: &Region, cache: &Cache) {
         assert!(self.position + self.tokens <= self.context, "more tokens than the cache holds");
+        assert!(self.head_dim <= MAX_HEAD_DIM, "a head that is too wide");
         holds(query, self.tokens * self.heads * self.head_dim, HALF);
-        for region in cache {
-            holds(region, self.kv_heads * self.context * self.head_dim, HALF);
+        let vectors = self.kv_heads * self.context;
+        for [codes, scales] in cache.regions.as_chunks().0 {
+            holds(codes, vectors, cache.dtype.code_bytes(self.head_dim));
+            holds(scales, vectors, cache.dtype.scale_bytes());
         }
     }
 }

@@ -14,7 +14,7 @@ mod stage;
 mod upload;
 
 pub use driver::{Buffer, Gpu, Pinned, Region};
-pub use kernels::{Activation, Attention, DeviceMatrix, MAX_HEAD_DIM, Norm, NormKind, Output};
+pub use kernels::{Affine, Attention, Cache, DeviceMatrix, MAX_HEAD_DIM, Norm, Output};
 pub use stage::{CudaStage, Parameters, Workspace};
 pub use upload::{InFlight, Upload};
 

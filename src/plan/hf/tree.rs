@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 
 use super::{Model, Module, Tensor, join};
-use crate::architecture::{ModuleKind, ModuleTree, Parameter};
+use crate::architecture::{ModuleKind, ModuleTree, Parameter, Part, Role};
 use crate::bytes::Bytes;
-use crate::model_config::ModelConfig;
+use crate::model_config::{ModelConfig, Rope};
 use crate::quant::WeightDtype;
 
 /// What bitsandbytes makes of the linear layers of the blocks. The embedding,
@@ -36,28 +36,49 @@ impl Quantization {
 /// which is config.json's, or the checkpoint's where that names none.
 ///
 /// The order is that of registration: in a block attention, feed-forward layer
-/// and norms; then the final norm, the frequencies of RoPE (two buffers of
-/// `head_dim / 2` f32) and the head.
+/// and norms; then the final norm, the frequencies of RoPE (two f32 buffers of
+/// `rotary_dim / 2` for each of the model's ropes) and the head. The matrices of
+/// all experts are parameters of one module and no linear layers, so that
+/// bitsandbytes leaves them as they are; so are the scores of the experts.
 pub fn tree_of(config: &ModelConfig, modules: &ModuleTree, dtype: WeightDtype, quantization: Quantization) -> Model {
     let mut root = Module::default();
     for module in &modules.modules {
         let is_block = matches!(module.kind, ModuleKind::Block(_));
         descend(&mut root, &module.path).is_whole = is_block;
         let mut parameters: Vec<&Parameter> = module.parameters.iter().collect();
-        parameters.sort_by_key(|parameter| !parameter.is_quantizable());
+        parameters.sort_by_key(|parameter| parameter.role.is_norm());
         for parameter in parameters {
-            let is_quantized = is_block && parameter.is_quantizable();
+            let is_expert = matches!(parameter.role, Role::ExpertGate(_) | Role::ExpertUp(_) | Role::ExpertDown(_));
+            let is_quantized = is_block && parameter.is_quantizable() && !is_expert;
             let stored = if is_quantized { quantization } else { Quantization::None };
-            descend(&mut root, &parameter.module).parameters.push(weight(stored.bytes(parameter, dtype)));
+            // An expert's module is `experts.N.up_proj`, which Transformers holds in `experts`.
+            let path = parameter.module.rsplitn(if is_expert { 3 } else { 1 }, '.').last().unwrap_or_default();
+            let name = if parameter.part == Part::Bias { "bias" } else { WEIGHT };
+            let tensor = Tensor { name: name.to_owned(), bytes: Bytes(stored.bytes(parameter, dtype)) };
+            descend(&mut root, path).parameters.push(tensor);
         }
-        if module.kind == ModuleKind::Norm {
-            let parent = module.path.rsplit_once('.').map_or("", |(parent, _)| parent);
-            let frequencies = |name: &str| Tensor {
-                name: name.to_owned(),
-                bytes: Bytes((config.head_dim / 2 * size_of::<f32>()) as u64),
-            };
-            descend(&mut root, &join(parent, "rotary_emb")).buffers =
-                ["inv_freq", "original_inv_freq"].map(frequencies).into();
+        let buffer = |name: String, bytes: usize| Tensor { name, bytes: Bytes(bytes as u64) };
+        match module.kind {
+            ModuleKind::Embedding if config.family.has_embed_scale() => {
+                descend(&mut root, &module.path).buffers = vec![buffer("embed_scale".to_owned(), dtype.size())];
+            }
+            ModuleKind::Positions => modules.weightless.iter().for_each(|path| {
+                descend(&mut root, path);
+            }),
+            ModuleKind::Norm if !config.ropes.is_empty() => {
+                let frequencies = config.ropes.iter().enumerate().flat_map(|(rope, Rope { rotary_dim, .. })| {
+                    // Where there are two, that of full attention is the first.
+                    let kind = match (config.ropes.len(), rope) {
+                        (1, _) => "",
+                        (_, 0) => "full_attention_",
+                        _ => "sliding_attention_",
+                    };
+                    ["inv_freq", "original_inv_freq"]
+                        .map(|name| buffer(format!("{kind}{name}"), rotary_dim / 2 * size_of::<f32>()))
+                });
+                descend(&mut root, &join(modules.base, "rotary_emb")).buffers = frequencies.collect();
+            }
+            _ => {}
         }
     }
     let mut ties = BTreeMap::new();
@@ -65,20 +86,16 @@ pub fn tree_of(config: &ModelConfig, modules: &ModuleTree, dtype: WeightDtype, q
         && let [embedding, .., head] = modules.modules.as_slice()
     {
         for parameter in &embedding.parameters {
-            let copy = weight(Quantization::None.bytes(parameter, dtype));
-            descend(&mut root, &head.path).parameters.push(copy);
+            let bytes = Bytes(Quantization::None.bytes(parameter, dtype));
+            descend(&mut root, &head.path).parameters.push(Tensor { name: WEIGHT.to_owned(), bytes });
             ties.insert(join(&head.path, WEIGHT), parameter.tensor());
         }
     }
     Model { root, ties, is_quantized: quantization != Quantization::None }
 }
 
-/// The name of every parameter in its module.
+/// The name of a weight in its module.
 const WEIGHT: &str = "weight";
-
-fn weight(bytes: u64) -> Tensor {
-    Tensor { name: WEIGHT.to_owned(), bytes: Bytes(bytes) }
-}
 
 /// The module at `path` under `module`, made where it is not there yet.
 fn descend<'a>(module: &'a mut Module, path: &str) -> &'a mut Module {

@@ -33,6 +33,13 @@ __device__ __forceinline__ __half to_half(float v) {
     return __float2half_rn(v > largest ? largest : v < -largest ? -largest : v);
 }
 
+// To the nearest bf16, ties to even; NaN stays.
+__device__ __forceinline__ unsigned short to_bf16(float v) {
+    unsigned bits = __float_as_uint(v);
+    if (v != v) return 0x7fff;
+    return (unsigned short)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 __device__ __forceinline__ void store(void* y, int output, size_t i, float v) {
     if (output == STORE_F16) ((__half*)y)[i] = to_half(v);
     else if (output == STORE_F32) ((float*)y)[i] = v;

@@ -1,10 +1,10 @@
-// Embedding rows, activations, and the best of the logits.
+// Embedding rows, activations, the tokens of an expert, and the best of the logits.
 #include "common.cuh"
 
-// hidden[t] = scale * row tokens[t] of the embedding, a matrix of any storage in the canonical packing
-// of quant/layout.rs. tokens: u32 [tokens], each below the number of rows. hidden: f32 [tokens][cols].
+// hidden[t] = scale * row tokens[t] of the embedding, or hidden[t] += the same if `add`; the embedding is
+// a matrix of any storage in the canonical packing of quant/layout.rs. tokens: u32 [tokens], each below the number of rows. hidden: f32 [tokens][cols].
 // Launch: 256 threads, a block for each token.
-KERNEL(256) embed(const unsigned* tokens, const void* codes, const signed char* sub_scales, const void* scales, int storage, int cols, float scale,
+KERNEL(256) embed(const unsigned* tokens, const void* codes, const signed char* sub_scales, const void* scales, int storage, int cols, float scale, int add,
                   float* hidden) {
     size_t row = tokens[blockIdx.x];
     int groups = (cols + 31) / 32;
@@ -20,7 +20,7 @@ KERNEL(256) embed(const unsigned* tokens, const void* codes, const signed char* 
         } else {
             v = load(codes, storage, row * cols + k);
         }
-        out[k] = v * scale;
+        out[k] = add ? out[k] + v * scale : v * scale;
     }
 }
 
@@ -38,6 +38,18 @@ KERNEL(256) activate(__half* gate, const __half* up, int count, int kind) {
     else if (kind == GELU_TANH) x = 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
     else x = 0.5f * x * (1.0f + erff(x * 0.70710678f));
     gate[i] = to_half(up ? x * __half2float(up[i]) : x);
+}
+
+// out[i] = x[tokens[i]], rows of f16. Launch: 256 threads, a block for each token of the expert.
+KERNEL(256) gather(const __half* x, const unsigned* tokens, int width, __half* out) {
+    const __half* row = x + (size_t)tokens[blockIdx.x] * width;
+    for (int i = threadIdx.x; i < width; i += blockDim.x) out[(size_t)blockIdx.x * width + i] = row[i];
+}
+
+// out[tokens[i]] += weights[i] * x[i], rows of f32; no token occurs twice. Launch: as gather.
+KERNEL(256) scatter_add(const float* x, const unsigned* tokens, const float* weights, int width, float* out) {
+    float* row = out + (size_t)tokens[blockIdx.x] * width;
+    for (int i = threadIdx.x; i < width; i += blockDim.x) row[i] = fmaf(weights[blockIdx.x], x[(size_t)blockIdx.x * width + i], row[i]);
 }
 
 // The k largest of `count` logits, best first, the lower index first among equals; k = 1 is argmax.

@@ -1,4 +1,4 @@
-// y[t][n] = sum_k x[t][k] * w[n][k] + bias[n], accumulated in f32.
+// y[t][n] = factor * (sum_k x[t][k] * w[n][k] + bias[n]), accumulated in f32.
 //
 // w: a matrix in the canonical packing of quant/layout.rs, [rows][cols]; storage by the kernel's name.
 // x: f16 [tokens][cols]. bias: [rows] of bias_dtype, or null. y: [tokens][rows], written as `output`
@@ -68,7 +68,7 @@ struct Plain {
 };
 
 template <class Storage>
-__device__ __forceinline__ void few(const Weights& w, const __half* x, const void* bias, int bias_dtype, void* y, int output, int rows, int tokens) {
+__device__ __forceinline__ void few(const Weights& w, const __half* x, const void* bias, int bias_dtype, void* y, int output, float factor, int rows, int tokens) {
     int lane = threadIdx.x % 32;
     size_t row = (size_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     if (row >= rows) return;
@@ -92,11 +92,11 @@ __device__ __forceinline__ void few(const Weights& w, const __half* x, const voi
     }
     if (lane >= tokens) return;
     float shift = bias ? load(bias, bias_dtype, row) : 0.0f;
-    store(y, output, (size_t)lane * rows + row, fmaf(mine, Storage::scale(w, row), shift));
+    store(y, output, (size_t)lane * rows + row, factor * fmaf(mine, Storage::scale(w, row), shift));
 }
 
 template <class Storage>
-__device__ __forceinline__ void many(const Weights& w, const __half* x, const void* bias, int bias_dtype, void* y, int output, int rows, int tokens) {
+__device__ __forceinline__ void many(const Weights& w, const __half* x, const void* bias, int bias_dtype, void* y, int output, float factor, int rows, int tokens) {
     __shared__ __align__(16) float shared[2][STEP][TILE + 4];
     auto weights = shared[0], values = shared[1];
     int first_row = blockIdx.x * TILE, first_token = blockIdx.y * TILE;
@@ -134,17 +134,17 @@ __device__ __forceinline__ void many(const Weights& w, const __half* x, const vo
     float scale = Storage::scale(w, row), shift = bias ? load(bias, bias_dtype, row) : 0.0f;
 #pragma unroll 1
     for (int t = threadIdx.x / TILE; t < TILE && first_token + t < tokens; t += 256 / TILE)
-        store(y, output, (size_t)(first_token + t) * rows + row, fmaf(tile[t * TILE + threadIdx.x % TILE], scale, shift));
+        store(y, output, (size_t)(first_token + t) * rows + row, factor * fmaf(tile[t * TILE + threadIdx.x % TILE], scale, shift));
 }
 
 #define MATMUL(name, storage)                                                                                              \
     KERNEL(256) few_##name(const void* codes, const signed char* sub_scales, const void* scales, int rows, int cols,        \
-                           const __half* x, int tokens, const void* bias, int bias_dtype, void* y, int output) {           \
-        few<storage>({codes, sub_scales, scales, cols}, x, bias, bias_dtype, y, output, rows, tokens);                     \
+                           const __half* x, int tokens, const void* bias, int bias_dtype, void* y, int output, float factor) {           \
+        few<storage>({codes, sub_scales, scales, cols}, x, bias, bias_dtype, y, output, factor, rows, tokens);                     \
     }                                                                                                                      \
     KERNEL(256) many_##name(const void* codes, const signed char* sub_scales, const void* scales, int rows, int cols,       \
-                            const __half* x, int tokens, const void* bias, int bias_dtype, void* y, int output) {          \
-        many<storage>({codes, sub_scales, scales, cols}, x, bias, bias_dtype, y, output, rows, tokens);                    \
+                            const __half* x, int tokens, const void* bias, int bias_dtype, void* y, int output, float factor) {          \
+        many<storage>({codes, sub_scales, scales, cols}, x, bias, bias_dtype, y, output, factor, rows, tokens);                    \
     }
 MATMUL(bf16, Plain<BF16>)
 MATMUL(f16, Plain<F16>)

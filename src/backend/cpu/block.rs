@@ -1,0 +1,214 @@
+//! A block: attention and a feed-forward layer, each of what the model gives it.
+
+use memmap2::MmapMut;
+
+use super::attention::{Cache, Scores, Stored};
+use super::matmul::{Activations, Affine, matmul};
+use super::{Parameters, Setup, Workspace, ops};
+use crate::architecture::Role;
+use crate::model_config::{Experts, Layer, ModelConfig};
+use crate::plan::memory::KvLayout;
+
+pub struct Block {
+    pub layer: Layer,
+    pub parameters: Parameters,
+    pub kv: KvLayout,
+    /// Keys and values, each laid out as `kv` says; sequence 0 is used.
+    pub keys: MmapMut,
+    pub values: MmapMut,
+}
+
+impl Block {
+    /// `hidden += norm(attention(norm(hidden))); hidden += norm(feed_forward(norm(hidden)))`,
+    /// with those norms that the model has.
+    pub fn run(
+        &mut self,
+        setup: &Setup,
+        workspace: &mut Workspace,
+        hidden: &mut [f32],
+        tokens: usize,
+        position: usize,
+    ) {
+        let normalize = |parameters: &Parameters, role, x: &mut [f32]| {
+            if let Some(norm) = parameters.find(role) {
+                setup.norm.apply(x, &norm);
+            }
+        };
+        let scale = setup.config.residual_scale;
+        let width = hidden.len();
+
+        workspace.normed[..width].copy_from_slice(hidden);
+        normalize(&self.parameters, Role::InputNorm, &mut workspace.normed[..width]);
+        self.attention(setup, workspace, tokens, position);
+        normalize(&self.parameters, Role::AttentionOutputNorm, &mut workspace.normed[..width]);
+        ops::add(hidden, &workspace.normed[..width], scale);
+
+        workspace.normed[..width].copy_from_slice(hidden);
+        normalize(&self.parameters, Role::FeedForwardNorm, &mut workspace.normed[..width]);
+        match setup.config.experts {
+            Some(experts) if self.layer.has_experts => self.experts(&setup.config, experts, workspace, tokens),
+            _ => self.feed_forward(&setup.config, workspace, tokens),
+        }
+        normalize(&self.parameters, Role::FeedForwardOutputNorm, &mut workspace.normed[..width]);
+        ops::add(hidden, &workspace.normed[..width], scale);
+    }
+
+    /// Replaces the normalized hidden state by what attention makes of it.
+    fn attention(&mut self, setup: &Setup, workspace: &mut Workspace, tokens: usize, position: usize) {
+        let config = &setup.config;
+        let Workspace {
+            normed,
+            query,
+            key,
+            value,
+            attended,
+            product,
+            activation_codes: codes,
+            activation_scales: scales,
+            cos,
+            sin,
+            ..
+        } = workspace;
+        let (queries, keys) = (config.queries(), config.keys());
+        let normed = &mut normed[..tokens * config.hidden_size];
+        let (query, attended) = (&mut query[..tokens * queries], &mut attended[..tokens * queries]);
+        let (key, value) = (&mut key[..tokens * keys], &mut value[..tokens * keys]);
+        let parameters = &self.parameters;
+
+        let [for_query, for_key, for_value] = match parameters.find(Role::QueryKeyValue) {
+            Some(fused) => [0..queries, queries..queries + keys, queries + keys..queries + 2 * keys]
+                .map(|rows| fused.clone().slice(rows)),
+            None => [Role::Query, Role::Key, Role::Value].map(|role| parameters.of(role)),
+        };
+        let x = Activations::of(normed, codes, scales, &[&for_query, &for_key, &for_value]);
+        matmul(&for_query, &x, product, query);
+        matmul(&for_key, &x, product, key);
+        matmul(&for_value, &x, product, value);
+        for (role, x) in [(Role::QueryNorm, &mut *query), (Role::KeyNorm, &mut *key)] {
+            if let Some(norm) = parameters.find(role) {
+                setup.norm.apply(x, &norm);
+            }
+        }
+        if let Some(rope) = self.layer.rope {
+            let half = setup.frequencies[rope].len();
+            let start: usize = setup.frequencies[..rope].iter().map(|frequencies| tokens * frequencies.len()).sum();
+            let table = start..start + tokens * half;
+            let (cos, sin) = (&cos[table.clone()], &sin[table]);
+            ops::rotate(query, config.head_dim, half, cos, sin);
+            ops::rotate(key, config.head_dim, half, cos, sin);
+        }
+
+        let cache = Cache {
+            heads: config.num_attention_heads,
+            kv_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+            context: setup.context,
+            dtype: self.kv.dtype,
+            scores: Scores {
+                scale: config.attention_scale,
+                softcap: config.attention_softcap,
+                window: self.layer.window,
+            },
+        };
+        let keys = store(&cache, self.kv, key, &mut self.keys, position);
+        let values = store(&cache, self.kv, value, &mut self.values, position);
+        cache.attend(query, keys, values, position, attended);
+
+        let output = self.parameters.of(Role::Output);
+        matmul(&output, &Activations::of(attended, codes, scales, &[&output]), product, normed);
+    }
+
+    /// Replaces the normalized hidden state by what the feed-forward layer makes of it.
+    fn feed_forward(&self, config: &ModelConfig, workspace: &mut Workspace, tokens: usize) {
+        let width = config.intermediate_size;
+        let (gate, up) = match self.parameters.find(Role::GateUp) {
+            Some(fused) => (Some(fused.clone().slice(0..width)), fused.slice(width..2 * width)),
+            None => (self.parameters.find(Role::Gate), self.parameters.of(Role::Up)),
+        };
+        let Workspace { normed, gate: gated, up: other, product, activation_codes, activation_scales, .. } = workspace;
+        let buffers = Buffers { gated, other, product, codes: activation_codes, scales: activation_scales };
+        let x = &mut normed[..tokens * config.hidden_size];
+        feed_forward(config, [gate, Some(up), self.parameters.find(Role::Down)], x, buffers);
+    }
+
+    /// Replaces the normalized hidden state by the weighted sum of what each token's experts make of it.
+    fn experts(&self, config: &ModelConfig, experts: Experts, workspace: &mut Workspace, tokens: usize) {
+        let Workspace {
+            normed,
+            gate,
+            up,
+            routes,
+            gathered,
+            mixed,
+            product,
+            activation_codes: codes,
+            activation_scales: scales,
+            ..
+        } = workspace;
+        let hidden = config.hidden_size;
+        let normed = &mut normed[..tokens * hidden];
+        let mixed = &mut mixed[..tokens * hidden];
+        let routes = &mut routes[..tokens * experts.count];
+        let scorer = self.parameters.of(Role::Router);
+        matmul(&scorer, &Activations::of(normed, codes, scales, &[&scorer]), product, routes);
+        ops::route(routes, experts.count, experts.per_token, experts.is_normalized);
+
+        mixed.fill(0.0);
+        for expert in 0..experts.count {
+            let weights = || routes.chunks(experts.count).map(|row| row[expert]).enumerate().filter(|(_, w)| *w != 0.0);
+            let count = weights().count();
+            if count == 0 {
+                continue;
+            }
+            let x = &mut gathered[..count * hidden];
+            for ((token, _), x) in weights().zip(x.chunks_mut(hidden)) {
+                x.copy_from_slice(&normed[token * hidden..][..hidden]);
+            }
+            let modules = [Role::ExpertGate(expert), Role::ExpertUp(expert), Role::ExpertDown(expert)]
+                .map(|role| self.parameters.find(role));
+            let buffers = Buffers { gated: gate, other: up, product, codes, scales };
+            feed_forward(config, modules, x, buffers);
+            for ((token, weight), x) in weights().zip(x.chunks(hidden)) {
+                ops::add(&mut mixed[token * hidden..][..hidden], x, weight);
+            }
+        }
+        normed.copy_from_slice(mixed);
+    }
+}
+
+/// What a feed-forward layer works in.
+struct Buffers<'a> {
+    gated: &'a mut [f32],
+    other: &'a mut [f32],
+    product: &'a mut [f32],
+    codes: &'a mut [i8],
+    scales: &'a mut [f32],
+}
+
+/// `x = down(activation(gate(x)) · up(x))`, or without a gate `x = down(activation(up(x)))`.
+fn feed_forward(config: &ModelConfig, modules: [Option<Affine>; 3], x: &mut [f32], buffers: Buffers) {
+    let [gate, Some(up), Some(down)] = modules else {
+        unreachable!("the loader gives every feed-forward layer all of its parameters")
+    };
+    let Buffers { gated, other, product, codes, scales } = buffers;
+    let len = x.len() / config.hidden_size * up.rows.len();
+    let (gated, other) = (&mut gated[..len], &mut other[..len]);
+    if let Some(gate) = gate {
+        let input = Activations::of(x, codes, scales, &[&gate, &up]);
+        matmul(&gate, &input, product, gated);
+        matmul(&up, &input, product, other);
+        ops::gate(config.activation, gated, other);
+    } else {
+        matmul(&up, &Activations::of(x, codes, scales, &[&up]), product, gated);
+        ops::activate(config.activation, gated);
+    }
+    matmul(&down, &Activations::of(gated, codes, scales, &[&down]), product, x);
+}
+
+/// Appends `rows` to what `kv` lays out in `bytes`, and gives all of it.
+fn store<'a>(cache: &Cache, kv: KvLayout, rows: &[f32], bytes: &'a mut [u8], position: usize) -> Stored<'a> {
+    let (codes, scales) = bytes[..kv.codes + kv.scales].split_at_mut(kv.codes);
+    let scales: &mut [f32] = bytemuck::cast_slice_mut(scales);
+    cache.append(rows, codes, scales, position);
+    Stored { codes, scales }
+}

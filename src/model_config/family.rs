@@ -1,0 +1,221 @@
+//! What a family of models is: the names of its modules and tensors, and what
+//! its configuration means.
+
+/// What a parameter is to its module; a backend asks for parameters by this.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Role {
+    /// The norm of what attention gives, before it is added.
+    AttentionOutputNorm,
+    /// The second matrix of the feed-forward layer.
+    Down,
+    /// The embedding's rows.
+    Embedding,
+    /// As [`Role::Down`], of an expert.
+    ExpertDown(usize),
+    /// As [`Role::Gate`], of an expert.
+    ExpertGate(usize),
+    /// As [`Role::Up`], of an expert.
+    ExpertUp(usize),
+    /// The norm before the feed-forward layer.
+    FeedForwardNorm,
+    /// The norm of what the feed-forward layer gives, before it is added.
+    FeedForwardOutputNorm,
+    /// The matrix whose product goes through the activation and gates the other.
+    Gate,
+    /// [`Role::Gate`] and [`Role::Up`], one after the other.
+    GateUp,
+    /// The output head's rows.
+    Head,
+    /// The norm before attention.
+    InputNorm,
+    /// Keys.
+    Key,
+    /// The norm of keys, as wide as a head or as all of them.
+    KeyNorm,
+    /// What attention gives back to the hidden state.
+    Output,
+    /// The norm behind the last block.
+    OutputNorm,
+    /// Learned positions, a row for each.
+    Positions,
+    /// Queries.
+    Query,
+    /// Queries, keys and values, one after the other.
+    QueryKeyValue,
+    /// The norm of queries, as wide as a head or as all of them.
+    QueryNorm,
+    /// The scores of the experts.
+    Router,
+    /// The first matrix of the feed-forward layer, which is gated or goes through the activation itself.
+    Up,
+    /// Values.
+    Value,
+}
+
+impl Role {
+    /// Whether it is a norm, whose weight is a vector.
+    pub fn is_norm(self) -> bool {
+        matches!(
+            self,
+            Self::InputNorm
+                | Self::QueryNorm
+                | Self::KeyNorm
+                | Self::AttentionOutputNorm
+                | Self::FeedForwardNorm
+                | Self::FeedForwardOutputNorm
+                | Self::OutputNorm
+        )
+    }
+}
+
+/// What stands between the product of the gate and that of the feed-forward layer's other matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x · Φ(x)`.
+    Gelu,
+    /// GELU with tanh in the place of the error function.
+    GeluTanh,
+    /// `x · sigmoid(x)`.
+    Silu,
+}
+
+impl Activation {
+    /// The activation that Transformers calls `name`.
+    pub(super) fn named(name: &str) -> Option<Self> {
+        match name {
+            "silu" | "swish" => Some(Self::Silu),
+            "gelu" => Some(Self::Gelu),
+            "gelu_new" | "gelu_pytorch_tanh" => Some(Self::GeluTanh),
+            _ => None,
+        }
+    }
+}
+
+/// How a norm is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormKind {
+    /// `(x − mean) / sqrt(var + ε) · w + b`.
+    Layer,
+    /// `x / sqrt(mean(x²) + ε) · w`.
+    Rms,
+    /// `x / sqrt(mean(x²) + ε) · (1 + w)`.
+    RmsPlusOne,
+}
+
+/// Which projections have a bias.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Biases {
+    /// All of them.
+    All,
+    /// As `attention_bias` and `mlp_bias` say.
+    Configured,
+    /// Queries, keys and values.
+    QueryKeyValue,
+}
+
+/// Which blocks see a window of the last tokens only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Windows {
+    /// All, where `sliding_window` is a number; its default is this.
+    All(Option<usize>),
+    /// None.
+    Never,
+    /// Those that `layer_types` names, else all but every n-th, in a window of 4096 unless told otherwise.
+    Pattern(usize),
+    /// Where `use_sliding_window` is set, all.
+    Used,
+    /// Where `use_sliding_window` is set, those that `layer_types` names, else those from `max_window_layers` on.
+    UsedAbove,
+    /// Where `use_sliding_window` is set, those that `layer_types` names, else those without RoPE.
+    UsedWithoutRope,
+}
+
+/// A row of the table of families.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[expect(clippy::struct_excessive_bools, reason = "each says whether a family has something")]
+pub struct Family {
+    /// The models that have this architecture.
+    pub models: &'static str,
+    /// The name in config.json's `architectures`.
+    pub architecture: &'static str,
+    /// The name in config.json's `model_type`.
+    pub model_type: &'static str,
+    /// What it has beyond Llama, in words.
+    pub features: &'static str,
+
+    /// The module that holds all but the head; older checkpoints leave it out of their tensors' names.
+    pub base: &'static str,
+    /// The embedding in `base`.
+    pub embedding: &'static str,
+    /// The learned positions in `base`.
+    pub positions: Option<&'static str>,
+    /// The list of blocks in `base`.
+    pub blocks: &'static str,
+    /// The last norm in `base`.
+    pub norm: &'static str,
+    /// Modules without weights that Hugging Face's maps name, in `base`.
+    pub weightless: &'static [&'static str],
+    /// Ends of the names of tensors that are not read.
+    pub unread: &'static [&'static str],
+    /// The parameters of a block; `{}` stands for the number of an expert.
+    pub block: &'static [(Role, &'static str)],
+    /// Whether a block's matrices are stored as `[in, out]`.
+    pub is_transposed: bool,
+    /// Whether norms of queries and keys are as wide as all heads, not as one.
+    pub norms_whole_projections: bool,
+
+    pub(super) keys: Keys,
+    pub(super) norm_kind: NormKind,
+    pub(super) norm_eps: f64,
+    pub(super) activation: Activation,
+    pub(super) biases: Biases,
+    pub(super) windows: Windows,
+    /// The base of RoPE unless told otherwise, and that of blocks with a window where it is another.
+    pub(super) rope_theta: f64,
+    pub(super) local_rope_theta: Option<f64>,
+    /// Whether `yarn` and `su` are older names of `longrope`.
+    pub(super) is_yarn_longrope: bool,
+    /// Every n-th block has no RoPE, unless `no_rope_layers` says otherwise.
+    pub(super) no_rope_interval: Option<usize>,
+    pub(super) head_dim: Option<usize>,
+    pub(super) is_tied: bool,
+    /// The embedding is multiplied by the root of the hidden size.
+    pub(super) scales_embedding: bool,
+    /// Queries are scaled by the root of `query_pre_attn_scalar`, whose default this is.
+    pub(super) query_pre_attn_scalar: Option<f64>,
+    /// Soft caps of attention's scores and of the logits unless told otherwise; `None` where there are no such keys.
+    pub(super) softcaps: Option<(Option<f64>, Option<f64>)>,
+    /// Whether there are Granite's four multipliers.
+    pub(super) has_multipliers: bool,
+    pub(super) experts: Option<ExpertDefaults>,
+}
+
+impl Family {
+    /// Whether Transformers keeps the embedding's factor as a buffer beside it.
+    pub fn has_embed_scale(&self) -> bool {
+        self.scales_embedding
+    }
+}
+
+/// Where a family's experts are configured.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct ExpertDefaults {
+    /// The key of an expert's width.
+    pub intermediate_size: &'static str,
+    pub per_token: usize,
+    /// Whether `norm_topk_prob` decides, which is off by default; else the weights sum up to 1.
+    pub is_norm_configured: bool,
+}
+
+/// The keys of config.json that families call by different names.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Keys {
+    pub hidden_size: &'static str,
+    pub intermediate_size: &'static str,
+    pub num_hidden_layers: &'static str,
+    pub num_attention_heads: &'static str,
+    pub max_position_embeddings: &'static str,
+    pub norm_eps: &'static str,
+    pub activation: &'static str,
+}

@@ -1,0 +1,257 @@
+//! Rotary position embedding: its configuration in both dialects, and the
+//! frequencies that follow from it.
+
+use std::f64::consts::TAU;
+
+use super::fields::Fields;
+use super::{Family, MAX_CONTEXT};
+use crate::error::{Result, printable};
+use crate::json::Node;
+
+const MAX_THETA: f64 = 1e12;
+const MAX_FACTOR: f64 = 1e6;
+
+/// Rotary position embedding of a kind of blocks.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rope {
+    /// The base of the frequencies θ^(−2i/d).
+    pub theta: f64,
+    /// d: leading elements of a head that are rotated, as the pairs (i, i + d/2); even.
+    pub rotary_dim: usize,
+    /// Scaling of the frequencies.
+    pub scaling: RopeScaling,
+    /// Factor of cosines and sines.
+    pub attention_factor: f64,
+}
+
+/// How the frequencies of RoPE are scaled.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RopeScaling {
+    /// Not at all.
+    Default,
+    /// All divided by `factor`.
+    Linear {
+        /// The divisor.
+        factor: f64,
+    },
+    /// Llama 3.1: low frequencies divided by `factor`, high ones kept, those between blended.
+    Llama3 {
+        /// Divisor of the low frequencies.
+        factor: f64,
+        /// Wavelengths above `original / low_freq_factor` are low frequencies.
+        low_freq_factor: f64,
+        /// Wavelengths below `original / high_freq_factor` are high frequencies.
+        high_freq_factor: f64,
+        /// The context before scaling, in tokens.
+        original_max_position_embeddings: f64,
+    },
+    /// LongRoPE: a divisor for each frequency, of one list up to the original context and of another beyond it.
+    LongRope {
+        /// Divisors where the planned context is at most the original one; `rotary_dim / 2` of them.
+        short_factor: Vec<f64>,
+        /// Divisors where it is longer.
+        long_factor: Vec<f64>,
+        /// The context before scaling, in tokens.
+        original_max_position_embeddings: usize,
+    },
+    /// YaRN: divided by `factor` but for the first few, with a ramp between.
+    Yarn {
+        /// Divisor of the low frequencies.
+        factor: f64,
+        /// Frequencies up to this index are kept.
+        low: f64,
+        /// Frequencies from this index on are divided.
+        high: f64,
+    },
+}
+
+impl Rope {
+    /// The angular frequency of each pair, for sequences of at most `context`
+    /// tokens: `rotary_dim / 2` of them.
+    ///
+    /// LongRoPE's divisors follow the planned context. Transformers chooses
+    /// them by the text's length so far, which is the same wherever the plan's
+    /// context is at most the original one, or the prompt is longer than that.
+    pub fn frequencies(&self, context: usize) -> Vec<f32> {
+        (0..self.rotary_dim / 2)
+            .map(|i| {
+                let exponent = (2 * i) as f64 / self.rotary_dim as f64;
+                #[expect(clippy::cast_possible_truncation, reason = "angles are f32")]
+                let frequency = self.scaled(i, self.theta.powf(-exponent), context) as f32;
+                frequency
+            })
+            .collect()
+    }
+
+    fn scaled(&self, index: usize, frequency: f64, context: usize) -> f64 {
+        match &self.scaling {
+            RopeScaling::Default => frequency,
+            RopeScaling::Linear { factor } => frequency / factor,
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+                let turns = original_max_position_embeddings * frequency / TAU;
+                let kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
+                (1.0 - kept) * frequency / factor + kept * frequency
+            }
+            RopeScaling::LongRope { short_factor, long_factor, original_max_position_embeddings } => {
+                let is_long = context > *original_max_position_embeddings;
+                frequency / if is_long { long_factor[index] } else { short_factor[index] }
+            }
+            RopeScaling::Yarn { factor, low, high } => {
+                let divided = ((index as f64 - low) / (high - low)).clamp(0.0, 1.0);
+                divided * frequency / factor + (1.0 - divided) * frequency
+            }
+        }
+    }
+}
+
+/// What RoPE's parameters are read against.
+pub struct Context {
+    pub head_dim: usize,
+    pub max_position_embeddings: usize,
+}
+
+/// RoPE of all blocks; or, where the family has two, that of blocks with full
+/// attention and that of blocks with a window.
+pub fn read(fields: &Fields, family: &Family, context: &Context) -> Result<Vec<Rope>> {
+    let theta = fields.positive_or("rope_theta", MAX_THETA, family.rope_theta)?;
+    let newer = fields.optional("rope_parameters");
+    let Some(local_theta) = family.local_rope_theta else {
+        return Ok(vec![one(fields, newer.or_else(|| fields.optional("rope_scaling")), theta, family, context)?]);
+    };
+    let nested = newer.map(Fields::of).transpose()?;
+    let of_kind = |kind| nested.as_ref().and_then(|nested| nested.optional(kind));
+    if let (Some(node), true) = (newer, of_kind("full_attention").or(of_kind("sliding_attention")).is_none()) {
+        return Err(
+            node.error("RoPE has no `full_attention` and no `sliding_attention`, which this architecture wants")
+        );
+    }
+    let local_theta = fields.positive_or("rope_local_base_freq", MAX_THETA, local_theta)?;
+    let full = of_kind("full_attention").or_else(|| fields.optional("rope_scaling"));
+    Ok(vec![
+        one(fields, full, theta, family, context)?,
+        one(fields, of_kind("sliding_attention"), local_theta, family, context)?,
+    ])
+}
+
+fn one(fields: &Fields, node: Option<Node>, theta: f64, family: &Family, context: &Context) -> Result<Rope> {
+    let share = fields.positive_or("partial_rotary_factor", 1.0, 1.0)?;
+    let Some(node) = node else {
+        let rotary_dim = rotary_dim(fields, share, context)?;
+        return Ok(Rope { theta, rotary_dim, scaling: RopeScaling::Default, attention_factor: 1.0 });
+    };
+    let rope = Fields::of(node)?;
+    let theta = rope.positive_or("rope_theta", MAX_THETA, theta)?;
+    let rotary_dim = rotary_dim(&rope, rope.positive_or("partial_rotary_factor", 1.0, share)?, context)?;
+    let kind = match rope.text_or_none("rope_type")? {
+        Some(kind) => Some(kind),
+        None => rope.text_or_none("type")?,
+    };
+    let kind = match kind.as_deref().unwrap_or("default") {
+        "su" | "yarn" if family.is_yarn_longrope => "longrope",
+        kind => kind,
+    };
+    // Phi-3 has it beside the parameters, not among them.
+    let original = match fields.optional("original_max_position_embeddings") {
+        Some(_) => fields.size("original_max_position_embeddings", MAX_CONTEXT)?,
+        None => rope.size_or("original_max_position_embeddings", MAX_CONTEXT, context.max_position_embeddings)?,
+    };
+    let stretch = context.max_position_embeddings as f64 / original as f64;
+    let factor = || rope.positive_or("factor", MAX_FACTOR, stretch);
+    let mut attention_factor = 1.0;
+    let scaling = match kind {
+        "default" => RopeScaling::Default,
+        "linear" => RopeScaling::Linear { factor: rope.positive("factor", MAX_FACTOR)? },
+        "llama3" => {
+            let (low, high) =
+                (rope.positive("low_freq_factor", MAX_FACTOR)?, rope.positive("high_freq_factor", MAX_FACTOR)?);
+            if high <= low {
+                return Err(rope.error(
+                    "high_freq_factor",
+                    format!("`high_freq_factor` {high} must be above `low_freq_factor` {low}"),
+                ));
+            }
+            RopeScaling::Llama3 {
+                factor: rope.positive("factor", MAX_FACTOR)?,
+                low_freq_factor: low,
+                high_freq_factor: high,
+                original_max_position_embeddings: original as f64,
+            }
+        }
+        "longrope" => {
+            let factor = factor()?;
+            let usual = if factor > 1.0 { (1.0 + factor.ln() / (original as f64).ln()).sqrt() } else { 1.0 };
+            attention_factor = rope.positive_or("attention_factor", MAX_FACTOR, usual)?;
+            let factors = |key| {
+                let factors = rope.positives(key, MAX_FACTOR)?;
+                if factors.len() == rotary_dim / 2 {
+                    Ok(factors)
+                } else {
+                    Err(rope.error(key, format!("`{key}` has {} numbers, not {}", factors.len(), rotary_dim / 2)))
+                }
+            };
+            RopeScaling::LongRope {
+                short_factor: factors("short_factor")?,
+                long_factor: factors("long_factor")?,
+                original_max_position_embeddings: original,
+            }
+        }
+        "yarn" => {
+            let factor = factor()?;
+            attention_factor = rope.positive_or("attention_factor", MAX_FACTOR, yarn_attention(&rope, factor)?)?;
+            let (low, high) = yarn_ramp(&rope, theta, rotary_dim, original as f64)?;
+            RopeScaling::Yarn { factor, low, high }
+        }
+        other => {
+            let other = printable(other);
+            return Err(node.error(format!(
+                "RoPE of type `{other}` is not supported; `default`, `linear`, `llama3`, `longrope` and `yarn` are"
+            )));
+        }
+    };
+    Ok(Rope { theta, rotary_dim, scaling, attention_factor })
+}
+
+fn rotary_dim(fields: &Fields, share: f64, context: &Context) -> Result<usize> {
+    // At most the head's width, for the share is at most 1.
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "rounded down on purpose")]
+    let rotated = (context.head_dim as f64 * share) as usize;
+    if rotated >= 2 && rotated.is_multiple_of(2) {
+        return Ok(rotated);
+    }
+    Err(if rotated == context.head_dim {
+        fields.error("head_dim", format!("a head of width {rotated} cannot be rotated: it is odd"))
+    } else {
+        let problem = format!("{rotated} of {} elements of a head cannot be rotated in pairs", context.head_dim);
+        fields.error("partial_rotary_factor", problem)
+    })
+}
+
+fn yarn_attention(rope: &Fields, factor: f64) -> Result<f64> {
+    let grown = |by: f64| if factor > 1.0 { 0.1 * by * factor.ln() + 1.0 } else { 1.0 };
+    Ok(match (rope.optional("mscale"), rope.optional("mscale_all_dim")) {
+        (Some(_), Some(_)) => {
+            grown(rope.positive("mscale", MAX_FACTOR)?) / grown(rope.positive("mscale_all_dim", MAX_FACTOR)?)
+        }
+        _ => grown(1.0),
+    })
+}
+
+/// The indices between which YaRN goes over from frequencies that turn often in
+/// the original context to those that turn seldom.
+fn yarn_ramp(rope: &Fields, theta: f64, rotary_dim: usize, original: f64) -> Result<(f64, f64)> {
+    let width = rotary_dim as f64;
+    let index_of = |turns: f64| width * (original / (turns * TAU)).ln() / (2.0 * theta.ln());
+    let mut low = index_of(rope.positive_or("beta_fast", MAX_FACTOR, 32.0)?);
+    let mut high = index_of(rope.positive_or("beta_slow", MAX_FACTOR, 1.0)?);
+    if rope.truth_or("truncate", true)? {
+        (low, high) = (low.floor(), high.ceil());
+    }
+    let (low, high) = (low.max(0.0), high.min(width - 1.0));
+    // Where both are one index the ramp is a step.
+    let high = if (high - low).abs() < f64::EPSILON { low + 0.001 } else { high };
+    if high > low {
+        Ok((low, high))
+    } else {
+        Err(rope.error("beta_fast", "`beta_fast` must turn more often than `beta_slow`"))
+    }
+}

@@ -1,0 +1,120 @@
+//! What a caller may choose about a plan.
+
+use std::fmt;
+use std::str::FromStr;
+
+use super::Strategy;
+use crate::bytes::{Bytes, MIB};
+use crate::checkpoint::Checkpoint;
+use crate::device_map::{DeviceMap, MaxMemory};
+use crate::error::{Error, Result};
+use crate::quant::{KvDtype, ParseSchemeError, QuantizeRules, Scheme};
+
+/// Bytes of every device that a plan leaves free, unless told otherwise.
+pub const DEFAULT_RESERVE: Bytes = Bytes(512 * MIB);
+/// The longest context that is planned unless a longer one is asked for.
+pub const DEFAULT_CONTEXT: usize = 4096;
+
+/// What a caller may choose. A choice that is left open is the device map's, else the default.
+#[derive(Clone, Debug, Default)]
+pub struct PlanOptions {
+    /// The schemes; `none` for the whole model by default.
+    pub quantize: Option<Quantize>,
+    /// Longest context in tokens; the model's own by default, at most [`DEFAULT_CONTEXT`].
+    pub context: Option<usize>,
+    /// Sequences at once; 1 by default.
+    pub batch: Option<usize>,
+    /// The type of the KV cache's elements; f16 by default.
+    pub kv_cache: Option<KvDtype>,
+    /// Bytes left free on GPUs and host; [`DEFAULT_RESERVE`] by default.
+    pub reserve: Option<Bytes>,
+    /// Budgets that override what is free, never above it.
+    pub max_memory: Option<MaxMemory>,
+    /// Where the modules go; placed automatically by default.
+    pub device_map: Option<DeviceMap>,
+    /// Whether the map may have been made for another model.
+    pub any_model: bool,
+    /// How modules are placed automatically.
+    pub strategy: Strategy,
+}
+
+/// How the schemes are chosen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Quantize {
+    /// One scheme for the whole model: that of the most bits with which no
+    /// more leaves the GPUs than must.
+    Auto,
+    /// As these rules say.
+    Rules(QuantizeRules),
+}
+
+impl From<Scheme> for Quantize {
+    fn from(scheme: Scheme) -> Self {
+        Self::Rules(QuantizeRules::whole_model(scheme))
+    }
+}
+
+impl FromStr for Quantize {
+    type Err = ParseSchemeError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text == "auto" { Ok(Self::Auto) } else { text.parse::<Scheme>().map(Self::from) }
+    }
+}
+
+impl fmt::Display for Quantize {
+    /// `auto`, or the rules with those of single modules behind that of the whole model.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Rules(rules) => {
+                for (at, (path, scheme)) in rules.iter().enumerate() {
+                    let (comma, space) = (if at == 0 { "" } else { ", " }, if path.is_empty() { "" } else { " " });
+                    write!(f, "{comma}{path}{space}{scheme}")?;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+/// What a plan is made under: the caller's choices, else the map's, else the defaults.
+pub struct Conditions {
+    pub quantize: QuantizeRules,
+    pub context: usize,
+    pub batch: usize,
+    pub kv_cache: KvDtype,
+    pub max_memory: MaxMemory,
+    pub reserve: Bytes,
+}
+
+impl Conditions {
+    /// The conditions under `options`, in which `auto` has been decided.
+    pub fn of(checkpoint: &Checkpoint, options: &PlanOptions) -> Result<Self> {
+        let map = options.device_map.as_ref();
+        let longest = checkpoint.config.max_position_embeddings;
+        let quantize = match &options.quantize {
+            Some(Quantize::Rules(rules)) => Some(rules.clone()),
+            _ => map.and_then(|map| map.quantize.clone()),
+        };
+        let conditions = Self {
+            quantize: quantize.unwrap_or_else(|| QuantizeRules::whole_model(Scheme::None)),
+            context: options.context.or_else(|| map?.context).unwrap_or(longest.min(DEFAULT_CONTEXT)),
+            batch: options.batch.or_else(|| map?.batch).unwrap_or(1),
+            kv_cache: options.kv_cache.or_else(|| map?.kv_cache).unwrap_or_default(),
+            max_memory: options.max_memory.clone().or_else(|| map?.max_memory.clone()).unwrap_or_default(),
+            reserve: options.reserve.unwrap_or(DEFAULT_RESERVE),
+        };
+        if conditions.context > longest {
+            return Err(Error::usage(format!(
+                "a context of {} tokens is longer than the {longest} that `{}` was made for",
+                conditions.context, checkpoint.name
+            ))
+            .hint(format!("`--context {longest}` is the longest")));
+        }
+        if conditions.context == 0 || conditions.batch == 0 {
+            return Err(Error::usage("context and batch must be at least 1"));
+        }
+        Ok(conditions)
+    }
+}

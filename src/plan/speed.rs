@@ -1,0 +1,218 @@
+//! How fast a plan would be: a prediction from memory bandwidths.
+//!
+//! A token of one sequence reads every weight and the KV cache once, so its
+//! time is the sum over devices of bytes over bandwidth, with a little for
+//! each block's launches and each change of device.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::Serialize;
+
+use super::{DevicePlan, PlannedModule};
+use crate::architecture::ModuleKind;
+use crate::device::DeviceId;
+use crate::error::printable;
+
+/// What is reached of a data sheet's bandwidth.
+const REACHED: f64 = 0.85;
+/// Seconds that a block takes beside its reading: some five launches, or the pool's barriers.
+const BLOCK: f64 = 20e-6;
+/// Seconds that the hidden state takes from one device to the next.
+const HOP: f64 = 30e-6;
+/// A disk of which nothing is said.
+const DISK: Bandwidth = Bandwidth { bytes_per_second: 1_000_000_000, measured: true };
+
+/// Data sheets' bandwidths in GB/s, by what a GPU's name contains.
+const GPUS: &[(&str, u64)] = &[
+    ("A10", 600),
+    ("A100", 1555),
+    ("A100-SXM4-80GB", 2039),
+    ("A100 80GB", 1935),
+    ("A30", 933),
+    ("A40", 696),
+    ("B200", 8000),
+    ("GH200", 4000),
+    ("H100", 3352),
+    ("H100 NVL", 3938),
+    ("H100 PCIe", 2039),
+    ("H200", 4800),
+    ("L4", 300),
+    ("L40", 864),
+    ("L40S", 864),
+    ("P100", 732),
+    ("P40", 347),
+    ("RTX 2080 Ti", 616),
+    ("RTX 3060", 360),
+    ("RTX 3060 Ti", 448),
+    ("RTX 3070", 448),
+    ("RTX 3070 Ti", 608),
+    ("RTX 3080", 760),
+    ("RTX 3080 Ti", 912),
+    ("RTX 3090", 936),
+    ("RTX 3090 Ti", 1008),
+    ("RTX 4060", 272),
+    ("RTX 4060 Ti", 288),
+    ("RTX 4070", 504),
+    ("RTX 4070 Ti", 504),
+    ("RTX 4070 Ti SUPER", 672),
+    ("RTX 4080", 717),
+    ("RTX 4080 SUPER", 736),
+    ("RTX 4090", 1008),
+    ("RTX 5060", 448),
+    ("RTX 5060 Ti", 448),
+    ("RTX 5070", 672),
+    ("RTX 5070 Ti", 896),
+    ("RTX 5080", 960),
+    ("RTX 5090", 1792),
+    ("RTX 6000 Ada", 960),
+    ("RTX A4000", 448),
+    ("RTX A5000", 768),
+    ("RTX A6000", 768),
+    ("T4", 320),
+    ("V100", 900),
+];
+
+/// How fast a device reads its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Bandwidth {
+    /// Bytes a second: of a data sheet, or as measured.
+    pub bytes_per_second: u64,
+    /// Whether it was measured; of a data sheet's figure a part is counted.
+    pub measured: bool,
+}
+
+impl Bandwidth {
+    /// What the data sheet of a GPU says, where its name is a known one.
+    pub fn of_gpu(name: &str) -> Option<Self> {
+        let words = |text: &str| -> Vec<String> {
+            text.split(|c: char| !c.is_ascii_alphanumeric()).map(str::to_ascii_lowercase).collect()
+        };
+        let name = words(name);
+        let contains = |part: &&(&str, u64)| name.windows(words(part.0).len()).any(|window| window == words(part.0));
+        let known = GPUS.iter().filter(contains).max_by_key(|part| part.0.len())?;
+        Some(Self { bytes_per_second: known.1 * 1_000_000_000, measured: false })
+    }
+
+    /// Seconds for each byte.
+    fn seconds(self) -> f64 {
+        let share = if self.measured { 1.0 } else { REACHED };
+        1.0 / (self.bytes_per_second as f64 * share)
+    }
+}
+
+impl fmt::Display for Bandwidth {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}GB/s", self.bytes_per_second as f64 / 1e9)
+    }
+}
+
+/// A text that states no bandwidth.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("`{0}` is no bandwidth; write it like `936GB/s`, or name a GPU like `RTX 3090`")]
+pub struct ParseBandwidthError(String);
+
+impl FromStr for Bandwidth {
+    type Err = ParseBandwidthError;
+
+    /// Reads `936GB/s` or a GPU's name.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        /// 1 PB/s is beyond any device.
+        const MAX: f64 = 1e15;
+        let stated = || {
+            let number: f64 = text.trim().strip_suffix("GB/s")?.trim().parse().ok()?;
+            let bytes = number * 1e9;
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "between 1 and MAX")]
+            (1.0..=MAX).contains(&bytes).then_some(Self { bytes_per_second: bytes as u64, measured: false })
+        };
+        stated().or_else(|| Self::of_gpu(text)).ok_or_else(|| ParseBandwidthError(printable(text)))
+    }
+}
+
+/// What a token costs on a device.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Pace {
+    /// Seconds for each byte that is read.
+    pub byte: f64,
+    /// Seconds for each block.
+    pub block: f64,
+    /// Seconds until the hidden state is there.
+    pub hop: f64,
+}
+
+impl Pace {
+    /// The pace of a device; `None` where its bandwidth is not known.
+    pub fn new(device: DeviceId, bandwidth: Option<Bandwidth>) -> Option<Self> {
+        let bandwidth = bandwidth.or_else(|| (device == DeviceId::Disk).then_some(DISK))?;
+        Some(Self { byte: bandwidth.seconds(), block: BLOCK, hop: HOP })
+    }
+}
+
+/// Predicted tokens a second of one sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Speed {
+    /// With the context empty.
+    pub at_first: f64,
+    /// With the context full.
+    pub at_last: f64,
+}
+
+impl Speed {
+    /// The speed of a plan; `None` where a bandwidth is not known.
+    pub fn predict(devices: &[DevicePlan], modules: &[PlannedModule], batch: usize) -> Option<Self> {
+        let (mut at_first, mut kv) = (0.0, 0.0);
+        let mut current = None;
+        for module in modules {
+            let device = devices.iter().find(|device| device.id == module.device)?;
+            let pace = Pace::new(device.id, device.bandwidth)?;
+            at_first += module.read.0 as f64 * pace.byte;
+            if matches!(module.kind, ModuleKind::Block(_)) {
+                at_first += pace.block;
+            }
+            if current.is_some_and(|current| current != device.id) {
+                at_first += pace.hop;
+            }
+            current = Some(device.id);
+            // The KV cache of blocks on the disk is in host memory.
+            let holder = devices.iter().find(|device| device.id == super::memory_device(module.device))?;
+            kv += module.kv_cache.0 as f64 / batch as f64 * Pace::new(holder.id, holder.bandwidth)?.byte;
+        }
+        (at_first > 0.0).then(|| Self { at_first: 1.0 / at_first, at_last: 1.0 / (at_first + kv) })
+    }
+}
+
+impl fmt::Display for Speed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} tok/s predicted", digits(self.at_last))
+    }
+}
+
+/// Two digits, as no prediction has more.
+pub(super) fn digits(value: f64) -> String {
+    if value < 10.0 { format!("{value:.1}") } else { format!("{value:.0}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bandwidths_parse() {
+        for (text, gigabytes) in [
+            ("936GB/s", 936),
+            (" 1008 GB/s", 1008),
+            ("RTX 3090", 936),
+            ("NVIDIA GeForce RTX 3090 Ti", 1008),
+            ("NVIDIA H200", 4800),
+            ("NVIDIA A100-SXM4-80GB", 2039),
+            ("NVIDIA A100-SXM4-40GB", 1555),
+            ("NVIDIA L40S", 864),
+            ("nvidia l4", 300),
+        ] {
+            assert_eq!(text.parse(), Ok(Bandwidth { bytes_per_second: gigabytes * 1_000_000_000, measured: false }));
+        }
+        for text in ["", "936", "0GB/s", "-1GB/s", "NaNGB/s", "infGB/s", "1e30GB/s", "RTX", "H100x", "fast"] {
+            assert!(text.parse::<Bandwidth>().is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! The families of models: their sizes, their names, and what the README says of them.
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use evenkeel::architecture::ModuleTree;
+use evenkeel::checkpoint::Checkpoint;
+use evenkeel::device_map::DeviceMap;
+use evenkeel::model_config::{self, FAMILIES};
+use evenkeel::plan::{Plan, PlanOptions};
+use evenkeel::quant::{ALIGNMENT, KvDtype, Scheme};
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use support::{expected, fixture, load_plan, numbers, published, roomy, shapes};
+
+const FIXTURES: [(&str, &str); 13] = [
+    ("parity/llama", "LlamaForCausalLM"),
+    ("parity/mistral", "MistralForCausalLM"),
+    ("parity/mixtral", "MixtralForCausalLM"),
+    ("parity/qwen2", "Qwen2ForCausalLM"),
+    ("parity/qwen3", "Qwen3ForCausalLM"),
+    ("parity/qwen3_moe", "Qwen3MoeForCausalLM"),
+    ("parity/gemma2", "Gemma2ForCausalLM"),
+    ("parity/gemma3", "Gemma3ForCausalLM"),
+    ("parity/phi3", "Phi3ForCausalLM"),
+    ("parity/gpt2", "GPT2LMHeadModel"),
+    ("parity/olmo2", "Olmo2ForCausalLM"),
+    ("parity/granite", "GraniteForCausalLM"),
+    ("parity/smollm3", "SmolLM3ForCausalLM"),
+];
+
+#[test]
+fn the_readme_has_the_table_of_families() {
+    let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
+    let table = model_config::table();
+    assert!(readme.contains(&table), "README.md lacks:\n{table}");
+}
+
+#[test]
+fn every_family_has_a_fixture() {
+    let of_fixture = |name: &str| Checkpoint::open(fixture(name)).unwrap().config.family.architecture;
+    for ((name, architecture), family) in FIXTURES.iter().zip(FAMILIES) {
+        assert_eq!((of_fixture(name), family.architecture), (*architecture, *architecture), "{name}");
+    }
+    assert_eq!(FIXTURES.len(), FAMILIES.len());
+}
+
+#[test]
+fn published_models_take_the_bytes_of_their_tensors() {
+    for model in published::all() {
+        let directory = tempfile::tempdir().unwrap();
+        shapes::write(directory.path(), &model.config, 8);
+        let checkpoint = Checkpoint::open(directory.path()).unwrap();
+        let plan = Plan::new(&checkpoint, &roomy(), &PlanOptions::default()).unwrap();
+        assert_eq!(plan.parameters, model.parameters, "{}", model.name);
+        let tensors: u64 = checkpoint.catalog.values().map(|tensor| tensor.size().0).sum();
+        assert_eq!(tensors, 2 * model.parameters, "{}", model.name);
+        let aligned: u64 = checkpoint.catalog.values().map(|tensor| tensor.size().0.next_multiple_of(ALIGNMENT)).sum();
+        let planned: u64 = plan.modules.iter().map(|module| module.weights.0).sum();
+        assert_eq!(planned, aligned, "{}", model.name);
+    }
+}
+
+#[test]
+fn measured_bytes_are_the_planned_ones_in_every_family() {
+    for (name, _) in FIXTURES {
+        let checkpoint = Checkpoint::open(fixture(name)).unwrap();
+        let block = format!("{}.1", ModuleTree::new(&checkpoint.config).blocks);
+        for scheme in Scheme::ALL {
+            for (map, context) in
+                [(format!(r#"{{"": "cpu", "{block}": "disk"}}"#), 100), (r#"{"": "disk"}"#.to_owned(), 33)]
+            {
+                let options = PlanOptions {
+                    quantize: Some(scheme.into()),
+                    context: Some(context),
+                    device_map: Some(DeviceMap::parse("map.json", map.clone().into()).unwrap()),
+                    ..PlanOptions::default()
+                };
+                let plan = Plan::new(&checkpoint, &roomy(), &options).unwrap();
+                let model = load_plan(&plan, &checkpoint).unwrap();
+                for device in &model.report.devices {
+                    assert_eq!(device.planned, device.measured, "{name} {scheme} {map}: {}", device.id);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn maps_use_the_names_of_their_family() {
+    let on = |name: &str, map: &str| {
+        let checkpoint = Checkpoint::open(fixture(name)).unwrap();
+        let device_map = Some(DeviceMap::parse("map.json", map.into()).unwrap());
+        let quantize = Some(Scheme::Int4.into());
+        let plan = Plan::new(&checkpoint, &roomy(), &PlanOptions { device_map, quantize, ..PlanOptions::default() });
+        plan.map(|plan| plan.device_map(&checkpoint)).map_err(|error| format!("{error} {:?}", error.hints()))
+    };
+    let gpt2 = r#"{"transformer.wte": "cpu", "transformer.wpe": "cpu", "transformer.drop": "cpu",
+        "transformer.h.0": "cpu", "transformer.h.1": "cpu", "transformer.h.2": "disk", "transformer.ln_f": "disk",
+        "lm_head": "cpu"}"#;
+    let written = on("parity/gpt2", gpt2).unwrap();
+    for line in [r#""transformer.wte": "int8","#, r#""transformer.h.0-1": "cpu","#, r#""transformer.wpe": "cpu","#] {
+        assert!(written.contains(line), "{written}");
+    }
+    assert_eq!(on("parity/gpt2", &written).unwrap(), written);
+    let llama = on("parity/gpt2", r#"{"": "cpu", "model.layers.0": "disk"}"#).unwrap_err();
+    assert!(llama.contains("places unknown module `model.layers.0`"), "{llama}");
+    let beyond = on("parity/gpt2", r#"{"": "cpu", "transformer.h.1-3": "disk"}"#).unwrap_err();
+    assert!(beyond.contains("places unknown blocks `transformer.h.1-3`"), "{beyond}");
+    let expert = r#"{"": "cpu", "model.layers.1.block_sparse_moe.experts.2": "disk"}"#;
+    assert!(on("parity/mixtral", expert).unwrap_err().contains("splits `model.layers.1`"));
+    let parted = r#"{"": "cpu", "transformer.wte": "disk", "lm_head": "cpu"}"#;
+    let parted = on("parity/gpt2", parted).unwrap_err();
+    assert!(parted.contains("puts `lm_head` on cpu and `transformer.wte` on disk"), "{parted}");
+}
+
+/// A fixture in one file, its tensors renamed by `rename`, and `extra` ones beside them.
+fn rewritten(name: &str, rename: impl Fn(&str) -> String, extra: &[(&str, &[usize])]) -> tempfile::TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    let mut shards = Vec::new();
+    for entry in fs::read_dir(fixture(name)).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "safetensors") {
+            shards.push(fs::read(path).unwrap());
+        } else if path.extension().is_some_and(|extension| extension == "json")
+            && !path.ends_with("model.safetensors.index.json")
+        {
+            fs::copy(&path, directory.path().join(path.file_name().unwrap())).unwrap();
+        }
+    }
+    let shards: Vec<_> = shards.iter().map(|shard| SafeTensors::deserialize(shard).unwrap()).collect();
+    let mut tensors: BTreeMap<String, TensorView> =
+        shards.iter().flat_map(SafeTensors::iter).map(|(name, view)| (rename(name), view)).collect();
+    let zeros = vec![0; 4 * 128 * 128];
+    for (name, shape) in extra {
+        let len = 4 * shape.iter().product::<usize>();
+        let view = TensorView::new(Dtype::F32, shape.to_vec(), &zeros[..len]).unwrap();
+        tensors.insert((*name).to_owned(), view);
+    }
+    safetensors::serialize_to_file(tensors, None, &directory.path().join("model.safetensors")).unwrap();
+    directory
+}
+
+#[test]
+fn names_without_the_base_model_and_tensors_that_nobody_reads() {
+    let bare = |base: &'static str| move |name: &str| name.strip_prefix(base).unwrap_or(name).to_owned();
+    let masks: &[(&str, &[usize])] = &[("h.0.attn.bias", &[1, 1, 128, 128]), ("h.2.attn.masked_bias", &[])];
+    for (name, directory) in [
+        ("parity/gpt2", rewritten("parity/gpt2", bare("transformer."), masks)),
+        (
+            "parity/qwen2",
+            rewritten("parity/qwen2", bare("model."), &[("layers.1.self_attn.rotary_emb.inv_freq", &[8])]),
+        ),
+    ] {
+        let checkpoint = Checkpoint::open(directory.path()).unwrap();
+        let options = PlanOptions { kv_cache: Some(KvDtype::F32), ..PlanOptions::default() };
+        let plan = Plan::new(&checkpoint, &roomy(), &options).unwrap();
+        let mut model = load_plan(&plan, &checkpoint).unwrap();
+        let expected = expected(name);
+        let (tokens, wanted): (Vec<u32>, Vec<f32>) =
+            (numbers(&expected["input_ids"]), numbers(&expected["prompt_logits_last"]));
+        let mut last = Vec::new();
+        model.score(&tokens, |_, logits| last = logits.to_vec()).unwrap();
+        let difference = last.iter().zip(&wanted).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(difference < 1e-3, "{name}: {difference}");
+    }
+    let directory = rewritten("parity/gpt2", bare("transformer."), &[("h.0.crossattention.bias", &[4])]);
+    let checkpoint = Checkpoint::open(directory.path()).unwrap();
+    let error = Plan::new(&checkpoint, &roomy(), &PlanOptions::default()).unwrap_err().to_string();
+    assert!(error.contains("the model has no place for"), "{error}");
+}
