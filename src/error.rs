@@ -15,6 +15,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ErrorKind {
+    /// A device that was there failed.
+    Device,
     /// The model does not fit, or a device or the disk ran out.
     DoesNotFit,
     /// A model, a map, the Hub or a prompt is not as it must be.
@@ -45,6 +47,11 @@ impl Error {
     /// Something read from outside is not as it must be.
     pub fn input(what: impl Into<String>) -> Self {
         Self::new(ErrorKind::Input, what)
+    }
+
+    /// A device failed.
+    pub fn device(what: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Device, what)
     }
 
     /// Memory or disk does not suffice.

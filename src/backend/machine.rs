@@ -14,8 +14,8 @@ use crate::plan::{Bandwidth, Device, Inventory};
 
 impl Inventory {
     /// The devices of this machine: free host memory under the limit of the
-    /// process's control group, and the space in `offload_directory`. GPUs are
-    /// listed as idle.
+    /// process's control group, the space in `offload_directory`, and the GPUs;
+    /// those that are too old, or whose driver is, are listed as idle.
     ///
     /// # Errors
     /// The system does not tell its memory, or the directory is not there.
@@ -30,10 +30,9 @@ impl Inventory {
         }
         let disk = fs::free_space(offload_directory)?;
         let device = |id, free, total| Device { id, name: None, free, total, bandwidth: None };
-        Ok(Self {
-            devices: vec![device(DeviceId::Cpu, free, total), device(DeviceId::Disk, disk, disk)],
-            idle: cuda::devices(),
-        })
+        let (mut devices, idle) = cuda::devices();
+        devices.extend([device(DeviceId::Cpu, free, total), device(DeviceId::Disk, disk, disk)]);
+        Ok(Self { devices, idle })
     }
 
     /// Measures how fast the host reads its memory, with a short probe where

@@ -42,7 +42,7 @@ pub fn run(arguments: &GenerateArguments, environment: &Environment, printer: &P
     if !plan.fits() {
         return Err(with_commands(&plan).into());
     }
-    let load = LoadOptions { offload_directory: &offload_directory, cancel: &interrupted };
+    let load = LoadOptions { offload_directory: &offload_directory, cancel: &interrupted, separate_buffers: false };
     let mut model = load_with_bar(&plan, &checkpoint, &load, printer)?;
 
     let tokens = match template {

@@ -62,7 +62,7 @@ impl Exit {
 fn exit_code(kind: ErrorKind) -> u8 {
     match kind {
         ErrorKind::Usage => 2,
-        ErrorKind::DoesNotFit => Exit::DoesNotFit.code(),
+        ErrorKind::DoesNotFit | ErrorKind::Device => Exit::DoesNotFit.code(),
         ErrorKind::Interrupted => Exit::Interrupted.code(),
         // Input, and kinds that a later version may add.
         _ => 1,

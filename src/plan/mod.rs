@@ -71,7 +71,7 @@ pub struct Plan {
     pub placements: Vec<Outline>,
     /// What each scheme gives, where the scheme was to be chosen; the most bits first.
     pub schemes: Vec<Outline>,
-    /// GPUs of this machine that no plan uses yet.
+    /// GPUs of this machine that are too old, or whose driver is.
     pub idle: Vec<Device>,
     /// What would fit, where this does not; cheapest in quality first.
     pub remedies: Vec<Remedy>,
@@ -93,6 +93,13 @@ pub struct PlannedModule {
     read: Bytes,
     #[serde(skip)]
     kind: ModuleKind,
+}
+
+impl PlannedModule {
+    /// Whether it is a block, which has a KV cache.
+    pub fn is_block(&self) -> bool {
+        matches!(self.kind, ModuleKind::Block(_))
+    }
 }
 
 /// What a device has and what the plan takes of it.
@@ -145,8 +152,9 @@ impl DevicePlan {
         }
     }
 
-    /// Adds what `modules` take of this device.
-    fn take(&mut self, modules: &[PlannedModule]) {
+    /// Adds what `modules` take of this device. Where GPUs compute all of them, hidden states
+    /// and logits (`state`) and what is read (`ring`) still pass through host memory.
+    fn take(&mut self, modules: &[PlannedModule], state: Bytes, ring: Bytes) {
         let here = || modules.iter().filter(|module| module.device == self.id);
         let in_memory_here = || modules.iter().filter(|module| memory_device(module.device) == self.id);
         self.kv_cache = in_memory_here().map(|module| module.kv_cache).sum();
@@ -154,7 +162,9 @@ impl DevicePlan {
             (here().map(|module| module.weights).sum(), here().count(), in_memory_here().next().is_some());
         (self.weights, self.modules) = (weights, count);
         if !is_used {
-            (self.workspace, self.staging, self.driver_context) = (Bytes::ZERO, Bytes::ZERO, Bytes::ZERO);
+            let passes = self.id == DeviceId::Cpu;
+            (self.workspace, self.staging) = if passes { (state, ring) } else { (Bytes::ZERO, Bytes::ZERO) };
+            self.driver_context = Bytes::ZERO;
         }
     }
 
@@ -370,7 +380,7 @@ impl<'a> Subject<'a> {
             module.device = device;
         }
         for device in &mut devices {
-            device.take(&modules);
+            device.take(&modules, memory::host_state(config, context), staging.ring());
         }
         Ok(Plan {
             model: checkpoint.name.clone(),
@@ -454,7 +464,7 @@ fn automatic(
             weights: module.weights,
             kv: module.kv_cache,
             read: module.read,
-            is_block: matches!(module.kind, ModuleKind::Block(_)),
+            is_block: module.is_block(),
         })
         .collect();
     // A tied head costs nothing and runs where the embedding is.
@@ -543,7 +553,7 @@ fn check_devices(placement: &[DeviceId], inventory: &Inventory) -> Result<()> {
     ));
     Err(if inventory.idle.iter().any(|device| device.id == **first) {
         error.hint(format!(
-            "this version computes on the CPU and the disk only; {first} is there but cannot be used yet"
+            "{first} is there but cannot be used: evenkeel needs compute capability 7.5 and the NVIDIA driver 550"
         ))
     } else if matches!(first, DeviceId::Cuda(_)) {
         error
