@@ -23,6 +23,8 @@ pub enum ErrorKind {
     Input,
     /// The caller asked to stop.
     Interrupted,
+    /// A device has less free than when the plan was made; planning again may help.
+    Shortfall,
     /// An option is out of its range, or options contradict each other.
     Usage,
 }
@@ -57,6 +59,12 @@ impl Error {
     /// Memory or disk does not suffice.
     pub fn does_not_fit(what: impl Into<String>) -> Self {
         Self::new(ErrorKind::DoesNotFit, what)
+    }
+
+    /// A device has less free than when the plan was made.
+    pub fn shortfall(what: impl Into<String>) -> Self {
+        let hint = "another process has taken memory; `--on-shortfall replan` plans again with what is left";
+        Self::new(ErrorKind::Shortfall, what).hint(hint)
     }
 
     /// An option is wrong.

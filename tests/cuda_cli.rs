@@ -131,6 +131,40 @@ fn the_failure_of_any_allocation_ends_with_exit_code_3() {
 }
 
 #[test]
+fn a_shortfall_is_planned_again_if_that_is_wished() {
+    let generate = ["generate", LLAMA, "--prompt", "a", "--max-new-tokens", "2"];
+    let Some(command) = on_gpus(&generate, &[("FAIL_ALLOC", "2")]) else { return };
+    let output = run_with(command, b"");
+    assert_refused(&output, "cuda:0 cannot give ");
+    assert!(stderr(&output).contains("`--on-shortfall replan` plans again"), "{}", stderr(&output));
+    let generate = [&generate[..], &["--on-shortfall", "replan"]].concat();
+    let output = run_with(on_gpus(&generate, &[("FAIL_ALLOC", "2")]).unwrap(), b"");
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert!(stderr(&output).contains("; planning again with what is left\n"), "{}", stderr(&output));
+    let output = run_with(on_gpus(&generate, &[("FAIL_ALLOC", "2+")]).unwrap(), b"");
+    assert_refused(&output, "cuda:0 cannot give ");
+}
+
+#[test]
+fn devices_are_listed() {
+    let settings = [("USED", "0,1GiB"), ("CC", "9.0")];
+    let Some(mut command) = on_gpus(&["devices", "--format", "json"], &settings) else { return };
+    command.env("CUDA_VISIBLE_DEVICES", "3,5");
+    let shown: Value = serde_json::from_str(&stdout(&run_with(command, b""))).unwrap();
+    let gpu = &shown["gpus"][1];
+    assert_eq!([&gpu["id"], &gpu["name"], &gpu["compute_capability"]], ["cuda:1", "Fake GPU 1", "9.0"]);
+    assert_eq!([&gpu["uuid"], &shown["driver"]], ["GPU-fafafafa-fafa-fafa-fafa-fafafafafa01", "12.8"]);
+    assert_eq!(gpu["total"], 8u64 << 30);
+    assert_eq!((&gpu["is_usable"], &shown["cuda_visible_devices"]), (&true.into(), &"3,5".into()));
+    let text = stdout(&run_with(on_gpus(&["devices"], &[("DRIVER", "12020")]).unwrap(), b""));
+    let first = "cuda:0  24.0 GiB free of 24.0 GiB; Fake GPU 0, compute capability 8.6, GPU-fafafafa-fafa-fafa-fafa-fafafafafa00";
+    assert!(text.starts_with(&format!("{first}; too old, or its driver is\n")), "{text}");
+    assert!(text.contains("\ndriver  for CUDA 12.2\n") && text.contains("\ncpu     "), "{text}");
+    let text = stdout(&run_with(evenkeel(&["devices", "--offload-dir", "/"]), b""));
+    assert!(text.contains("disk    ") && text.contains("`/`\n"), "{text}");
+}
+
+#[test]
 fn a_kernel_that_fails_ends_with_exit_code_3() {
     let (_directory, map) = map(r#"{"": "cuda:0"}"#);
     let arguments = ["generate", LLAMA, "--prompt", "a", "--device-map", &map, "--quantize", "int8"];

@@ -24,15 +24,4 @@ macro_rules! on_the_stand_in {
     )*};
 }
 
-on_the_stand_in! {
-    activations_equal_the_reference
-    attention_equals_the_reference
-    embeddings_are_the_rows
-    norms_equal_the_reference
-    products_equal_the_reference
-    quantizing_is_bit_for_bit_the_hosts
-    rotation_equals_the_reference
-    the_best_logits_are_found
-    the_tokens_of_an_expert_go_there_and_back
-    what_cannot_be_packed_is_noticed
-}
+kernels::every_case!(on_the_stand_in);

@@ -8,10 +8,10 @@ use evenkeel::checkpoint::Checkpoint;
 use evenkeel::generate::{ChatTemplate, Finish, GenerateOptions, GenerateReport, Message, Sampling};
 use evenkeel::loader::{LoadEvent, LoadOptions, LoadReport, Model};
 use evenkeel::plan::{Inventory, Plan, Strategy};
-use evenkeel::{Error, Result, fs};
+use evenkeel::{Error, ErrorKind, Result, fs};
 use serde::Serialize;
 
-use super::args::{Format, GenerateArguments, PromptArguments, SamplingArguments};
+use super::args::{Format, GenerateArguments, OnShortfall, PromptArguments, SamplingArguments};
 use super::env::Environment;
 use super::model::{self, Need};
 use super::plan::with_commands;
@@ -34,16 +34,25 @@ pub fn run(arguments: &GenerateArguments, environment: &Environment, printer: &P
     let offload_directory = arguments.placement.offload_directory(environment);
     let checkpoint = model::open(&arguments.model, Need::Weights, environment, printer)?;
     let template = template(&arguments.prompt, &checkpoint)?;
-    let mut inventory = Inventory::this_machine(&offload_directory)?;
-    if options.strategy == Strategy::Fastest {
-        inventory.measure_bandwidth();
-    }
-    let plan = Plan::new(&checkpoint, &inventory, &options)?;
-    if !plan.fits() {
-        return Err(with_commands(&plan).into());
-    }
-    let load = LoadOptions { offload_directory: &offload_directory, cancel: &interrupted, separate_buffers: false };
-    let mut model = load_with_bar(&plan, &checkpoint, &load, printer)?;
+    let plan = || {
+        let mut inventory = Inventory::this_machine(&offload_directory)?;
+        if options.strategy == Strategy::Fastest {
+            inventory.measure_bandwidth();
+        }
+        let plan = Plan::new(&checkpoint, &inventory, &options)?;
+        if plan.fits() { Ok(plan) } else { Err(with_commands(&plan)) }
+    };
+    let load = |plan: &Plan| {
+        let load = LoadOptions { offload_directory: &offload_directory, cancel: &interrupted, separate_buffers: false };
+        load_with_bar(plan, &checkpoint, &load, printer)
+    };
+    let mut model = match load(&plan()?) {
+        Err(error) if error.kind() == ErrorKind::Shortfall && arguments.on_shortfall == OnShortfall::Replan => {
+            printer.note(&format!("{error}; planning again with what is left"));
+            load(&plan()?)?
+        }
+        loaded => loaded?,
+    };
 
     let tokens = match template {
         Some(template) => {
@@ -54,7 +63,7 @@ pub fn run(arguments: &GenerateArguments, environment: &Environment, printer: &P
     };
     let options = GenerateOptions {
         sampling,
-        max_new_tokens: Some(new_tokens(&arguments.sampling, plan.context, tokens.len())),
+        max_new_tokens: Some(new_tokens(&arguments.sampling, model.plan.context, tokens.len())),
         stop: arguments.sampling.stop.clone(),
         ignore_eos: arguments.sampling.ignore_eos,
     };

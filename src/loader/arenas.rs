@@ -80,12 +80,11 @@ impl GpuArenas {
         let (free, _) = gpu.memory()?;
         let needed = device.total() - device.driver_context;
         if free < needed {
-            return Err(Error::does_not_fit(format!(
+            return Err(Error::shortfall(format!(
                 "{} has {free} free, {} less than the {needed} that were planned",
                 device.id,
                 needed - free
-            ))
-            .hint("another process has taken memory since the plan was made; run the command again to plan with what is left"));
+            )));
         }
         let separate = options.separate_buffers;
         let mut here: Vec<usize> = (0..placed.len()).filter(|at| placed[*at].device == device.id).collect();

@@ -12,6 +12,27 @@ use evenkeel::plan::memory::KvLayout;
 use evenkeel::quant::{KvDtype, Matrix, MatrixLayout, PackedRows, Storage, WeightDtype, quantize_rows, reference};
 use half::{bf16, f16};
 
+/// The functions here that hold a kernel against its reference, for a macro that makes tests of them.
+#[allow(unused_macros, reason = "each test binary uses a part")]
+macro_rules! every_case {
+    ($tests:ident) => {
+        $tests! {
+            activations_equal_the_reference
+            attention_equals_the_reference
+            embeddings_are_the_rows
+            norms_equal_the_reference
+            products_equal_the_reference
+            quantizing_is_bit_for_bit_the_hosts
+            rotation_equals_the_reference
+            the_best_logits_are_found
+            the_tokens_of_an_expert_go_there_and_back
+            what_cannot_be_packed_is_noticed
+        }
+    };
+}
+#[allow(unused_imports, reason = "each test binary uses a part")]
+pub(crate) use every_case;
+
 pub const DTYPES: [WeightDtype; 3] = [WeightDtype::Bf16, WeightDtype::F16, WeightDtype::F32];
 pub const STORAGES: [Storage; 5] = [
     Storage::Plain(WeightDtype::Bf16),

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 pub mod broken;
+pub mod models;
 pub mod published;
 pub mod shapes;
 

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, DriverError, result, sys};
 use cudarc::nvrtc::Ptx;
 
+use super::GpuInfo;
 use super::kernels::MODULES;
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
@@ -35,16 +36,22 @@ pub fn driver() -> Option<(u32, i32)> {
     Some((u32::try_from(count).unwrap_or(0), version))
 }
 
-/// What the GPU at `index` is, and its compute capability. What this process's
-/// context takes of it counts as free: the plan counts that itself.
-pub fn describe(index: u32) -> Result<(Device, (i32, i32)), DriverError> {
+/// What the GPU at `index` is. What this process's context takes of it counts
+/// as free: the plan counts that itself.
+pub fn describe(index: u32) -> Result<GpuInfo, DriverError> {
     let context = CudaContext::new(index as usize)?;
     let (free, total) = context.mem_get_info()?;
     let (id, total) = (DeviceId::Cuda(index), Bytes(total as u64));
     let free = (Bytes(free as u64) + memory::driver_context(id)).min(total);
     let name = context.name()?;
     let bandwidth = Bandwidth::of_gpu(&name);
-    Ok((Device { id, name: Some(name), free, total, bandwidth }, context.compute_capability()?))
+    let uuid = context.uuid()?.bytes.map(|byte| format!("{:02x}", byte.cast_unsigned())).concat();
+    let [a, b, c, d] = [&uuid[..8], &uuid[8..12], &uuid[12..16], &uuid[16..20]];
+    Ok(GpuInfo {
+        device: Device { id, name: Some(name), free, total, bandwidth },
+        uuid: format!("GPU-{a}-{b}-{c}-{d}-{}", &uuid[20..]),
+        capability: context.compute_capability()?,
+    })
 }
 
 /// A GPU with its context, its streams and its kernels.
@@ -123,8 +130,7 @@ impl Gpu {
         let refused = |why: &dyn std::fmt::Display| {
             let free =
                 self.memory().map_or_else(|_| "an unknown number of bytes".to_owned(), |(free, _)| free.to_string());
-            Error::does_not_fit(format!("{} cannot give {len} for {what}, {free} are free: {why}", self.id()))
-                .hint("another process may have taken memory since the plan was made; run the command again")
+            Error::shortfall(format!("{} cannot give {len} for {what}, {free} are free: {why}", self.id()))
         };
         let bytes = len.as_usize().ok_or_else(|| refused(&"more than can be addressed"))?;
         self.bind()?;

@@ -5,16 +5,18 @@
 //! | --- | --- |
 //! | `driver.rs` | contexts, memory, copies, launches: all that is unsafe |
 //! | `kernels.rs` | a typed launch for each kernel of `kernels/*.cu` |
+//! | `operands.rs` | what they are given: matrices, norms, caches |
 //! | `stage.rs` | a run of modules on one GPU |
 //! | `upload.rs` | rows from the host into the canonical packing |
 
 mod driver;
 mod kernels;
+mod operands;
 mod stage;
 mod upload;
 
 pub use driver::{Buffer, Gpu, Pinned, Region};
-pub use kernels::{Affine, Attention, Cache, DeviceMatrix, MAX_HEAD_DIM, Norm, Output};
+pub use operands::{Affine, Attention, Cache, DeviceMatrix, MAX_HEAD_DIM, Norm, Output};
 pub use stage::{CudaStage, Parameters, Workspace};
 pub use upload::{InFlight, Upload};
 
@@ -24,18 +26,49 @@ use crate::plan::Device;
 
 /// The version of CUDA that the kernels' PTX needs of the driver, as 1000 · major + 10 · minor.
 const NEEDED_VERSION: i32 = 12_040;
+/// The compute capability that it is for.
+const NEEDED_CAPABILITY: (i32, i32) = (7, 5);
+
+/// A GPU that the driver shows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GpuInfo {
+    /// Its name in maps, and its memory.
+    pub device: Device,
+    /// Its name among all GPUs, as `nvidia-smi -L` shows it.
+    pub uuid: String,
+    /// Its compute capability, major and minor.
+    pub capability: (i32, i32),
+}
+
+/// The driver and its GPUs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Installation {
+    /// The version of CUDA that the driver is for, major and minor.
+    pub version: (i32, i32),
+    /// The GPUs, in the driver's order.
+    pub gpus: Vec<GpuInfo>,
+}
+
+impl Installation {
+    /// What is there; `None` where there is no driver.
+    pub fn find() -> Option<Self> {
+        let (count, version) = driver::driver()?;
+        let gpus = (0..count).filter_map(|index| driver::describe(index).ok()).collect();
+        Some(Self { version: (version / 1000, version % 1000 / 10), gpus })
+    }
+
+    /// Whether the kernels run on a GPU: neither it nor the driver is too old.
+    pub fn can_use(&self, gpu: &GpuInfo) -> bool {
+        self.version.0 * 1000 + self.version.1 * 10 >= NEEDED_VERSION && gpu.capability >= NEEDED_CAPABILITY
+    }
+}
 
 /// The GPUs that can be used, in the driver's order, and those that cannot; none where there is no driver.
 pub fn devices() -> (Vec<Device>, Vec<Device>) {
-    let Some((count, version)) = driver::driver() else {
-        return (Vec::new(), Vec::new());
-    };
-    let (mut usable, mut idle) = (Vec::new(), Vec::new());
-    for index in 0..count {
-        let Ok((device, capability)) = driver::describe(index) else { continue };
-        if version >= NEEDED_VERSION && capability >= (7, 5) { usable.push(device) } else { idle.push(device) }
-    }
-    (usable, idle)
+    let Some(installation) = Installation::find() else { return (Vec::new(), Vec::new()) };
+    let (usable, idle): (Vec<_>, Vec<_>) = installation.gpus.iter().partition(|gpu| installation.can_use(gpu));
+    let devices = |gpus: Vec<&GpuInfo>| gpus.into_iter().map(|gpu| gpu.device.clone()).collect();
+    (devices(usable), devices(idle))
 }
 
 /// Regions of `sizes` bytes on a GPU, for `what`: parts of one buffer, or a
