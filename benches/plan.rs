@@ -14,6 +14,7 @@ fn plan(criterion: &mut Criterion) {
     for (name, config, shards, devices) in [
         ("8B on 8 + 6 GiB", shapes::llama_8b(), 4, "cuda:0=8GiB,cuda:1=6GiB"),
         ("405B on 8 × 80 GiB", shapes::llama_405b(), 191, eight),
+        ("128 experts × 94 blocks on 8 × 80 GiB", shapes::qwen3_235b(), 118, eight),
     ] {
         let directory = tempfile::tempdir().expect("a temporary directory");
         shapes::write(directory.path(), &config, shards);

@@ -141,18 +141,14 @@ impl ModuleTree {
     /// have, or there that the model has no place for.
     pub fn resolve<'a>(&'a self, checkpoint: &'a Checkpoint) -> Result<Vec<Weight<'a>>> {
         let (mut weights, mut missing, mut mismatched) = (Vec::new(), Vec::new(), Vec::new());
-        let mut used = HashSet::new();
+        let mut used: Vec<&str> = Vec::new();
         for (module, parameter) in self.parameters() {
-            let mut name = parameter.tensor();
+            let wanted = parameter.tensor();
             // Files that were saved from the base model leave its name out.
-            if !checkpoint.catalog.contains_key(&name)
-                && let Some(bare) = name.strip_prefix(self.base).and_then(|name| name.strip_prefix('.'))
-                && checkpoint.catalog.contains_key(bare)
-            {
-                name = name.split_off(name.len() - bare.len());
-            }
-            let Some(tensor) = checkpoint.catalog.get(&name) else {
-                missing.push(name);
+            let bare = || wanted.strip_prefix(self.base)?.strip_prefix('.');
+            let find = |name: &str| checkpoint.catalog.get_key_value(name);
+            let Some((name, tensor)) = find(&wanted).or_else(|| find(bare()?)) else {
+                missing.push(wanted);
                 continue;
             };
             if tensor.shape != parameter.shape() {
@@ -163,7 +159,7 @@ impl ModuleTree {
             } else {
                 mismatched.push(format!("{name} has dtype {:?}, not BF16, F16 or F32", tensor.dtype));
             }
-            used.insert(name);
+            used.push(name);
         }
         if !missing.is_empty() {
             return Err(Error::input(format!(
@@ -181,8 +177,12 @@ impl ModuleTree {
                 first_five(&mismatched)
             )));
         }
-        let placeless: Vec<_> =
-            checkpoint.catalog.keys().filter(|name| !used.contains(*name) && !self.is_redundant(name)).collect();
+        if used.len() == checkpoint.catalog.len() {
+            return Ok(weights);
+        }
+        let used: HashSet<&str> = used.into_iter().collect();
+        let is_placeless = |name: &&String| !used.contains(name.as_str()) && !self.is_redundant(name);
+        let placeless: Vec<_> = checkpoint.catalog.keys().filter(is_placeless).collect();
         if !placeless.is_empty() {
             return Err(Error::input(format!(
                 "`{}` holds {} that the model has no place for, so its config.json is not the whole truth: {}",

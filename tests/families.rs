@@ -6,13 +6,15 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use evenkeel::architecture::ModuleTree;
+use evenkeel::architecture::{ModuleTree, Parameter, Part};
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device_map::DeviceMap;
-use evenkeel::model_config::{self, FAMILIES};
+use evenkeel::model_config::{self, FAMILIES, ModelConfig};
+use evenkeel::plan::memory::WorkspaceLayout;
 use evenkeel::plan::{Plan, PlanOptions};
 use evenkeel::quant::{ALIGNMENT, KvDtype, Scheme};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use serde_json::{Value, json};
 use support::{expected, fixture, load_plan, numbers, published, roomy, shapes};
 
 const FIXTURES: [(&str, &str); 13] = [
@@ -170,4 +172,98 @@ fn names_without_the_base_model_and_tensors_that_nobody_reads() {
     let checkpoint = Checkpoint::open(directory.path()).unwrap();
     let error = Plan::new(&checkpoint, &roomy(), &PlanOptions::default()).unwrap_err().to_string();
     assert!(error.contains("the model has no place for"), "{error}");
+}
+
+#[test]
+fn biases_are_where_the_configuration_says() {
+    let biases = |architecture: &str, more: &str| -> Vec<String> {
+        let config = format!(
+            r#"{{"architectures": ["{architecture}"], "hidden_size": 64, "intermediate_size": 128,
+                "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 320,
+                "n_embd": 64, "n_head": 4, "n_layer": 1, "n_positions": 128 {more}}}"#
+        );
+        let tree = ModuleTree::new(&ModelConfig::parse("config.json", config.into()).unwrap());
+        let shape = |parameter: &Parameter| format!("{} {:?}", parameter.tensor(), parameter.shape());
+        let biases = tree.parameters().filter(|(_, parameter)| parameter.part == Part::Bias);
+        biases.map(|(_, parameter)| shape(parameter)).collect()
+    };
+    let none: [&str; 0] = [];
+    assert_eq!(biases("LlamaForCausalLM", ""), none);
+    assert_eq!(
+        biases("LlamaForCausalLM", r#", "attention_bias": true, "mlp_bias": true, "num_key_value_heads": 2"#),
+        [
+            "model.layers.0.self_attn.q_proj.bias [64]",
+            "model.layers.0.self_attn.k_proj.bias [32]",
+            "model.layers.0.self_attn.v_proj.bias [32]",
+            "model.layers.0.self_attn.o_proj.bias [64]",
+            "model.layers.0.mlp.gate_proj.bias [128]",
+            "model.layers.0.mlp.up_proj.bias [128]",
+            "model.layers.0.mlp.down_proj.bias [64]",
+        ]
+    );
+    assert_eq!(biases("Qwen2ForCausalLM", r#", "attention_bias": false"#).len(), 3);
+    assert_eq!(
+        biases("GPT2LMHeadModel", ""),
+        [
+            "transformer.h.0.ln_1.bias [64]",
+            "transformer.h.0.attn.c_attn.bias [192]",
+            "transformer.h.0.attn.c_proj.bias [64]",
+            "transformer.h.0.ln_2.bias [64]",
+            "transformer.h.0.mlp.c_fc.bias [256]",
+            "transformer.h.0.mlp.c_proj.bias [64]",
+            "transformer.ln_f.bias [64]",
+        ]
+    );
+}
+
+#[test]
+fn no_value_of_a_configuration_is_too_odd_to_be_read_or_refused() {
+    let odd = [
+        json!(null),
+        json!(0),
+        json!(1),
+        json!(2),
+        json!(3),
+        json!(-1),
+        json!(0.3),
+        json!(1e99),
+        json!(1 << 20),
+        json!(u64::MAX),
+        json!(true),
+        json!(false),
+        json!(""),
+        json!("gelu"),
+        json!([]),
+        json!([1, 2]),
+        json!({}),
+        json!({"rope_type": "yarn"}),
+        json!({"type": "longrope", "short_factor": [], "long_factor": []}),
+        json!({"full_attention": {}, "sliding_attention": {"rope_type": "llama3", "factor": 0.1}}),
+    ];
+    let (mut read, mut refused) = (0, 0);
+    for (name, _) in FIXTURES {
+        let config: Value = serde_json::from_slice(&fs::read(fixture(name).join("config.json")).unwrap()).unwrap();
+        let more =
+            ["rope_scaling", "rope_parameters", "partial_rotary_factor", "use_sliding_window"].map(str::to_owned);
+        for key in config.as_object().unwrap().keys().chain(&more) {
+            for value in &odd {
+                let mut config = config.clone();
+                config[key] = value.clone();
+                match ModelConfig::parse("config.json", config.to_string().into()) {
+                    Err(error) => {
+                        assert!(error.to_string().starts_with("`config.json`, line "), "{name} {key} {value}: {error}");
+                        refused += 1;
+                    }
+                    Ok(config) => {
+                        let tree = ModuleTree::new(&config);
+                        assert!(tree.parameters().all(|(_, parameter)| !parameter.shape().is_empty()));
+                        let _ = WorkspaceLayout::new(&config, 512).bytes();
+                        config.ropes.iter().for_each(|rope| assert_eq!(rope.frequencies(9).len(), rope.rotary_dim / 2));
+                        read += 1;
+                    }
+                }
+            }
+        }
+    }
+    assert!(read > 1000 && refused > 1000, "{read} {refused}");
 }

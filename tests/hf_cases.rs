@@ -1,5 +1,8 @@
 //! What Transformers 5.23 chooses, case by case.
 
+#[path = "support/published.rs"]
+mod published;
+
 use std::collections::BTreeMap;
 
 use evenkeel::architecture::ModuleTree;
@@ -358,4 +361,40 @@ fn a_tied_head_goes_where_the_embedding_is() {
     );
     assert_eq!(split.device_of("lm_head"), Some(DeviceId::Cuda(0)));
     assert_eq!(split.device_of("model.rotary_emb"), Some(DeviceId::Cpu));
+}
+
+/// The free memory, in hundredths of GiB, from which Transformers 5.23 keeps a
+/// model whole on one GPU: unquantized, in 8 bits, in 4 bits.
+const SMALLEST_GPU: [(&str, [u64; 3]); 6] = [
+    ("gemma-2-2b", [541, 368, 252]),
+    ("Mistral-7B-v0.1", [1499, 863, 462]),
+    ("Mixtral-8x7B-v0.1", [9666, 10_585, 10_508]),
+    ("Phi-3-mini-4k-instruct", [791, 462, 254]),
+    ("Qwen2.5-0.5B", [102, 72, 52]),
+    ("Qwen2.5-7B", [1576, 1001, 626]),
+];
+
+#[test]
+fn models_of_all_families_need_the_gpu_that_transformers_wants_for_them() {
+    let gemma = json!({
+        "architectures": ["Gemma2ForCausalLM"], "hidden_size": 2304, "intermediate_size": 9216,
+        "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 256_000,
+    });
+    for (name, wanted) in SMALLEST_GPU {
+        let config = match name {
+            "gemma-2-2b" => parse(&gemma),
+            "Qwen2.5-0.5B" => qwen2_half_billion(),
+            _ => parse(&published::all().into_iter().find(|model| model.name == name).unwrap().config),
+        };
+        let tree = ModuleTree::new(&config);
+        let quantizations = [Quantization::None, Quantization::EightBit, Quantization::FourBit];
+        for (quantization, wanted) in quantizations.into_iter().zip(wanted) {
+            let model = hf::tree_of(&config, &tree, WeightDtype::Bf16, quantization);
+            let is_whole = |hundredths: u64| {
+                let placement = hf::place(&model, &free(&[hundredths * GIB / 100], 1 << 40), None, Mode::Auto).unwrap();
+                placement.device_map == [(String::new(), DeviceId::Cuda(0))].into()
+            };
+            assert!(!is_whole(wanted - 1) && is_whole(wanted + 1), "{name} {quantization:?}");
+        }
+    }
 }

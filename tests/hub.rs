@@ -437,7 +437,7 @@ fn a_70b_checkpoint_costs_few_bytes_once() {
     let parameters: u64 = first.catalog.values().map(|tensor| tensor.shape.iter().product::<u64>()).sum();
     assert_eq!(parameters, 70_553_706_496);
     assert!(scene.hub.sent() < 20_000_000, "{} bytes", scene.hub.sent());
-    assert_eq!(scene.hub.gets(".safetensors"), 30);
+    assert_eq!(scene.hub.gets(".safetensors"), first.shards.len());
 
     scene.hub.forget();
     let again = Checkpoint::read("70B", &scene.open().unwrap()).unwrap();

@@ -114,16 +114,6 @@ fn a_placement_is_chosen_by_name() {
 }
 
 #[test]
-fn unequal_gpus_hold_what_transformers_puts_on_the_cpu() {
-    let devices =
-        ["--quantize", "int8", "--device", "cuda:0=24GiB", "--device", "cuda:1=6GiB", "--device", "cpu=64GiB"];
-    let (code, ours) = plan(&shapes::llama2_13b(), 3, &devices);
-    assert_eq!((code, used(&ours)), (Some(0), vec!["cuda:0".to_owned(), "cuda:1".to_owned()]));
-    let (_, theirs) = plan(&shapes::llama2_13b(), 3, &[&devices[..], &["--placement", "hf-auto"]].concat());
-    assert!(used(&theirs).contains(&"cpu".to_owned()), "{:?}", used(&theirs));
-}
-
-#[test]
 fn our_placement_is_a_remedy_for_that_of_transformers() {
     let arguments = [
         "--quantize",
@@ -142,4 +132,157 @@ fn our_placement_is_a_remedy_for_that_of_transformers() {
     let (code, theirs) = plan(&shapes::llama_8b(), 4, &[&arguments[..], &["--placement", "hf-sequential"]].concat());
     let ours = serde_json::json!([{"kind": "placement", "placement": "balanced"}]);
     assert_eq!((code, &theirs["remedies"][0]["changes"]), (Some(3), &ours));
+}
+
+const SMALL: &str = "--device cuda:0=6GiB@936GB/s --device cuda:1=4GiB@360GB/s";
+
+/// `plan` of Llama-3.1-8B with words that are separated by spaces.
+fn plan_8b(words: &str) -> (Option<i32>, Value) {
+    plan(&shapes::llama_8b(), 4, &words.split(' ').collect::<Vec<_>>())
+}
+
+#[test]
+fn every_remedy_is_a_command_that_fits() {
+    let directory = tempfile::tempdir().unwrap();
+    shapes::write(directory.path(), &shapes::llama_8b(), 4);
+    let model = directory.path().to_str().unwrap();
+    let map = directory.path().join("map.json");
+    std::fs::write(&map, r#"{"": 1}"#).unwrap();
+    let map = format!("--quantize int4 --device-map {} {SMALL}", map.to_str().unwrap());
+    for (words, expected) in [
+        (format!("--context 8192 {SMALL}"), &["int4 weights", "10.0 GiB of host memory", "7.9 GiB more on cuda:1"][..]),
+        (
+            format!("--quantize int4 --context 49152 {SMALL}"),
+            &["an int8 KV cache", "a context of", "GiB of host memory"],
+        ),
+        (
+            format!("--quantize int4 --batch 6 --context 8192 {SMALL}"),
+            &["an int8 KV cache", "a context of", "a batch of"],
+        ),
+        (map, &["automatic placement", "more on cuda:1"]),
+        (format!("--quantize int4 --placement hf-sequential --context 8192 {SMALL}"), &["balanced placement"]),
+        (
+            "--context 32768 --device cuda:0=7GiB".to_owned(),
+            &["int4 weights and an int8 KV cache", "host memory", "more on cuda:0"],
+        ),
+        ("--quantize int8 --device cpu=64GiB --max-memory cpu=4GiB".to_owned(), &["a budget of"]),
+    ] {
+        let words: Vec<&str> = words.split(' ').collect();
+        let output = run(&[&["plan", model][..], &words].concat());
+        let text = stdout(&output);
+        assert_eq!(output.status.code(), Some(3), "{words:?}: {text}");
+        for remedy in expected {
+            assert!(text.contains(remedy), "{words:?}: no `{remedy}` in {text}");
+        }
+        let commands: Vec<_> = text.lines().filter_map(|line| line.strip_prefix("  evenkeel ")).collect();
+        assert!(commands.len() >= expected.len(), "{text}");
+        for command in commands {
+            let words = shlex::split(command).unwrap();
+            let output = run(&words.iter().map(String::as_str).collect::<Vec<_>>());
+            assert_eq!(output.status.code(), Some(0), "{command}: {}", stdout(&output));
+        }
+    }
+}
+
+#[test]
+fn the_scheme_of_the_most_bits_that_stays_on_the_gpus_is_chosen() {
+    for (words, scheme, fitting) in [
+        ("--device cuda:0=24GiB", "none", [true, true, true]),
+        ("--device cuda:0=12GiB --device cpu=64GiB", "int8", [true, true, true]),
+        ("--device cuda:0=12GiB", "int8", [false, true, true]),
+        ("--device cuda:0=7GiB --device cpu=64GiB", "int4", [true, true, true]),
+        ("--device cuda:0=2GiB", "int4", [false, false, false]),
+        ("--device cpu=64GiB", "none", [true, true, true]),
+    ] {
+        let (code, plan) = plan_8b(&format!("--quantize auto {words}"));
+        assert_eq!(plan["quantize"][""], scheme, "{words}");
+        let schemes = plan["schemes"].as_array().unwrap();
+        let outlined: Vec<_> = schemes.iter().map(|outline| outline["fits"].as_bool().unwrap()).collect();
+        assert_eq!((outlined, code == Some(0)), (fitting.to_vec(), fitting[2]), "{words}");
+    }
+}
+
+#[test]
+fn the_largest_that_fits_is_planned() {
+    let fits = |words: &str| plan_8b(&format!("--quantize int4 {words} {SMALL}")).0 == Some(0);
+    let (code, longest) = plan_8b(&format!("--quantize int4 --max-context {SMALL}"));
+    let tokens = longest["context"].as_u64().unwrap();
+    assert_eq!((code, tokens > 8192 && tokens < 65_536), (Some(0), true), "{tokens}");
+    assert!(fits(&format!("--context {tokens}")) && !fits(&format!("--context {}", tokens + 1)));
+    let (code, most) = plan_8b(&format!("--quantize int4 --max-batch {SMALL}"));
+    let batch = most["batch"].as_u64().unwrap();
+    assert_eq!(code, Some(0));
+    assert!(fits(&format!("--batch {batch}")) && !fits(&format!("--batch {}", batch + 1)));
+    // No more leaves the GPUs for it, though the host has room.
+    let (_, spilled) = plan_8b(&format!("--quantize int4 --max-context {SMALL} --device cpu=512GiB"));
+    assert_eq!(spilled["context"], tokens);
+    // The model's own limit is the end of it.
+    assert_eq!(plan_8b("--max-context --device cuda:0=80GiB").1["context"], 131_072);
+    // Where nothing fits, the plan is the usual one.
+    let (code, none) = plan_8b("--max-context --device cuda:0=2GiB");
+    assert_eq!((code, &none["context"]), (Some(3), &Value::from(4096)));
+}
+
+#[test]
+fn a_kv_cache_is_counted_by_its_type() {
+    for (dtype, bytes) in [("f32", 512), ("f16", 256), ("bf16", 256), ("int8", 128 + 4)] {
+        let (_, plan) = plan_8b(&format!("--kv-cache {dtype} --device cpu=64GiB"));
+        // 2 × 8 heads × 32 blocks × 4096 tokens.
+        assert_eq!(self::bytes(&plan["devices"][0], "kv_cache"), bytes * 2 * 8 * 32 * 4096, "{dtype}");
+    }
+}
+
+#[test]
+fn predictions_follow_the_bandwidths() {
+    let speed = |words: &str| plan_8b(words).1["speed"].clone();
+    assert_eq!(speed("--quantize int8 --device cuda:0=24GiB"), Value::Null);
+    let slow = speed("--quantize int8 --device cuda:0=24GiB@500GB/s");
+    let fast = speed("--quantize int8 --device cuda:0=24GiB@1000GB/s");
+    let figure = |speed: &Value, when: &str| speed[when].as_f64().unwrap();
+    // 7.5 GB of weights at 850 GB/s take 8.8 ms, 32 blocks 0.6 ms.
+    assert!((figure(&fast, "at_first") - 105.0).abs() < 2.0, "{fast}");
+    assert!((figure(&slow, "at_first") - 54.6).abs() < 1.0, "{slow}");
+    assert!(figure(&fast, "at_last") < figure(&fast, "at_first"));
+    let refused = run(&["plan", "tests/fixtures/ferris-7m", "--placement", "fastest", "--device", "cuda:0=1GiB"]);
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(stderr(&refused).contains("needs the bandwidth of cuda:0"), "{}", stderr(&refused));
+}
+
+#[test]
+fn the_fastest_placement_is_predicted_to_be() {
+    let devices = "--device cuda:0=8GiB@360GB/s --device cuda:1=6GiB@936GB/s --device cpu=32GiB@51GB/s";
+    let (_, plan) = plan_8b(&format!("--quantize int8 --context 8192 --placement fastest {devices}"));
+    let outlines = plan["placements"].as_array().unwrap();
+    let speed = |outline: &Value| outline["speed"]["at_last"].as_f64().unwrap();
+    assert_eq!((&outlines[0]["placement"], outlines.len()), (&Value::from("fastest"), 7));
+    for outline in outlines.iter().filter(|outline| outline["fits"] == true) {
+        assert!(speed(outline) <= speed(&outlines[0]) * 1.000_001, "{outline}");
+    }
+}
+
+#[test]
+fn a_token_that_goes_back_and_forth_is_noticed() {
+    let directory = tempfile::tempdir().unwrap();
+    let map = directory.path().join("map.json");
+    std::fs::write(&map, r#"{"": 0, "model.layers.1": 1, "model.layers.3": 1}"#).unwrap();
+    let arguments = ["plan", "tests/fixtures/ferris-7m", "--device", "cuda:0=4GiB", "--device", "cuda:1=4GiB"];
+    let text = stdout(&run(&[&arguments[..], &["--device-map", map.to_str().unwrap()]].concat()));
+    assert!(text.contains("a token changes its device 4 times on its way"), "{text}");
+    assert!(!stdout(&run(&arguments)).contains("a token changes"));
+}
+
+#[test]
+fn bars_are_drawn_on_request_and_names_are_escaped() {
+    let directory = tempfile::tempdir().unwrap();
+    let model = directory.path().join("<b>&\"x");
+    std::fs::create_dir(&model).unwrap();
+    shapes::write(&model, &shapes::llama_8b(), 1);
+    let arguments = ["plan", model.to_str().unwrap(), "--quantize", "int4", "--device", "cuda:0=8GiB"];
+    let plain = stdout(&run(&arguments));
+    let colored = stdout(&run(&[&arguments[..], &["--color", "always"]].concat()));
+    assert!(!plain.contains('█') && colored.contains("\x1b[34m███"), "{colored}");
+    for format in ["svg", "html"] {
+        let picture = stdout(&run(&[&arguments[..], &["--format", format]].concat()));
+        assert!(picture.contains("&lt;b&gt;&amp;&quot;x") && !picture.contains("<b>"), "{picture}");
+    }
 }

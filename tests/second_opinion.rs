@@ -2,19 +2,39 @@
 
 mod support;
 
+use std::path::Path;
+
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
-use candle_transformers::models::{llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3};
+use candle_transformers::models::{gemma2, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3};
 use evenkeel::quant::Scheme;
 use serde_json::{Value, from_value};
 use support::{expected, fixture, load, numbers};
 
+/// A fixture, changes to its config.json, and what candle computes.
+type Opinion = (&'static str, &'static str, Run);
+
 /// Logits of a model that is made of a configuration and weights, behind the last of some tokens.
 type Run = fn(Value, VarBuilder, &Tensor) -> Result<Tensor>;
 
-fn weights(name: &str) -> Result<VarBuilder<'static>> {
+/// A copy of a fixture with the members of `changes` in its config.json.
+fn changed(name: &str, changes: &str) -> tempfile::TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(fixture(name)).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, directory.path().join(path.file_name().unwrap())).unwrap();
+    }
+    let path = directory.path().join("config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let changes: serde_json::Map<String, Value> = serde_json::from_str(changes).unwrap();
+    config.as_object_mut().unwrap().extend(changes);
+    std::fs::write(path, config.to_string()).unwrap();
+    directory
+}
+
+fn weights(checkpoint: &Path) -> Result<VarBuilder<'static>> {
     let mut tensors = std::collections::HashMap::new();
-    for entry in std::fs::read_dir(fixture(name))? {
+    for entry in std::fs::read_dir(checkpoint)? {
         let path = entry?.path();
         if path.extension().is_some_and(|extension| extension == "safetensors") {
             tensors.extend(candle_core::safetensors::load(path, &Device::Cpu)?);
@@ -23,9 +43,9 @@ fn weights(name: &str) -> Result<VarBuilder<'static>> {
     Ok(VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu))
 }
 
-/// A fixture's config.json with the keys that candle wants.
-fn config(name: &str) -> Value {
-    let text = std::fs::read_to_string(fixture(name).join("config.json")).unwrap();
+/// A checkpoint's config.json with the keys that candle wants.
+fn config(checkpoint: &Path) -> Value {
+    let text = std::fs::read_to_string(checkpoint.join("config.json")).unwrap();
     let mut config: Value = serde_json::from_str(&text).unwrap();
     if config["rope_theta"].is_null() {
         config["rope_theta"] = config["rope_parameters"]["rope_theta"].clone();
@@ -37,25 +57,31 @@ fn config(name: &str) -> Value {
     config
 }
 
-const MODELS: [(&str, Run); 8] = [
-    ("parity/llama", run_llama),
-    ("parity/llama31", run_llama),
-    ("parity/mistral", |config, weights, tokens| {
+const OPINIONS: [Opinion; 10] = [
+    ("parity/llama", "{}", run_llama),
+    ("parity/llama31", "{}", run_llama),
+    ("parity/mistral", "{}", |config, weights, tokens| {
         mistral::Model::new(&from_value(config).unwrap(), weights)?.forward(tokens, 0)
     }),
-    ("parity/mixtral", |config, weights, tokens| {
+    ("parity/mixtral", "{}", |config, weights, tokens| {
         mixtral::Model::new(&from_value(config).unwrap(), weights)?.forward(tokens, 0)
     }),
-    ("parity/olmo2", |config, weights, tokens| {
+    ("parity/olmo2", "{}", |config, weights, tokens| {
         olmo2::Model::new(&from_value(config).unwrap(), weights)?.forward(tokens, 0)
     }),
-    ("parity/phi3", |config, weights, tokens| {
+    ("parity/phi3", "{}", |config, weights, tokens| {
         phi3::Model::new(&from_value(config).unwrap(), weights)?.forward(tokens, 0)
     }),
-    ("parity/qwen2", |config, weights, tokens| {
+    ("parity/phi3", r#"{"partial_rotary_factor": 0.5}"#, |config, weights, tokens| {
+        phi3::Model::new(&from_value(config).unwrap(), weights)?.forward(tokens, 0)
+    }),
+    ("parity/gemma2", "{}", |config, weights, tokens| {
+        gemma2::Model::new(false, &from_value(config).unwrap(), weights)?.forward(tokens, 0)
+    }),
+    ("parity/qwen2", "{}", |config, weights, tokens| {
         qwen2::ModelForCausalLM::new(&from_value(config).unwrap(), weights)?.forward(tokens, 0)
     }),
-    ("parity/qwen3", |config, weights, tokens| {
+    ("parity/qwen3", "{}", |config, weights, tokens| {
         qwen3::ModelForCausalLM::new(&from_value(config).unwrap(), weights)?.forward(tokens, 0)
     }),
 ];
@@ -68,18 +94,20 @@ fn run_llama(config: Value, weights: VarBuilder, tokens: &Tensor) -> Result<Tens
 
 #[test]
 fn candle_computes_the_same_logits() {
-    for (name, run) in MODELS {
+    for (name, changes, run) in OPINIONS {
+        let checkpoint = changed(name, changes);
         let mut tokens: Vec<u32> = numbers(&expected(name)["input_ids"]);
-        // As many as Mistral's window holds, in which candle counts one token more than Transformers.
+        // As many as the windows hold, of which candle has another notion than Transformers.
         tokens.truncate(8);
         let input = Tensor::new(&tokens[..], &Device::Cpu).and_then(|tokens| tokens.unsqueeze(0)).unwrap();
-        let theirs =
-            run(config(name), weights(name).unwrap(), &input).and_then(|logits| logits.flatten_all()?.to_vec1());
-        let theirs: Vec<f32> = theirs.unwrap();
+        let weights = weights(checkpoint.path()).unwrap();
+        let theirs = run(config(checkpoint.path()), weights, &input);
+        let theirs: Vec<f32> = theirs.and_then(|logits| logits.flatten_all()?.to_vec1()).unwrap();
         let mut ours = Vec::new();
-        load(name, Scheme::None, None).score(&tokens, |_, logits| ours = logits.to_vec()).unwrap();
+        let mut model = load(checkpoint.path().to_str().unwrap(), Scheme::None, None);
+        model.score(&tokens, |_, logits| ours = logits.to_vec()).unwrap();
         let difference = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert_eq!(ours.len(), theirs.len(), "{name}");
-        assert!(difference < 1e-4, "{name}: {difference}");
+        assert!(difference < 1e-4, "{name} {changes}: {difference}");
     }
 }

@@ -13,6 +13,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::fs;
 use crate::plan::memory::Placed;
+use crate::quant::WeightDtype;
 
 /// Host memory that a slab is read into.
 pub enum SlabBuffer {
@@ -168,10 +169,9 @@ impl Shard {
         for (col, part) in gathered.chunks_mut(rows * element).enumerate() {
             self.read(part, weight.tensor.range.start + (col * stored + row * element) as u64)?;
         }
-        for (row, values) in buffer.chunks_mut(cols * element).enumerate() {
-            for (col, value) in values.chunks_mut(element).enumerate() {
-                value.copy_from_slice(&gathered[(col * rows + row) * element..][..element]);
-            }
+        match weight.dtype {
+            WeightDtype::Bf16 | WeightDtype::F16 => transpose::<2>(gathered, rows, buffer),
+            WeightDtype::F32 => transpose::<4>(gathered, rows, buffer),
         }
         Ok(())
     }
@@ -187,6 +187,17 @@ impl Shard {
     fn changed(&self) -> Error {
         Error::input(format!("`{}` has changed while it was being loaded", self.path.display()))
             .hint("load again once the file is complete")
+    }
+}
+
+/// Turns elements of N bytes from `[cols][rows]` into `[rows][cols]`.
+fn transpose<const N: usize>(from: &[u8], rows: usize, to: &mut [u8]) {
+    let from = from.as_chunks::<N>().0;
+    let cols = from.len() / rows;
+    for (row, to) in to.as_chunks_mut::<N>().0.chunks_mut(cols).enumerate() {
+        for (to, from) in to.iter_mut().zip(from[row..].iter().step_by(rows)) {
+            *to = *from;
+        }
     }
 }
 

@@ -180,8 +180,8 @@ pub struct Family {
     pub(super) no_rope_interval: Option<usize>,
     pub(super) head_dim: Option<usize>,
     pub(super) is_tied: bool,
-    /// The embedding is multiplied by the root of the hidden size.
-    pub(super) scales_embedding: bool,
+    /// Whether the embedding is multiplied by the root of the hidden size, which Transformers keeps beside it.
+    pub scales_embedding: bool,
     /// Queries are scaled by the root of `query_pre_attn_scalar`, whose default this is.
     pub(super) query_pre_attn_scalar: Option<f64>,
     /// Soft caps of attention's scores and of the logits unless told otherwise; `None` where there are no such keys.
@@ -189,13 +189,6 @@ pub struct Family {
     /// Whether there are Granite's four multipliers.
     pub(super) has_multipliers: bool,
     pub(super) experts: Option<ExpertDefaults>,
-}
-
-impl Family {
-    /// Whether Transformers keeps the embedding's factor as a buffer beside it.
-    pub fn has_embed_scale(&self) -> bool {
-        self.scales_embedding
-    }
 }
 
 /// Where a family's experts are configured.

@@ -28,6 +28,8 @@ const MAX_HEADS: u64 = 1 << 16;
 const MAX_VOCABULARY: u64 = 1 << 24;
 const MAX_CONTEXT: u64 = 1 << 28;
 const MAX_EXPERTS: u64 = 1 << 16;
+/// Experts in all blocks together.
+const MAX_EXPERTS_OF_MODEL: usize = 1 << 18;
 const MAX_SCALE: f64 = 1e6;
 
 /// What a model is, every number checked to be in its range and to fit the others.
@@ -178,7 +180,7 @@ impl ModelConfig {
             None => rope::read(&fields, family, &rope::Context { head_dim, max_position_embeddings })?,
         };
         let num_hidden_layers = fields.size(keys.num_hidden_layers, MAX_BLOCKS)?;
-        let experts = experts(&fields, family)?;
+        let experts = experts(&fields, family, num_hidden_layers)?;
         let intermediate_size = match family.positions {
             // GPT-2's is four times the hidden size unless it says otherwise.
             Some(_) => fields.size_or(keys.intermediate_size, MAX_WIDTH, 4 * hidden_size)?,
@@ -307,12 +309,16 @@ fn softcaps(fields: &Fields, family: &Family) -> Result<(Option<f32>, Option<f32
     Ok((cap("attn_logit_softcapping", attention)?, cap("final_logit_softcapping", logits)?))
 }
 
-fn experts(fields: &Fields, family: &Family) -> Result<Option<Experts>> {
+fn experts(fields: &Fields, family: &Family, blocks: usize) -> Result<Option<Experts>> {
     let Some(defaults) = family.experts else {
         return Ok(None);
     };
     let key = if fields.optional("num_local_experts").is_some() { "num_local_experts" } else { "num_experts" };
     let count = fields.size(key, MAX_EXPERTS)?;
+    if count * blocks > MAX_EXPERTS_OF_MODEL {
+        let problem = format!("{count} experts in each of {blocks} blocks are more than {MAX_EXPERTS_OF_MODEL}");
+        return Err(fields.error(key, problem));
+    }
     let per_token = fields.size_or("num_experts_per_tok", MAX_EXPERTS, defaults.per_token)?;
     if per_token > count {
         let problem = format!("a token cannot use {per_token} of {count} experts");

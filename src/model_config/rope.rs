@@ -179,7 +179,9 @@ fn one(fields: &Fields, node: Option<Node>, theta: f64, family: &Family, context
         }
         "longrope" => {
             let factor = factor()?;
-            let usual = if factor > 1.0 { (1.0 + factor.ln() / (original as f64).ln()).sqrt() } else { 1.0 };
+            // Of a context of 1 there is no logarithm to divide by.
+            let length = (original.max(2) as f64).ln();
+            let usual = if factor > 1.0 { (1.0 + factor.ln() / length).sqrt() } else { 1.0 };
             attention_factor = rope.positive_or("attention_factor", MAX_FACTOR, usual)?;
             let factors = |key| {
                 let factors = rope.positives(key, MAX_FACTOR)?;

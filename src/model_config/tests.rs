@@ -238,11 +238,11 @@ fn scales_caps_and_experts() {
 fn what_would_change_the_computation_is_refused() {
     for (architecture, key, value, message) in [
         ("Gemma3ForCausalLM", "use_bidirectional_attention", "true", "`use_bidirectional_attention` is not supported"),
-        ("Gemma2ForCausalLM", "layer_types", "[\"full_attention\"]", "the list has 1 elements for 3 blocks"),
+        ("Gemma2ForCausalLM", "layer_types", "[\"full_attention\"]", "the list has 1 elements for 5 blocks"),
         (
             "Gemma2ForCausalLM",
             "layer_types",
-            "[\"full_attention\", \"chunked_attention\", \"full_attention\"]",
+            "[\"full_attention\", \"chunked_attention\", \"\", \"\", \"\"]",
             "attention of type `chunked_attention` is not supported; `full_attention` and `sliding_attention` are",
         ),
         (
@@ -257,6 +257,7 @@ fn what_would_change_the_computation_is_refused() {
             "{\"rope_type\": \"default\"}",
             "RoPE has no `full_attention` and no `sliding_attention`, which this architecture wants",
         ),
+        ("MixtralForCausalLM", "num_local_experts", "65536", "65536 experts in each of 5 blocks are more than 262144"),
         ("MixtralForCausalLM", "num_local_experts", "1", "a token cannot use 2 of 1 experts"),
         ("GraniteForCausalLM", "logits_scaling", "-2", "`logits_scaling` is -2.0; it must be from 1e-30 to 1000000"),
         (
@@ -268,6 +269,7 @@ fn what_would_change_the_computation_is_refused() {
     ] {
         let mut config: serde_json::Value = serde_json::from_str(LLAMA).unwrap();
         config["architectures"] = vec![architecture].into();
+        config["num_hidden_layers"] = 5.into();
         config[key] = serde_json::from_str(value).unwrap();
         let error = ModelConfig::parse("config.json", config.to_string().into()).unwrap_err().to_string();
         assert!(error.ends_with(message), "{architecture} {key}: {error}");

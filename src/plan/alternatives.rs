@@ -57,7 +57,8 @@ impl fmt::Display for Outline {
             write!(f, ", the fullest at {:.0} % of its budget", 100.0 * self.fullest)?;
         }
         if self.off_gpus > 0 {
-            write!(f, ", {} modules elsewhere", self.off_gpus)?;
+            let modules = if self.off_gpus == 1 { "module" } else { "modules" };
+            write!(f, ", {} {modules} elsewhere", self.off_gpus)?;
         }
         match self.speed {
             _ if !self.fits => f.write_str(", does not fit"),

@@ -16,9 +16,10 @@ struct Group {
 }
 
 /// The device of every module: contiguous runs over the GPUs in whatever
-/// order, then over the CPU and the disk, so that a token with the context
-/// full takes the least time. Exact by dynamic programming over sets of GPUs
-/// for up to nine different ones; equal ones count as one.
+/// order, and before them or behind them one over the CPU and the disk, so
+/// that a token with the context full takes the least time. Exact by dynamic
+/// programming over sets of GPUs for up to nine different ones; equal ones
+/// count as one.
 ///
 /// Where nothing fits, as [`sequential`]. `paces` has one for each device.
 ///
@@ -27,11 +28,50 @@ struct Group {
 pub fn fastest(modules: &[Cost], devices: &[Capacity], paces: &[Pace]) -> Vec<DeviceId> {
     let count = modules.len();
     let gpus = devices.iter().take_while(|device| matches!(device.id, DeviceId::Cuda(_))).count();
-    let mut groups = groups(&devices[..gpus], &paces[..gpus]);
+    let off = |modules: &[Cost]| off_gpus(modules, &devices[gpus..], &paces[gpus..]);
+    let first: Vec<_> = (0..=count).map(|end| off(&modules[..end])).collect();
+    let last: Vec<_> = (0..=count).map(|begin| off(&modules[begin..])).collect();
+    let nothing = |at| move |index: usize| if index == at { Some(0.0) } else { None };
+    let time = |run: &Option<(Vec<DeviceId>, f64)>| run.as_ref().map(|(_, time)| *time);
+
+    let (gpus, paces, host_hop) = (&devices[..gpus], &paces[..gpus], paces.get(gpus).map_or(0.0, |pace| pace.hop));
+    let behind = |at: usize| time(&last[at]).map(|time| time + if at == 0 || at == count { 0.0 } else { host_hop });
+    let candidates = [
+        runs(modules, gpus, paces, |end| time(&first[end]), nothing(count)),
+        runs(modules, gpus, paces, nothing(0), behind),
+    ];
+    let best = candidates.into_iter().flatten().min_by(|a, b| a.time.total_cmp(&b.time));
+    let Some(Runs { begin, end, on_gpus, .. }) = best else {
+        return sequential(modules, devices);
+    };
+    let before = first[begin].as_ref().map_or(&[][..], |(run, _)| run);
+    let behind = last[end].as_ref().map_or(&[][..], |(run, _)| run);
+    [before, &on_gpus, behind].concat()
+}
+
+/// The modules from `begin` to `end` on GPUs, and the time of all.
+struct Runs {
+    begin: usize,
+    end: usize,
+    on_gpus: Vec<DeviceId>,
+    time: f64,
+}
+
+/// The fastest runs over the GPUs, where the modules before the first of them
+/// take `before`, and those behind the last take `behind`; `None` for what cannot be.
+fn runs(
+    modules: &[Cost],
+    gpus: &[Capacity],
+    paces: &[Pace],
+    before: impl Fn(usize) -> Option<f64>,
+    behind: impl Fn(usize) -> Option<f64>,
+) -> Option<Runs> {
+    let count = modules.len();
+    let mut groups = groups(gpus, paces);
     let sets = groups.iter().fold(1usize, |sets, group| sets.saturating_mul(group.ids.len() + 1));
     let in_order = sets > MAX_SETS;
     if in_order {
-        groups = one_by_one(&devices[..gpus], &paces[..gpus]);
+        groups = one_by_one(gpus, paces);
     }
     // A state is how many GPUs of each group hold a run; with too many of them, up to which one.
     let next_stride = |stride: &mut usize, group: &Group| {
@@ -44,7 +84,7 @@ pub fn fastest(modules: &[Cost], devices: &[Capacity], paces: &[Pace]) -> Vec<De
 
     let mut time = vec![vec![f64::INFINITY; count + 1]; states];
     let mut from = vec![vec![None; count + 1]; states];
-    time[0][0] = 0.0;
+    time[0] = (0..=count).map(|end| before(end).unwrap_or(f64::INFINITY)).collect();
     for state in 0..states {
         for (at, group) in groups.iter().enumerate() {
             let is_free = if in_order { at >= state } else { used(state, at) < group.ids.len() };
@@ -73,26 +113,18 @@ pub fn fastest(modules: &[Cost], devices: &[Capacity], paces: &[Pace]) -> Vec<De
         }
     }
 
-    let tails: Vec<_> = (0..=count).map(|end| tail(&modules[end..], &devices[gpus..], &paces[gpus..])).collect();
     let ends = (0..states).flat_map(|state| (0..=count).map(move |end| (state, end)));
-    let total = |(state, end): (usize, usize)| {
-        let hop = if end == 0 || end == count { 0.0 } else { paces.get(gpus).map_or(0.0, |pace| pace.hop) };
-        time[state][end] + tails[end].as_ref().map_or(f64::INFINITY, |tail| tail.1) + hop
-    };
-    let best = ends.min_by(|a, b| total(*a).total_cmp(&total(*b))).filter(|best| total(*best).is_finite());
-    let Some((mut state, mut end)) = best else {
-        return sequential(modules, devices);
-    };
-    let mut placement = vec![DeviceId::Cpu; count];
-    if let Some((rest, _)) = &tails[end] {
-        placement[end..].copy_from_slice(rest);
-    }
-    while let Some((before, begin, group)) = from[state][end] {
+    let total = |(state, end): (usize, usize)| time[state][end] + behind(end).unwrap_or(f64::INFINITY);
+    let best = ends.min_by(|a, b| total(*a).total_cmp(&total(*b))).filter(|best| total(*best).is_finite())?;
+    let (mut state, end) = best;
+    let mut on_gpus = vec![DeviceId::Cpu; end];
+    let mut begin = end;
+    while let Some((before, run, group)) = from[state][begin] {
         let nth = if in_order { 0 } else { used(before, group) };
-        placement[begin..end].fill(groups[group].ids[nth]);
-        (state, end) = (before, begin);
+        on_gpus[run..begin].fill(groups[group].ids[nth]);
+        (state, begin) = (before, run);
     }
-    placement
+    Some(Runs { begin, end, on_gpus: on_gpus.split_off(begin), time: total(best) })
 }
 
 fn seconds(module: &Cost, pace: Pace) -> f64 {
@@ -118,8 +150,8 @@ fn one_by_one(gpus: &[Capacity], paces: &[Pace]) -> Vec<Group> {
     groups
 }
 
-/// The devices of the last modules, off the GPUs, and their time; `None` where they do not fit.
-fn tail(modules: &[Cost], devices: &[Capacity], paces: &[Pace]) -> Option<(Vec<DeviceId>, f64)> {
+/// The devices of modules off the GPUs, and their time; `None` where they do not fit.
+fn off_gpus(modules: &[Cost], devices: &[Capacity], paces: &[Pace]) -> Option<(Vec<DeviceId>, f64)> {
     if modules.is_empty() {
         return Some((Vec::new(), 0.0));
     }
@@ -179,8 +211,10 @@ mod tests {
             // A hop costs more than it saves.
             (&[9, 1], &[("cuda:0", 12, 2.0), ("cuda:1", 10, 1.9)], "00"),
             // What is left goes to the CPU, then to the disk.
-            (&nine, &[("cuda:0", 45, 1.0), ("cpu", 200, 9.0)], "0000cccc"),
-            (&nine, &[("cuda:0", 45, 1.0), ("cpu", 24, 9.0), ("disk", 99, 99.0)], "0000ccdd"),
+            (&nine, &[("cuda:0", 45, 1.0), ("cpu", 200, 9.0)], "cccc0000"),
+            (&nine, &[("cuda:0", 45, 1.0), ("cpu", 24, 9.0), ("disk", 99, 99.0)], "ccdd0000"),
+            (&[30, 9, 9, 9], &[("cuda:0", 45, 1.0), ("cpu", 200, 9.0)], "00cc"),
+            (&[9, 9, 9, 30], &[("cuda:0", 45, 1.0), ("cpu", 200, 9.0)], "cc00"),
             (&nine, &[("cpu", 200, 9.0)], "cccccccc"),
             (&[], &[("cuda:0", 45, 1.0)], ""),
             // Nothing fits: as sequential.
@@ -201,7 +235,7 @@ mod tests {
         assert_eq!(placement, expected);
     }
 
-    /// The time of a placement in runs, or `None` where a device overflows or the CPU and the disk are not last.
+    /// The time of a placement in runs, or `None` where a device overflows or the CPU stands between GPUs.
     fn time(modules: &[Cost], devices: &[Capacity], paces: &[Pace], placement: &[DeviceId]) -> Option<f64> {
         let mut sum = 0.0;
         for (device, pace) in devices.iter().zip(paces) {
@@ -212,10 +246,12 @@ mod tests {
             }
             sum += here.map(|module| seconds(module, *pace)).sum::<f64>();
         }
-        let off = placement.iter().position(|id| *id == DeviceId::Cpu).unwrap_or(placement.len());
-        let is_last = placement[off..].iter().all(|id| *id == DeviceId::Cpu);
+        let mut runs = placement.to_vec();
+        runs.dedup();
+        let is_at_an_end =
+            runs.iter().position(|id| *id == DeviceId::Cpu).is_none_or(|at| at == 0 || at + 1 == runs.len());
         let hops = placement.windows(2).filter(|pair| pair[0] != pair[1]).count();
-        is_last.then_some(sum + hops as f64 * PACE.hop)
+        is_at_an_end.then_some(sum + hops as f64 * PACE.hop)
     }
 
     proptest! {

@@ -1,5 +1,7 @@
 //! Which module goes on which device: pure functions of sizes and budgets.
 
+use std::ops::Range;
+
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
 
@@ -25,40 +27,95 @@ pub struct Capacity {
     pub room: Bytes,
 }
 
-/// The device of every module, in runs that follow the order of `devices`.
+/// The device of every module, in runs.
 ///
 /// If the GPUs hold all modules, the split is the one whose fullest GPU has
 /// the least share of its room taken, found exactly by dynamic programming.
-/// Else each GPU is filled in turn, then the CPU, then the disk; what no
-/// device holds is left on the last one, whose overflow says what is missing.
+/// Else as many modules leave the GPUs as must ([`off_gpus`]), and the rest is
+/// split so; without other devices, as [`sequential`].
 ///
 /// # Panics
 /// `devices` is empty.
 pub fn balanced(modules: &[Cost], devices: &[Capacity]) -> Vec<DeviceId> {
-    min_max_share(modules, gpus(devices)).unwrap_or_else(|| sequential(modules, devices))
+    place(modules, devices, min_max_share)
 }
 
-/// The device of every module, in runs that follow the order of `devices`.
+/// The device of every module, in runs.
 ///
 /// If the GPUs hold all modules, as few of them as do are used; of the splits
 /// over so few, it is the one whose fullest GPU has the least share of its
-/// room taken, found exactly by dynamic programming. Else as [`sequential`].
+/// room taken, found exactly by dynamic programming. Else as [`balanced`].
 ///
 /// # Panics
 /// `devices` is empty.
 pub fn packed(modules: &[Cost], devices: &[Capacity]) -> Vec<DeviceId> {
-    fewest_gpus(modules, gpus(devices)).unwrap_or_else(|| sequential(modules, devices))
+    place(modules, devices, fewest_gpus)
 }
 
-/// The device of every module, in runs that follow the order of `devices`:
-/// each GPU is filled in turn, then the CPU, then the disk; what no device
-/// holds is left on the last one, whose overflow says what is missing.
+/// The device of every module, in runs: each GPU is filled in turn. If they do
+/// not hold all modules, as many leave them as must ([`off_gpus`]); what no
+/// device holds is left on the last one, whose overflow says what is missing.
 ///
 /// # Panics
 /// `devices` is empty.
 pub fn sequential(modules: &[Cost], devices: &[Capacity]) -> Vec<DeviceId> {
+    place(modules, devices, |modules, gpus| {
+        fits(modules, gpus).then(|| if modules.is_empty() { Vec::new() } else { in_turn(modules, gpus) })
+    })
+}
+
+/// Places all modules by `on_gpus`, or those that it can place, and the others on the host.
+fn place(
+    modules: &[Cost],
+    devices: &[Capacity],
+    on_gpus: impl Fn(&[Cost], &[Capacity]) -> Option<Vec<DeviceId>>,
+) -> Vec<DeviceId> {
     assert!(!devices.is_empty(), "a placement needs a device");
-    in_turn(modules, devices)
+    let gpus = gpus(devices);
+    let host = &devices[gpus.len()..];
+    if let Some(placement) = on_gpus(modules, gpus) {
+        return placement;
+    }
+    if gpus.is_empty() || host.is_empty() {
+        return in_turn(modules, devices);
+    }
+    let off = off_gpus(modules, gpus);
+    let (begin, end) = if off.start == 0 { (off.end, modules.len()) } else { (0, off.start) };
+    let mut placement = in_turn(&modules[off.clone()], host);
+    let on_gpus = on_gpus(&modules[begin..end], gpus).unwrap_or_else(|| unreachable!("{off:?} leaves what fits"));
+    placement.splice(if begin == 0 { 0..0 } else { off.end..off.end }, on_gpus);
+    placement
+}
+
+/// The modules that leave the GPUs where not all fit: the first ones or the
+/// last ones, as few as it takes, whichever have fewer bytes for a token to
+/// read. The first ones begin with the embedding, of which it reads a row.
+fn off_gpus(modules: &[Cost], gpus: &[Capacity]) -> Range<usize> {
+    let count = modules.len();
+    let first = 0..(0..count).find(|end| fits(&modules[*end..], gpus)).unwrap_or(count);
+    let last = (0..=count).rev().find(|start| fits(&modules[..*start], gpus)).unwrap_or(0)..count;
+    let read =
+        |range: &Range<usize>| modules[range.clone()].iter().map(|module| module.read + module.kv).sum::<Bytes>();
+    if read(&last) < read(&first) { last } else { first }
+}
+
+/// Whether the GPUs hold all modules, each filled in turn.
+fn fits(modules: &[Cost], gpus: &[Capacity]) -> bool {
+    let mut rest = modules;
+    for gpu in gpus {
+        rest = &rest[fitting(rest, gpu)..];
+    }
+    rest.is_empty()
+}
+
+/// How many of the first modules a GPU holds.
+fn fitting(modules: &[Cost], gpu: &Capacity) -> usize {
+    let mut taken = Bytes::ZERO;
+    let overflows = |module: &Cost| {
+        taken += module.weights + module.kv;
+        taken > gpu.room
+    };
+    modules.iter().position(overflows).unwrap_or(modules.len())
 }
 
 /// The GPUs, which come before all other devices.
@@ -170,7 +227,7 @@ fn in_turn(modules: &[Cost], devices: &[Capacity]) -> Vec<DeviceId> {
     for device in before {
         let rest = &modules[placement.len()..];
         let count = match device.id {
-            DeviceId::Cuda(_) => prefix_sums(rest).iter().rposition(|sum| *sum <= device.room.0).unwrap_or(0),
+            DeviceId::Cuda(_) => fitting(rest, device),
             // Blocks on the disk keep their KV cache in host memory, so all of the rest counts here.
             DeviceId::Cpu | DeviceId::Disk => {
                 let kv: Bytes = rest.iter().map(|module| module.kv).sum();
@@ -236,11 +293,14 @@ mod tests {
                 ["01222333", "33333333", "00001112"],
             ),
             (&nine, &[("cuda:0", 40), ("cuda:1", 30), ("cuda:2", 60)], ["00112222", "00022222", "00001112"]),
-            (&nine, &[("cuda:0", 40), ("cuda:1", 20), ("cpu", 100)], ["000011cc"; 3]),
+            (&nine, &[("cuda:0", 40), ("cuda:1", 20), ("cpu", 100)], ["cc000011"; 3]),
             (&nine, &[("cpu", 61), ("disk", 100)], ["cccccddd"; 3]),
-            (&nine, &[("cuda:0", 20), ("cpu", 25)], ["00cccccc"; 3]),
+            (&nine, &[("cuda:0", 20), ("cpu", 25)], ["cccccc00"; 3]),
+            (&nine, &[("cuda:0", 20), ("cpu", 25), ("disk", 99)], ["ccdddd00"; 3]),
             (&[50, 9, 9], &[("cuda:0", 20), ("cuda:1", 100)], ["111"; 3]),
-            (&[50, 9, 9], &[("cuda:0", 20), ("cpu", 100)], ["ccc"; 3]),
+            (&[50, 9, 9], &[("cuda:0", 20), ("cpu", 100)], ["c00"; 3]),
+            (&[9, 9, 50], &[("cuda:0", 20), ("cpu", 100)], ["00c"; 3]),
+            (&[50, 50], &[("cuda:0", 20), ("cpu", 200)], ["cc"; 3]),
             (&[9], &[("cuda:0", 50), ("cuda:1", 50), ("cuda:2", 50)], ["0"; 3]),
             (&[], &[("cuda:0", 50), ("cuda:1", 50)], [""; 3]),
         ] {
@@ -311,7 +371,7 @@ mod tests {
         }
 
         #[test]
-        fn runs_follow_the_devices_and_only_the_last_overflows(
+        fn modules_come_in_runs_and_only_the_last_device_overflows(
             sizes in prop::collection::vec(0u64..50, 0..12),
             rooms in prop::collection::vec(0u64..150, 0..4),
             cpu in 0u64..300,
@@ -323,7 +383,12 @@ mod tests {
             for place in [balanced as Place, packed, sequential] {
                 let placement = place(&modules, &devices);
                 prop_assert_eq!(placement.len(), modules.len());
-                prop_assert!(placement.is_sorted());
+                let mut runs = placement.clone();
+                runs.dedup();
+                let off = runs.iter().position(|id| !matches!(id, DeviceId::Cuda(_)));
+                let gpus: Vec<_> = runs.iter().filter(|id| matches!(id, DeviceId::Cuda(_))).collect();
+                prop_assert!(gpus.is_sorted() && runs.len() <= devices.len());
+                prop_assert!(off.is_none_or(|at| at == 0 || at == gpus.len()));
                 for device in &devices[..devices.len() - 1] {
                     let is_here = |id: DeviceId| id == device.id || (device.id == DeviceId::Cpu && id == DeviceId::Disk);
                     let taken = modules.iter().zip(&placement).filter(|(_, id)| is_here(**id)).map(|(module, id)| match id {

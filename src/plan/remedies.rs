@@ -119,8 +119,10 @@ impl fmt::Display for Remedy {
             write!(f, "{}{change}", if at == 0 { "" } else { " and " })?;
         }
         write!(f, ": {} in all", self.total)?;
-        if self.changes.iter().any(|change| matches!(change, Change::Memory { device: DeviceId::Cpu, .. })) {
-            write!(f, ", {} modules off the GPUs", self.off_gpus)?;
+        let is_new = |change: &Change| matches!(change, Change::Memory { device: DeviceId::Cpu, free, missing, .. } if free == missing);
+        if self.changes.iter().any(is_new) {
+            let modules = if self.off_gpus == 1 { "module" } else { "modules" };
+            write!(f, ", {} {modules} off the GPUs", self.off_gpus)?;
         }
         self.speed.map_or(Ok(()), |speed| write!(f, ", {speed}"))
     }

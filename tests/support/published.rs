@@ -1,6 +1,8 @@
 //! The configurations of published models, as the Hub has them, down to what
 //! decides their shapes and their computation; and their numbers of parameters.
 
+#![allow(dead_code, reason = "each test binary uses a part")]
+
 use serde_json::{Value, json};
 
 /// A model, its config.json, and the number of its parameters that the Hub gives.
@@ -62,6 +64,17 @@ pub fn all() -> Vec<Published> {
             json!({
                 "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048, "intermediate_size": 6144,
                 "moe_intermediate_size": 768, "num_hidden_layers": 48, "num_attention_heads": 32,
+                "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151_936, "max_position_embeddings": 40_960,
+                "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": true, "decoder_sparse_step": 1,
+                "mlp_only_layers": [], "rope_theta": 1e6,
+            }),
+        ),
+        model(
+            "Qwen3-235B-A22B",
+            235_093_634_560,
+            json!({
+                "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 4096, "intermediate_size": 12_288,
+                "moe_intermediate_size": 1536, "num_hidden_layers": 94, "num_attention_heads": 64,
                 "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151_936, "max_position_embeddings": 40_960,
                 "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": true, "decoder_sparse_step": 1,
                 "mlp_only_layers": [], "rope_theta": 1e6,

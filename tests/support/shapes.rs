@@ -21,6 +21,16 @@ pub fn llama_70b() -> Value {
     llama(8192, 28_672, 80, 64)
 }
 
+/// Qwen3 with 235 billion parameters: 94 blocks of 128 experts, some 37,000 tensors.
+pub fn qwen3_235b() -> Value {
+    json!({
+        "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 4096, "intermediate_size": 12_288,
+        "moe_intermediate_size": 1536, "num_hidden_layers": 94, "num_attention_heads": 64, "num_key_value_heads": 4,
+        "head_dim": 128, "vocab_size": 151_936, "max_position_embeddings": 40_960, "num_experts": 128,
+        "num_experts_per_tok": 8, "norm_topk_prob": true, "rope_theta": 1e6, "torch_dtype": "bfloat16",
+    })
+}
+
 /// Llama 3.1 with 405 billion parameters.
 pub fn llama_405b() -> Value {
     llama(16_384, 53_248, 126, 128)

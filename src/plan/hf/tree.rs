@@ -59,7 +59,7 @@ pub fn tree_of(config: &ModelConfig, modules: &ModuleTree, dtype: WeightDtype, q
         }
         let buffer = |name: String, bytes: usize| Tensor { name, bytes: Bytes(bytes as u64) };
         match module.kind {
-            ModuleKind::Embedding if config.family.has_embed_scale() => {
+            ModuleKind::Embedding if config.family.scales_embedding => {
                 descend(&mut root, &module.path).buffers = vec![buffer("embed_scale".to_owned(), dtype.size())];
             }
             ModuleKind::Positions => modules.weightless.iter().for_each(|path| {
