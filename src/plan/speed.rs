@@ -181,7 +181,7 @@ impl Speed {
             }
             current = Some(device.id);
             // The KV cache of blocks on the disk is in host memory.
-            let holder = devices.iter().find(|device| device.id == super::memory_device(module.device))?;
+            let holder = devices.iter().find(|device| device.id == super::device_plan::memory_device(module.device))?;
             kv += module.kv_cache.0 as f64 / batch as f64 * Pace::new(holder.id, holder.bandwidth)?.byte;
         }
         (at_first > 0.0).then(|| Self { at_first: 1.0 / at_first, at_last: 1.0 / (at_first + kv) })
