@@ -102,6 +102,7 @@ fn a_plan_for_this_machine_counts_its_gpus() {
     // What this process's context takes is in the plan, as `driver`.
     assert_eq!(gpu["free"], (24u64 << 30) - (1 << 30) - (300 << 20) + (330 << 20));
     assert_eq!(plan["devices"][1]["id"], "cuda:1");
+    assert_eq!((&gpu["bandwidth"]["measured"], plan["speed"].is_object()), (&true.into(), true));
     assert_eq!(plan["idle"], Value::Array(Vec::new()));
 }
 

@@ -35,13 +35,16 @@ impl Inventory {
         Ok(Self { devices, idle })
     }
 
-    /// Measures how fast the host reads its memory, with a short probe where
-    /// there is room for one. GPUs have their data sheets' figures.
+    /// Measures how fast the host and the GPUs read their memory, with a short
+    /// probe where there is room for one; else a GPU has its data sheet's figure.
     pub fn measure_bandwidth(&mut self) {
         for device in &mut self.devices {
-            if device.id == DeviceId::Cpu && device.free > Bytes(2 * PROBE as u64) {
-                device.bandwidth = host_bandwidth();
-            }
+            let measured = match device.id {
+                DeviceId::Cuda(index) => cuda::measure_bandwidth(index).ok(),
+                DeviceId::Cpu if device.free > Bytes(2 * PROBE as u64) => host_bandwidth(),
+                DeviceId::Cpu | DeviceId::Disk => None,
+            };
+            device.bandwidth = measured.or(device.bandwidth);
         }
     }
 }
@@ -58,11 +61,9 @@ fn host_bandwidth() -> Option<Bandwidth> {
         let start = Instant::now();
         let sum: u64 = cells.par_chunks(1 << 16).map(|part| part.iter().sum::<u64>()).sum();
         std::hint::black_box(sum);
-        PROBE as f64 / start.elapsed().as_secs_f64()
+        start.elapsed().as_secs_f64()
     };
-    let best = (0..3).map(read).fold(0.0, f64::max);
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a saturating cast")]
-    Some(Bandwidth { bytes_per_second: best as u64, measured: true })
+    Some(Bandwidth::measured(PROBE, (0..3).map(read).fold(f64::INFINITY, f64::min)))
 }
 
 /// A field of /proc/meminfo, which counts in KiB.

@@ -84,6 +84,28 @@ impl Gpu {
     /// # Errors
     /// There is no such GPU, or it is too old for the kernels, or the driver is.
     pub fn open(index: u32) -> Result<Arc<Self>> {
+        let mut gpu = Self::without_kernels(index)?;
+        for (name, ptx, kernels) in MODULES {
+            let module = gpu.context.load_module(Ptx::from_src(*ptx));
+            let module = module.map_err(|e| {
+                gpu.failure(&format!("cannot load the kernels `{name}`"), e).hint(
+                    "evenkeel needs the NVIDIA driver 550 or newer, and a GPU of compute capability 7.5 or higher",
+                )
+            })?;
+            for kernel in *kernels {
+                let function = module.load_function(kernel);
+                let function = function.map_err(|e| gpu.failure(&format!("has no kernel `{kernel}`"), e))?;
+                gpu.functions.insert(*kernel, function);
+            }
+        }
+        Ok(Arc::new(gpu))
+    }
+
+    /// Opens a GPU for memory and copies alone, which takes the driver less time.
+    ///
+    /// # Errors
+    /// There is no such GPU.
+    pub fn without_kernels(index: u32) -> Result<Self> {
         let id = DeviceId::Cuda(index);
         if driver().is_none_or(|(count, _)| index >= count) {
             return Err(Error::does_not_fit(format!("no NVIDIA driver was found, or it shows no {id}")));
@@ -92,20 +114,7 @@ impl Gpu {
         let context = CudaContext::new(index as usize).map_err(|e| failed("cannot be opened", e))?;
         let streams = || context.new_stream().map_err(|e| failed("cannot make a stream", e));
         let (stream, copies) = (streams()?, streams()?);
-        let mut functions = HashMap::new();
-        for (name, ptx, kernels) in MODULES {
-            let module = context.load_module(Ptx::from_src(*ptx));
-            let module = module.map_err(|e| {
-                failed(&format!("cannot load the kernels `{name}`"), e).hint(
-                    "evenkeel needs the NVIDIA driver 550 or newer, and a GPU of compute capability 7.5 or higher",
-                )
-            })?;
-            for kernel in *kernels {
-                let function = module.load_function(kernel);
-                functions.insert(*kernel, function.map_err(|e| failed(&format!("has no kernel `{kernel}`"), e))?);
-            }
-        }
-        Ok(Arc::new(Self { index, context, stream, copies, functions, allocated: Mutex::default() }))
+        Ok(Self { index, context, stream, copies, functions: HashMap::new(), allocated: Mutex::default() })
     }
 
     /// Its name in maps.

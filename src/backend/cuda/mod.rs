@@ -20,9 +20,12 @@ pub use operands::{Affine, Attention, Cache, DeviceMatrix, MAX_HEAD_DIM, Norm, O
 pub use stage::{CudaStage, Parameters, Workspace};
 pub use upload::{InFlight, Upload};
 
+use std::sync::Arc;
+use std::time::Instant;
+
 use crate::bytes::Bytes;
 use crate::error::Result;
-use crate::plan::Device;
+use crate::plan::{Bandwidth, Device};
 
 /// The version of CUDA that the kernels' PTX needs of the driver, as 1000 · major + 10 · minor.
 const NEEDED_VERSION: i32 = 12_040;
@@ -71,12 +74,33 @@ pub fn devices() -> (Vec<Device>, Vec<Device>) {
     (devices(usable), devices(idle))
 }
 
+/// How fast the GPU at `index` copies within its memory, which it reads and writes for that.
+///
+/// # Errors
+/// The GPU lacks the room, or failed.
+pub fn measure_bandwidth(index: u32) -> Result<Bandwidth> {
+    const PROBE: usize = 256 << 20;
+    let gpu = Arc::new(Gpu::without_kernels(index)?);
+    let size = Bytes(PROBE as u64);
+    let regions = arena(&gpu, "a probe of its bandwidth", &[size, size], true)?;
+    let mut best = f64::INFINITY;
+    for _ in 0..4 {
+        regions[0].clear()?;
+        gpu.synchronize()?;
+        let start = Instant::now();
+        regions[1].copy_from(&regions[0])?;
+        gpu.synchronize()?;
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    Ok(Bandwidth::measured(2 * PROBE, best))
+}
+
 /// Regions of `sizes` bytes on a GPU, for `what`: parts of one buffer, or a
 /// buffer each, so that reading beyond one is noticed.
 ///
 /// # Errors
 /// The memory is not to be had.
-pub fn arena(gpu: &std::sync::Arc<Gpu>, what: &str, sizes: &[Bytes], separate: bool) -> Result<Vec<Region>> {
+pub fn arena(gpu: &Arc<Gpu>, what: &str, sizes: &[Bytes], separate: bool) -> Result<Vec<Region>> {
     let len = |size: &Bytes| size.as_usize().unwrap_or(usize::MAX);
     if separate {
         return sizes.iter().map(|size| Ok(Region::new(&gpu.allocate(what, *size)?, 0, len(size)))).collect();
