@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use evenkeel::bytes::Bytes;
 use evenkeel::device::DeviceId;
 use evenkeel::plan::{Quantize, Strategy};
-use evenkeel::quant::KvDtype;
+use evenkeel::quant::{KvDtype, Scheme};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -33,6 +33,8 @@ pub struct Arguments {
 pub enum Command {
     /// Generate text behind a prompt.
     Generate(Box<GenerateArguments>),
+    /// Measure how well a model predicts a text, and what a scheme costs.
+    Perplexity(Box<PerplexityArguments>),
     /// Show what would go where, and whether it fits; reads no weights.
     Plan(Box<PlanArguments>),
 }
@@ -193,6 +195,37 @@ pub struct SamplingArguments {
     /// Go on behind an end-of-text token.
     #[arg(long)]
     pub ignore_eos: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct PerplexityArguments {
+    #[command(flatten)]
+    pub model: ModelArguments,
+    /// The text, a file in UTF-8.
+    #[arg(long, value_name = "FILE", help_heading = "Text")]
+    pub text: PathBuf,
+    /// Tokens from the beginning of a window to that of the next; those that two windows share are
+    /// context in the second [default: the window, which `--context` sets, or 512].
+    #[arg(long, value_name = "TOKENS", help_heading = "Text")]
+    pub stride: Option<usize>,
+    /// Score the beginning of the text only.
+    #[arg(long, value_name = "TOKENS", help_heading = "Text")]
+    pub max_tokens: Option<usize>,
+    /// Load the model unquantized, then in each of these schemes, and compare. What the first
+    /// predicts is kept in `--offload-dir`, two bytes for each token of text and vocabulary.
+    #[arg(
+        long,
+        value_name = "SCHEMES",
+        value_delimiter = ',',
+        conflicts_with = "quantize",
+        help_heading = "Quantization"
+    )]
+    pub compare: Vec<Scheme>,
+    #[command(flatten)]
+    pub placement: PlacementArguments,
+    /// How the figures are written to standard output.
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = Format::Text, help_heading = "Output")]
+    pub format: Format,
 }
 
 #[derive(Debug, Args)]

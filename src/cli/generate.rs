@@ -70,7 +70,8 @@ pub fn run(arguments: &GenerateArguments, environment: &Environment, printer: &P
     Ok(if generated.finish == Finish::Interrupted { Exit::Interrupted } else { Exit::Done })
 }
 
-fn load_with_bar(plan: &Plan, checkpoint: &Checkpoint, options: &LoadOptions, printer: &Printer) -> Result<Model> {
+/// Loads a model by its plan, with a bar.
+pub fn load_with_bar(plan: &Plan, checkpoint: &Checkpoint, options: &LoadOptions, printer: &Printer) -> Result<Model> {
     let mut bar = None;
     let model = plan.load(checkpoint, options, |event| match event {
         LoadEvent::Started { bytes } => bar = Some(Bar::new(printer, "loading", bytes)),

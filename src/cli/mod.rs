@@ -7,6 +7,7 @@ mod command_line;
 mod env;
 mod generate;
 mod model;
+mod perplexity;
 mod plan;
 mod printer;
 mod progress;
@@ -76,6 +77,7 @@ pub fn run() -> ExitCode {
     let printer = Printer::new(&arguments.output, &environment);
     let outcome = match arguments.command {
         Command::Generate(arguments) => generate::run(&arguments, &environment, &printer),
+        Command::Perplexity(arguments) => perplexity::run(&arguments, &environment, &printer),
         Command::Plan(arguments) => plan::run(&arguments, &environment, &printer),
     };
     let code = match outcome {

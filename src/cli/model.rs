@@ -76,7 +76,7 @@ fn from_hub(
             printer.note(&format!("downloading {files} files of `{model}`, {bytes}"));
             bar = Some(Bar::new(printer, "downloading", bytes));
         }
-        (HubEvent::Downloaded { bytes }, Some(bar)) => bar.set(bytes),
+        (HubEvent::Downloaded { bytes }, Some(bar)) => bar.set(bytes.0),
         (HubEvent::LockHeld { path, .. }, _) => {
             printer.note(&format!("waiting for another process that downloads `{model}` (`{}`)", path.display()));
         }
