@@ -92,7 +92,7 @@ impl ModelArguments {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Placement")]
 pub struct PlacementArguments {
-    /// `none`, `int8` or `int4` for the whole model, where int4 keeps embedding and head in int8;
+    /// `none`, `int8`, `int4` or `nl4` for the whole model, where the last two keep embedding and head in int8;
     /// `auto` for the most bits that fit without leaving the GPUs [default: the map's, or none].
     #[arg(long, value_name = "SCHEME")]
     pub quantize: Option<Quantize>,

@@ -77,7 +77,7 @@ pub fn decide_scheme(subject: &Subject, options: &PlanOptions) -> Result<(PlanOp
     }
     let with = |scheme: Scheme| PlanOptions { quantize: Some(scheme.into()), ..options.clone() };
     let outline = |scheme| subject.plan(&with(scheme)).map(|plan| Outline::of(&plan, options.strategy));
-    let outlines = Scheme::ALL.into_iter().map(outline).collect::<Result<Vec<_>>>()?;
+    let outlines = Scheme::AUTOMATIC.into_iter().map(outline).collect::<Result<Vec<_>>>()?;
     // Of equals `min_by_key` takes the first, which has the most bits; where nothing fits, the fewest.
     let best = outlines.iter().filter(|outline| outline.fits).min_by_key(|outline| outline.off_gpus);
     let scheme = best.or(outlines.last()).map_or(Scheme::None, |outline| outline.scheme);

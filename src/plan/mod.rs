@@ -26,7 +26,7 @@ use crate::device::DeviceId;
 use crate::device_map::{self, Contents, DeviceMap, MaxMemory};
 use crate::error::{Error, Result, first_five};
 use crate::model_config::ModelConfig;
-use crate::quant::{KvDtype, QuantizeRules, Scheme, WeightDtype};
+use crate::quant::{KvDtype, QuantizeRules, Scheme, Storage, WeightDtype};
 use memory::KvLayout;
 use options::Conditions;
 
@@ -366,6 +366,7 @@ impl<'a> Subject<'a> {
             },
         };
         check_devices(&placement, inventory)?;
+        check_schemes(&placement, weights, &conditions.quantize)?;
         for (module, device) in modules.iter_mut().zip(placement) {
             module.device = device;
         }
@@ -499,7 +500,7 @@ fn as_transformers(subject: &Subject, conditions: &Conditions, mode: hf::Mode) -
     let quantization = match conditions.quantize.scheme("") {
         Scheme::None => hf::Quantization::None,
         Scheme::Int8 => hf::Quantization::EightBit,
-        Scheme::Int4 => hf::Quantization::FourBit,
+        Scheme::Int4 | Scheme::Nl4 => hf::Quantization::FourBit,
     };
     let model = hf::tree_of(&checkpoint.config, tree, dtype, quantization);
     let memory = inventory.devices.iter().filter(|device| device.id != DeviceId::Disk);
@@ -522,6 +523,20 @@ fn check_model(options: &PlanOptions, checkpoint: &Checkpoint) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// Refuses weights on a GPU in a scheme that has no kernel there.
+fn check_schemes(placement: &[DeviceId], weights: &[Weight], rules: &QuantizeRules) -> Result<()> {
+    let is_refused = |weight: &&Weight| {
+        matches!(placement[weight.module], DeviceId::Cuda(_))
+            && memory::layout(weight, rules).is_some_and(|layout| layout.storage == Storage::Nl4)
+    };
+    weights.iter().find(is_refused).map_or(Ok(()), |weight| {
+        let (module, device) = (&weight.parameter.module, placement[weight.module]);
+        Err(Error::input(format!("`{module}` cannot be `nl4` on {device}: only the CPU computes this scheme"))
+            .hint("`--quantize int4` takes as many bytes")
+            .hint("a `--device-map` that places all of it on the CPU or the disk keeps `nl4`"))
+    })
 }
 
 fn check_devices(placement: &[DeviceId], inventory: &Inventory) -> Result<()> {

@@ -5,10 +5,12 @@
 //! | --- | --- | --- |
 //! | `int8` | `scale[row] * q`, q in −127..=127 | 8 + 32/K |
 //! | `int4` | `scale[row] * sub_scale[row][k/32] * (q − 8)`, q in 0..16 | 4.25 + 16/K |
+//! | `nl4` | `scale[row] * sub_scale[row][k/32] * level[q]`, 16 levels on a cubic | 4.25 + 16/K |
 //! | `none` | as the checkpoint stores it | 16 or 32 |
 
 mod kv_cache;
 mod layout;
+mod nl4;
 mod quantize;
 pub mod reference;
 mod rules;
@@ -22,6 +24,7 @@ use serde::{Serialize, Serializer};
 
 pub use kv_cache::{KvDtype, ParseKvDtypeError};
 pub use layout::{ALIGNMENT, GROUP_SIZE, Matrix, MatrixLayout};
+pub use nl4::{NL4_LEVELS, NL4_UNIT};
 pub use quantize::{PackedRows, QuantizeError, quantize_activations, quantize_rows};
 pub use rules::QuantizeRules;
 
@@ -34,11 +37,15 @@ pub enum Scheme {
     Int8,
     /// 4 bits, a scale per group of 32 along a row.
     Int4,
+    /// As many bits, on levels that are finer near zero.
+    Nl4,
 }
 
 impl Scheme {
     /// All schemes, most bits first.
-    pub const ALL: [Self; 3] = [Self::None, Self::Int8, Self::Int4];
+    pub const ALL: [Self; 4] = [Self::None, Self::Int8, Self::Int4, Self::Nl4];
+    /// Those that every device computes, most bits first; a plan chooses among them.
+    pub const AUTOMATIC: [Self; 3] = [Self::None, Self::Int8, Self::Int4];
 
     /// The name in flags and maps.
     pub fn name(self) -> &'static str {
@@ -46,6 +53,7 @@ impl Scheme {
             Self::None => "none",
             Self::Int8 => "int8",
             Self::Int4 => "int4",
+            Self::Nl4 => "nl4",
         }
     }
 }
@@ -58,7 +66,7 @@ impl fmt::Display for Scheme {
 
 /// A text that names no scheme.
 #[derive(Debug, thiserror::Error)]
-#[error("`{0}` is not a scheme; schemes are `none`, `int8` and `int4`")]
+#[error("`{0}` is not a scheme; schemes are `none`, `int8`, `int4` and `nl4`")]
 pub struct ParseSchemeError(String);
 
 impl FromStr for Scheme {
@@ -141,6 +149,8 @@ pub enum Storage {
     Int8,
     /// [`Scheme::Int4`].
     Int4,
+    /// [`Scheme::Nl4`].
+    Nl4,
 }
 
 impl Storage {
@@ -150,6 +160,7 @@ impl Storage {
             Scheme::None => Self::Plain(dtype),
             Scheme::Int8 => Self::Int8,
             Scheme::Int4 => Self::Int4,
+            Scheme::Nl4 => Self::Nl4,
         }
     }
 }

@@ -17,13 +17,14 @@ const EMBEDDING: &str = "model.embed_tokens";
 
 impl QuantizeRules {
     /// The rules that `--quantize` gives: one scheme for the whole model,
-    /// except that `int4` keeps the embedding and the head in `int8`.
+    /// except that `int4` and `nl4` keep the embedding and the head in `int8`.
     pub fn whole_model(scheme: Scheme) -> Self {
         let mut rules = vec![(String::new(), scheme)];
-        if scheme == Scheme::Int4 {
+        let has_four_bits = matches!(scheme, Scheme::Int4 | Scheme::Nl4);
+        if has_four_bits {
             rules.extend([EMBEDDING, "lm_head"].map(|path| (path.to_owned(), Scheme::Int8)));
         }
-        Self { rules, is_for_any_model: scheme == Scheme::Int4 }
+        Self { rules, is_for_any_model: has_four_bits }
     }
 
     /// Rules as a map lists them.
