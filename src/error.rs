@@ -15,12 +15,16 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ErrorKind {
+    /// A device that was there failed.
+    Device,
     /// The model does not fit, or a device or the disk ran out.
     DoesNotFit,
     /// A model, a map, the Hub or a prompt is not as it must be.
     Input,
     /// The caller asked to stop.
     Interrupted,
+    /// A device has less free than when the plan was made; planning again may help.
+    Shortfall,
     /// An option is out of its range, or options contradict each other.
     Usage,
 }
@@ -47,9 +51,20 @@ impl Error {
         Self::new(ErrorKind::Input, what)
     }
 
+    /// A device failed.
+    pub fn device(what: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Device, what)
+    }
+
     /// Memory or disk does not suffice.
     pub fn does_not_fit(what: impl Into<String>) -> Self {
         Self::new(ErrorKind::DoesNotFit, what)
+    }
+
+    /// A device has less free than when the plan was made.
+    pub fn shortfall(what: impl Into<String>) -> Self {
+        let hint = "another process has taken memory; `--on-shortfall replan` plans again with what is left";
+        Self::new(ErrorKind::Shortfall, what).hint(hint)
     }
 
     /// An option is wrong.

@@ -257,7 +257,7 @@ fn no_value_of_a_configuration_is_too_odd_to_be_read_or_refused() {
                     Ok(config) => {
                         let tree = ModuleTree::new(&config);
                         assert!(tree.parameters().all(|(_, parameter)| !parameter.shape().is_empty()));
-                        let _ = WorkspaceLayout::new(&config, 512).bytes(4);
+                        let _ = WorkspaceLayout::new(&config, 512).bytes();
                         config.ropes.iter().for_each(|rope| assert_eq!(rope.frequencies(9).len(), rope.rotary_dim / 2));
                         read += 1;
                     }

@@ -74,7 +74,11 @@ fn a_shard_that_changed_since_its_header_was_read_is_refused() {
 fn a_load_can_be_stopped() {
     let (_directory, checkpoint) = copy();
     let cancel = AtomicBool::new(false);
-    let options = LoadOptions { offload_directory: Path::new(env!("CARGO_TARGET_TMPDIR")), cancel: &cancel };
+    let options = LoadOptions {
+        offload_directory: Path::new(env!("CARGO_TARGET_TMPDIR")),
+        cancel: &cancel,
+        separate_buffers: false,
+    };
     let mut placed = 0;
     let result = plan(&checkpoint, Scheme::Int8).load(&checkpoint, &options, |event| {
         if let LoadEvent::Placed { .. } = event {
@@ -105,7 +109,11 @@ fn an_offload_directory_that_cannot_be_used_is_an_error() {
     let map = evenkeel::device_map::DeviceMap::parse("map.json", br#"{"": "disk"}"#.to_vec()).unwrap();
     let options = PlanOptions { device_map: Some(map), ..PlanOptions::default() };
     let plan = Plan::new(&checkpoint, &roomy(), &options).unwrap();
-    let options = LoadOptions { offload_directory: Path::new("/nowhere"), cancel: &AtomicBool::new(false) };
+    let options = LoadOptions {
+        offload_directory: Path::new("/nowhere"),
+        cancel: &AtomicBool::new(false),
+        separate_buffers: false,
+    };
     let error = plan.load(&checkpoint, &options, |_| ()).err().unwrap();
     assert_eq!(error.to_string(), "cannot make a scratch file in `/nowhere`");
 }

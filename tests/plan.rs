@@ -150,7 +150,7 @@ fn every_remedy_is_a_command_that_fits() {
     std::fs::write(&map, r#"{"": 1}"#).unwrap();
     let map = format!("--quantize int4 --device-map {} {SMALL}", map.to_str().unwrap());
     for (words, expected) in [
-        (format!("--context 8192 {SMALL}"), &["int4 weights", "10.0 GiB of host memory", "8.1 GiB more on cuda:1"][..]),
+        (format!("--context 8192 {SMALL}"), &["int4 weights", "10.0 GiB of host memory", "7.9 GiB more on cuda:1"][..]),
         (
             format!("--quantize int4 --context 49152 {SMALL}"),
             &["an int8 KV cache", "a context of", "GiB of host memory"],

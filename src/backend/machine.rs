@@ -14,8 +14,8 @@ use crate::plan::{Bandwidth, Device, Inventory};
 
 impl Inventory {
     /// The devices of this machine: free host memory under the limit of the
-    /// process's control group, and the space in `offload_directory`. GPUs are
-    /// listed as idle.
+    /// process's control group, the space in `offload_directory`, and the GPUs;
+    /// those that are too old, or whose driver is, are listed as idle.
     ///
     /// # Errors
     /// The system does not tell its memory, or the directory is not there.
@@ -30,19 +30,21 @@ impl Inventory {
         }
         let disk = fs::free_space(offload_directory)?;
         let device = |id, free, total| Device { id, name: None, free, total, bandwidth: None };
-        Ok(Self {
-            devices: vec![device(DeviceId::Cpu, free, total), device(DeviceId::Disk, disk, disk)],
-            idle: cuda::devices(),
-        })
+        let (mut devices, idle) = cuda::devices();
+        devices.extend([device(DeviceId::Cpu, free, total), device(DeviceId::Disk, disk, disk)]);
+        Ok(Self { devices, idle })
     }
 
-    /// Measures how fast the host reads its memory, with a short probe where
-    /// there is room for one. GPUs have their data sheets' figures.
+    /// Measures how fast the host and the GPUs read their memory, with a short
+    /// probe where there is room for one; else a GPU has its data sheet's figure.
     pub fn measure_bandwidth(&mut self) {
         for device in &mut self.devices {
-            if device.id == DeviceId::Cpu && device.free > Bytes(2 * PROBE as u64) {
-                device.bandwidth = host_bandwidth();
-            }
+            let measured = match device.id {
+                DeviceId::Cuda(index) => cuda::measure_bandwidth(index).ok(),
+                DeviceId::Cpu if device.free > Bytes(2 * PROBE as u64) => host_bandwidth(),
+                DeviceId::Cpu | DeviceId::Disk => None,
+            };
+            device.bandwidth = measured.or(device.bandwidth);
         }
     }
 }
@@ -59,11 +61,9 @@ fn host_bandwidth() -> Option<Bandwidth> {
         let start = Instant::now();
         let sum: u64 = cells.par_chunks(1 << 16).map(|part| part.iter().sum::<u64>()).sum();
         std::hint::black_box(sum);
-        PROBE as f64 / start.elapsed().as_secs_f64()
+        start.elapsed().as_secs_f64()
     };
-    let best = (0..3).map(read).fold(0.0, f64::max);
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a saturating cast")]
-    Some(Bandwidth { bytes_per_second: best as u64, measured: true })
+    Some(Bandwidth::measured(PROBE, (0..3).map(read).fold(f64::INFINITY, f64::min)))
 }
 
 /// A field of /proc/meminfo, which counts in KiB.

@@ -1,41 +1,43 @@
 //! Stages: runs of modules on one device, and the pipeline that a token goes through.
 
 pub mod cpu;
-mod cuda;
+pub mod cuda;
+mod hidden;
 mod machine;
 mod pipeline;
 
 use crate::error::Result;
 
+pub use hidden::{Chunk, Hidden};
 pub use pipeline::{Pipeline, StageRoles};
 
 /// A contiguous run of modules on one device.
 ///
-/// A stage takes a hidden state and gives one; it does not know its
-/// neighbours. Hidden states are f32, `[tokens][hidden_size]`, in host memory.
+/// A stage takes hidden states and gives some; it does not know its
+/// neighbours. It asks [`Hidden`] for them where it computes.
 pub trait Stage: Send {
-    /// Writes the embedding of each token to `hidden`; only for the stage that holds it.
+    /// Makes the embedding of each token the hidden states; only for the stage that holds it.
     ///
     /// # Errors
     /// The device failed.
-    fn embed(&mut self, tokens: &[u32], hidden: &mut [f32]) -> Result<()>;
+    fn embed(&mut self, tokens: &[u32], hidden: &mut Hidden) -> Result<()>;
 
-    /// Runs the stage's blocks on `hidden`, whose first token stands at
-    /// `position`, and appends to the KV cache there.
+    /// Runs the stage's blocks on the hidden states, whose first token stands
+    /// at `position`, and appends to the KV cache there.
     ///
     /// # Errors
     /// The device failed.
-    fn run_blocks(&mut self, hidden: &mut [f32], position: usize) -> Result<()>;
+    fn run_blocks(&mut self, hidden: &mut Hidden, position: usize) -> Result<()>;
 
-    /// Normalizes one token's hidden state; only for the stage that holds the last norm.
+    /// Normalizes the hidden states; only for the stage that holds the last norm.
     ///
     /// # Errors
     /// The device failed.
-    fn norm(&mut self, hidden: &mut [f32]) -> Result<()>;
+    fn norm(&mut self, hidden: &mut Hidden) -> Result<()>;
 
     /// The logits of one token's normalized hidden state; only for the stage that holds the head.
     ///
     /// # Errors
     /// The device failed.
-    fn logits(&mut self, hidden: &[f32], logits: &mut [f32]) -> Result<()>;
+    fn logits(&mut self, hidden: &mut Hidden, logits: &mut [f32]) -> Result<()>;
 }

@@ -1,6 +1,6 @@
 //! A model's stages in the order they run, and the sequence that is in their KV caches.
 
-use super::Stage;
+use super::{Hidden, Stage};
 use crate::error::{Error, Result};
 use crate::model_config::ModelConfig;
 use crate::plan::memory;
@@ -21,11 +21,12 @@ pub struct Pipeline {
     stages: Vec<Box<dyn Stage>>,
     roles: StageRoles,
     vocab_size: usize,
-    hidden_size: usize,
     context: usize,
     chunk: usize,
     length: usize,
-    hidden: Vec<f32>,
+    hidden: Hidden,
+    /// The most tokens that the hidden states have room for.
+    largest_chunk: usize,
     logits: Vec<f32>,
 }
 
@@ -37,11 +38,11 @@ impl Pipeline {
             stages,
             roles,
             vocab_size: config.vocab_size,
-            hidden_size: config.hidden_size,
             context,
             chunk,
             length: 0,
-            hidden: vec![0.0; chunk * config.hidden_size],
+            hidden: Hidden::new(chunk, config.hidden_size),
+            largest_chunk: chunk,
             logits: vec![0.0; config.vocab_size],
         }
     }
@@ -58,7 +59,7 @@ impl Pipeline {
 
     /// Bytes of the buffers that the pipeline itself holds.
     pub fn host_bytes(&self) -> usize {
-        (self.hidden.len() + self.logits.len()) * size_of::<f32>()
+        self.hidden.host_bytes() + self.logits.len() * size_of::<f32>()
     }
 
     /// Forgets the tokens behind the first `length`.
@@ -68,7 +69,7 @@ impl Pipeline {
 
     /// Takes tokens in chunks of at most `tokens` at once; no more than the plan counts.
     pub fn limit_chunk(&mut self, tokens: usize) {
-        self.chunk = tokens.clamp(1, self.hidden.len() / self.hidden_size);
+        self.chunk = tokens.clamp(1, self.largest_chunk);
     }
 
     /// Appends `tokens` and gives the logits behind the last of them.
@@ -126,10 +127,10 @@ impl Pipeline {
 
     /// Runs a chunk through all blocks; its hidden states stay in `self.hidden`.
     fn run(&mut self, tokens: &[u32]) -> Result<()> {
-        let hidden = &mut self.hidden[..tokens.len() * self.hidden_size];
-        self.stages[self.roles.embedding].embed(tokens, hidden)?;
+        self.hidden.begin(tokens.len());
+        self.stages[self.roles.embedding].embed(tokens, &mut self.hidden)?;
         for stage in &mut self.stages {
-            stage.run_blocks(hidden, self.length)?;
+            stage.run_blocks(&mut self.hidden, self.length)?;
         }
         self.length += tokens.len();
         Ok(())
@@ -137,9 +138,10 @@ impl Pipeline {
 
     /// The logits behind the token at `at` of the chunk that was run last.
     fn head(&mut self, at: usize) -> Result<()> {
-        let row = &mut self.hidden[at * self.hidden_size..][..self.hidden_size];
-        self.stages[self.roles.norm].norm(row)?;
-        self.stages[self.roles.head].logits(row, &mut self.logits)?;
+        let chunk = self.hidden.select(at);
+        self.stages[self.roles.norm].norm(&mut self.hidden)?;
+        self.stages[self.roles.head].logits(&mut self.hidden, &mut self.logits)?;
+        self.hidden.restore(chunk);
         if self.logits.iter().all(|logit| logit.is_finite()) {
             Ok(())
         } else {

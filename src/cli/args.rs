@@ -31,6 +31,8 @@ pub struct Arguments {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Show the devices of this machine: GPUs, CPU and disk.
+    Devices(DevicesArguments),
     /// Generate text behind a prompt.
     Generate(Box<GenerateArguments>),
     /// Measure how well a model predicts a text, and what a scheme costs.
@@ -131,6 +133,25 @@ fn budget(text: &str) -> Result<(DeviceId, Bytes), String> {
 }
 
 #[derive(Debug, Args)]
+pub struct DevicesArguments {
+    /// The directory for weights that go on the disk [default: $TMPDIR, or /var/tmp].
+    #[arg(long, value_name = "DIRECTORY", help_heading = "Placement")]
+    pub offload_dir: Option<PathBuf>,
+    /// How the devices are written to standard output.
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = Format::Text, help_heading = "Output")]
+    pub format: Format,
+}
+
+/// What is done where a device has less free than when the plan was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnShortfall {
+    /// The load fails.
+    Fail,
+    /// The plan is made again, once.
+    Replan,
+}
+
+#[derive(Debug, Args)]
 pub struct GenerateArguments {
     #[command(flatten)]
     pub model: ModelArguments,
@@ -138,6 +159,9 @@ pub struct GenerateArguments {
     pub prompt: PromptArguments,
     #[command(flatten)]
     pub placement: PlacementArguments,
+    /// What to do where a GPU has less free than when the plan was made.
+    #[arg(long, value_enum, value_name = "WHAT", default_value_t = OnShortfall::Fail, help_heading = "Placement")]
+    pub on_shortfall: OnShortfall,
     #[command(flatten)]
     pub sampling: SamplingArguments,
     /// `text`, or JSON Lines: an object for each token, then a summary.

@@ -7,6 +7,7 @@
 //! | `HF_ENDPOINT` | the Hub's address |
 //! | `HF_HUB_OFFLINE` | only the cache is used |
 //! | `HF_HUB_DISABLE_PROGRESS_BARS` | no bars |
+//! | `CUDA_VISIBLE_DEVICES` | the GPUs that the driver shows; `devices` names it |
 //! | `NO_COLOR`, `CLICOLOR_FORCE`, `TERM` | colour |
 //! | `TMPDIR` | where weights on the disk go |
 
@@ -15,6 +16,7 @@ use std::path::PathBuf;
 
 const NAMES: &[&str] = &[
     "CLICOLOR_FORCE",
+    "CUDA_VISIBLE_DEVICES",
     "HF_ENDPOINT",
     "HF_HOME",
     "HF_HUB_CACHE",
@@ -58,6 +60,11 @@ impl Environment {
     /// The directory for large temporary files: not `/tmp`, which is in memory on many systems.
     pub fn temporary_directory(&self) -> PathBuf {
         self.path("TMPDIR").unwrap_or_else(|| "/var/tmp".into())
+    }
+
+    /// The GPUs that the driver was told to show.
+    pub fn visible_gpus(&self) -> Option<&str> {
+        self.text("CUDA_VISIBLE_DEVICES")
     }
 
     /// Whether messages are coloured: by the environment's wish, else on a terminal.

@@ -4,6 +4,7 @@
 
 mod args;
 mod command_line;
+mod devices;
 mod env;
 mod generate;
 mod model;
@@ -63,7 +64,7 @@ impl Exit {
 fn exit_code(kind: ErrorKind) -> u8 {
     match kind {
         ErrorKind::Usage => 2,
-        ErrorKind::DoesNotFit => Exit::DoesNotFit.code(),
+        ErrorKind::DoesNotFit | ErrorKind::Device | ErrorKind::Shortfall => Exit::DoesNotFit.code(),
         ErrorKind::Interrupted => Exit::Interrupted.code(),
         // Input, and kinds that a later version may add.
         _ => 1,
@@ -76,6 +77,7 @@ pub fn run() -> ExitCode {
     let environment = Environment::of_process();
     let printer = Printer::new(&arguments.output, &environment);
     let outcome = match arguments.command {
+        Command::Devices(arguments) => devices::run(&arguments, &environment, &printer),
         Command::Generate(arguments) => generate::run(&arguments, &environment, &printer),
         Command::Perplexity(arguments) => perplexity::run(&arguments, &environment, &printer),
         Command::Plan(arguments) => plan::run(&arguments, &environment, &printer),

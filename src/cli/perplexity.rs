@@ -7,8 +7,7 @@ use std::sync::atomic::AtomicBool;
 use evenkeel::bytes::{Bytes, MIB};
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::generate::{Comparison, DEFAULT_WINDOW, Perplexity, Predictions, Windows};
-use evenkeel::loader::LoadOptions;
-use evenkeel::plan::{Inventory, Plan, PlanOptions, Strategy};
+use evenkeel::plan::PlanOptions;
 use evenkeel::quant::{QuantizeRules, Scheme};
 use evenkeel::tokenizer::Tokenizer;
 use evenkeel::{Error, Result, fs};
@@ -16,9 +15,7 @@ use serde::Serialize;
 
 use super::args::{Format, PerplexityArguments};
 use super::env::Environment;
-use super::generate::load_with_bar;
 use super::model::{self, Need};
-use super::plan::with_commands;
 use super::printer::Printer;
 use super::progress::Bar;
 use super::{Exit, Outcome, signal};
@@ -119,31 +116,23 @@ impl Measurement<'_> {
     }
 
     fn row(&self, options: &PlanOptions, comparison: Comparison) -> Result<Row> {
-        let mut inventory = Inventory::this_machine(&self.offload_directory)?;
-        if options.strategy == Strategy::Fastest {
-            inventory.measure_bandwidth();
-        }
-        let plan = Plan::new(self.checkpoint, &inventory, options)?;
-        if !plan.fits() {
-            return Err(with_commands(&plan));
-        }
-        let load = LoadOptions { offload_directory: &self.offload_directory, cancel: &self.interrupted };
-        let mut model = load_with_bar(&plan, self.checkpoint, &load, self.printer)?;
-        let bar = Bar::tokens(self.printer, "scoring", self.tokens.len());
+        let Self { checkpoint, offload_directory, interrupted, printer, .. } = self;
+        let mut model = model::load(checkpoint, options, offload_directory, interrupted, printer)?;
+        let bar = Bar::tokens(printer, "scoring", self.tokens.len());
         let on_window = |tokens: usize| bar.set(tokens as u64);
-        let measured = model.perplexity(&self.tokens, self.windows, comparison, &self.interrupted, on_window);
+        let measured = model.perplexity(&self.tokens, self.windows, comparison, interrupted, on_window);
         bar.finish();
         let measured = measured?;
-        let weights: Bytes = plan.devices.iter().map(|device| device.weights).sum();
+        let weights: Bytes = model.plan.devices.iter().map(|device| device.weights).sum();
         let row = Row {
-            bits_per_weight: weights.0 as f64 * 8.0 / plan.parameters as f64,
+            bits_per_weight: weights.0 as f64 * 8.0 / model.plan.parameters as f64,
             weights,
             measured,
             tokens_per_second: measured.tokens as f64 / measured.seconds,
-            quantize: plan.quantize,
+            quantize: model.plan.quantize.clone(),
         };
         let name = row.quantize.scheme("");
-        self.printer.note(&format!("{name}: {:.1} s, {:.0} tok/s", measured.seconds, row.tokens_per_second));
+        printer.note(&format!("{name}: {:.1} s, {:.0} tok/s", measured.seconds, row.tokens_per_second));
         Ok(row)
     }
 }

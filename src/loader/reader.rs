@@ -1,38 +1,64 @@
 //! A thread that reads shards in slabs of whole rows, ahead of the work on them.
 
 use std::fs::{File, Metadata};
+use std::ops::{Deref, DerefMut};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use crate::architecture::Weight;
+use crate::backend::cuda::Pinned;
 use crate::bytes::Bytes;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::fs;
-use crate::plan::memory::{HostStaging, Placed, STAGING_SLABS};
+use crate::plan::memory::Placed;
 use crate::quant::WeightDtype;
 
-/// Whole rows of a weight.
-pub struct Slab<'a> {
+/// Host memory that a slab is read into.
+pub enum SlabBuffer {
+    /// Ordinary memory.
+    Heap(Vec<u8>),
+    /// Memory that GPUs copy from beside the host's work.
+    Pinned(Pinned),
+}
+
+impl Deref for SlabBuffer {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Heap(bytes) => bytes,
+            Self::Pinned(bytes) => bytes,
+        }
+    }
+}
+
+impl DerefMut for SlabBuffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        match self {
+            Self::Heap(bytes) => bytes,
+            Self::Pinned(bytes) => bytes,
+        }
+    }
+}
+
+/// Whole rows of a weight, as the shard has them.
+pub struct Slab {
     /// Position of the weight in the list that is read.
     pub weight: usize,
     /// First row.
     pub row: usize,
-    /// The rows' elements, as the shard has them.
-    pub bytes: &'a [u8],
-}
-
-/// A filled buffer on its way.
-struct Filled {
-    weight: usize,
-    row: usize,
-    len: usize,
-    buffer: Vec<u8>,
+    /// Bytes of the rows, at the start of the buffer.
+    pub len: usize,
+    /// Where they are; goes back to the reader when they are no longer needed.
+    pub buffer: SlabBuffer,
 }
 
 /// Reads `placed`, which is sorted by shard and offset, and calls `visit` with
-/// each slab in turn. Returns the bytes of the ring's buffers.
+/// each slab in turn, and with the way that buffers go back. `visit` may keep
+/// some of the buffers, but not all. `transposed` bytes are taken for rows of
+/// tensors that are stored the other way round.
 ///
 /// # Errors
 /// A shard cannot be read or has changed since its header was, or `visit` fails.
@@ -40,32 +66,30 @@ pub fn read(
     checkpoint: &Checkpoint,
     directory: &Path,
     placed: &[Placed],
-    staging: HostStaging,
-    mut visit: impl FnMut(Slab) -> Result<()>,
-) -> Result<Bytes> {
-    let (filled_out, filled_in) = sync_channel::<Result<Filled>>(STAGING_SLABS);
-    let (empty_out, empty_in) = sync_channel::<Vec<u8>>(STAGING_SLABS);
-    for _ in 0..STAGING_SLABS {
+    buffers: Vec<SlabBuffer>,
+    transposed: usize,
+    mut visit: impl FnMut(Slab, &SyncSender<SlabBuffer>) -> Result<()>,
+) -> Result<()> {
+    let (filled_out, filled_in) = sync_channel::<Result<Slab>>(buffers.len());
+    let (empty_out, empty_in) = sync_channel::<SlabBuffer>(buffers.len());
+    for buffer in buffers {
         // The channel has room for all slabs, and its other end is alive.
-        let _ = empty_out.send(vec![0; staging.slab]);
+        let _ = empty_out.send(buffer);
     }
     // Both ends that the visitor holds are dropped with its closure, so that
     // a reader that waits ends where the visitor fails.
     std::thread::scope(move |scope| {
         scope.spawn(move || {
-            let mut gathered = vec![0; staging.transposed];
+            let mut gathered = vec![0; transposed];
             if let Err(error) = read_ahead(checkpoint, directory, placed, &empty_in, &filled_out, &mut gathered) {
                 // Nobody listens where the visitor has failed already.
                 let _ = filled_out.send(Err(error));
             }
         });
-        for filled in filled_in {
-            let filled = filled?;
-            visit(Slab { weight: filled.weight, row: filled.row, bytes: &filled.buffer[..filled.len] })?;
-            // The reader is gone once all is read.
-            let _ = empty_out.send(filled.buffer);
+        for slab in filled_in {
+            visit(slab?, &empty_out)?;
         }
-        Ok(Bytes((staging.slab * STAGING_SLABS + staging.transposed) as u64))
+        Ok(())
     })
 }
 
@@ -73,8 +97,8 @@ fn read_ahead(
     checkpoint: &Checkpoint,
     directory: &Path,
     placed: &[Placed],
-    empty: &Receiver<Vec<u8>>,
-    filled: &SyncSender<Result<Filled>>,
+    empty: &Receiver<SlabBuffer>,
+    filled: &SyncSender<Result<Slab>>,
     gathered: &mut [u8],
 ) -> Result<()> {
     let mut open: Option<Shard> = None;
@@ -101,8 +125,7 @@ fn read_ahead(
             } else {
                 shard.read(&mut buffer[..len], tensor.range.start + (row * row_bytes) as u64)?;
             }
-            let message = Filled { weight: at, row, len, buffer };
-            if filled.send(Ok(message)).is_err() {
+            if filled.send(Ok(Slab { weight: at, row, len, buffer })).is_err() {
                 return Ok(());
             }
             row += rows;
@@ -199,13 +222,14 @@ mod tests {
         assert_eq!(placed.len(), 4 * 3);
         // One row of the widest matrix, some rows, all of them.
         for slab in [512, 4099, 1 << 20] {
-            let staging = HostStaging { slab, packed: 0, transposed: slab };
+            let buffers = (0..4).map(|_| SlabBuffer::Heap(vec![0; slab])).collect();
             let mut read_back = vec![Vec::new(); placed.len()];
-            let ring = read(&checkpoint, &directory, &placed, staging, |slab| {
-                read_back[slab.weight].extend_from_slice(slab.bytes);
+            let read = read(&checkpoint, &directory, &placed, buffers, slab, |slab, back| {
+                read_back[slab.weight].extend_from_slice(&slab.buffer[..slab.len]);
+                let _ = back.send(slab.buffer);
                 Ok(())
             });
-            assert_eq!(ring.unwrap(), Bytes(5 * slab as u64));
+            read.unwrap();
             for (placed, rows) in placed.iter().zip(read_back) {
                 let (tensor, parameter) = (placed.weight.tensor, placed.weight.parameter);
                 let shard = std::fs::read(directory.join(&checkpoint.shards[tensor.shard])).unwrap();

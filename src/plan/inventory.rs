@@ -27,7 +27,7 @@ pub struct Device {
 pub struct Inventory {
     /// Devices that compute, or hold weights for one that does.
     pub devices: Vec<Device>,
-    /// GPUs that are there and that nothing can run on yet.
+    /// GPUs that are there and that are too old, or whose driver is.
     pub idle: Vec<Device>,
 }
 

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::architecture::Weight;
+use crate::architecture::{Role, Weight};
 use crate::bytes::{Bytes, MIB};
 use crate::device::DeviceId;
 use crate::error::{Error, Result};
@@ -14,8 +14,8 @@ use crate::quant::{GROUP_SIZE, KvDtype, MatrixLayout, QuantizeRules, Scheme, Sto
 pub const PREFILL_CHUNK: usize = 512;
 /// What a CUDA context takes of a GPU before anything is allocated.
 const CUDA_CONTEXT: Bytes = Bytes(330 * MIB);
-/// The staging ring of a GPU.
-const CUDA_STAGING: Bytes = Bytes(3 * 64 * MIB);
+/// Every buffer of a GPU starts on a multiple of this many bytes.
+const CUDA_ALIGNMENT: u64 = 256;
 /// Bytes of a slab of the host's staging ring, unless a single row is longer.
 const SLAB: u64 = 4 * MIB;
 /// Slabs in the host's staging ring.
@@ -149,13 +149,12 @@ impl WorkspaceLayout {
         }
     }
 
-    /// Bytes of all of them, with activations of `element` bytes. Scales, the
-    /// experts' weights and RoPE's tables are f32.
-    pub fn bytes(&self, element: usize) -> Bytes {
+    /// Bytes of all of them on the CPU, where everything but the codes is f32.
+    pub fn bytes(&self) -> Bytes {
         let block = self.normed + self.query + 2 * self.key + self.attended + 2 * self.gate;
         let activations = block + 2 * self.mixed + self.product;
         let tables = self.activation_scales + self.routes + 2 * self.rope;
-        Bytes((activations * element + tables * size_of::<f32>() + self.activation_codes) as u64)
+        Bytes(((activations + tables) * size_of::<f32>() + self.activation_codes) as u64)
     }
 }
 
@@ -174,10 +173,61 @@ pub fn host_state(config: &ModelConfig, context: usize) -> Bytes {
 pub fn workspace(config: &ModelConfig, context: usize, device: DeviceId) -> Bytes {
     let layout = WorkspaceLayout::new(config, chunk(context));
     match device {
-        DeviceId::Cuda(_) => layout.bytes(2) + Bytes((config.vocab_size * size_of::<f32>()) as u64),
-        DeviceId::Cpu => layout.bytes(size_of::<f32>()) + host_state(config, context),
+        DeviceId::Cuda(_) => cuda_workspace(config, context).into_iter().sum(),
+        DeviceId::Cpu => layout.bytes() + host_state(config, context),
         DeviceId::Disk => Bytes::ZERO,
     }
+}
+
+/// Number of buffers in a GPU's workspace.
+pub const CUDA_BUFFERS: usize = 16;
+
+/// The buffers of a GPU's workspace: the hidden state and the normalized one;
+/// queries, keys, values and what attention gives; gate and up; what a half of
+/// a block gives where that is not added at once; the experts' scores, the
+/// inputs and the outputs of one, its tokens and their weights; logits, tokens,
+/// and the frequencies of all ropes. Tokens are u32; normalized states, queries
+/// to up, and the experts' inputs f16; all others f32.
+pub fn cuda_workspace(config: &ModelConfig, context: usize) -> [Bytes; CUDA_BUFFERS] {
+    const HALF: usize = 2;
+    const WORD: usize = 4;
+    let layout = WorkspaceLayout::new(config, chunk(context));
+    let roles = || config.family.block.iter().map(|(role, _)| *role);
+    let norms_outputs = roles().any(|role| matches!(role, Role::AttentionOutputNorm | Role::FeedForwardOutputNorm));
+    let routed =
+        if layout.routes > 0 { config.experts.map_or(0, |experts| layout.tokens * experts.per_token) } else { 0 };
+    let rotated: usize = config.ropes.iter().map(|rope| rope.rotary_dim / 2).sum();
+    [
+        layout.normed * WORD,
+        layout.normed * HALF,
+        layout.query * HALF,
+        layout.key * HALF,
+        layout.key * HALF,
+        layout.attended * HALF,
+        layout.gate * HALF,
+        layout.gate * HALF,
+        if norms_outputs || layout.mixed > 0 { layout.normed * WORD } else { 0 },
+        layout.routes * WORD,
+        layout.mixed * HALF,
+        layout.mixed * WORD,
+        2 * routed * WORD,
+        config.vocab_size * WORD,
+        layout.tokens * WORD,
+        rotated * WORD,
+    ]
+    .map(cuda_aligned)
+}
+
+/// The regions of a GPU's staging ring: as many slabs as the host's has, and a word for each that
+/// says whether packing it failed.
+pub fn cuda_staging(slab: usize) -> [Bytes; STAGING_SLABS + 1] {
+    let mut sizes = [cuda_aligned(slab); STAGING_SLABS + 1];
+    sizes[STAGING_SLABS] = cuda_aligned(STAGING_SLABS * size_of::<u32>());
+    sizes
+}
+
+fn cuda_aligned(bytes: usize) -> Bytes {
+    Bytes((bytes as u64).next_multiple_of(CUDA_ALIGNMENT))
 }
 
 /// What the device's driver takes before anything is allocated.
@@ -220,17 +270,17 @@ impl HostStaging {
         Self { slab, packed, transposed }
     }
 
-    /// Bytes of the whole ring.
-    pub fn bytes(&self) -> Bytes {
-        Bytes((self.slab * STAGING_SLABS + self.packed + self.transposed) as u64)
+    /// Bytes of the ring that shards are read into, and of the rows of transposed tensors.
+    pub fn ring(&self) -> Bytes {
+        Bytes((self.slab * STAGING_SLABS + self.transposed) as u64)
     }
 }
 
 /// The staging of a device while it is filled.
 pub fn staging(device: DeviceId, host: HostStaging) -> Bytes {
     match device {
-        DeviceId::Cuda(_) => CUDA_STAGING,
-        DeviceId::Cpu => host.bytes(),
+        DeviceId::Cuda(_) => cuda_staging(host.slab).into_iter().sum(),
+        DeviceId::Cpu => host.ring() + Bytes(host.packed as u64),
         DeviceId::Disk => Bytes::ZERO,
     }
 }

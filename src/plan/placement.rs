@@ -31,7 +31,7 @@ pub struct Capacity {
 ///
 /// If the GPUs hold all modules, the split is the one whose fullest GPU has
 /// the least share of its room taken, found exactly by dynamic programming.
-/// Else as many modules leave the GPUs as must ([`off_gpus`]), and the rest is
+/// Else as many modules leave the GPUs as must (`off_gpus`), and the rest is
 /// split so; without other devices, as [`sequential`].
 ///
 /// # Panics
@@ -53,7 +53,7 @@ pub fn packed(modules: &[Cost], devices: &[Capacity]) -> Vec<DeviceId> {
 }
 
 /// The device of every module, in runs: each GPU is filled in turn. If they do
-/// not hold all modules, as many leave them as must ([`off_gpus`]); what no
+/// not hold all modules, as many leave them as must (`off_gpus`); what no
 /// device holds is left on the last one, whose overflow says what is missing.
 ///
 /// # Panics

@@ -158,7 +158,11 @@ impl Plan {
         }
         for device in &self.idle {
             let name = device.name.as_deref().unwrap_or("a GPU");
-            writeln!(f, "{} ({name}) is not used: this version computes on the CPU and the disk only", device.id)?;
+            writeln!(
+                f,
+                "{} ({name}) is not used: evenkeel needs compute capability 7.5 and the NVIDIA driver 550",
+                device.id
+            )?;
         }
         for (at, outline) in self.schemes.iter().enumerate() {
             let chosen = if outline.scheme == self.quantize.scheme("") { "*" } else { " " };

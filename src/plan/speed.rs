@@ -94,6 +94,13 @@ impl Bandwidth {
         Some(Self { bytes_per_second: known.1 * 1_000_000_000, measured: false })
     }
 
+    /// That of a device that read `bytes` within `seconds`.
+    pub fn measured(bytes: usize, seconds: f64) -> Self {
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a saturating cast")]
+        let bytes_per_second = (bytes as f64 / seconds) as u64;
+        Self { bytes_per_second: bytes_per_second.max(1), measured: true }
+    }
+
     /// Seconds for each byte.
     fn seconds(self) -> f64 {
         let share = if self.measured { 1.0 } else { REACHED };
@@ -174,7 +181,7 @@ impl Speed {
             }
             current = Some(device.id);
             // The KV cache of blocks on the disk is in host memory.
-            let holder = devices.iter().find(|device| device.id == super::memory_device(module.device))?;
+            let holder = devices.iter().find(|device| device.id == super::device_plan::memory_device(module.device))?;
             kv += module.kv_cache.0 as f64 / batch as f64 * Pace::new(holder.id, holder.bandwidth)?.byte;
         }
         (at_first > 0.0).then(|| Self { at_first: 1.0 / at_first, at_last: 1.0 / (at_first + kv) })

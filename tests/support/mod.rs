@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 pub mod broken;
+pub mod models;
 pub mod published;
 pub mod shapes;
 
@@ -45,8 +46,11 @@ pub fn load_with(name: &str, scheme: Scheme, map: Option<&str>, kv_cache: KvDtyp
 
 /// Carries out a plan, with scratch files in the test's own directory.
 pub fn load_plan(plan: &Plan, checkpoint: &Checkpoint) -> evenkeel::Result<Model> {
-    let options =
-        LoadOptions { offload_directory: Path::new(env!("CARGO_TARGET_TMPDIR")), cancel: &AtomicBool::new(false) };
+    let options = LoadOptions {
+        offload_directory: Path::new(env!("CARGO_TARGET_TMPDIR")),
+        cancel: &AtomicBool::new(false),
+        separate_buffers: false,
+    };
     plan.load(checkpoint, &options, |_| ())
 }
 

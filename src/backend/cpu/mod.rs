@@ -15,8 +15,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 pub use arena::{Arena, zeroed};
 pub use matmul::{Activations, Affine, matmul};
+pub(super) use ops::{route, soft_cap};
 
-use super::Stage;
+use super::{Hidden, Stage};
 use crate::architecture::{Part, Role};
 use crate::bytes::Bytes;
 use crate::error::Result;
@@ -196,10 +197,10 @@ impl CpuStage {
 }
 
 impl Stage for CpuStage {
-    fn embed(&mut self, tokens: &[u32], hidden: &mut [f32]) -> Result<()> {
+    fn embed(&mut self, tokens: &[u32], hidden: &mut Hidden) -> Result<()> {
         if let Some(embedding) = self.parameters.find(Role::Embedding) {
             let scale = self.setup.config.embedding_scale;
-            for (token, row) in tokens.iter().zip(hidden.chunks_mut(self.setup.config.hidden_size)) {
+            for (token, row) in tokens.iter().zip(hidden.on_host()?.chunks_mut(self.setup.config.hidden_size)) {
                 embedding.weight.dequantize_row(*token as usize, row);
                 for x in row {
                     *x *= scale;
@@ -209,7 +210,11 @@ impl Stage for CpuStage {
         Ok(())
     }
 
-    fn run_blocks(&mut self, hidden: &mut [f32], position: usize) -> Result<()> {
+    fn run_blocks(&mut self, hidden: &mut Hidden, position: usize) -> Result<()> {
+        if self.blocks.is_empty() && self.parameters.find(Role::Positions).is_none() {
+            return Ok(());
+        }
+        let hidden = hidden.on_host()?;
         // A panic while the lock was held leaves only scratch data behind.
         let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
         let Setup { config, frequencies, .. } = &self.setup;
@@ -236,18 +241,18 @@ impl Stage for CpuStage {
         Ok(())
     }
 
-    fn norm(&mut self, hidden: &mut [f32]) -> Result<()> {
+    fn norm(&mut self, hidden: &mut Hidden) -> Result<()> {
         if let Some(norm) = self.parameters.find(Role::OutputNorm) {
-            self.setup.norm.apply(hidden, &norm);
+            self.setup.norm.apply(hidden.on_host()?, &norm);
         }
         Ok(())
     }
 
-    fn logits(&mut self, hidden: &[f32], logits: &mut [f32]) -> Result<()> {
+    fn logits(&mut self, hidden: &mut Hidden, logits: &mut [f32]) -> Result<()> {
         if let Some(head) = self.parameters.find(Role::Head) {
             let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
             let Workspace { activation_codes, activation_scales, .. } = &mut *workspace;
-            let x = Activations::of(hidden, activation_codes, activation_scales, &[&head]);
+            let x = Activations::of(hidden.on_host()?, activation_codes, activation_scales, &[&head]);
             matmul(&head, &x, &mut [], logits);
             let config = &self.setup.config;
             for logit in logits {

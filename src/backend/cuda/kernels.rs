@@ -1,0 +1,370 @@
+//! The kernels: their PTX, and a typed launch for each. What a kernel computes
+//! stands at the head of its `.cu` file.
+
+use std::ops::Range;
+
+use super::driver::{Argument, Gpu, Region};
+use super::operands::{Affine, Attention, Cache, DeviceMatrix, FLOAT, HALF, Norm, Output, holds};
+use crate::error::Result;
+use crate::model_config::{Activation, NormKind};
+use crate::quant::{Storage, WeightDtype};
+
+/// Name, PTX and kernels of each file.
+pub(super) const MODULES: &[(&str, &str, &[&str])] = &[
+    ("attention", include_str!("kernels/attention.ptx"), &["attend", "rotate_and_store"]),
+    ("elementwise", include_str!("kernels/elementwise.ptx"), &["activate", "embed", "gather", "scatter_add", "top_k"]),
+    (
+        "matmul",
+        include_str!("kernels/matmul.ptx"),
+        &[
+            "few_bf16",
+            "few_f16",
+            "few_f32",
+            "few_int4",
+            "few_int8",
+            "many_bf16",
+            "many_f16",
+            "many_f32",
+            "many_int4",
+            "many_int8",
+        ],
+    ),
+    ("norm", include_str!("kernels/norm.ptx"), &["normalize"]),
+    ("quantize", include_str!("kernels/quantize.ptx"), &["quantize_int4", "quantize_int8"]),
+];
+
+/// The most tokens that take the kernels which read each weight once.
+const FEW: usize = 8;
+/// Rows and tokens of a block of the others.
+const TILE: usize = 64;
+
+fn dtype_number(dtype: WeightDtype) -> i32 {
+    match dtype {
+        WeightDtype::Bf16 => 0,
+        WeightDtype::F16 => 1,
+        WeightDtype::F32 => 2,
+    }
+}
+
+/// Plans refuse this scheme on GPUs.
+fn no_nl4() -> ! {
+    unreachable!("there is no kernel for nl4")
+}
+
+fn storage_number(storage: Storage) -> i32 {
+    match storage {
+        Storage::Plain(dtype) => dtype_number(dtype),
+        Storage::Int8 => 3,
+        Storage::Int4 => 4,
+        Storage::Nl4 => no_nl4(),
+    }
+}
+
+/// A dimension as a kernel takes it. Configurations allow none above 2^28.
+fn int(n: usize) -> Argument<'static> {
+    Argument::I32(i32::try_from(n).unwrap_or_else(|_| unreachable!("a dimension of {n}")))
+}
+
+fn pointer(region: Option<&Region>) -> Argument<'_> {
+    region.map_or(Argument::Null, Argument::Region)
+}
+
+/// The elements at `range` of a plain vector, and its dtype; null where there is none.
+fn vector(matrix: Option<&DeviceMatrix>, range: Range<usize>) -> (Option<Region>, Argument<'static>) {
+    let Some(matrix) = matrix else { return (None, Argument::I32(0)) };
+    let Storage::Plain(dtype) = matrix.layout.storage else { unreachable!("norms and biases are plain") };
+    assert!(range.end <= matrix.layout.rows * matrix.layout.cols, "a vector that is too short");
+    let elements = matrix.region.part(range.start * dtype.size(), range.len() * dtype.size());
+    (Some(elements), Argument::I32(dtype_number(dtype)))
+}
+
+/// Every launch is queued on the compute stream.
+impl Gpu {
+    /// Packs `rows` rows of `dtype` from `weights` into `matrix` from row `first` on. Sets the u32
+    /// `failed` where [`crate::quant::quantize_rows`] would fail on them.
+    ///
+    /// # Errors
+    /// The driver fails.
+    ///
+    /// # Panics
+    /// A region is shorter than the shapes say.
+    pub fn quantize(
+        &self,
+        matrix: &DeviceMatrix,
+        first: usize,
+        rows: usize,
+        dtype: WeightDtype,
+        weights: &Region,
+        failed: &Region,
+    ) -> Result<()> {
+        let layout = &matrix.layout;
+        assert!(first + rows <= layout.rows, "rows that the matrix has not");
+        holds(weights, rows * layout.cols, dtype.size());
+        holds(failed, 1, FLOAT);
+        let [codes, sub_scales, scales] = matrix.sections(first);
+        let head =
+            [Argument::Region(weights), Argument::I32(dtype_number(dtype)), int(layout.cols), int(layout.padded_cols)];
+        let (kernel, threads, sections) = match layout.storage {
+            Storage::Int8 => ("quantize_int8", 256, vec![pointer(codes.as_ref()), pointer(scales.as_ref())]),
+            Storage::Int4 => (
+                "quantize_int4",
+                128,
+                vec![pointer(codes.as_ref()), pointer(sub_scales.as_ref()), pointer(scales.as_ref())],
+            ),
+            Storage::Nl4 => no_nl4(),
+            Storage::Plain(_) => unreachable!("plain storage is copied, not quantized"),
+        };
+        self.launch(kernel, (rows, 1), threads, &[&head[..], &sections, &[Argument::Region(failed)]].concat())
+    }
+
+    /// `y = factor · (x · wᵀ + bias)` for `tokens` rows of f16 in `x`.
+    ///
+    /// # Errors
+    /// The driver fails.
+    ///
+    /// # Panics
+    /// A region is shorter than the shapes say.
+    pub fn matmul(
+        &self,
+        affine: &Affine,
+        x: &Region,
+        tokens: usize,
+        y: &Region,
+        output: Output,
+        factor: f32,
+    ) -> Result<()> {
+        let (matrix, rows, cols) = (affine.weight, affine.rows(), affine.cols());
+        holds(x, tokens * cols, HALF);
+        holds(y, tokens * rows, output.size());
+        let names = match matrix.layout.storage {
+            Storage::Plain(WeightDtype::Bf16) => ["few_bf16", "many_bf16"],
+            Storage::Plain(WeightDtype::F16) => ["few_f16", "many_f16"],
+            Storage::Plain(WeightDtype::F32) => ["few_f32", "many_f32"],
+            Storage::Int8 => ["few_int8", "many_int8"],
+            Storage::Int4 => ["few_int4", "many_int4"],
+            Storage::Nl4 => no_nl4(),
+        };
+        let (kernel, grid) = if tokens <= FEW {
+            (names[0], (rows.div_ceil(8), 1))
+        } else {
+            (names[1], (rows.div_ceil(TILE), tokens.div_ceil(TILE)))
+        };
+        let [codes, sub_scales, scales] = matrix.sections(affine.rows.start);
+        let (bias, bias_dtype) = vector(affine.bias, affine.rows.clone());
+        let arguments = [
+            pointer(codes.as_ref()),
+            pointer(sub_scales.as_ref()),
+            pointer(scales.as_ref()),
+            int(rows),
+            int(cols),
+            Argument::Region(x),
+            int(tokens),
+            pointer(bias.as_ref()),
+            bias_dtype,
+            Argument::Region(y),
+            Argument::I32(output as i32),
+            Argument::F32(factor),
+        ];
+        self.launch(kernel, grid, 256, &arguments)
+    }
+
+    /// `factor` times a norm of `rows` rows of `dtype` in `x`; without one, times the rows as they are.
+    /// The shape is rows and their width.
+    ///
+    /// # Errors
+    /// The driver fails.
+    ///
+    /// # Panics
+    /// A region is shorter than the shapes say.
+    pub fn normalize(
+        &self,
+        norm: Option<&Norm>,
+        (x, dtype): (&Region, WeightDtype),
+        (rows, width): (usize, usize),
+        y: &Region,
+        output: Output,
+        factor: f32,
+    ) -> Result<()> {
+        holds(x, rows * width, dtype.size());
+        holds(y, rows * width, output.size());
+        let (weight, weight_dtype) = vector(norm.map(|norm| norm.affine.weight), 0..width);
+        let (bias, bias_dtype) = vector(norm.and_then(|norm| norm.affine.bias), 0..width);
+        let (kind, offset) = match norm.map(|norm| norm.kind) {
+            Some(NormKind::Rms) => (0, 0.0),
+            Some(NormKind::RmsPlusOne) => (0, 1.0),
+            Some(NormKind::Layer) => (1, 0.0),
+            None => (2, 0.0),
+        };
+        let arguments = [
+            Argument::Region(x),
+            Argument::I32(dtype_number(dtype)),
+            pointer(weight.as_ref()),
+            weight_dtype,
+            pointer(bias.as_ref()),
+            bias_dtype,
+            Argument::F32(offset),
+            Argument::Region(y),
+            Argument::I32(output as i32),
+            int(width),
+            Argument::I32(kind),
+            Argument::F32(norm.map_or(0.0, |norm| norm.epsilon)),
+            Argument::F32(factor),
+        ];
+        self.launch("normalize", (rows, 1), 256, &arguments)
+    }
+
+    /// Rotates queries and keys by their positions, and puts keys and values into the cache.
+    /// `frequencies` has an f32 for each pair that is rotated, or is not there; `factor` is that of
+    /// cosines and sines.
+    ///
+    /// # Errors
+    /// The driver fails.
+    ///
+    /// # Panics
+    /// A region is shorter than the shapes say.
+    pub fn rotate_and_store(
+        &self,
+        shape: &Attention,
+        [query, key, value]: [&Region; 3],
+        cache: &Cache,
+        frequencies: Option<&Region>,
+        factor: f32,
+    ) -> Result<()> {
+        shape.check(query, cache);
+        for region in [key, value] {
+            holds(region, shape.tokens * shape.kv_heads * shape.head_dim, HALF);
+        }
+        let pairs = frequencies.map_or(0, |frequencies| frequencies.len() / FLOAT);
+        assert!(2 * pairs <= shape.head_dim, "more pairs than a head has");
+        let numbers = [
+            pointer(frequencies),
+            int(shape.heads),
+            int(shape.kv_heads),
+            int(shape.head_dim),
+            int(2 * pairs),
+            int(shape.context),
+            int(shape.position),
+            Argument::F32(factor),
+        ];
+        let grid = (shape.tokens, shape.heads + 2 * shape.kv_heads);
+        let regions = [query, key, value].map(Argument::Region);
+        self.launch("rotate_and_store", grid, 128, &[&regions[..], &cache.arguments(), &numbers].concat())
+    }
+
+    /// Attention of `query` over the cache, into `out`.
+    ///
+    /// # Errors
+    /// The driver fails.
+    ///
+    /// # Panics
+    /// A region is shorter than the shapes say.
+    pub fn attend(&self, shape: &Attention, query: &Region, cache: &Cache, out: &Region) -> Result<()> {
+        shape.check(query, cache);
+        holds(out, shape.tokens * shape.heads * shape.head_dim, HALF);
+        let numbers = [
+            Argument::Region(out),
+            int(shape.heads),
+            int(shape.kv_heads),
+            int(shape.head_dim),
+            int(shape.context),
+            int(shape.position),
+            int(shape.window),
+            Argument::F32(shape.scale),
+            Argument::F32(shape.softcap),
+        ];
+        let grid = (shape.tokens, shape.heads);
+        self.launch("attend", grid, 128, &[&[Argument::Region(query)][..], &cache.arguments(), &numbers].concat())
+    }
+
+    /// `scale` times the rows of `matrix` that the u32 in `tokens` name, into f32 or onto it.
+    ///
+    /// # Errors
+    /// The driver fails.
+    ///
+    /// # Panics
+    /// A region is shorter than the shapes say.
+    pub fn embed(&self, affine: &Affine, tokens: &Region, scale: f32, hidden: &Region, output: Output) -> Result<()> {
+        let (matrix, cols) = (affine.weight, affine.cols());
+        let count = tokens.len() / size_of::<u32>();
+        holds(hidden, count * cols, FLOAT);
+        let [codes, sub_scales, scales] = matrix.sections(0);
+        let arguments = [
+            Argument::Region(tokens),
+            pointer(codes.as_ref()),
+            pointer(sub_scales.as_ref()),
+            pointer(scales.as_ref()),
+            Argument::I32(storage_number(matrix.layout.storage)),
+            int(cols),
+            Argument::F32(scale),
+            Argument::I32(i32::from(output == Output::Add)),
+            Argument::Region(hidden),
+        ];
+        self.launch("embed", (count, 1), 256, &arguments)
+    }
+
+    /// `gate = activation(gate) · up` for `count` elements of f16.
+    ///
+    /// # Errors
+    /// The driver fails.
+    ///
+    /// # Panics
+    /// A region is shorter than the shapes say.
+    pub fn activate(&self, activation: Activation, gate: &Region, up: Option<&Region>, count: usize) -> Result<()> {
+        for region in up.into_iter().chain([gate]) {
+            holds(region, count, HALF);
+        }
+        let up = up.map_or(Argument::Null, Argument::Region);
+        let kind = match activation {
+            Activation::Silu => 0,
+            Activation::GeluTanh => 1,
+            Activation::Gelu => 2,
+        };
+        let arguments = [Argument::Region(gate), up, int(count), Argument::I32(kind)];
+        self.launch("activate", (count.div_ceil(256), 1), 256, &arguments)
+    }
+
+    /// The rows of `x`, f16 of `width`, that the u32 in `tokens` name.
+    ///
+    /// # Errors
+    /// The driver fails.
+    ///
+    /// # Panics
+    /// A region is shorter than the shapes say.
+    pub fn gather(&self, x: &Region, tokens: &Region, width: usize, out: &Region) -> Result<()> {
+        let count = tokens.len() / size_of::<u32>();
+        holds(out, count * width, HALF);
+        let arguments = [Argument::Region(x), Argument::Region(tokens), int(width), Argument::Region(out)];
+        self.launch("gather", (count, 1), 256, &arguments)
+    }
+
+    /// Adds each row of `x`, f32 of `width`, times its f32 of `weights`, to the row of `out` that its
+    /// u32 of `tokens` names; none is named twice.
+    ///
+    /// # Errors
+    /// The driver fails.
+    ///
+    /// # Panics
+    /// A region is shorter than the shapes say.
+    pub fn scatter_add(&self, x: &Region, tokens: &Region, weights: &Region, width: usize, out: &Region) -> Result<()> {
+        let count = tokens.len() / size_of::<u32>();
+        holds(x, count * width, FLOAT);
+        holds(weights, count, FLOAT);
+        let regions = [x, tokens, weights].map(Argument::Region);
+        let arguments = [&regions[..], &[int(width), Argument::Region(out)]].concat();
+        self.launch("scatter_add", (count, 1), 256, &arguments)
+    }
+
+    /// The indices of the largest of `count` f32 in `logits`, best first, as many as `indices` has u32.
+    ///
+    /// # Errors
+    /// The driver fails.
+    ///
+    /// # Panics
+    /// A region is shorter than the shapes say.
+    pub fn top_k(&self, logits: &Region, count: usize, indices: &Region) -> Result<()> {
+        let k = indices.len() / size_of::<u32>();
+        assert!(k <= count, "more of the best than there are");
+        holds(logits, count, FLOAT);
+        self.launch("top_k", (1, 1), 256, &[Argument::Region(logits), int(count), int(k), Argument::Region(indices)])
+    }
+}

@@ -1,0 +1,89 @@
+// What the kernels share: dtypes, ways to write a result, sums over a block.
+//
+// The same text is compiled twice: by NVRTC to PTX (build_ptx.py), and by g++ for the tests' fake
+// driver. Products are never contracted: where a fused multiply-add is wanted, it is written out.
+#pragma once
+
+#if defined(__CUDACC__)
+#include <cuda_fp16.h>
+#else
+#include "cuda_host.h"
+#endif
+
+#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+
+// The numbers that kernels.rs gives dtypes and storages.
+enum { BF16 = 0, F16 = 1, F32 = 2, INT8 = 3, INT4 = 4 };
+// Where a result goes: to an f16 or an f32 buffer, or onto what an f32 buffer holds.
+enum { STORE_F16 = 0, STORE_F32 = 1, ADD_F32 = 2 };
+
+typedef unsigned char byte;
+
+__device__ __forceinline__ float bf16_to_float(unsigned bits) { return __uint_as_float(bits << 16); }
+
+__device__ __forceinline__ float load(const void* x, int dtype, size_t i) {
+    if (dtype == BF16) return bf16_to_float(((const unsigned short*)x)[i]);
+    if (dtype == F16) return __half2float(((const __half*)x)[i]);
+    return ((const float*)x)[i];
+}
+
+// Beyond the range of f16 the largest number stands for the value; NaN stays.
+__device__ __forceinline__ __half to_half(float v) {
+    const float largest = 65504.0f;
+    return __float2half_rn(v > largest ? largest : v < -largest ? -largest : v);
+}
+
+// To the nearest bf16, ties to even; NaN stays.
+__device__ __forceinline__ unsigned short to_bf16(float v) {
+    unsigned bits = __float_as_uint(v);
+    if (v != v) return 0x7fff;
+    return (unsigned short)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+__device__ __forceinline__ void store(void* y, int output, size_t i, float v) {
+    if (output == STORE_F16) ((__half*)y)[i] = to_half(v);
+    else if (output == STORE_F32) ((float*)y)[i] = v;
+    else ((float*)y)[i] += v;
+}
+
+// Eight elements of an f16 row from column k on; zero from column `cols` on.
+__device__ __forceinline__ void load8_half(const __half* row, int k, int cols, float* out) {
+    if (cols % 8 == 0 && k < cols) {
+        uint4 raw = *(const uint4*)(row + k);
+        const __half* h = (const __half*)&raw;
+        for (int i = 0; i < 8; i++) out[i] = __half2float(h[i]);
+    } else {
+        for (int i = 0; i < 8; i++) out[i] = k + i < cols ? __half2float(row[k + i]) : 0.0f;
+    }
+}
+
+__device__ __forceinline__ float warp_sum(float v) {
+    for (int step = 16; step > 0; step >>= 1) v += __shfl_xor_sync(0xffffffffu, v, step);
+    return v;
+}
+
+__device__ __forceinline__ float warp_max(float v) {
+    for (int step = 16; step > 0; step >>= 1) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, step));
+    return v;
+}
+
+// Over a block of whole warps, for every thread; `scratch` has room for a float a warp.
+__device__ __forceinline__ float block_sum(float v, float* scratch) {
+    v = warp_sum(v);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
+    __syncthreads();
+    v = 0.0f;
+    for (int i = 0; i < (int)blockDim.x / 32; i++) v += scratch[i];
+    return v;
+}
+
+__device__ __forceinline__ float block_max(float v, float* scratch) {
+    v = warp_max(v);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
+    __syncthreads();
+    v = scratch[0];
+    for (int i = 1; i < (int)blockDim.x / 32; i++) v = fmaxf(v, scratch[i]);
+    return v;
+}

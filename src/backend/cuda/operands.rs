@@ -1,0 +1,193 @@
+//! What kernels are given: matrices and their rows, norms, caches, shapes.
+
+use std::ops::Range;
+
+use super::driver::{Argument, Region};
+use crate::model_config::NormKind;
+use crate::plan::memory::KvLayout;
+use crate::quant::{KvDtype, MatrixLayout};
+
+/// The widest head that a kernel takes.
+pub const MAX_HEAD_DIM: usize = 512;
+/// Bytes of an f16 and of an f32.
+pub(super) const HALF: usize = 2;
+pub(super) const FLOAT: usize = 4;
+
+/// A matrix or vector on a GPU, in the canonical packing.
+#[derive(Clone)]
+pub struct DeviceMatrix {
+    pub(super) layout: MatrixLayout,
+    pub(super) region: Region,
+}
+
+impl DeviceMatrix {
+    /// The matrix of `layout` at the start of `region`.
+    ///
+    /// # Panics
+    /// The region is shorter than the layout.
+    pub fn new(layout: MatrixLayout, region: Region) -> Self {
+        assert!(region.len() as u64 >= layout.size().0, "a region is shorter than the matrix in it");
+        Self { layout, region }
+    }
+
+    /// Where its sections stand.
+    pub fn layout(&self) -> &MatrixLayout {
+        &self.layout
+    }
+
+    /// The bytes from `offset` of the matrix on, where a section or a row of one starts.
+    pub fn at(&self, offset: u64) -> Region {
+        // The matrix lies in its region, whose length is a usize.
+        #[expect(clippy::cast_possible_truncation, reason = "an offset into the region")]
+        let offset = offset as usize;
+        self.region.part(offset, self.region.len() - offset)
+    }
+
+    /// Codes, sub-scales and scales from `row` on; `None` for those that the storage has not.
+    pub(super) fn sections(&self, row: usize) -> [Option<Region>; 3] {
+        let layout = &self.layout;
+        let section = |there: bool, at| there.then(|| self.at(at));
+        [
+            Some(self.at(layout.codes_at(row))),
+            section(layout.sub_scale_row > 0, layout.sub_scales_at(row)),
+            section(layout.scale_row > 0, layout.scales_at(row)),
+        ]
+    }
+}
+
+/// Where a result goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Output {
+    /// Into a buffer of f16.
+    F16 = 0,
+    /// Into a buffer of f32.
+    F32 = 1,
+    /// Onto what a buffer of f32 holds.
+    Add = 2,
+}
+
+impl Output {
+    pub(super) fn size(self) -> usize {
+        if self == Self::F16 { HALF } else { FLOAT }
+    }
+}
+
+/// The weight of a module and its bias, or some of their rows.
+#[derive(Clone)]
+pub struct Affine<'a> {
+    pub(super) weight: &'a DeviceMatrix,
+    pub(super) bias: Option<&'a DeviceMatrix>,
+    pub(super) rows: Range<usize>,
+}
+
+impl<'a> Affine<'a> {
+    /// All rows of `weight`; `bias` is a plain vector.
+    pub fn new(weight: &'a DeviceMatrix, bias: Option<&'a DeviceMatrix>) -> Self {
+        Self { weight, bias, rows: 0..weight.layout.rows }
+    }
+
+    /// Some rows, counted from the first that is meant now.
+    ///
+    /// # Panics
+    /// There are not as many.
+    #[must_use]
+    pub fn slice(mut self, rows: Range<usize>) -> Self {
+        assert!(rows.end <= self.rows.len(), "rows that the matrix has not");
+        self.rows = self.rows.start + rows.start..self.rows.start + rows.end;
+        self
+    }
+
+    /// Number of rows that are meant.
+    pub fn rows(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Length of a row; of a vector, its length.
+    pub fn cols(&self) -> usize {
+        self.weight.layout.cols
+    }
+}
+
+/// A norm: its weight is a plain vector as long as a row, its bias another.
+#[derive(Clone)]
+pub struct Norm<'a> {
+    /// How rows are normalized.
+    pub kind: NormKind,
+    /// Under the root.
+    pub epsilon: f32,
+    /// Weight and bias.
+    pub affine: Affine<'a>,
+}
+
+/// The KV cache of a block.
+#[derive(Clone)]
+pub struct Cache {
+    dtype: KvDtype,
+    /// Codes and scales of keys, then of values.
+    regions: [Region; 4],
+}
+
+impl Cache {
+    /// The cache that `layout` lays out in `keys` and in `values`.
+    ///
+    /// # Panics
+    /// A region is shorter than the layout.
+    pub fn new(layout: KvLayout, [keys, values]: &[Region; 2]) -> Self {
+        let split = |region: &Region| (region.part(0, layout.codes), region.part(layout.codes, layout.scales));
+        let ((key_codes, key_scales), (value_codes, value_scales)) = (split(keys), split(values));
+        Self { dtype: layout.dtype, regions: [key_codes, key_scales, value_codes, value_scales] }
+    }
+
+    pub(super) fn arguments(&self) -> [Argument<'_>; 5] {
+        let [keys, key_scales, values, value_scales] = self.regions.each_ref().map(Argument::Region);
+        let dtype = match self.dtype {
+            KvDtype::Bf16 => 0,
+            KvDtype::F16 => 1,
+            KvDtype::F32 => 2,
+            KvDtype::Int8 => 3,
+        };
+        [keys, key_scales, values, value_scales, Argument::I32(dtype)]
+    }
+}
+
+/// The shape of attention, and where it stands in the sequence.
+#[derive(Clone, Copy, Debug)]
+pub struct Attention {
+    /// Number of query heads.
+    pub heads: usize,
+    /// Number of key-value heads, which divides that of query heads.
+    pub kv_heads: usize,
+    /// Width of a head, at most [`MAX_HEAD_DIM`].
+    pub head_dim: usize,
+    /// Tokens that the cache has room for.
+    pub context: usize,
+    /// Position of the first token.
+    pub position: usize,
+    /// Number of tokens.
+    pub tokens: usize,
+    /// The last keys that a query sees; 0 for all.
+    pub window: usize,
+    /// Factor of the scores.
+    pub scale: f32,
+    /// Bound of the scores; 0 for none.
+    pub softcap: f32,
+}
+
+impl Attention {
+    pub(super) fn check(&self, query: &Region, cache: &Cache) {
+        assert!(self.position + self.tokens <= self.context, "more tokens than the cache holds");
+        assert!(self.head_dim <= MAX_HEAD_DIM, "a head that is too wide");
+        holds(query, self.tokens * self.heads * self.head_dim, HALF);
+        let vectors = self.kv_heads * self.context;
+        for [codes, scales] in cache.regions.as_chunks().0 {
+            holds(codes, vectors, cache.dtype.code_bytes(self.head_dim));
+            holds(scales, vectors, cache.dtype.scale_bytes());
+        }
+    }
+}
+
+/// Sees to it that a region holds `count` elements of `size` bytes.
+#[track_caller]
+pub(super) fn holds(region: &Region, count: usize, size: usize) {
+    assert!(region.len() >= count * size, "a kernel is given a region that is too short");
+}

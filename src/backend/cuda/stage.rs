@@ -1,0 +1,374 @@
+//! A run of modules on one GPU. All buffers are there before it is made; a step
+//! allocates no memory there, and what it queues runs in order on the compute stream.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::{Affine, Attention, Cache, DeviceMatrix, Gpu, MAX_HEAD_DIM, Norm, Output, Region, arena};
+use crate::architecture::{Part, Role};
+use crate::backend::cpu::{route, soft_cap};
+use crate::backend::{Hidden, Stage};
+use crate::error::{Error, Result};
+use crate::model_config::{Experts, Layer, ModelConfig};
+use crate::plan::memory::{self, CUDA_BUFFERS};
+use crate::quant::WeightDtype;
+
+/// Bytes of a u32 or an f32.
+const WORD: usize = 4;
+
+/// The parameters of modules, by what they are for.
+#[derive(Clone, Default)]
+pub struct Parameters(HashMap<(Role, Part), DeviceMatrix>);
+
+impl Parameters {
+    /// Adds a parameter.
+    pub fn insert(&mut self, role: Role, part: Part, parameter: DeviceMatrix) {
+        self.0.insert((role, part), parameter);
+    }
+
+    /// The module of a role, if the model has one.
+    fn find(&self, role: Role) -> Option<Affine<'_>> {
+        Some(Affine::new(self.0.get(&(role, Part::Weight))?, self.0.get(&(role, Part::Bias))))
+    }
+
+    /// The module of a role that [`crate::architecture::ModuleTree`] gives every model.
+    fn of(&self, role: Role) -> Affine<'_> {
+        match self.find(role) {
+            Some(affine) => affine,
+            None => unreachable!("the loader gives every module all of its parameters: {role:?}"),
+        }
+    }
+}
+
+/// The buffers of a step on one GPU, shared by all its stages: they run in turn.
+/// What each holds stands at [`memory::cuda_workspace`].
+pub struct Workspace {
+    gpu: Arc<Gpu>,
+    hidden: Region,
+    normed: Region,
+    query: Region,
+    key: Region,
+    value: Region,
+    attended: Region,
+    gate: Region,
+    up: Region,
+    branch: Region,
+    routes: Region,
+    gathered: Region,
+    expert: Region,
+    shares: Region,
+    logits: Region,
+    tokens: Region,
+    /// The frequencies of each rope.
+    frequencies: Vec<Region>,
+}
+
+impl Workspace {
+    /// Takes the buffers that the plan counts.
+    ///
+    /// # Errors
+    /// The memory is not to be had, or the GPU fails, or the model's heads are too wide for the kernels.
+    pub fn take(gpu: &Arc<Gpu>, config: &ModelConfig, context: usize, separate: bool) -> Result<Self> {
+        if config.head_dim > MAX_HEAD_DIM {
+            return Err(Error::input(format!(
+                "heads of width {} cannot be computed on a GPU; the widest are {MAX_HEAD_DIM}",
+                config.head_dim
+            ))
+            .hint("a device map of `{\"\": \"cpu\"}` computes on the CPU"));
+        }
+        let regions = arena(gpu, "the workspace", &memory::cuda_workspace(config, context), separate)?;
+        let Ok(regions) = <[Region; CUDA_BUFFERS]>::try_from(regions) else {
+            unreachable!("an arena has a region for every size")
+        };
+        let [hidden, normed, query, key, value, attended, gate, up, rest @ ..] = regions;
+        let [branch, routes, gathered, expert, shares, logits, tokens, table] = rest;
+        let mut end = 0;
+        let frequencies = config.ropes.iter().map(|rope| {
+            let frequencies = rope.frequencies(context);
+            let region = table.part(end, frequencies.len() * WORD);
+            end += region.len();
+            region.write(bytemuck::must_cast_slice(&frequencies)).map(|()| region)
+        });
+        Ok(Self {
+            frequencies: frequencies.collect::<Result<_>>()?,
+            gpu: Arc::clone(gpu),
+            hidden,
+            normed,
+            query,
+            key,
+            value,
+            attended,
+            gate,
+            up,
+            branch,
+            routes,
+            gathered,
+            expert,
+            shares,
+            logits,
+            tokens,
+        })
+    }
+}
+
+struct Block {
+    layer: Layer,
+    parameters: Parameters,
+    cache: Cache,
+}
+
+/// A run of modules that a GPU computes.
+pub struct CudaStage {
+    workspace: Arc<Workspace>,
+    config: ModelConfig,
+    context: usize,
+    /// All that is in no block.
+    parameters: Parameters,
+    blocks: Vec<Block>,
+}
+
+impl CudaStage {
+    /// A stage without modules, for sequences of at most `context` tokens.
+    pub fn new(config: &ModelConfig, context: usize, workspace: Arc<Workspace>) -> Self {
+        let config = config.clone();
+        Self { workspace, config, context, parameters: Parameters::default(), blocks: Vec::new() }
+    }
+
+    /// Gives the stage the parameters of a module that is no block.
+    pub fn add(&mut self, parameters: Parameters) {
+        self.parameters.0.extend(parameters.0);
+    }
+
+    /// Makes the embedding the head too.
+    pub fn tie_head(&mut self) {
+        if let Some(embedding) = self.parameters.0.get(&(Role::Embedding, Part::Weight)).cloned() {
+            self.parameters.insert(Role::Head, Part::Weight, embedding);
+        }
+    }
+
+    /// Adds the block at `index` of the model with its KV cache.
+    pub fn push_block(&mut self, index: usize, parameters: Parameters, cache: Cache) {
+        self.blocks.push(Block { layer: self.config.layers[index], parameters, cache });
+    }
+
+    fn with<'a>(&self, affine: Affine<'a>) -> Norm<'a> {
+        Norm { kind: self.config.norm_kind, epsilon: self.config.norm_eps, affine }
+    }
+
+    /// `hidden += norm(attention(norm(hidden))); hidden += norm(feed_forward(norm(hidden)))`,
+    /// with those norms that the model has.
+    fn run(&self, block: &Block, hidden: &Region, position: usize, tokens: usize) -> Result<()> {
+        self.prepare(block, Role::InputNorm, hidden, tokens)?;
+        let branch = Branch::new(self, block, Role::AttentionOutputNorm, hidden, false);
+        self.attention(block, &branch, position, tokens)?;
+        branch.add(tokens)?;
+
+        self.prepare(block, Role::FeedForwardNorm, hidden, tokens)?;
+        let experts = self.config.experts.filter(|_| block.layer.has_experts);
+        let branch = Branch::new(self, block, Role::FeedForwardOutputNorm, hidden, experts.is_some());
+        match experts {
+            Some(experts) => self.experts(block, experts, &branch, tokens)?,
+            None => self.dense(block, &branch, tokens)?,
+        }
+        branch.add(tokens)
+    }
+
+    /// The hidden state, normalized if the block has that norm, as the input of a half of the block.
+    fn prepare(&self, block: &Block, role: Role, hidden: &Region, tokens: usize) -> Result<()> {
+        let w = &*self.workspace;
+        let norm = block.parameters.find(role).map(|affine| self.with(affine));
+        let shape = (tokens, self.config.hidden_size);
+        w.gpu.normalize(norm.as_ref(), (hidden, WeightDtype::F32), shape, &w.normed, Output::F16, 1.0)
+    }
+
+    fn attention(&self, block: &Block, branch: &Branch, position: usize, tokens: usize) -> Result<()> {
+        let (w, config, parameters) = (&*self.workspace, &self.config, &block.parameters);
+        let gpu = &*w.gpu;
+        let (queries, keys) = (config.queries(), config.keys());
+        let [query, key, value] = match parameters.find(Role::QueryKeyValue) {
+            Some(fused) => [0..queries, queries..queries + keys, queries + keys..queries + 2 * keys]
+                .map(|rows| fused.clone().slice(rows)),
+            None => [Role::Query, Role::Key, Role::Value].map(|role| parameters.of(role)),
+        };
+        for (affine, out) in [(&query, &w.query), (&key, &w.key), (&value, &w.value)] {
+            gpu.matmul(affine, &w.normed, tokens, out, Output::F16, 1.0)?;
+        }
+        for (role, x, width) in [(Role::QueryNorm, &w.query, queries), (Role::KeyNorm, &w.key, keys)] {
+            if let Some(norm) = parameters.find(role).map(|affine| self.with(affine)) {
+                let cols = norm.affine.cols();
+                let shape = (tokens * width / cols, cols);
+                gpu.normalize(Some(&norm), (x, WeightDtype::F16), shape, x, Output::F16, 1.0)?;
+            }
+        }
+        let shape = Attention {
+            heads: config.num_attention_heads,
+            kv_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+            context: self.context,
+            position,
+            tokens,
+            window: block.layer.window.unwrap_or(0),
+            scale: config.attention_scale,
+            softcap: config.attention_softcap.unwrap_or(0.0),
+        };
+        let rope = block.layer.rope.map(|rope| (&w.frequencies[rope], config.ropes[rope].attention_factor));
+        #[expect(clippy::cast_possible_truncation, reason = "angles are f32")]
+        let factor = rope.map_or(1.0, |(_, factor)| factor as f32);
+        let vectors = [&w.query, &w.key, &w.value];
+        gpu.rotate_and_store(&shape, vectors, &block.cache, rope.map(|(frequencies, _)| frequencies), factor)?;
+        gpu.attend(&shape, &w.query, &block.cache, &w.attended)?;
+        branch.matmul(&parameters.of(Role::Output), &w.attended, tokens)
+    }
+
+    fn dense(&self, block: &Block, branch: &Branch, tokens: usize) -> Result<()> {
+        let (w, width) = (&*self.workspace, self.config.intermediate_size);
+        let (gate, up) = match block.parameters.find(Role::GateUp) {
+            Some(fused) => (Some(fused.clone().slice(0..width)), fused.slice(width..2 * width)),
+            None => (block.parameters.find(Role::Gate), block.parameters.of(Role::Up)),
+        };
+        self.gated(gate.as_ref(), &up, &w.normed, tokens)?;
+        branch.matmul(&block.parameters.of(Role::Down), &w.gate, tokens)
+    }
+
+    /// `gate = activation(gate(x)) · up(x)`, or without a gate `activation(up(x))`.
+    fn gated(&self, gate: Option<&Affine>, up: &Affine, x: &Region, tokens: usize) -> Result<()> {
+        let w = &*self.workspace;
+        w.gpu.matmul(gate.unwrap_or(up), x, tokens, &w.gate, Output::F16, 1.0)?;
+        if gate.is_some() {
+            w.gpu.matmul(up, x, tokens, &w.up, Output::F16, 1.0)?;
+        }
+        w.gpu.activate(self.config.activation, &w.gate, gate.map(|_| &w.up), tokens * up.rows())
+    }
+
+    /// The weighted sum of what each token's experts give. The host reads the scores and says which
+    /// tokens go to which expert.
+    fn experts(&self, block: &Block, experts: Experts, branch: &Branch, tokens: usize) -> Result<()> {
+        let (w, parameters, hidden) = (&*self.workspace, &block.parameters, self.config.hidden_size);
+        let gpu = &*w.gpu;
+        gpu.matmul(&parameters.of(Role::Router), &w.normed, tokens, &w.routes, Output::F32, 1.0)?;
+        let mut scores = vec![0.0f32; tokens * experts.count];
+        w.routes.read(bytemuck::must_cast_slice_mut(&mut scores))?;
+        route(&mut scores, experts.count, experts.per_token, experts.is_normalized);
+
+        // All experts' tokens, one expert after the other, then their weights.
+        let (mut chosen, mut shares, mut ends) = (Vec::<u32>::new(), Vec::<f32>::new(), Vec::new());
+        for expert in 0..experts.count {
+            for (token, row) in (0u32..).zip(scores.chunks(experts.count)) {
+                if row[expert] != 0.0 {
+                    chosen.push(token);
+                    shares.push(row[expert]);
+                }
+            }
+            ends.push(chosen.len());
+        }
+        let total = chosen.len();
+        w.shares.write(bytemuck::must_cast_slice(&chosen))?;
+        w.shares.part(total * WORD, total * WORD).write(bytemuck::must_cast_slice(&shares))?;
+        branch.target.part(0, tokens * hidden * WORD).clear()?;
+        let mut start = 0;
+        for (expert, end) in ends.into_iter().enumerate().filter(|(_, end)| *end > 0) {
+            let count = end - start;
+            if count > 0 {
+                let indices = w.shares.part(start * WORD, count * WORD);
+                let weights = w.shares.part((total + start) * WORD, count * WORD);
+                gpu.gather(&w.normed, &indices, hidden, &w.gathered)?;
+                let gate = parameters.of(Role::ExpertGate(expert));
+                self.gated(Some(&gate), &parameters.of(Role::ExpertUp(expert)), &w.gathered, count)?;
+                let down = parameters.of(Role::ExpertDown(expert));
+                gpu.matmul(&down, &w.gate, count, &w.expert, Output::F32, 1.0)?;
+                gpu.scatter_add(&w.expert, &indices, &weights, hidden, branch.target)?;
+            }
+            start = end;
+        }
+        Ok(())
+    }
+}
+
+/// What a half of a block gives: onto the hidden state at once, or into a buffer
+/// of its own, where a norm or a sum comes before that.
+struct Branch<'a> {
+    stage: &'a CudaStage,
+    norm: Option<Norm<'a>>,
+    hidden: &'a Region,
+    target: &'a Region,
+}
+
+impl<'a> Branch<'a> {
+    fn new(stage: &'a CudaStage, block: &'a Block, norm: Role, hidden: &'a Region, is_sum: bool) -> Self {
+        let norm = block.parameters.find(norm).map(|affine| stage.with(affine));
+        let apart = norm.is_some() || is_sum;
+        Self { stage, norm, hidden, target: if apart { &stage.workspace.branch } else { hidden } }
+    }
+
+    fn is_apart(&self) -> bool {
+        !self.target.is(self.hidden)
+    }
+
+    fn matmul(&self, affine: &Affine, x: &Region, tokens: usize) -> Result<()> {
+        let apart = self.is_apart();
+        let (output, factor) = if apart { (Output::F32, 1.0) } else { (Output::Add, self.stage.config.residual_scale) };
+        self.stage.workspace.gpu.matmul(affine, x, tokens, self.target, output, factor)
+    }
+
+    fn add(&self, tokens: usize) -> Result<()> {
+        if !self.is_apart() {
+            return Ok(());
+        }
+        let config = &self.stage.config;
+        let (x, shape) = ((self.target, WeightDtype::F32), (tokens, config.hidden_size));
+        let gpu = &self.stage.workspace.gpu;
+        gpu.normalize(self.norm.as_ref(), x, shape, self.hidden, Output::Add, config.residual_scale)
+    }
+}
+
+impl Stage for CudaStage {
+    fn embed(&mut self, tokens: &[u32], hidden: &mut Hidden) -> Result<()> {
+        let Some(embedding) = self.parameters.find(Role::Embedding) else { return Ok(()) };
+        let w = &*self.workspace;
+        let ids = w.tokens.part(0, size_of_val(tokens));
+        ids.write(bytemuck::must_cast_slice(tokens))?;
+        let states = hidden.begin_on_gpu(&w.hidden);
+        w.gpu.embed(&embedding, &ids, self.config.embedding_scale, &states, Output::F32)
+    }
+
+    fn run_blocks(&mut self, hidden: &mut Hidden, position: usize) -> Result<()> {
+        let positions = self.parameters.find(Role::Positions);
+        if self.blocks.is_empty() && positions.is_none() {
+            return Ok(());
+        }
+        let (w, tokens) = (&*self.workspace, hidden.tokens());
+        let states = hidden.on_gpu(&w.hidden)?;
+        if let Some(positions) = positions {
+            // A position is below the context, which a configuration bounds.
+            #[expect(clippy::cast_possible_truncation, reason = "below 2^28")]
+            let rows: Vec<u32> = (position..position + tokens).map(|row| row as u32).collect();
+            let ids = w.tokens.part(0, size_of_val(&*rows));
+            ids.write(bytemuck::must_cast_slice(&rows))?;
+            w.gpu.embed(&positions, &ids, 1.0, &states, Output::Add)?;
+        }
+        self.blocks.iter().try_for_each(|block| self.run(block, &states, position, tokens))
+    }
+
+    fn norm(&mut self, hidden: &mut Hidden) -> Result<()> {
+        let Some(affine) = self.parameters.find(Role::OutputNorm) else { return Ok(()) };
+        let w = &*self.workspace;
+        let shape = (hidden.tokens(), self.config.hidden_size);
+        let states = hidden.on_gpu(&w.hidden)?;
+        let norm = self.with(affine);
+        w.gpu.normalize(Some(&norm), (&states, WeightDtype::F32), shape, &states, Output::F32, 1.0)
+    }
+
+    fn logits(&mut self, hidden: &mut Hidden, logits: &mut [f32]) -> Result<()> {
+        let Some(head) = self.parameters.find(Role::Head) else { return Ok(()) };
+        let w = &*self.workspace;
+        let states = hidden.on_gpu(&w.hidden)?;
+        let shape = (1, self.config.hidden_size);
+        w.gpu.normalize(None, (&states, WeightDtype::F32), shape, &w.normed, Output::F16, 1.0)?;
+        w.gpu.matmul(&head, &w.normed, 1, &w.logits, Output::F32, self.config.logit_scale)?;
+        w.logits.read(bytemuck::must_cast_slice_mut(logits))?;
+        for logit in logits {
+            *logit = soft_cap(*logit, self.config.logit_softcap);
+        }
+        Ok(())
+    }
+}

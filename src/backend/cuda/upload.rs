@@ -1,0 +1,107 @@
+//! Rows from page-locked host memory into the canonical packing: copied to a
+//! small ring on the GPU, and packed from there by a kernel into their place.
+
+use std::sync::Arc;
+
+use cudarc::driver::CudaEvent;
+
+use super::{DeviceMatrix, Gpu, Pinned, Region, arena};
+use crate::error::Result;
+use crate::plan::memory::{self, STAGING_SLABS};
+use crate::quant::{Storage, WeightDtype};
+
+/// A GPU while it is filled.
+pub struct Upload {
+    gpu: Arc<Gpu>,
+    /// The slabs, and behind them the words that say whether packing one failed.
+    staging: Vec<Region>,
+    /// The same words, where the host reads them.
+    failed: Pinned,
+    next: usize,
+}
+
+/// A slab on its way. Its buffer is not touched until [`Upload::finish`].
+pub struct InFlight {
+    buffer: Pinned,
+    slot: usize,
+    done: CudaEvent,
+}
+
+impl Upload {
+    /// Takes a ring for slabs of at most `slab` bytes.
+    ///
+    /// # Errors
+    /// The memory is not to be had.
+    pub fn take(gpu: &Arc<Gpu>, slab: usize, separate: bool) -> Result<Self> {
+        Ok(Self {
+            gpu: Arc::clone(gpu),
+            staging: arena(gpu, "the staging ring", &memory::cuda_staging(slab), separate)?,
+            failed: gpu.allocate_pinned(STAGING_SLABS * size_of::<u32>())?,
+            next: 0,
+        })
+    }
+
+    /// Queues the first `len` bytes of `buffer`, whole rows of `dtype`, for the rows of `matrix`
+    /// from `row` on. At most [`STAGING_SLABS`] slabs may be on their way at once.
+    ///
+    /// # Errors
+    /// The GPU failed.
+    pub fn start(
+        &mut self,
+        matrix: &DeviceMatrix,
+        row: usize,
+        dtype: WeightDtype,
+        buffer: Pinned,
+        len: usize,
+    ) -> Result<InFlight> {
+        let slot = self.next;
+        self.next = (slot + 1) % STAGING_SLABS;
+        match self.queue(slot, matrix, row, dtype, &buffer, len) {
+            Ok(done) => Ok(InFlight { buffer, slot, done }),
+            Err(error) => {
+                // The buffer is freed next, and a copy from it may be under way.
+                let _ = self.gpu.synchronize();
+                Err(error)
+            }
+        }
+    }
+
+    fn queue(
+        &mut self,
+        slot: usize,
+        matrix: &DeviceMatrix,
+        row: usize,
+        dtype: WeightDtype,
+        buffer: &Pinned,
+        len: usize,
+    ) -> Result<CudaEvent> {
+        let layout = matrix.layout();
+        if let Storage::Plain(_) = layout.storage {
+            matrix.at(layout.codes_at(row)).write_from(buffer, len)?;
+        } else {
+            const WORD: usize = size_of::<u32>();
+            let failed = self.staging[STAGING_SLABS].part(slot * WORD, WORD);
+            failed.clear()?;
+            self.staging[slot].write_from(buffer, len)?;
+            self.gpu.quantize(matrix, row, len / (layout.cols * dtype.size()), dtype, &self.staging[slot], &failed)?;
+            failed.read_to(&mut self.failed, slot * WORD)?;
+        }
+        self.gpu.event()
+    }
+
+    /// Waits for a slab. Gives its buffer back, and whether its rows could be packed.
+    ///
+    /// # Errors
+    /// The GPU failed.
+    pub fn finish(&mut self, slab: InFlight) -> Result<(Pinned, bool)> {
+        self.gpu.wait(&slab.done)?;
+        Ok((slab.buffer, self.failed.as_chunks().0[slab.slot] == [0; size_of::<u32>()]))
+    }
+}
+
+impl Drop for Upload {
+    fn drop(&mut self) {
+        // Slabs that were on their way have buffers of their own, which are freed after this.
+        let _ = self.gpu.synchronize();
+    }
+}

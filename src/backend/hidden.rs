@@ -1,0 +1,95 @@
+//! The hidden states that pass from stage to stage.
+
+use std::ops::Range;
+
+use super::cuda::Region;
+use crate::error::Result;
+
+/// Hidden states of a chunk's tokens, f32 `[tokens][hidden_size]`, wherever the
+/// stage before has left them: in host memory or on a GPU. They move only where
+/// the next stage is elsewhere, from GPU to GPU without the host.
+pub struct Hidden {
+    width: usize,
+    rows: Range<usize>,
+    host: Vec<f32>,
+    /// Where all rows of the chunk stand, if not in host memory.
+    gpu: Option<Region>,
+}
+
+/// The rows that [`Hidden::select`] has put aside.
+pub struct Chunk(Range<usize>, Option<Region>);
+
+impl Hidden {
+    /// Room for `tokens` tokens of a hidden state of `width`.
+    pub fn new(tokens: usize, width: usize) -> Self {
+        Self { width, rows: 0..0, host: vec![0.0; tokens * width], gpu: None }
+    }
+
+    /// Bytes in host memory.
+    pub fn host_bytes(&self) -> usize {
+        self.host.len() * size_of::<f32>()
+    }
+
+    /// Begins a chunk of `tokens` tokens, in host memory.
+    pub fn begin(&mut self, tokens: usize) {
+        (self.rows, self.gpu) = (0..tokens, None);
+    }
+
+    /// Number of tokens.
+    pub fn tokens(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Makes the token at `row` of the chunk the only one, until [`Hidden::restore`].
+    pub fn select(&mut self, row: usize) -> Chunk {
+        Chunk(std::mem::replace(&mut self.rows, row..row + 1), self.gpu.clone())
+    }
+
+    /// Makes the chunk whole again. The rows that were not selected have stayed where they were.
+    pub fn restore(&mut self, Chunk(rows, gpu): Chunk) {
+        (self.rows, self.gpu) = (rows, gpu);
+    }
+
+    fn elements(&self) -> Range<usize> {
+        self.rows.start * self.width..self.rows.end * self.width
+    }
+
+    /// The part of a chunk's region that the rows take.
+    fn part(&self, region: &Region) -> Region {
+        let elements = self.elements();
+        region.part(elements.start * size_of::<f32>(), elements.len() * size_of::<f32>())
+    }
+
+    /// The hidden states in host memory.
+    ///
+    /// # Errors
+    /// The GPU that holds them failed.
+    pub fn on_host(&mut self) -> Result<&mut [f32]> {
+        let elements = self.elements();
+        if let Some(region) = self.gpu.take() {
+            self.part(&region).read(bytemuck::must_cast_slice_mut(&mut self.host[elements.clone()]))?;
+        }
+        Ok(&mut self.host[elements])
+    }
+
+    /// The hidden states in `region`, which has room for a whole chunk.
+    ///
+    /// # Errors
+    /// That GPU, or the one that holds them, failed.
+    pub fn on_gpu(&mut self, region: &Region) -> Result<Region> {
+        let part = self.part(region);
+        match &self.gpu {
+            Some(now) if now.is(region) => {}
+            Some(now) => part.copy_from(&self.part(now))?,
+            None => part.write(bytemuck::must_cast_slice(&self.host[self.elements()]))?,
+        }
+        self.gpu = Some(region.clone());
+        Ok(part)
+    }
+
+    /// Room for the hidden states in `region`, which a stage is about to fill.
+    pub fn begin_on_gpu(&mut self, region: &Region) -> Region {
+        self.gpu = Some(region.clone());
+        self.part(region)
+    }
+}

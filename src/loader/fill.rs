@@ -1,0 +1,160 @@
+//! Every weight from its shard into its arena.
+
+use std::collections::VecDeque;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::atomic::Ordering;
+
+use super::arenas::Arenas;
+use super::reader::{self, Slab, SlabBuffer};
+use super::{LoadEvent, LoadOptions};
+use crate::backend::cuda::InFlight;
+use crate::bytes::Bytes;
+use crate::checkpoint::Checkpoint;
+use crate::device::DeviceId;
+use crate::error::{Error, Result};
+use crate::plan::memory::{HostStaging, Placed, STAGING_SLABS};
+use crate::quant::{PackedRows, QuantizeError, Storage, quantize_rows};
+
+/// Slabs that may be on their way to GPUs; the reader has the others.
+const IN_FLIGHT: usize = STAGING_SLABS / 2;
+
+/// A slab on its way to the GPU that its weight is placed on.
+struct Sent {
+    weight: usize,
+    row: usize,
+    len: usize,
+    slab: InFlight,
+}
+
+/// Reads every weight, packs it and puts it in place. Returns the bytes of the staging ring.
+///
+/// # Errors
+/// A shard or the scratch file cannot be read or written, a weight cannot be packed, a GPU
+/// failed, or the caller stopped it.
+pub fn fill(
+    arenas: &mut Arenas,
+    checkpoint: &Checkpoint,
+    directory: &Path,
+    placed: &[Placed],
+    staging: HostStaging,
+    options: &LoadOptions,
+    on_event: &mut impl FnMut(LoadEvent),
+) -> Result<Bytes> {
+    let buffer = |_| match arenas.gpus.values().next() {
+        Some(arenas) => arenas.gpu.allocate_pinned(staging.slab).map(SlabBuffer::Pinned),
+        None => Ok(SlabBuffer::Heap(vec![0; staging.slab])),
+    };
+    let buffers = (0..STAGING_SLABS).map(buffer).collect::<Result<Vec<_>>>()?;
+    let mut packed = PackedRows::default();
+    let mut most_packed = Bytes::ZERO;
+    let mut sent: VecDeque<Sent> = VecDeque::new();
+    let mut put = |weight: usize, len: usize| {
+        let target = &placed[weight];
+        let bytes = Bytes(len as u64);
+        on_event(LoadEvent::Placed { module: &target.weight.parameter.module, device: target.device, bytes });
+    };
+    reader::read(checkpoint, directory, placed, buffers, staging.transposed, |slab, back| {
+        if options.cancel.load(Ordering::Relaxed) {
+            return Err(Error::interrupted());
+        }
+        let Slab { weight, row, len, buffer } = slab;
+        let target = &placed[weight];
+        let buffer = match (buffer, arenas.gpus.get_mut(&target.device)) {
+            (SlabBuffer::Pinned(buffer), Some(gpu)) => {
+                let (Some(upload), matrix) = (&mut gpu.upload, &gpu.matrices[&weight]) else {
+                    unreachable!("the ring is there until all is filled")
+                };
+                sent.push_back(Sent {
+                    weight,
+                    row,
+                    len,
+                    slab: upload.start(matrix, row, target.weight.dtype, buffer, len)?,
+                });
+                if sent.len() < IN_FLIGHT {
+                    return Ok(());
+                }
+                let Some(first) = sent.pop_front() else { return Ok(()) };
+                put(first.weight, first.len);
+                receive(arenas, placed, first)?
+            }
+            (buffer, _) => {
+                most_packed = most_packed.max(pack(arenas, target, row, &buffer[..len], &mut packed, options)?);
+                put(weight, len);
+                buffer
+            }
+        };
+        // The reader is gone once all is read.
+        let _ = back.send(buffer);
+        Ok(())
+    })?;
+    for slab in sent {
+        put(slab.weight, slab.len);
+        receive(arenas, placed, slab)?;
+    }
+    for gpu in arenas.gpus.values_mut() {
+        gpu.upload = None;
+    }
+    Ok(staging.ring() + most_packed)
+}
+
+/// Waits for a slab on its way to a GPU and gives its buffer back.
+fn receive(arenas: &mut Arenas, placed: &[Placed], sent: Sent) -> Result<SlabBuffer> {
+    let target = &placed[sent.weight];
+    let gpu = arenas.gpus.get_mut(&target.device);
+    let Some(upload) = gpu.and_then(|gpu| gpu.upload.as_mut()) else {
+        unreachable!("the ring is there until all is filled")
+    };
+    let (buffer, is_packed) = upload.finish(sent.slab)?;
+    if !is_packed {
+        // The GPU knows only that there is a weight that cannot be packed; the host finds it.
+        quantize_rows(&target.layout, target.weight.dtype, &buffer[..sent.len], &mut PackedRows::default())
+            .map_err(|e| broken_weight(target, sent.row, e))?;
+    }
+    Ok(SlabBuffer::Pinned(buffer))
+}
+
+/// Packs rows on the CPU and puts them into host memory or onto the disk. Returns the bytes of the packed rows.
+fn pack(
+    arenas: &mut Arenas,
+    target: &Placed,
+    row: usize,
+    bytes: &[u8],
+    packed: &mut PackedRows,
+    options: &LoadOptions,
+) -> Result<Bytes> {
+    let layout = &target.layout;
+    let mut write = |offset: u64, bytes: &[u8]| {
+        let offset = target.offset + offset;
+        if let (Some(file), DeviceId::Disk) = (&arenas.disk, target.device) {
+            let failed = |e| Error::io("write a scratch file in", options.offload_directory, e);
+            return file.write_all_at(bytes, offset).map_err(failed);
+        }
+        // The arena is as long as the layouts in it, so the offset is one into memory.
+        #[expect(clippy::cast_possible_truncation, reason = "an offset into an arena")]
+        arenas.memory[offset as usize..][..bytes.len()].copy_from_slice(bytes);
+        Ok(())
+    };
+    if let Storage::Plain(_) = layout.storage {
+        write(layout.codes_at(row), bytes)?;
+        return Ok(Bytes::ZERO);
+    }
+    quantize_rows(layout, target.weight.dtype, bytes, packed).map_err(|e| broken_weight(target, row, e))?;
+    write(layout.codes_at(row), &packed.codes)?;
+    write(layout.sub_scales_at(row), &packed.sub_scales)?;
+    write(layout.scales_at(row), &packed.scales)?;
+    Ok(packed.bytes())
+}
+
+fn broken_weight(target: &Placed, first_row: usize, error: QuantizeError) -> Error {
+    let tensor = target.weight.parameter.tensor();
+    let what = match error {
+        QuantizeError::NotFinite { row, col, value } => {
+            format!("tensor `{tensor}` has {value} at row {}, column {col}", first_row + row)
+        }
+        QuantizeError::ScaleOverflow { row, scale } => {
+            format!("tensor `{tensor}` needs a scale of {scale} at row {}, which f16 cannot hold", first_row + row)
+        }
+    };
+    Error::input(what).hint("`--quantize none` loads the weights as they are")
+}

@@ -1,0 +1,27 @@
+//! The kernels on the stand-in for the driver, against scalar Rust.
+
+#[path = "support/fake_cuda.rs"]
+mod fake_cuda;
+#[path = "support/kernels.rs"]
+mod kernels;
+
+use evenkeel::backend::cuda::Gpu;
+
+macro_rules! on_the_stand_in {
+    ($($case:ident)*) => {$(
+        #[test]
+        fn $case() {
+            let Some((fake, _turn)) = fake_cuda::load("1GiB") else { return };
+            for (setting, value) in [("STREAMS", "eager"), ("STREAMS", "lazy")] {
+                fake.set(setting, value);
+                let gpu = Gpu::open(0).unwrap();
+                kernels::$case(&gpu);
+                drop(gpu);
+                assert_eq!(fake.stat("live_bytes", 0) + fake.stat("leaked_bytes", 0), 0);
+                assert_eq!(fake.stat("contexts", 0), 0);
+            }
+        }
+    )*};
+}
+
+kernels::every_case!(on_the_stand_in);

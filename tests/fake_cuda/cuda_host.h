@@ -1,0 +1,232 @@
+// CUDA C++ for g++: the built-ins that the kernels use, emulated on the CPU.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <type_traits>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+// ---- language keywords -------------------------------------------------------------------------
+#define __global__
+#define __device__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__  // libstdc++ writes __attribute__((__noinline__)), so this must expand to nothing
+#define __align__(n) __attribute__((aligned(n)))
+#define __launch_bounds__(...)
+// Shared memory is per block, and a block runs on exactly one OS thread at a time, so it can live
+// in thread-local storage. At block scope `thread_local` implies `static`.
+#define __shared__ thread_local
+
+// ---- vector types ------------------------------------------------------------------------------
+#define FK_VEC(T, N, A2, A4)                                                              \
+    struct N##1 { T x; };                                                                 \
+    struct alignas(A2) N##2 { T x, y; };                                                  \
+    struct N##3 { T x, y, z; };                                                           \
+    struct alignas(A4) N##4 { T x, y, z, w; };                                            \
+    static inline N##1 make_##N##1(T x) { return {x}; }                                   \
+    static inline N##2 make_##N##2(T x, T y) { return {x, y}; }                           \
+    static inline N##3 make_##N##3(T x, T y, T z) { return {x, y, z}; }                   \
+    static inline N##4 make_##N##4(T x, T y, T z, T w) { return {x, y, z, w}; }
+FK_VEC(signed char, char, 2, 4)
+FK_VEC(unsigned char, uchar, 2, 4)
+FK_VEC(short, short, 4, 8)
+FK_VEC(unsigned short, ushort, 4, 8)
+FK_VEC(int, int, 8, 16)
+FK_VEC(unsigned, uint, 8, 16)
+FK_VEC(long long, longlong, 16, 16)
+FK_VEC(unsigned long long, ulonglong, 16, 16)
+FK_VEC(float, float, 8, 16)
+FK_VEC(double, double, 16, 16)
+#undef FK_VEC
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+// ---- the engine's interface (implemented in fake_engine.cpp) -----------------------------------
+namespace fk {
+struct BlockCtx { uint3 bid, bdim, gdim; };
+struct ThreadCtx {           // what a CUDA thread can see about itself
+    uint3 tid;
+    unsigned lane, warp;
+    const BlockCtx* blk;
+};
+constexpr uintptr_t kStackSize = 64 * 1024;  // every fiber stack is one aligned slot of this size
+
+// The current CUDA thread. Its address is stored in the last word of the fiber's stack slot, so it
+// is found by masking the stack pointer: no thread-local lookup, and the compiler may cache it.
+static inline const ThreadCtx* self() {
+    uintptr_t sp;
+    asm("mov %%rsp, %0" : "=r"(sp));
+    return *(const ThreadCtx* const*)((sp | (kStackSize - 1)) + 1 - 16);
+}
+// Block barrier; `pred` is folded into the three reductions of __syncthreads_{and,or,count}.
+struct BarrierResult { int all, any, count; };
+BarrierResult block_barrier(int pred);
+// Warp rendezvous: waits until every lane of `mask` has arrived with the same `complete`, then runs
+// `complete` once over the lanes' arguments; all lanes continue after it.
+using Complete = void (*)(void* const args[32], unsigned mask);
+void warp_collective(unsigned mask, Complete complete, void* arg);
+unsigned active_mask();
+[[noreturn]] void trap(int cuda_error, const char* what, const char* file = nullptr, int line = 0);
+
+// ---- registration ------------------------------------------------------------------------------
+struct ParamInfo { unsigned size, align; bool pointer; };
+struct Kernel {
+    const char* name;
+    void (*fn)();
+    void (*invoke)(void (*fn)(), void* const* args);
+    const ParamInfo* params;
+    unsigned nparams;
+    Kernel* next;
+};
+void register_kernel(Kernel*);
+
+template <class... A, size_t... I>
+inline void call_unpacked(void (*f)(A...), void* const* args, std::index_sequence<I...>) {
+    f(*(std::remove_cv_t<std::remove_reference_t<A>>*)args[I]...);
+}
+template <class... A>
+struct Registrar {
+    Kernel k;
+    static void invoke(void (*fn)(), void* const* args) {
+        call_unpacked((void (*)(A...))fn, args, std::index_sequence_for<A...>{});
+    }
+    Registrar(const char* name, void (*fn)(A...)) {
+        static const ParamInfo params[] = {{sizeof(A), alignof(A), std::is_pointer_v<A>}..., {0, 0, false}};
+        k = {name, (void (*)())fn, &invoke, params, sizeof...(A), nullptr};
+        register_kernel(&k);
+    }
+};
+}  // namespace fk
+
+// One line per kernel, in a host-only file that #includes the .cu:
+#define FAKE_CUDA_KERNEL(fn) static fk::Registrar fk_reg_##fn(#fn, fn)
+// ---- built-in variables ------------------------------------------------------------------------
+#define threadIdx (fk::self()->tid)
+#define blockIdx (fk::self()->blk->bid)
+#define blockDim (fk::self()->blk->bdim)
+#define gridDim (fk::self()->blk->gdim)
+static constexpr int warpSize = 32;
+
+// ---- synchronisation ---------------------------------------------------------------------------
+static inline void __syncthreads() { fk::block_barrier(0); }
+// ---- warp collectives --------------------------------------------------------------------------
+namespace fk {
+inline void warp_noop(void* const*, unsigned) {}
+template <class T>
+struct Shfl {
+    T in, out;
+    int src;
+    static void complete(void* const args[32], unsigned mask) {
+        for (unsigned m = mask; m; m &= m - 1) {
+            Shfl* s = (Shfl*)args[__builtin_ctz(m)];
+            // Reading a lane outside the mask is undefined in CUDA; here the lane reads itself.
+            s->out = (mask >> s->src & 1) ? ((Shfl*)args[s->src])->in : s->in;
+        }
+    }
+};
+template <class T>
+static inline T shfl(unsigned mask, T v, int src) {
+    Shfl<T> s{v, v, src};
+    warp_collective(mask, &Shfl<T>::complete, &s);
+    return s.out;
+}
+}  // namespace fk
+
+static inline void __syncwarp(unsigned mask = 0xffffffffu) { fk::warp_collective(mask, &fk::warp_noop, nullptr); }
+template <class T>
+static inline T __shfl_sync(unsigned mask, T v, int src, int width = 32) {
+    int lane = fk::self()->lane;
+    return fk::shfl(mask, v, (lane & ~(width - 1)) | (src & (width - 1)));
+}
+template <class T>
+static inline T __shfl_xor_sync(unsigned mask, T v, int lanemask, int width = 32) {
+    int lane = fk::self()->lane, src = lane ^ lanemask;
+    return fk::shfl(mask, v, src > (lane | (width - 1)) ? lane : src);
+}
+// ---- atomics (blocks may run on several OS threads, so they are real atomics) ------------------
+namespace fk {
+template <class T, class F>
+static inline T atomic_rmw(T* p, F f) {
+    T old, val;
+    __atomic_load(p, &old, __ATOMIC_RELAXED);
+    do val = f(old);
+    while (!__atomic_compare_exchange(p, &old, &val, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
+    return old;
+}
+}  // namespace fk
+template <class T, class U> static inline T atomicMin(T* p, U v) { return fk::atomic_rmw(p, [=](T o) { return o < T(v) ? o : T(v); }); }
+
+// ---- loads, bits, integers ---------------------------------------------------------------------
+template <class T> static inline T __ldg(const T* p) { return *p; }
+namespace fk {
+template <class To, class From>
+static inline To bits(From f) {
+    static_assert(sizeof(To) == sizeof(From), "");
+    To t;
+    memcpy(&t, &f, sizeof t);
+    return t;
+}
+}  // namespace fk
+static inline unsigned __float_as_uint(float f) { return fk::bits<unsigned>(f); }
+static inline int __float_as_int(float f) { return fk::bits<int>(f); }
+static inline float __uint_as_float(unsigned u) { return fk::bits<float>(u); }
+static inline float __int_as_float(int i) { return fk::bits<float>(i); }
+
+// ---- float math --------------------------------------------------------------------------------
+#define FK_MINMAX(T)                                          \
+    static inline T min(T a, T b) { return b < a ? b : a; }   \
+    static inline T max(T a, T b) { return a < b ? b : a; }
+FK_MINMAX(int)
+FK_MINMAX(unsigned)
+FK_MINMAX(long)
+FK_MINMAX(unsigned long)
+FK_MINMAX(long long)
+FK_MINMAX(unsigned long long)
+#undef FK_MINMAX
+static inline float min(float a, float b) { return fminf(a, b); }
+static inline float max(float a, float b) { return fmaxf(a, b); }
+static inline double min(double a, double b) { return fmin(a, b); }
+static inline double max(double a, double b) { return fmax(a, b); }
+static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+static inline float __fmul_rn(float a, float b) { return a * b; }
+static inline float __fadd_rn(float a, float b) { return a + b; }
+static inline float __fsub_rn(float a, float b) { return a - b; }
+static inline float __fdiv_rn(float a, float b) { return a / b; }
+
+// ---- half -------------------------------------------------------------------------
+namespace fk {
+static inline float half_to_float(uint16_t h) {
+#if defined(__F16C__)
+    return _cvtsh_ss(h);
+#else
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, e = h >> 10 & 31, m = h & 1023;
+    if (e == 31) return bits<float>(sign | 0x7f800000u | m << 13);
+    if (e == 0) return bits<float>(sign | bits<uint32_t>((float)m * 0x1p-24f));
+    return bits<float>(sign | (e + 112) << 23 | m << 13);
+#endif
+}
+static inline uint16_t float_to_half(float f) {  // round to nearest even
+#if defined(__F16C__)
+    return _cvtss_sh(f, 0);
+#else
+    uint32_t u = bits<uint32_t>(f), sign = u >> 16 & 0x8000;
+    u &= 0x7fffffff;
+    if (u > 0x7f800000) return sign | 0x7fff;
+    if (u >= 0x477ff000) return sign | 0x7c00;  // overflows to infinity after rounding
+    if (u < 0x38800000) return sign | (uint16_t)(bits<uint32_t>(bits<float>(u) + 0.5f) - 0x3f000000);  // subnormal
+    return sign | (uint16_t)((u + 0xfff + (u >> 13 & 1) - 0x38000000) >> 13);
+#endif
+}
+// Default construction must stay trivial so that __shared__ arrays work.
+struct Half { uint16_t x; };
+}  // namespace fk
+using __half = fk::Half;
+static inline float __half2float(__half h) { return fk::half_to_float(h.x); }
+static inline __half __float2half_rn(float f) { return {fk::float_to_half(f)}; }
+static inline __half __ushort_as_half(unsigned short u) { return {u}; }
+static inline unsigned short __half_as_ushort(__half h) { return h.x; }

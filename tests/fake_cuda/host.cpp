@@ -1,0 +1,27 @@
+// The product's kernels, compiled for the host: one line for each.
+#include "../../src/backend/cuda/kernels/attention.cu"
+#include "../../src/backend/cuda/kernels/elementwise.cu"
+#include "../../src/backend/cuda/kernels/matmul.cu"
+#include "../../src/backend/cuda/kernels/norm.cu"
+#include "../../src/backend/cuda/kernels/quantize.cu"
+
+FAKE_CUDA_KERNEL(activate);
+FAKE_CUDA_KERNEL(attend);
+FAKE_CUDA_KERNEL(embed);
+FAKE_CUDA_KERNEL(few_bf16);
+FAKE_CUDA_KERNEL(few_f16);
+FAKE_CUDA_KERNEL(few_f32);
+FAKE_CUDA_KERNEL(few_int4);
+FAKE_CUDA_KERNEL(few_int8);
+FAKE_CUDA_KERNEL(gather);
+FAKE_CUDA_KERNEL(many_bf16);
+FAKE_CUDA_KERNEL(many_f16);
+FAKE_CUDA_KERNEL(many_f32);
+FAKE_CUDA_KERNEL(many_int4);
+FAKE_CUDA_KERNEL(many_int8);
+FAKE_CUDA_KERNEL(normalize);
+FAKE_CUDA_KERNEL(quantize_int4);
+FAKE_CUDA_KERNEL(quantize_int8);
+FAKE_CUDA_KERNEL(rotate_and_store);
+FAKE_CUDA_KERNEL(scatter_add);
+FAKE_CUDA_KERNEL(top_k);

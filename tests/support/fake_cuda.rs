@@ -1,0 +1,111 @@
+//! The stand-in for NVIDIA's driver (tests/fake_cuda), built once and found again by the hash of
+//! its sources. Where g++ is missing there is none, and a test that needs it says that it is skipped.
+#![allow(dead_code, reason = "each test binary uses a part")]
+#![allow(unsafe_code, reason = "opening a library runs its code")]
+#![allow(clippy::print_stdout, reason = "a skipped test says so")]
+
+use std::ffi::CString;
+use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+use libloading::Library;
+
+/// The directory that holds the stand-in, as `libcuda.so` and `libcuda.so.1`; `None` without g++.
+pub fn directory() -> Option<&'static Path> {
+    static DIRECTORY: OnceLock<Option<PathBuf>> = OnceLock::new();
+    DIRECTORY.get_or_init(build).as_deref()
+}
+
+fn build() -> Option<PathBuf> {
+    if Command::new("g++").arg("--version").output().is_err() {
+        println!("skipped: g++ is not there");
+        return None;
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut hasher = DefaultHasher::new();
+    for directory in ["tests/fake_cuda", "src/backend/cuda/kernels"] {
+        let mut files: Vec<_> =
+            fs::read_dir(root.join(directory)).unwrap().map(|entry| entry.unwrap().path()).collect();
+        files.retain(|file| {
+            file.extension().is_some_and(|e| ["cpp", "cu", "cuh", "h", "sh"].iter().any(|known| e == *known))
+        });
+        files.sort();
+        for file in files {
+            fs::read(file).unwrap().hash(&mut hasher);
+        }
+    }
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("fake_cuda-{:016x}", hasher.finish()));
+    if !target.is_dir() {
+        let fresh = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let built = Command::new(root.join("tests/fake_cuda/build.sh")).arg(fresh.path()).output().unwrap();
+        assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+        // Another test binary may have built it meanwhile; then this one is dropped.
+        let _ = fs::rename(fresh.path(), &target);
+    }
+    Some(target)
+}
+
+/// The stand-in in this process, for the tests of one file: they take turns.
+pub struct FakeCuda {
+    library: Library,
+}
+
+/// Puts the stand-in under this process, with GPUs of these sizes (`24GiB,8GiB`); the first call
+/// says which. No other test of the file runs until the guard is dropped.
+pub fn load(devices: &str) -> Option<(&'static FakeCuda, MutexGuard<'static, ()>)> {
+    static FAKE: OnceLock<FakeCuda> = OnceLock::new();
+    static TURN: Mutex<()> = Mutex::new(());
+    let path = directory()?.join("libcuda.so.1");
+    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let fake = FAKE.get_or_init(|| {
+        // SAFETY: the library's initialization has no preconditions. The driver's library is opened by
+        // the name `libcuda.so` afterwards, which this one has, so the loader gives this one.
+        let fake = FakeCuda { library: unsafe { Library::new(path) }.unwrap() };
+        fake.set("DEVICES", devices);
+        fake.set("QUIET", "1");
+        fake
+    });
+    for (setting, default) in [("FAIL_ALLOC", "0"), ("FAIL_LAUNCH", "0"), ("USED", "0"), ("STREAMS", "eager")] {
+        fake.set(setting, default);
+    }
+    Some((fake, turn))
+}
+
+impl FakeCuda {
+    /// Changes a setting; see tests/fake_cuda/README.md.
+    pub fn set(&self, key: &str, value: &str) {
+        let (key, value) = (CString::new(key).unwrap(), CString::new(value).unwrap());
+        // SAFETY: the function has this signature and keeps neither pointer.
+        let code = unsafe {
+            let control = self.library.get::<unsafe extern "C" fn(*const i8, *const i8) -> i32>(b"fake_cuda_control");
+            control.unwrap()(key.as_ptr(), value.as_ptr())
+        };
+        assert_eq!(code, 0, "unknown setting {key:?}");
+    }
+
+    /// A counter of a GPU, or of the process.
+    pub fn stat(&self, name: &str, device: i32) -> u64 {
+        let name = CString::new(name).unwrap();
+        // SAFETY: the function has this signature and does not keep the pointer.
+        let value = unsafe {
+            let stat = self.library.get::<unsafe extern "C" fn(*const i8, i32) -> u64>(b"fake_cuda_stat");
+            stat.unwrap()(name.as_ptr(), device)
+        };
+        assert_ne!(value, u64::MAX, "unknown counter {name:?}");
+        value
+    }
+
+    /// What the stand-in has noticed last.
+    pub fn last_error(&self) -> String {
+        let mut text = vec![0u8; 1024];
+        // SAFETY: the function has this signature and writes at most as many bytes.
+        unsafe {
+            let last = self.library.get::<unsafe extern "C" fn(*mut u8, usize)>(b"fake_cuda_last_error");
+            last.unwrap()(text.as_mut_ptr(), text.len());
+        }
+        String::from_utf8_lossy(&text).trim_end_matches('\0').to_owned()
+    }
+}
