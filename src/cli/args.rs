@@ -39,6 +39,8 @@ pub enum Command {
     Perplexity(Box<PerplexityArguments>),
     /// Show what would go where, and whether it fits; reads no weights.
     Plan(Box<PlanArguments>),
+    /// Write a checkpoint whose weights are quantized, which loads faster.
+    Quantize(Box<QuantizeArguments>),
 }
 
 #[derive(Debug, Args)]
@@ -250,6 +252,21 @@ pub struct PerplexityArguments {
     /// How the figures are written to standard output.
     #[arg(long, value_enum, value_name = "FORMAT", default_value_t = Format::Text, help_heading = "Output")]
     pub format: Format,
+}
+
+#[derive(Debug, Args)]
+pub struct QuantizeArguments {
+    #[command(flatten)]
+    pub model: ModelArguments,
+    /// `int8`, `int4` or `nl4` for the whole model, where the last two keep embedding and head in int8.
+    #[arg(long, value_name = "SCHEME", help_heading = "Quantization")]
+    pub quantize: Scheme,
+    /// The directory to make.
+    #[arg(long, value_name = "DIRECTORY", help_heading = "Output")]
+    pub output: PathBuf,
+    /// The most bytes of tensors in a file, unless one is larger by itself.
+    #[arg(long, value_name = "SIZE", default_value = "5GB", help_heading = "Output")]
+    pub max_shard_size: Bytes,
 }
 
 #[derive(Debug, Args)]

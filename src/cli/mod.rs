@@ -12,6 +12,7 @@ mod perplexity;
 mod plan;
 mod printer;
 mod progress;
+mod quantize;
 mod signal;
 
 use std::process::ExitCode;
@@ -81,6 +82,7 @@ pub fn run() -> ExitCode {
         Command::Generate(arguments) => generate::run(&arguments, &environment, &printer),
         Command::Perplexity(arguments) => perplexity::run(&arguments, &environment, &printer),
         Command::Plan(arguments) => plan::run(&arguments, &environment, &printer),
+        Command::Quantize(arguments) => quantize::run(&arguments, &environment, &printer),
     };
     let code = match outcome {
         Ok(exit) => exit.code(),

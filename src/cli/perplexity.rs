@@ -85,9 +85,7 @@ pub fn run(arguments: &PerplexityArguments, environment: &Environment, printer: 
 }
 
 fn tokenize(checkpoint: &Checkpoint, text: &str) -> Result<Vec<u32>> {
-    let directory = checkpoint.directory.as_deref();
-    let directory = directory.ok_or_else(|| Error::input(format!("`{}` is not in a directory", checkpoint.name)))?;
-    Tokenizer::open(directory, checkpoint.config.vocab_size)?.encode(text, false)
+    Tokenizer::open(checkpoint.local_directory()?, checkpoint.config.vocab_size)?.encode(text, false)
 }
 
 /// What is scored, and how.

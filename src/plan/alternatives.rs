@@ -70,10 +70,13 @@ impl fmt::Display for Outline {
 
 /// Options in which the scheme is decided: where it is to be chosen, that of
 /// the most bits with which the plan fits and no more modules leave the GPUs
-/// than with any other; with the outline of each.
+/// than with any other; with the outline of each. What is packed already stays so.
 pub fn decide_scheme(subject: &Subject, options: &PlanOptions) -> Result<(PlanOptions, Vec<Outline>)> {
     if options.quantize != Some(Quantize::Auto) {
         return Ok((options.clone(), Vec::new()));
+    }
+    if subject.checkpoint.config.packed.is_some() {
+        return Ok((PlanOptions { quantize: None, ..options.clone() }, Vec::new()));
     }
     let with = |scheme: Scheme| PlanOptions { quantize: Some(scheme.into()), ..options.clone() };
     let outline = |scheme| subject.plan(&with(scheme)).map(|plan| Outline::of(&plan, options.strategy));

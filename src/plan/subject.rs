@@ -34,9 +34,8 @@ impl<'a> Subject<'a> {
         let Self { checkpoint, inventory, tree, weights } = self;
         let config = &checkpoint.config;
         check_model(options, checkpoint)?;
-        let conditions = Conditions::of(checkpoint, options)?;
+        let conditions = Conditions::of(checkpoint, tree.embedding(), options)?;
         let Conditions { context, batch, kv_cache, .. } = conditions;
-        let conditions = Conditions { quantize: conditions.quantize.for_embedding(tree.embedding()), ..conditions };
         if let Some((path, _)) = conditions.quantize.iter().find(|(path, _)| !tree.names(path)) {
             return Err(Error::input(format!("`quantize` names unknown module `{path}`")));
         }
@@ -191,7 +190,7 @@ fn paces(devices: &[DevicePlan]) -> Result<Vec<Pace>> {
 /// What Transformers would choose, which sees free memory, our limits and the bytes of weights alone.
 fn as_transformers(subject: &Subject, conditions: &Conditions, mode: hf::Mode) -> Result<Vec<DeviceId>> {
     let Subject { checkpoint, inventory, tree, weights } = subject;
-    let dtype = weights.first().map_or(WeightDtype::Bf16, |weight| weight.dtype);
+    let dtype = weights.iter().find_map(Weight::dtype).unwrap_or(WeightDtype::Bf16);
     let quantization = match conditions.quantize.scheme("") {
         Scheme::None => hf::Quantization::None,
         Scheme::Int8 => hf::Quantization::EightBit,

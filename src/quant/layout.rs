@@ -86,6 +86,26 @@ impl MatrixLayout {
         Bytes(self.size)
     }
 
+    /// The first row whose scale is not finite, of the scales that stand in `bytes`, which begin
+    /// at `offset` of the matrix; both are whole multiples of [`ALIGNMENT`].
+    pub fn broken_scale(&self, offset: u64, bytes: &[u8]) -> Option<usize> {
+        let end = self.scales + (self.rows * self.scale_row) as u64;
+        let (from, to) = (offset.max(self.scales), (offset + bytes.len() as u64).min(end));
+        if from >= to {
+            return None;
+        }
+        // Both lie between the ends of `bytes`, and rows are a usize.
+        #[expect(clippy::cast_possible_truncation, reason = "offsets into `bytes`, and a row")]
+        let (scales, first) =
+            (&bytes[(from - offset) as usize..(to - offset) as usize], (from - self.scales) as usize / self.scale_row);
+        let is_broken = |scale: &[u8]| match *scale {
+            [a, b] => !f16::from_le_bytes([a, b]).is_finite(),
+            [a, b, c, d] => !f32::from_le_bytes([a, b, c, d]).is_finite(),
+            _ => false,
+        };
+        scales.chunks(self.scale_row).position(is_broken).map(|at| first + at)
+    }
+
     /// Offset of the codes of `row`.
     pub fn codes_at(&self, row: usize) -> u64 {
         self.codes + (row * self.code_row) as u64

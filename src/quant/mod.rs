@@ -156,11 +156,25 @@ pub enum Storage {
 impl Storage {
     /// What `scheme` makes of weights that the checkpoint stores as `dtype`.
     pub fn of(scheme: Scheme, dtype: WeightDtype) -> Self {
+        Self::packed(scheme).unwrap_or(Self::Plain(dtype))
+    }
+
+    /// What `scheme` packs weights into; `None` where it leaves them as they are.
+    pub fn packed(scheme: Scheme) -> Option<Self> {
         match scheme {
-            Scheme::None => Self::Plain(dtype),
-            Scheme::Int8 => Self::Int8,
-            Scheme::Int4 => Self::Int4,
-            Scheme::Nl4 => Self::Nl4,
+            Scheme::None => None,
+            Scheme::Int8 => Some(Self::Int8),
+            Scheme::Int4 => Some(Self::Int4),
+            Scheme::Nl4 => Some(Self::Nl4),
+        }
+    }
+
+    /// Bytes of a row of `cols` columns as a checkpoint stores it. What is packed is stored whole,
+    /// as [`MatrixLayout`] has it; any [`ALIGNMENT`] bytes of that count as a row.
+    pub fn stored_row(self, cols: usize) -> usize {
+        match self {
+            Self::Plain(dtype) => cols * dtype.size(),
+            Self::Int8 | Self::Int4 | Self::Nl4 => ALIGNMENT as usize,
         }
     }
 }

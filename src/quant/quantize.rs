@@ -51,6 +51,15 @@ impl PackedRows {
         Bytes((self.codes.len() + self.sub_scales.len() + self.scales.len()) as u64)
     }
 
+    /// Each section with its offset in the matrix, for rows from `row` on.
+    pub fn sections(&self, layout: &MatrixLayout, row: usize) -> [(u64, &[u8]); 3] {
+        [
+            (layout.codes_at(row), &self.codes),
+            (layout.sub_scales_at(row), &self.sub_scales),
+            (layout.scales_at(row), &self.scales),
+        ]
+    }
+
     /// Room for `rows` rows of `layout`.
     fn resize(&mut self, layout: &MatrixLayout, rows: usize) {
         self.codes.resize(rows * layout.code_row, 0);

@@ -3,6 +3,8 @@
 use serde::{Serialize, Serializer};
 
 use super::Scheme;
+use crate::error::{Error, Result};
+use crate::model_config::ModelConfig;
 use crate::module_path::longest_prefix;
 
 /// Module paths and their schemes; the longest path that contains a module decides.
@@ -32,6 +34,18 @@ impl QuantizeRules {
         Self { rules, is_for_any_model: false }
     }
 
+    /// The rules that the weights of a checkpoint are packed by; `None` where they are not packed.
+    ///
+    /// # Errors
+    /// config.json names a scheme that is not known.
+    pub fn of_checkpoint(config: &ModelConfig) -> Result<Option<Self>> {
+        let rule = |(path, scheme): &(String, String)| match scheme.parse() {
+            Ok(scheme) => Ok((path.clone(), scheme)),
+            Err(error) => Err(Error::input("config.json has a `quantization_config` of another kind").caused_by(error)),
+        };
+        config.packed.as_ref().map(|rules| Ok(Self::new(rules.iter().map(rule).collect::<Result<_>>()?))).transpose()
+    }
+
     /// The rules for a model whose embedding is at `path`: those of
     /// [`QuantizeRules::whole_model`] mean it, those of a map are meant as they are.
     #[must_use]
@@ -57,7 +71,7 @@ impl QuantizeRules {
 }
 
 impl Serialize for QuantizeRules {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
         serializer.collect_map(self.iter())
     }
 }
