@@ -18,7 +18,7 @@ const LLAMA: &str = "tests/fixtures/parity/llama";
 fn on_gpus(arguments: &[&str], settings: &[(&str, &str)]) -> Option<Command> {
     let mut command = evenkeel(arguments);
     command.env("LD_LIBRARY_PATH", fake_cuda::directory()?).env("FAKE_CUDA_QUIET", "1");
-    command.env("FAKE_CUDA_DEVICES", "24GiB,8GiB");
+    command.env("FAKE_CUDA_DEVICES", "24GiB,8GiB").env_remove("CUDA_VISIBLE_DEVICES");
     for (key, value) in settings {
         command.env(format!("FAKE_CUDA_{key}"), value);
     }
@@ -214,6 +214,9 @@ fn a_driver_without_gpus_is_none() {
     let generate = ["generate", FERRIS, "--prompt", "a", "--device-map", &map];
     let Some(command) = on_gpus(&generate, &[("DEVICES", "")]) else { return };
     assert_refused(&run_with(command, b""), "no NVIDIA driver was found, or it shows no cuda:0");
+    let mut masked = on_gpus(&generate, &[("DEVICES", "")]).unwrap();
+    masked.env("CUDA_VISIBLE_DEVICES", "7");
+    assert_refused(&run_with(masked, b""), "hint: `CUDA_VISIBLE_DEVICES=7` says which GPUs there are");
     let shown = run_with(on_gpus(&["plan", FERRIS], &[("DEVICES", "")]).unwrap(), b"");
     assert!(!stdout(&shown).contains("cuda:"), "{}", stdout(&shown));
 }

@@ -3,14 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use rayon::prelude::*;
-
+use super::cpu::{Activations, Affine, matmul};
 use super::cuda;
 use crate::bytes::{Bytes, KIB};
 use crate::device::DeviceId;
 use crate::error::{Error, Result};
 use crate::fs;
 use crate::plan::{Bandwidth, Device, Inventory};
+use crate::quant::{GROUP_SIZE, Matrix, MatrixLayout, Storage};
 
 impl Inventory {
     /// The devices of this machine: free host memory under the limit of the
@@ -35,13 +35,14 @@ impl Inventory {
         Ok(Self { devices, idle })
     }
 
-    /// Measures how fast the host and the GPUs read their memory, with a short
-    /// probe where there is room for one; else a GPU has its data sheet's figure.
+    /// Measures how fast the host multiplies with what it reads, and how fast
+    /// the GPUs read, with a short probe where there is room for one; else a GPU
+    /// has its data sheet's figure.
     pub fn measure_bandwidth(&mut self) {
         for device in &mut self.devices {
             let measured = match device.id {
                 DeviceId::Cuda(index) => cuda::measure_bandwidth(index).ok(),
-                DeviceId::Cpu if device.free > Bytes(2 * PROBE as u64) => host_bandwidth(),
+                DeviceId::Cpu if device.free > Bytes(2 * (PROBE.0 * PROBE.1) as u64) => host_bandwidth(),
                 DeviceId::Cpu | DeviceId::Disk => None,
             };
             device.bandwidth = measured.or(device.bandwidth);
@@ -49,21 +50,24 @@ impl Inventory {
     }
 }
 
-/// Bytes that are read to measure a bandwidth, more than caches hold.
-const PROBE: usize = 256 << 20;
+/// Rows and columns of the int8 matrix that is read to measure a bandwidth: 64 MiB, more than most caches hold.
+const PROBE: (usize, usize) = (4096, 16_384);
 
-/// Adds up a large buffer three times over all cores; the best counts. It takes about a tenth of a second.
+/// How fast one token's product with an int8 matrix reads the matrix; the best of three.
 fn host_bandwidth() -> Option<Bandwidth> {
-    let mut cells: Vec<u64> = Vec::new();
-    cells.try_reserve_exact(PROBE / size_of::<u64>()).ok()?;
-    cells.resize(PROBE / size_of::<u64>(), 1);
-    let read = |_| {
+    let layout = MatrixLayout::new(Storage::Int8, PROBE.0, PROBE.1)?;
+    let bytes = layout.size().as_usize()?;
+    let packed = vec![1; bytes];
+    let affine = Affine::new(Matrix::new(&layout, &packed), None);
+    let (x, mut y) = (vec![1.0; PROBE.1], vec![0.0; PROBE.0]);
+    let (mut codes, mut scales) = (vec![0; PROBE.1], vec![0.0; PROBE.1 / GROUP_SIZE]);
+    let x = Activations::of(&x, &mut codes, &mut scales, &[&affine]);
+    let mut read = |_| {
         let start = Instant::now();
-        let sum: u64 = cells.par_chunks(1 << 16).map(|part| part.iter().sum::<u64>()).sum();
-        std::hint::black_box(sum);
+        matmul(&affine, &x, &mut [], &mut y);
         start.elapsed().as_secs_f64()
     };
-    Some(Bandwidth::measured(PROBE, (0..3).map(read).fold(f64::INFINITY, f64::min)))
+    Some(Bandwidth::measured(bytes, (0..3).map(&mut read).fold(f64::INFINITY, f64::min)))
 }
 
 /// A field of /proc/meminfo, which counts in KiB.

@@ -88,6 +88,12 @@ pub fn run() -> ExitCode {
         Ok(exit) => exit.code(),
         Err(Stop::PipeClosed) => Exit::Done.code(),
         Err(Stop::Error(error)) => {
+            let error = match environment.visible_gpus() {
+                Some(mask) if error.to_string().contains("cuda:") => {
+                    error.hint(format!("`CUDA_VISIBLE_DEVICES={mask}` says which GPUs there are, and in which order"))
+                }
+                _ => error,
+            };
             printer.error(&error);
             exit_code(error.kind())
         }

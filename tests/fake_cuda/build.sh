@@ -7,7 +7,7 @@ mkdir -p "$out"
 # AVX2, FMA and F16C make conversions and fused multiply-adds several times faster.
 arch=$(grep -qw avx2 /proc/cpuinfo && grep -qw f16c /proc/cpuinfo && grep -qw fma /proc/cpuinfo && echo "-march=x86-64-v3" || true)
 common="-std=c++17 -fPIC -fvisibility=hidden -Wall -I$here"
-for source in driver engine memory module stream; do
+for source in driver engine fibers memory module stream; do
     g++ $common -O2 -c "$here/$source.cpp" -o "$out/$source.o"
 done
 # -fno-strict-aliasing: device code puns pointers freely. -fno-extern-tls-init: plain TLS arrays.

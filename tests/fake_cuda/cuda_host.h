@@ -46,7 +46,7 @@ struct dim3 {
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-// ---- the engine's interface (implemented in fake_engine.cpp) -----------------------------------
+// ---- the engine's interface (fibers.cpp) -----------------------------------
 namespace fk {
 struct BlockCtx { uint3 bid, bdim, gdim; };
 struct ThreadCtx {           // what a CUDA thread can see about itself
@@ -63,14 +63,11 @@ static inline const ThreadCtx* self() {
     asm("mov %%rsp, %0" : "=r"(sp));
     return *(const ThreadCtx* const*)((sp | (kStackSize - 1)) + 1 - 16);
 }
-// Block barrier; `pred` is folded into the three reductions of __syncthreads_{and,or,count}.
-struct BarrierResult { int all, any, count; };
-BarrierResult block_barrier(int pred);
+void block_barrier();
 // Warp rendezvous: waits until every lane of `mask` has arrived with the same `complete`, then runs
 // `complete` once over the lanes' arguments; all lanes continue after it.
 using Complete = void (*)(void* const args[32], unsigned mask);
 void warp_collective(unsigned mask, Complete complete, void* arg);
-unsigned active_mask();
 [[noreturn]] void trap(int cuda_error, const char* what, const char* file = nullptr, int line = 0);
 
 // ---- registration ------------------------------------------------------------------------------
@@ -113,7 +110,8 @@ struct Registrar {
 static constexpr int warpSize = 32;
 
 // ---- synchronisation ---------------------------------------------------------------------------
-static inline void __syncthreads() { fk::block_barrier(0); }
+static inline void __syncthreads() { fk::block_barrier(); }
+
 // ---- warp collectives --------------------------------------------------------------------------
 namespace fk {
 inline void warp_noop(void* const*, unsigned) {}

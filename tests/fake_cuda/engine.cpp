@@ -1,37 +1,17 @@
-// fake_engine.cpp -- runs CUDA thread blocks on the CPU.
-//
-// Every CUDA thread is a fiber (own stack, hand-written switch). A fiber runs until it meets a
-// block barrier or a warp collective that is not complete yet; then the next runnable fiber is
-// entered directly. A kernel that never synchronises therefore costs one function call per thread:
-// a finished fiber hands its stack to the next one.
-//
-// A block belongs to one OS thread ("Worker") from start to end; several workers may run blocks of
-// one launch side by side. Faults (SIGSEGV, SIGBUS, SIGFPE, SIGILL), a deadlocked block, __trap,
-// assert and the watchdog all end the same way: the worker's scheduler context is resumed with an
-// error code, and the block's fibers are abandoned.
-#include "engine.h"
+// Runs the blocks of a launch on OS threads, and handles what goes wrong in them.
+#include "fibers.h"
 
 #include <dlfcn.h>
 #include <link.h>
-#include <pthread.h>
-#include <signal.h>
-#include <sys/mman.h>
 #include <time.h>
 #include <ucontext.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <condition_variable>
-#include <cstdlib>
 #include <deque>
-#include <map>
 #include <mutex>
 #include <thread>
-
-#if !defined(__x86_64__) || !defined(__linux__)
-#error "the fiber switch and the fault handler are written for x86-64 Linux only"
-#endif
 
 namespace fk {
 
@@ -46,249 +26,10 @@ const Kernel* find_kernel(const std::string& name) {
     return nullptr;
 }
 
-// ---- fibers ------------------------------------------------------------------------------------
-// fk_switch(save, to): push the callee-saved registers, store the stack pointer in *save, continue
-// on stack `to`. fk_land: the second half alone, entered by the fault handler with rsp already set.
-extern "C" void fk_switch(void** save, void* to) __attribute__((visibility("hidden")));
-extern "C" void fk_land() __attribute__((visibility("hidden")));
-asm(R"(
-    .text
-    .p2align 4
-    .hidden fk_switch
-    .globl fk_switch
-    .type fk_switch,@function
-fk_switch:
-    pushq %rbp
-    pushq %rbx
-    pushq %r12
-    pushq %r13
-    pushq %r14
-    pushq %r15
-    movq %rsp, (%rdi)
-    movq %rsi, %rsp
-    .hidden fk_land
-    .globl fk_land
-fk_land:
-    popq %r15
-    popq %r14
-    popq %r13
-    popq %r12
-    popq %rbx
-    popq %rbp
-    ret
-    .size fk_switch,.-fk_switch
-)");
-
-constexpr unsigned kMaxThreads = 1024;
-enum State : uint8_t { Unstarted, Ready, Running, InWarpOp, InBarrier, Done };
-
-struct Worker;
-struct Fiber : ThreadCtx {
-    Worker* w;
-    void* sp;
-    char* slot;   // lowest address of the stack slot
-    Fiber* next;  // ready list
-    State state;
-    unsigned mask;  // of the pending warp collective
-    Complete complete;
-    void* arg;
-};
-
-struct Worker {
-    BlockCtx blk;
-    Fiber fibers[kMaxThreads];
-    unsigned warp_waiting[32];  // per warp: lanes inside a collective
-    unsigned warp_exist[32];    // per warp: lanes the block has
-    unsigned warp_done[32];     // per warp: lanes that returned
-    unsigned nthreads, next_start, ndone, nbarrier;
-    int bar_all, bar_any, bar_count;
-    BarrierResult bar_result;
-    Fiber *ready_head, *ready_tail;
-    const LaunchDesc* launch;
-    void* sched_sp;
-    // stacks
-    char* stacks = nullptr;
-    unsigned slots_ready = 0;
-    std::vector<char*> free_slots;
-    // outcome of the running block
-    volatile sig_atomic_t in_kernel = 0;
-    int status;
-    int sig, sig_code;
-    uintptr_t fault_addr;
-    std::string trap_msg;
-    // watchdog
-    pthread_t os_thread;
-    std::atomic<uint64_t> started_ms{0};
-};
-
 static uint64_t now_ms() {
     timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return t.tv_sec * 1000ull + t.tv_nsec / 1000000;
-}
-
-static char* take_slot(Worker* w) {
-    if (w->free_slots.empty()) {
-        if (!w->stacks) {
-            w->free_slots.reserve(kMaxThreads + 1);  // no malloc on a fiber: the watchdog may cut in
-            size_t bytes = (kMaxThreads + 1) * kStackSize;
-            char* p = (char*)mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-            if (p == MAP_FAILED) abort();
-            w->stacks = (char*)(((uintptr_t)p + kStackSize - 1) & ~(kStackSize - 1));
-        }
-        char* s = w->stacks + (size_t)w->slots_ready++ * kStackSize;
-        if (mprotect(s + 4096, kStackSize - 4096, PROT_READ | PROT_WRITE)) abort();  // lowest page stays a guard
-        return s;
-    }
-    char* s = w->free_slots.back();
-    w->free_slots.pop_back();
-    return s;
-}
-static void bind_slot(Fiber* f, char* slot) {
-    f->slot = slot;
-    *(const ThreadCtx**)(slot + kStackSize - 16) = f;
-}
-
-static void push_ready(Worker* w, Fiber* f) {
-    f->state = Ready, f->next = nullptr;
-    (w->ready_head ? w->ready_tail->next : w->ready_head) = f;
-    w->ready_tail = f;
-}
-
-static void fiber_main();
-static void release_barrier(Worker* w);
-static void try_complete(Worker* w, unsigned warp, unsigned group, Fiber* self_fiber);
-
-static Fiber* pop_ready(Worker* w) {
-    Fiber* f = w->ready_head;
-    if (f) w->ready_head = f->next;
-    return f;
-}
-static Fiber* next_unstarted(Worker* w) {
-    if (w->next_start == w->nthreads) return nullptr;
-    unsigned i = w->next_start++;
-    return &w->fibers[g_engine.reverse ? w->nthreads - 1 - i : i];
-}
-// Gives an unstarted fiber a stack whose first switch enters fiber_main. The start is staggered so
-// that the hot part of the stacks of a block does not fall into the same cache sets.
-static void prepare(Worker* w, Fiber* f) {
-    bind_slot(f, take_slot(w));
-    unsigned colour = ((f->slot - w->stacks) / kStackSize % 32) * 256;
-    void** top = (void**)(f->slot + kStackSize - 64 - colour);
-    *--top = nullptr;              // fiber_main's fake return address (keeps the ABI alignment)
-    *--top = (void*)&fiber_main;   // popped by `ret`
-    for (int i = 0; i < 6; i++) *--top = nullptr;
-    f->sp = top;
-}
-// The context to run next: a ready fiber, a fresh one, or the scheduler (done or deadlocked).
-static void* choose(Worker* w) {
-    Fiber* f = pop_ready(w);
-    if (!f && (f = next_unstarted(w))) prepare(w, f);
-    if (!f) return w->sched_sp;
-    f->state = Running;
-    return f->sp;
-}
-static void block_here(Fiber* f) {
-    void* to = choose(f->w);
-    if (to != f->sp) fk_switch(&f->sp, to);
-}
-
-static void fiber_main() {
-    for (;;) {
-        Fiber* f = (Fiber*)const_cast<ThreadCtx*>(self());
-        Worker* w = f->w;
-        const LaunchDesc* l = w->launch;
-        l->kernel->invoke(l->kernel->fn, l->args);
-        f->state = Done;
-        w->ndone++;
-        w->warp_done[f->warp] |= 1u << f->lane;
-        void* unused;
-        if (w->ready_head) {
-            w->free_slots.push_back(f->slot);  // nobody reuses it before the switch below
-            fk_switch(&unused, choose(w));
-        }
-        Fiber* n = next_unstarted(w);
-        if (!n) {
-            w->free_slots.push_back(f->slot);
-            fk_switch(&unused, w->sched_sp);
-        }
-        n->state = Running;
-        bind_slot(n, f->slot);  // the next thread runs on this very stack
-        asm volatile("" ::: "memory");
-    }
-}
-
-static void release_barrier(Worker* w) {
-    w->bar_result = {w->bar_all, w->bar_any, w->bar_count};
-    w->bar_all = 1, w->bar_any = 0, w->bar_count = 0, w->nbarrier = 0;
-    for (unsigned i = 0; i < w->nthreads; i++)
-        if (w->fibers[i].state == InBarrier) push_ready(w, &w->fibers[i]);
-}
-
-__attribute__((noinline)) BarrierResult block_barrier(int pred) {
-    Fiber* f = (Fiber*)const_cast<ThreadCtx*>(self());
-    Worker* w = f->w;
-    w->bar_all &= pred != 0, w->bar_any |= pred != 0, w->bar_count += pred != 0;
-    f->state = InBarrier;
-    if (++w->nbarrier == w->nthreads) {
-        f->state = Running;  // the last one does not wait
-        release_barrier(w);
-        return w->bar_result;
-    }
-    block_here(f);
-    // bar_result stays valid: the next barrier needs this thread, too.
-    return w->bar_result;
-}
-
-// Completes the collective `group` of a warp if all its lanes have arrived for the same operation.
-static void try_complete(Worker* w, unsigned warp, unsigned group, Fiber* self_fiber) {
-    unsigned want = group & w->warp_exist[warp];
-    if (!want || (w->warp_waiting[warp] & want) != want) return;
-    Fiber* base = &w->fibers[warp * 32];
-    Fiber* first = &base[__builtin_ctz(want)];
-    void* args[32];
-    for (unsigned m = want; m; m &= m - 1) {
-        Fiber* o = &base[__builtin_ctz(m)];
-        if (o->mask != group || o->complete != first->complete) return;
-        args[o->lane] = o->arg;
-    }
-    // A block whose last warp is partial may still use mma with a full mask on real hardware only
-    // if all 32 lanes exist, so `complete` gets the lanes that are really there.
-    first->complete(args, want);
-    w->warp_waiting[warp] &= ~want;
-    for (unsigned m = want; m; m &= m - 1) {
-        Fiber* o = &base[__builtin_ctz(m)];
-        if (o == self_fiber) o->state = Running;
-        else push_ready(w, o);
-    }
-}
-
-__attribute__((noinline)) void warp_collective(unsigned mask, Complete complete, void* arg) {
-    Fiber* f = (Fiber*)const_cast<ThreadCtx*>(self());
-    Worker* w = f->w;
-    if (!(mask >> f->lane & 1)) trap(719, "warp collective called by a lane that is not in its mask");
-    f->mask = mask, f->complete = complete, f->arg = arg, f->state = InWarpOp;
-    w->warp_waiting[f->warp] |= 1u << f->lane;
-    try_complete(w, f->warp, mask, f);
-    if (f->state == InWarpOp) block_here(f);
-}
-
-unsigned active_mask() {  // lanes that could still take part; the hardware's answer is as vague
-    const Fiber* f = (const Fiber*)self();
-    return f->w->warp_exist[f->warp] & ~f->w->warp_done[f->warp];
-}
-
-void trap(int code, const char* what, const char* file, int line) {
-    Fiber* f = (Fiber*)const_cast<ThreadCtx*>(self());
-    Worker* w = f->w;
-    char buf[512];
-    snprintf(buf, sizeof buf, "%s%s%s%s by thread (%u,%u,%u) of block (%u,%u,%u)", what, file ? " at " : "", file ? file : "",
-             file ? (":" + std::to_string(line)).c_str() : "", f->tid.x, f->tid.y, f->tid.z, w->blk.bid.x, w->blk.bid.y, w->blk.bid.z);
-    w->trap_msg = buf;
-    w->status = code;
-    void* unused;
-    fk_switch(&unused, w->sched_sp);
-    __builtin_unreachable();
 }
 
 // ---- per OS thread state -----------------------------------------------------------------------
@@ -430,7 +171,6 @@ static RunResult run_block(Worker* w, OsThread* t, const LaunchDesc& l, uint64_t
     memset(w->warp_waiting, 0, sizeof w->warp_waiting);
     memset(w->warp_done, 0, sizeof w->warp_done);
     w->next_start = w->ndone = w->nbarrier = 0;
-    w->bar_all = 1, w->bar_any = w->bar_count = 0;
     w->ready_head = nullptr;
     w->status = 0;
 

@@ -22,9 +22,19 @@ pub struct Upload {
 
 /// A slab on its way. Its buffer is not touched until [`Upload::finish`].
 pub struct InFlight {
-    buffer: Pinned,
+    gpu: Arc<Gpu>,
+    buffer: Option<Pinned>,
     slot: usize,
     done: CudaEvent,
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        if self.buffer.is_some() {
+            // The buffer is freed next, and a copy from it may be under way.
+            let _ = self.gpu.synchronize();
+        }
+    }
 }
 
 impl Upload {
@@ -57,7 +67,7 @@ impl Upload {
         let slot = self.next;
         self.next = (slot + 1) % STAGING_SLABS;
         match self.queue(slot, matrix, row, data, &buffer, len) {
-            Ok(done) => Ok(InFlight { buffer, slot, done }),
+            Ok(done) => Ok(InFlight { gpu: Arc::clone(&self.gpu), buffer: Some(buffer), slot, done }),
             Err(error) => {
                 // The buffer is freed next, and a copy from it may be under way.
                 let _ = self.gpu.synchronize();
@@ -95,15 +105,16 @@ impl Upload {
     ///
     /// # Errors
     /// The GPU failed.
-    pub fn finish(&mut self, slab: InFlight) -> Result<(Pinned, bool)> {
+    pub fn finish(&mut self, mut slab: InFlight) -> Result<(Pinned, bool)> {
         self.gpu.wait(&slab.done)?;
-        Ok((slab.buffer, self.failed.as_chunks().0[slab.slot] == [0; size_of::<u32>()]))
+        let Some(buffer) = slab.buffer.take() else { unreachable!("a slab is finished once") };
+        Ok((buffer, self.failed.as_chunks().0[slab.slot] == [0; size_of::<u32>()]))
     }
 }
 
 impl Drop for Upload {
     fn drop(&mut self) {
-        // Slabs that were on their way have buffers of their own, which are freed after this.
+        // What is on its way writes to the words that are freed next.
         let _ = self.gpu.synchronize();
     }
 }
