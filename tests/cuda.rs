@@ -87,8 +87,8 @@ fn what_is_packed_already_is_what_a_gpu_packs() {
     for scheme in [Scheme::Int8, Scheme::Int4] {
         let directory = tempfile::tempdir().unwrap();
         let output = &directory.path().join("model");
-        let options = SaveOptions { scheme, output, shard_size: DEFAULT_SHARD_SIZE, cancel: &NEVER };
-        save_quantized(&original, &options, |_| ()).unwrap();
+        let save = SaveOptions { scheme, output, shard_size: DEFAULT_SHARD_SIZE, cancel: &NEVER };
+        save_quantized(&original, &save, |_| ()).unwrap();
         let packed = Checkpoint::open(output).unwrap();
         let run = |checkpoint: &Checkpoint| {
             let options = options(scheme, &map, None);

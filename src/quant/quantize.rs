@@ -101,15 +101,17 @@ pub fn quantize_rows(
             || vec![0.0; layout.padded_cols],
             |values, (row, (((codes, scale), sub_scales), bytes))| {
                 dtype.decode(bytes, &mut values[..layout.cols]);
-                if let Some(col) = values.iter().position(|value| !value.is_finite()) {
-                    let value = values[col];
-                    return Err(QuantizeError::NotFinite { row, col, value });
+                let absmax = absmax(values);
+                if !absmax.is_finite()
+                    && let Some(col) = values.iter().position(|value| !value.is_finite())
+                {
+                    return Err(QuantizeError::NotFinite { row, col, value: values[col] });
                 }
                 let factor = match layout.storage {
                     Storage::Int4 => grouped_row::<Int4>(values, codes, sub_scales),
                     Storage::Nl4 => grouped_row::<Nl4>(values, codes, sub_scales),
                     Storage::Int8 | Storage::Plain(_) => {
-                        scale.copy_from_slice(&int8_row(values, codes).to_le_bytes());
+                        scale.copy_from_slice(&int8_row(values, absmax, codes).to_le_bytes());
                         return Ok(());
                     }
                 };
@@ -122,9 +124,15 @@ pub fn quantize_rows(
     first_error.unwrap_or(Ok(()))
 }
 
+/// The largest magnitude; not finite where a value is not. Magnitudes compare
+/// as their bits do, and whole numbers are compared many at once.
+fn absmax(values: &[f32]) -> f32 {
+    let magnitude = |value: &f32| value.abs().to_bits().cast_signed();
+    f32::from_bits(values.iter().fold(0, |max, value| magnitude(value).max(max)).cast_unsigned())
+}
+
 /// A row to int8: `scale = absmax / 127`, `q = round(w / scale)`. Returns the scale, 1 for a row of zeros.
-fn int8_row(values: &[f32], codes: &mut [u8]) -> f32 {
-    let absmax = values.iter().fold(0.0f32, |max, value| max.max(value.abs()));
+fn int8_row(values: &[f32], absmax: f32, codes: &mut [u8]) -> f32 {
     let scale = if absmax > 0.0 { absmax / 127.0 } else { 1.0 };
     // A scale below the smallest normal number would lose its digits; weights there are zero to any purpose.
     let scale = if scale.is_normal() { scale } else { 1.0 };
@@ -168,9 +176,7 @@ impl Levels for Int4 {
     }
 
     fn code(x: f32) -> u8 {
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to 15")]
-        let code = (Self::nearest(x) + 8.0) as u8;
-        code
+        low_byte(x.clamp(-8.0, 7.0)).wrapping_add(8)
     }
 }
 
@@ -216,8 +222,10 @@ fn search_group<L: Levels>(group: &[f32; GROUP_SIZE]) -> f32 {
     let (mut best_scale, mut least_error) = (extreme / -8.0, f32::INFINITY);
     for candidate in 0..L::DIVISORS {
         let inverse = L::divisor(candidate) / extreme;
-        let dot = sum_over(group, |value| value * L::nearest(value * inverse));
-        let norm = sum_over(group, |value| L::nearest(value * inverse) * L::nearest(value * inverse));
+        let [dot, norm] = sums_over(group, |value| {
+            let level = L::nearest(value * inverse);
+            [value * level, level * level]
+        });
         let scale = dot / norm.max(1e-9);
         if scale == 0.0 || !scale.is_finite() {
             continue;
@@ -233,34 +241,42 @@ fn search_group<L: Levels>(group: &[f32; GROUP_SIZE]) -> f32 {
 /// The squared error of a group at `scale`; 0 makes every weight 0.
 fn squared_error<L: Levels>(group: &[f32; GROUP_SIZE], scale: f32) -> f32 {
     let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-    sum_over(group, |value| {
+    let [sum] = sums_over(group, |value| {
         let difference = value - scale * L::nearest(value * inverse);
-        difference * difference
-    })
+        [difference * difference]
+    });
+    sum
 }
 
-/// `Σ term(value)` over a group, in [`LANES`] sums side by side.
-fn sum_over(group: &[f32; GROUP_SIZE], term: impl Fn(f32) -> f32) -> f32 {
-    let mut sums = [0.0f32; LANES];
+/// `Σ terms(value)` over a group, each in [`LANES`] sums side by side.
+#[inline(always)]
+fn sums_over<const N: usize>(group: &[f32; GROUP_SIZE], terms: impl Fn(f32) -> [f32; N]) -> [f32; N] {
+    let mut sums = [[0.0f32; LANES]; N];
     for values in group.as_chunks::<LANES>().0 {
-        for (sum, value) in sums.iter_mut().zip(values) {
-            *sum += term(*value);
+        for (lane, value) in values.iter().enumerate() {
+            for (sums, term) in sums.iter_mut().zip(terms(*value)) {
+                sums[lane] += term;
+            }
         }
     }
-    sums.iter().sum()
+    sums.map(|sums| sums.iter().sum())
 }
 
 /// The whole number nearest to `x`, ties to even, for |x| up to 2^22: adding
 /// 1.5 · 2^23 leaves no bits for a fraction. Vectorizes on every processor.
 fn nearest(x: f32) -> f32 {
-    const SHIFT: f32 = 12_582_912.0;
     (x + SHIFT) - SHIFT
 }
 
+/// The low byte of that number.
+fn low_byte(x: f32) -> u8 {
+    (x + SHIFT).to_bits() as u8
+}
+
+const SHIFT: f32 = 12_582_912.0;
+
 fn round_i8(x: f32) -> i8 {
-    #[expect(clippy::cast_possible_truncation, reason = "clamped")]
-    let code = nearest(x.clamp(-127.0, 127.0)) as i8;
-    code
+    low_byte(x.clamp(-127.0, 127.0)).cast_signed()
 }
 
 /// Activations to int8 in groups of 32: `scale = absmax / 127` of the group.
