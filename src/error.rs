@@ -79,8 +79,8 @@ impl Error {
 
     /// An input or output error on `path`; a full disk is [`ErrorKind::DoesNotFit`].
     pub fn io(doing: &str, path: &std::path::Path, source: std::io::Error) -> Self {
-        let what = format!("cannot {doing} `{}`", path.display());
         use std::io::ErrorKind as Io;
+        let what = format!("cannot {doing} `{}`", path.display());
         let full = matches!(source.kind(), Io::StorageFull | Io::QuotaExceeded | Io::FileTooLarge);
         let error = if full { Self::does_not_fit(what) } else { Self::input(what) };
         error.caused_by(source)

@@ -8,6 +8,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -26,7 +27,7 @@ use crate::error::{Error, Result};
 use crate::fs::{self, NewDirectory};
 use crate::model_config::{self, PACKED_METHOD, PACKED_VERSION};
 use crate::plan::memory::{self, HostStaging, Placed, STAGING_SLABS};
-use crate::quant::{ALIGNMENT, PackedRows, QuantizeRules, Scheme, Storage, quantize_rows};
+use crate::quant::{PACKED_ROW, PackedRows, QuantizeRules, Scheme, Storage, quantize_rows};
 
 /// The largest shard, unless told otherwise; Transformers' own limit.
 pub const DEFAULT_SHARD_SIZE: Bytes = Bytes(5_000_000_000);
@@ -172,11 +173,7 @@ fn shards<'p, 'w>(placed: &'p [Placed<'w>], limit: Bytes) -> Vec<&'p [Placed<'w>
 
 /// Makes the shards with their headers, and the index where there are several.
 /// Returns the file of each weight and where its data begins there.
-fn write_headers(
-    output: &NewDirectory,
-    placed: &[Placed],
-    shards: &[&[Placed]],
-) -> Result<Vec<(std::sync::Arc<File>, u64)>> {
+fn write_headers(output: &NewDirectory, placed: &[Placed], shards: &[&[Placed]]) -> Result<Vec<(Arc<File>, u64)>> {
     let mut files = Vec::with_capacity(placed.len());
     let mut weight_map = Map::new();
     for (at, shard) in shards.iter().enumerate() {
@@ -202,13 +199,13 @@ fn write_headers(
         }
         let mut header = Value::Object(header).to_string().into_bytes();
         // Data begins on a multiple of the layout's alignment; JSON may end in spaces.
-        let length = (size_of::<u64>() + header.len()).next_multiple_of(ALIGNMENT as usize) - size_of::<u64>();
+        let length = (size_of::<u64>() + header.len()).next_multiple_of(PACKED_ROW) - size_of::<u64>();
         header.resize(length, b' ');
         let data = (size_of::<u64>() + length) as u64;
-        let file = std::sync::Arc::new(output.file(&name, Bytes(data + end))?);
+        let file = Arc::new(output.file(&name, Bytes(data + end))?);
         let bytes = [&(length as u64).to_le_bytes()[..], &header].concat();
         file.write_all_at(&bytes, 0).map_err(|e| Error::io("write", name.as_ref(), e))?;
-        files.extend(starts.into_iter().map(|start| (file.clone(), data + start)));
+        files.extend(starts.into_iter().map(|start| (Arc::clone(&file), data + start)));
     }
     if shards.len() > 1 {
         let total: Bytes = placed.iter().map(stored_size).sum();

@@ -19,7 +19,9 @@ use super::{NL4_LEVELS, NL4_UNIT, Storage};
 use crate::bytes::Bytes;
 
 /// Every section, and every matrix in an arena, starts on a multiple of this many bytes.
-pub const ALIGNMENT: u64 = 64;
+pub const ALIGNMENT: u64 = PACKED_ROW as u64;
+/// Bytes of a packed matrix that count as one row of what a checkpoint stores.
+pub const PACKED_ROW: usize = 64;
 /// Columns that share a sub-scale.
 pub const GROUP_SIZE: usize = 32;
 

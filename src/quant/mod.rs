@@ -8,6 +8,7 @@
 //! | `nl4` | `scale[row] * sub_scale[row][k/32] * level[q]`, 16 levels on a cubic | 4.25 + 16/K |
 //! | `none` | as the checkpoint stores it | 16 or 32 |
 
+mod groups;
 mod kv_cache;
 mod layout;
 mod nl4;
@@ -23,7 +24,7 @@ use safetensors::Dtype;
 use serde::{Serialize, Serializer};
 
 pub use kv_cache::{KvDtype, ParseKvDtypeError};
-pub use layout::{ALIGNMENT, GROUP_SIZE, Matrix, MatrixLayout};
+pub use layout::{ALIGNMENT, GROUP_SIZE, Matrix, MatrixLayout, PACKED_ROW};
 pub use nl4::{NL4_LEVELS, NL4_UNIT};
 pub use quantize::{PackedRows, QuantizeError, quantize_activations, quantize_rows};
 pub use rules::QuantizeRules;
@@ -170,11 +171,11 @@ impl Storage {
     }
 
     /// Bytes of a row of `cols` columns as a checkpoint stores it. What is packed is stored whole,
-    /// as [`MatrixLayout`] has it; any [`ALIGNMENT`] bytes of that count as a row.
+    /// as [`MatrixLayout`] has it, in rows of [`PACKED_ROW`] bytes.
     pub fn stored_row(self, cols: usize) -> usize {
         match self {
             Self::Plain(dtype) => cols * dtype.size(),
-            Self::Int8 | Self::Int4 | Self::Nl4 => ALIGNMENT as usize,
+            Self::Int8 | Self::Int4 | Self::Nl4 => PACKED_ROW,
         }
     }
 }

@@ -4,7 +4,7 @@
 //! a whole number of sixteenths. A sixteenth of whole numbers lets a processor
 //! multiply them as integers and leaves scales of the size that `int4` has.
 
-use super::quantize::Levels;
+use super::groups::Levels;
 
 /// The levels in sixteenths.
 pub const NL4_LEVELS: [i8; 16] = [-125, -101, -81, -64, -48, -35, -22, -10, 1, 13, 25, 39, 54, 72, 92, 115];
@@ -25,6 +25,7 @@ const NEAREST: [f32; STEPS] = {
     nearest
 };
 
+#[expect(clippy::cast_possible_truncation, clippy::cast_possible_wrap, reason = "numbers up to 512")]
 const fn codes() -> [u8; STEPS] {
     let (mut codes, mut step) = ([0; STEPS], 0);
     while step < STEPS {

@@ -1,14 +1,11 @@
 //! Weights and activations into their packed forms.
 
-use half::f16;
 use rayon::prelude::*;
 
+use super::groups::{self, Int4};
 use super::nl4::Nl4;
 use super::{GROUP_SIZE, MatrixLayout, Storage};
 use crate::bytes::Bytes;
-
-/// Sums that run side by side over a group.
-const LANES: usize = 8;
 
 /// Weights that cannot be quantized; rows and columns are the slab's.
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
@@ -108,8 +105,8 @@ pub fn quantize_rows(
                     return Err(QuantizeError::NotFinite { row, col, value: values[col] });
                 }
                 let factor = match layout.storage {
-                    Storage::Int4 => grouped_row::<Int4>(values, codes, sub_scales),
-                    Storage::Nl4 => grouped_row::<Nl4>(values, codes, sub_scales),
+                    Storage::Int4 => groups::pack_row::<Int4>(values, codes, sub_scales),
+                    Storage::Nl4 => groups::pack_row::<Nl4>(values, codes, sub_scales),
                     Storage::Int8 | Storage::Plain(_) => {
                         scale.copy_from_slice(&int8_row(values, absmax, codes).to_le_bytes());
                         return Ok(());
@@ -142,140 +139,17 @@ fn int8_row(values: &[f32], absmax: f32, codes: &mut [u8]) -> f32 {
     scale
 }
 
-/// The sixteen levels of a scheme in which groups of 32 have a scale.
-pub trait Levels {
-    /// How many divisors of a group's extreme element the search tries.
-    const DIVISORS: usize;
+/// Adding it leaves a number of up to 2^22 no bits for a fraction, which rounds
+/// it to the nearest whole number, ties to even, on every processor.
+pub const SHIFT: f32 = 12_582_912.0;
 
-    /// One of them.
-    fn divisor(candidate: usize) -> f32;
-
-    /// The level nearest to `x`.
-    fn nearest(x: f32) -> f32;
-
-    /// The code of that level, 0..16.
-    fn code(x: f32) -> u8;
+/// The low byte of the whole number nearest to `x`.
+pub fn low_byte(x: f32) -> u8 {
+    (x + SHIFT).to_bits().to_le_bytes()[0]
 }
 
-/// −8 to 7.
-struct Int4;
-
-impl Levels for Int4 {
-    /// The extreme keeps its sign, so that it lands near −8 and the level that
-    /// the minus side has more is used.
-    const DIVISORS: usize = 20;
-
-    fn divisor(candidate: usize) -> f32 {
-        const FIRST: f32 = -10.47;
-        const LAST: f32 = -6.2;
-        FIRST + (LAST - FIRST) * candidate as f32 / (Self::DIVISORS - 1) as f32
-    }
-
-    fn nearest(x: f32) -> f32 {
-        nearest(x.clamp(-8.0, 7.0))
-    }
-
-    fn code(x: f32) -> u8 {
-        low_byte(x.clamp(-8.0, 7.0)).wrapping_add(8)
-    }
-}
-
-/// A row in groups; see [`search_group`]. Returns the row's scale, or the scale that f16 cannot hold.
-fn grouped_row<L: Levels>(values: &[f32], codes: &mut [u8], sub_scales: &mut [u8]) -> Result<f16, f32> {
-    let groups = values.as_chunks::<GROUP_SIZE>().0;
-    let scales: Vec<f32> = groups.iter().map(search_group::<L>).collect();
-    let largest = scales.iter().fold(0.0f32, |max, scale| max.max(scale.abs()));
-    let wanted = largest / 127.0;
-    let row_scale = f16::from_f32(wanted);
-    let row_scale = if largest == 0.0 {
-        f16::ONE
-    } else if row_scale.is_infinite() {
-        return Err(wanted);
-    } else if row_scale == f16::ZERO {
-        f16::from_bits(1)
-    } else {
-        row_scale
-    };
-    let bytes = codes.chunks_exact_mut(GROUP_SIZE / 2);
-    for (((group, bytes), sub_scale), scale) in groups.iter().zip(bytes).zip(sub_scales).zip(scales) {
-        let rounded = round_i8(scale / row_scale.to_f32());
-        let candidates = [rounded, rounded.saturating_sub(1).max(-127), rounded.saturating_add(1)];
-        let error = |code: i8| squared_error::<L>(group, row_scale.to_f32() * f32::from(code));
-        let code = candidates.into_iter().min_by(|a, b| error(*a).total_cmp(&error(*b))).unwrap_or(rounded);
-        *sub_scale = code.cast_unsigned();
-        let scale = row_scale.to_f32() * f32::from(code);
-        for (j, byte) in bytes.iter_mut().enumerate() {
-            let code = |value: f32| L::code(if scale == 0.0 { 0.0 } else { value / scale });
-            *byte = code(group[j]) | code(group[j + GROUP_SIZE / 2]) << 4;
-        }
-    }
-    Ok(row_scale)
-}
-
-/// The scale of a group with the least squared error: a few divisors of the
-/// extreme element, each refitted by least squares to the codes that it gives.
-fn search_group<L: Levels>(group: &[f32; GROUP_SIZE]) -> f32 {
-    let extreme = group.iter().fold(0.0f32, |m, value| if value.abs() > m.abs() { *value } else { m });
-    if extreme == 0.0 {
-        return 0.0;
-    }
-    let (mut best_scale, mut least_error) = (extreme / -8.0, f32::INFINITY);
-    for candidate in 0..L::DIVISORS {
-        let inverse = L::divisor(candidate) / extreme;
-        let [dot, norm] = sums_over(group, |value| {
-            let level = L::nearest(value * inverse);
-            [value * level, level * level]
-        });
-        let scale = dot / norm.max(1e-9);
-        if scale == 0.0 || !scale.is_finite() {
-            continue;
-        }
-        let error = squared_error::<L>(group, scale);
-        if error < least_error {
-            (best_scale, least_error) = (scale, error);
-        }
-    }
-    best_scale
-}
-
-/// The squared error of a group at `scale`; 0 makes every weight 0.
-fn squared_error<L: Levels>(group: &[f32; GROUP_SIZE], scale: f32) -> f32 {
-    let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-    let [sum] = sums_over(group, |value| {
-        let difference = value - scale * L::nearest(value * inverse);
-        [difference * difference]
-    });
-    sum
-}
-
-/// `Σ terms(value)` over a group, each in [`LANES`] sums side by side.
-#[inline(always)]
-fn sums_over<const N: usize>(group: &[f32; GROUP_SIZE], terms: impl Fn(f32) -> [f32; N]) -> [f32; N] {
-    let mut sums = [[0.0f32; LANES]; N];
-    for values in group.as_chunks::<LANES>().0 {
-        for (lane, value) in values.iter().enumerate() {
-            for (sums, term) in sums.iter_mut().zip(terms(*value)) {
-                sums[lane] += term;
-            }
-        }
-    }
-    sums.map(|sums| sums.iter().sum())
-}
-
-/// The whole number nearest to `x`, ties to even, for |x| up to 2^22: adding
-/// 1.5 · 2^23 leaves no bits for a fraction. Vectorizes on every processor.
-fn nearest(x: f32) -> f32 {
-    (x + SHIFT) - SHIFT
-}
-
-/// The low byte of that number.
-fn low_byte(x: f32) -> u8 {
-    (x + SHIFT).to_bits() as u8
-}
-
-const SHIFT: f32 = 12_582_912.0;
-
-fn round_i8(x: f32) -> i8 {
+/// The whole number nearest to `x`, −127 to 127.
+pub fn round_i8(x: f32) -> i8 {
     low_byte(x.clamp(-127.0, 127.0)).cast_signed()
 }
 
@@ -298,7 +172,7 @@ pub fn quantize_activations(x: &[f32], codes: &mut [i8], scales: &mut [f32]) {
 
 #[cfg(test)]
 mod tests {
-    use half::bf16;
+    use half::{bf16, f16};
     use proptest::prelude::*;
 
     use super::super::{Matrix, NL4_LEVELS, NL4_UNIT, WeightDtype};
@@ -330,7 +204,8 @@ mod tests {
     #[test]
     fn nearest_rounds_ties_to_even() {
         for x in (-1024..=1024).map(|x| x as f32 / 8.0) {
-            assert_eq!(nearest(x), x.round_ties_even(), "{x}");
+            assert_eq!((x + SHIFT) - SHIFT, x.round_ties_even(), "{x}");
+            assert_eq!(low_byte(x), x.round_ties_even() as i64 as u8, "{x}");
         }
     }
 
