@@ -19,10 +19,8 @@ use evenkeel::plan::Plan;
 use evenkeel::quant::{KvDtype, Scheme, WeightDtype};
 use fake_cuda::FakeCuda;
 use support::broken::Broken;
-use support::models::{
-    CHECKPOINTS, LOGITS, NEVER, assert_is_transformers, difference, load, logits, machine, map, options, plan,
-};
-use support::{expected, fixture, numbers};
+use support::models::{LOGITS, NEVER, assert_is_transformers, difference, load, logits, machine, map, options, plan};
+use support::{CHECKPOINTS, expected, fixture, numbers};
 
 const GPUS: &str = "24GiB,8GiB";
 

@@ -5,7 +5,8 @@ mod kernels;
 mod support;
 
 use evenkeel::backend::cuda::{Gpu, Installation};
-use support::models::{CHECKPOINTS, assert_is_transformers};
+use support::CHECKPOINTS;
+use support::models::assert_is_transformers;
 
 macro_rules! on_the_gpu {
     ($($case:ident)*) => {$(

@@ -15,6 +15,26 @@ use evenkeel::loader::{LoadOptions, Model};
 use evenkeel::plan::{Inventory, Plan, PlanOptions};
 use evenkeel::quant::{KvDtype, Scheme};
 
+/// What Transformers computed for these is in their expected.json.
+pub const CHECKPOINTS: &[&str] = &[
+    "parity/gemma2",
+    "parity/gemma3",
+    "parity/gpt2",
+    "parity/granite",
+    "parity/llama",
+    "parity/llama31",
+    "parity/llama_bf16",
+    "parity/mistral",
+    "parity/mixtral",
+    "parity/olmo2",
+    "parity/phi3",
+    "parity/qwen2",
+    "parity/qwen2_yarn",
+    "parity/qwen3",
+    "parity/qwen3_moe",
+    "parity/smollm3",
+];
+
 /// A fixture's directory.
 pub fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)

@@ -15,24 +15,6 @@ use evenkeel::quant::{QuantizeRules, Scheme};
 
 use super::{expected, fixture, numbers};
 
-pub const CHECKPOINTS: &[&str] = &[
-    "parity/gemma2",
-    "parity/gemma3",
-    "parity/gpt2",
-    "parity/granite",
-    "parity/llama",
-    "parity/llama31",
-    "parity/llama_bf16",
-    "parity/mistral",
-    "parity/mixtral",
-    "parity/olmo2",
-    "parity/phi3",
-    "parity/qwen2",
-    "parity/qwen2_yarn",
-    "parity/qwen3",
-    "parity/qwen3_moe",
-    "parity/smollm3",
-];
 /// The largest difference of a logit, as a share of the largest logit.
 pub const LOGITS: f32 = 2e-2;
 pub static NEVER: AtomicBool = AtomicBool::new(false);
