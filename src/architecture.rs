@@ -3,10 +3,12 @@
 
 use std::collections::HashSet;
 
+use safetensors::Dtype;
+
 use crate::checkpoint::{Checkpoint, Tensor};
 use crate::error::{Error, Result, first_five, printable};
 use crate::model_config::{ModelConfig, NormKind};
-use crate::quant::WeightDtype;
+use crate::quant::{MatrixLayout, QuantizeRules, Storage, WeightDtype};
 
 pub use crate::model_config::Role;
 
@@ -137,11 +139,12 @@ impl ModuleTree {
     /// parameter with its tensor, in the order of [`ModuleTree::parameters`].
     ///
     /// # Errors
-    /// Tensors are missing, of another shape, of a dtype that weights do not
+    /// Tensors are missing, of another shape or size, of a dtype that weights do not
     /// have, or there that the model has no place for.
     pub fn resolve<'a>(&'a self, checkpoint: &'a Checkpoint) -> Result<Vec<Weight<'a>>> {
         let (mut weights, mut missing, mut mismatched) = (Vec::new(), Vec::new(), Vec::new());
         let mut used: Vec<&str> = Vec::new();
+        let packed = QuantizeRules::of_checkpoint(&checkpoint.config)?;
         for (module, parameter) in self.parameters() {
             let wanted = parameter.tensor();
             // Files that were saved from the base model leave its name out.
@@ -151,13 +154,15 @@ impl ModuleTree {
                 missing.push(wanted);
                 continue;
             };
-            if tensor.shape != parameter.shape() {
+            let wanted = Wanted::new(parameter, packed.as_ref());
+            if wanted.shape.as_ref() != Some(&tensor.shape) {
                 let shape = printable(&format!("{:?}", tensor.shape));
-                mismatched.push(format!("{name} has shape {shape}, not {:?}", parameter.shape()));
-            } else if let Some(dtype) = WeightDtype::of(tensor.dtype) {
-                weights.push(Weight { module, parameter, tensor, dtype });
+                mismatched.push(format!("{name} has shape {shape}, not {:?}", wanted.shape.unwrap_or_default()));
+            } else if let Some(data) = wanted.data(tensor.dtype) {
+                weights.push(Weight { module, parameter, tensor, data });
             } else {
-                mismatched.push(format!("{name} has dtype {:?}, not BF16, F16 or F32", tensor.dtype));
+                let dtypes = if wanted.packed.is_some() { "U8" } else { "BF16, F16 or F32" };
+                mismatched.push(format!("{name} has dtype {:?}, not {dtypes}", tensor.dtype));
             }
             used.push(name);
         }
@@ -296,8 +301,65 @@ pub struct Weight<'a> {
     pub parameter: &'a Parameter,
     /// Where its data is.
     pub tensor: &'a Tensor,
-    /// The dtype of its data.
-    pub dtype: WeightDtype,
+    /// How its data is stored there: elements of a dtype, or packed already.
+    pub data: Storage,
+}
+
+impl Weight<'_> {
+    /// The dtype of its elements; `None` where it is packed already.
+    pub fn dtype(&self) -> Option<WeightDtype> {
+        match self.data {
+            Storage::Plain(dtype) => Some(dtype),
+            Storage::Int8 | Storage::Int4 | Storage::Nl4 => None,
+        }
+    }
+
+    /// Bytes of a row of its data; see [`Storage::stored_row`].
+    pub fn row_bytes(&self) -> usize {
+        self.data.stored_row(self.parameter.cols)
+    }
+
+    /// Number of rows of its data.
+    pub fn data_rows(&self) -> usize {
+        match self.data {
+            Storage::Plain(_) => self.parameter.rows,
+            // The size was held against a layout's, which is a number of whole rows in memory.
+            _ => usize::try_from(self.tensor.size().0).unwrap_or(usize::MAX) / self.row_bytes(),
+        }
+    }
+
+    /// Whether its rows are columns of what the checkpoint stores.
+    pub fn is_transposed(&self) -> bool {
+        self.parameter.is_transposed && self.dtype().is_some()
+    }
+}
+
+/// What the tensor of a parameter must be.
+struct Wanted {
+    packed: Option<Storage>,
+    /// `None` for what is too large to be there.
+    shape: Option<Vec<u64>>,
+}
+
+impl Wanted {
+    fn new(parameter: &Parameter, rules: Option<&QuantizeRules>) -> Self {
+        let scheme = rules.filter(|_| parameter.is_quantizable()).map(|rules| rules.scheme(&parameter.module));
+        let packed = scheme.and_then(Storage::packed);
+        let layout = |storage| MatrixLayout::new(storage, parameter.rows, parameter.cols);
+        let shape = match packed {
+            Some(storage) => layout(storage).map(|layout| vec![layout.size().0]),
+            None => Some(parameter.shape()),
+        };
+        Self { packed, shape }
+    }
+
+    /// How a tensor of `dtype` stores it, if it may have that dtype.
+    fn data(&self, dtype: Dtype) -> Option<Storage> {
+        match self.packed {
+            Some(storage) => (dtype == Dtype::U8).then_some(storage),
+            None => WeightDtype::of(dtype).map(Storage::Plain),
+        }
+    }
 }
 
 impl Parameter {

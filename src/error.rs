@@ -79,8 +79,9 @@ impl Error {
 
     /// An input or output error on `path`; a full disk is [`ErrorKind::DoesNotFit`].
     pub fn io(doing: &str, path: &std::path::Path, source: std::io::Error) -> Self {
+        use std::io::ErrorKind as Io;
         let what = format!("cannot {doing} `{}`", path.display());
-        let full = matches!(source.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded);
+        let full = matches!(source.kind(), Io::StorageFull | Io::QuotaExceeded | Io::FileTooLarge);
         let error = if full { Self::does_not_fit(what) } else { Self::input(what) };
         error.caused_by(source)
     }

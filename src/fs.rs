@@ -78,10 +78,7 @@ pub fn confined(directory: &Path, name: &str) -> Result<PathBuf> {
 pub fn write_atomic(path: &Path, bytes: &[u8], overwrite: bool) -> Result<()> {
     use std::os::unix::fs::PermissionsExt;
     let failed = |e| Error::io("write", path, e);
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
+    let directory = parent(path);
     let mut file = tempfile::Builder::new()
         .prefix(".evenkeel-")
         .permissions(std::fs::Permissions::from_mode(0o666))
@@ -103,6 +100,84 @@ pub fn write_atomic(path: &Path, bytes: &[u8], overwrite: bool) -> Result<()> {
     File::open(directory).and_then(|d| d.sync_all()).map_err(failed)
 }
 
+/// A directory that appears under its name whole or not at all: its files are
+/// written into a temporary one beside it, which is synced and renamed.
+pub struct NewDirectory {
+    temporary: tempfile::TempDir,
+    path: PathBuf,
+}
+
+impl NewDirectory {
+    /// Begins the directory `path`.
+    ///
+    /// # Errors
+    /// Something stands under this name already, or nothing can be written beside it.
+    pub fn create(path: &Path) -> Result<Self> {
+        use std::os::unix::fs::PermissionsExt;
+        if std::fs::symlink_metadata(path).is_ok() {
+            return Err(Error::usage(format!("`{}` is there already", path.display()))
+                .hint("name a directory that is not there yet"));
+        }
+        let temporary = tempfile::Builder::new()
+            .prefix(".evenkeel-")
+            .permissions(std::fs::Permissions::from_mode(0o777))
+            .tempdir_in(parent(path))
+            .map_err(|e| Error::io("write", path, e))?;
+        Ok(Self { temporary, path: path.to_owned() })
+    }
+
+    /// A new file in it of `len` zeros, whose space is reserved.
+    ///
+    /// # Errors
+    /// The file is there already, or there is no space for it.
+    pub fn file(&self, name: &str, len: Bytes) -> Result<File> {
+        let failed = |e| Error::io("write", &self.path.join(name), e);
+        let file = File::create_new(self.temporary.path().join(name)).map_err(failed)?;
+        reserve(&file, len).map_err(failed)?;
+        Ok(file)
+    }
+
+    /// Writes a whole file in it.
+    ///
+    /// # Errors
+    /// Any failure.
+    pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let written = std::fs::write(self.temporary.path().join(name), bytes);
+        written.map_err(|e| Error::io("write", &self.path.join(name), e))
+    }
+
+    /// Gives the directory its name, with all that is in it on the disk.
+    ///
+    /// # Errors
+    /// Any failure; there is no such directory then.
+    pub fn finish(self) -> Result<()> {
+        let Self { temporary, path } = self;
+        let finish = || {
+            for entry in temporary.path().read_dir()? {
+                File::open(entry?.path())?.sync_all()?;
+            }
+            File::open(temporary.path())?.sync_all()?;
+            std::fs::rename(temporary.path(), &path)
+        };
+        finish().map_err(|e| Error::io("write", &path, e))?;
+        // Its name is gone, so that there is nothing to remove.
+        let _ = temporary.keep();
+        File::open(parent(&path)).and_then(|d| d.sync_all()).map_err(|e| Error::io("write", &path, e))
+    }
+}
+
+fn parent(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Makes `file` `len` bytes long, with space for them where the file system can reserve it.
+fn reserve(file: &File, len: Bytes) -> std::io::Result<()> {
+    match rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, len.0.max(1)) {
+        Err(rustix::io::Errno::OPNOTSUPP) => file.set_len(len.0),
+        result => Ok(result?),
+    }
+}
+
 /// A nameless file of `len` bytes in `directory`, its space reserved; it is
 /// gone when it is closed, however the process ends.
 ///
@@ -114,10 +189,7 @@ pub fn scratch_file(directory: &Path, len: Bytes) -> Result<File> {
         Error::io("reserve space in", directory, e)
             .hint(format!("{len} is needed there; `--offload-dir` names another place"))
     };
-    match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, len.0.max(1)) {
-        Err(rustix::io::Errno::OPNOTSUPP) => file.set_len(len.0).map_err(failed)?,
-        result => result.map_err(|e| failed(e.into()))?,
-    }
+    reserve(&file, len).map_err(failed)?;
     Ok(file)
 }
 

@@ -305,3 +305,37 @@ fn a_pipe_in_place_of_a_shard_does_not_hang() {
     child.kill().unwrap();
     panic!("it hangs");
 }
+
+#[test]
+fn perplexity_compares_schemes_on_overlapping_windows() {
+    let base = ["perplexity", FERRIS, "--text", "tests/fixtures/ferris-7m/eval.txt"];
+    let windows = ["--max-tokens", "100", "--context", "64", "--stride", "16"];
+    let json = |more: &[&str]| -> serde_json::Value {
+        let output = run(&[&base[..], &windows, &["--format", "json"], more].concat());
+        serde_json::from_str(&stdout(&output)).unwrap_or_else(|e| panic!("{e}: {}", stderr(&output)))
+    };
+    let compared = json(&["--compare", "nl4,int8"]);
+    let rows = compared["rows"].as_array().unwrap();
+    let schemes: Vec<_> = rows.iter().map(|row| row["quantize"][""].as_str().unwrap()).collect();
+    assert_eq!(schemes, ["none", "nl4", "int8"]);
+    assert_eq!(rows[0]["divergence"], serde_json::Value::Null);
+    let kl = |row: usize| rows[row]["divergence"]["mean_kl"].as_f64().unwrap();
+    assert!(0.0 < kl(2) && kl(2) < kl(1) && kl(1) < 0.2, "{rows:?}");
+    for (row, alone) in rows.iter().zip(["none", "nl4", "int8"]) {
+        assert_eq!(row["tokens"], 99);
+        assert_eq!(json(&["--quantize", alone])["rows"][0]["perplexity"], row["perplexity"], "{alone}");
+    }
+    let table = stdout(&run(&[&base[..], &["--max-tokens", "100", "--quantize", "int4"]].concat()));
+    assert!(table.starts_with("ferris-7m: 99 tokens scored in windows of 512 tokens\n\nscheme "), "{table}");
+    for (arguments, code, message) in [
+        (&["--compare", "int8", "--quantize", "int8"][..], 2, "cannot be used with"),
+        (&["--stride", "0"], 2, "a stride of 0 is not between 1 and the 512 of a window"),
+        (&["--context", "1"], 2, "a window of 1 tokens has none to score"),
+        (&["--max-tokens", "1"], 1, "has 1 tokens; 2 is the least to score"),
+        (&["--context", "9999"], 2, "longer than the 512"),
+    ] {
+        let output = run(&[&base[..], arguments].concat());
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {}", stderr(&output));
+        assert!(stderr(&output).contains(message), "{arguments:?}: {}", stderr(&output));
+    }
+}

@@ -14,7 +14,7 @@ use evenkeel::bytes::Bytes;
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device::DeviceId;
 use evenkeel::generate::GenerateOptions;
-use evenkeel::loader::{LoadEvent, LoadOptions};
+use evenkeel::loader::{DEFAULT_SHARD_SIZE, LoadEvent, LoadOptions, SaveOptions, save_quantized};
 use evenkeel::plan::Plan;
 use evenkeel::quant::{KvDtype, Scheme, WeightDtype};
 use fake_cuda::FakeCuda;
@@ -52,7 +52,7 @@ fn where_blocks_are_and_how_buffers_and_streams_run_changes_no_bit() {
     for (name, kv_cache) in [("parity/llama_bf16", KvDtype::F16), ("parity/qwen3_moe", KvDtype::Int8)] {
         let sequence: Vec<u32> = numbers(&expected(name)["input_ids"]);
         let checkpoint = Checkpoint::open(fixture(name)).unwrap();
-        for scheme in Scheme::ALL {
+        for scheme in Scheme::AUTOMATIC {
             let run = |devices: &[&str], separate| {
                 let mut options = options(scheme, &map(&checkpoint, devices), None);
                 options.kv_cache = Some(kv_cache);
@@ -77,12 +77,44 @@ fn where_blocks_are_and_how_buffers_and_streams_run_changes_no_bit() {
 }
 
 #[test]
+fn what_is_packed_already_is_what_a_gpu_packs() {
+    let Some((fake, _turn)) = fake_cuda::load(GPUS) else { return };
+    let original = Checkpoint::open(fixture("parity/llama_bf16")).unwrap();
+    let sequence: Vec<u32> = numbers(&expected("parity/llama_bf16")["input_ids"]);
+    let map = map(&original, &["cuda:0", "cuda:0", "cuda:1", "cpu", "cuda:1"]);
+    for scheme in [Scheme::Int8, Scheme::Int4] {
+        let directory = tempfile::tempdir().unwrap();
+        let output = &directory.path().join("model");
+        let save = SaveOptions { scheme, output, shard_size: DEFAULT_SHARD_SIZE, cancel: &NEVER };
+        save_quantized(&original, &save, |_| ()).unwrap();
+        let packed = Checkpoint::open(output).unwrap();
+        let run = |checkpoint: &Checkpoint| {
+            let options = options(scheme, &map, None);
+            let plan = Plan::new(checkpoint, &machine(), &options).unwrap();
+            logits(&mut load(&plan, checkpoint, true).unwrap(), &sequence)
+        };
+        assert_eq!(run(&packed), run(&original), "{scheme}");
+        assert_nothing_left(fake, scheme.name());
+    }
+}
+
+#[test]
+fn nl4_is_refused_on_a_gpu() {
+    let Some(_fake) = fake_cuda::load(GPUS) else { return };
+    let checkpoint = Checkpoint::open(fixture("parity/llama")).unwrap();
+    let options = options(Scheme::Nl4, r#"{"": "cpu", "model.layers.1": "cuda:1"}"#, None);
+    let error = Plan::new(&checkpoint, &machine(), &options).unwrap_err();
+    let wanted = "`model.layers.1.self_attn.q_proj` cannot be `nl4` on cuda:1: only the CPU computes this scheme";
+    assert_eq!(error.to_string(), wanted);
+}
+
+#[test]
 fn the_peak_of_every_gpu_is_the_planned_one() {
     let Some((fake, _turn)) = fake_cuda::load(GPUS) else { return };
     for name in ["ferris-7m", "parity/gemma2", "parity/gpt2", "parity/qwen3_moe"] {
         let checkpoint = Checkpoint::open(fixture(name)).unwrap();
         // Packing to int4 is slow on the stand-in.
-        for scheme in if name == "ferris-7m" { &Scheme::ALL[..2] } else { &Scheme::ALL } {
+        for scheme in if name == "ferris-7m" { &Scheme::AUTOMATIC[..2] } else { &Scheme::AUTOMATIC } {
             for (devices, context) in [
                 (&["cuda:0"][..], 64),
                 (&["cuda:1", "cuda:1", "cuda:0", "cuda:1"], 100),

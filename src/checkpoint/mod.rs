@@ -19,7 +19,8 @@ use crate::bytes::Bytes;
 use crate::error::{Error, Result, first_five, printable};
 use crate::model_config::ModelConfig;
 
-const SINGLE_FILE: &str = "model.safetensors";
+/// The file of a checkpoint that has no index.
+pub const SINGLE_FILE: &str = "model.safetensors";
 
 /// A checkpoint whose configuration and headers have been read and checked.
 #[derive(Clone, Debug)]
@@ -105,6 +106,17 @@ impl Checkpoint {
             catalog,
             unlisted,
         })
+    }
+}
+
+impl Checkpoint {
+    /// The local directory that holds it.
+    ///
+    /// # Errors
+    /// None does.
+    pub fn local_directory(&self) -> Result<&Path> {
+        let nowhere = || Error::input(format!("`{}` is not in a local directory", self.name));
+        self.directory.as_deref().ok_or_else(nowhere)
     }
 }
 

@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use evenkeel::bytes::Bytes;
 use evenkeel::device::DeviceId;
 use evenkeel::plan::{Quantize, Strategy};
-use evenkeel::quant::KvDtype;
+use evenkeel::quant::{KvDtype, Scheme};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -35,8 +35,12 @@ pub enum Command {
     Devices(DevicesArguments),
     /// Generate text behind a prompt.
     Generate(Box<GenerateArguments>),
+    /// Measure how well a model predicts a text, and what a scheme costs.
+    Perplexity(Box<PerplexityArguments>),
     /// Show what would go where, and whether it fits; reads no weights.
     Plan(Box<PlanArguments>),
+    /// Write a checkpoint whose weights are quantized, which loads faster.
+    Quantize(Box<QuantizeArguments>),
 }
 
 #[derive(Debug, Args)]
@@ -92,7 +96,7 @@ impl ModelArguments {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Placement")]
 pub struct PlacementArguments {
-    /// `none`, `int8` or `int4` for the whole model, where int4 keeps embedding and head in int8;
+    /// `none`, `int8`, `int4` or `nl4` for the whole model, where the last two keep embedding and head in int8;
     /// `auto` for the most bits that fit without leaving the GPUs [default: the map's, or none].
     #[arg(long, value_name = "SCHEME")]
     pub quantize: Option<Quantize>,
@@ -217,6 +221,52 @@ pub struct SamplingArguments {
     /// Go on behind an end-of-text token.
     #[arg(long)]
     pub ignore_eos: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct PerplexityArguments {
+    #[command(flatten)]
+    pub model: ModelArguments,
+    /// The text, a file in UTF-8.
+    #[arg(long, value_name = "FILE", help_heading = "Text")]
+    pub text: PathBuf,
+    /// Tokens from the beginning of a window to that of the next; those that two windows share are
+    /// context in the second [default: the window, which `--context` sets, or 512].
+    #[arg(long, value_name = "TOKENS", help_heading = "Text")]
+    pub stride: Option<usize>,
+    /// Score the beginning of the text only.
+    #[arg(long, value_name = "TOKENS", help_heading = "Text")]
+    pub max_tokens: Option<usize>,
+    /// Load the model unquantized, then in each of these schemes, and compare. What the first
+    /// predicts is kept in `--offload-dir`, two bytes for each token of text and vocabulary.
+    #[arg(
+        long,
+        value_name = "SCHEMES",
+        value_delimiter = ',',
+        conflicts_with = "quantize",
+        help_heading = "Quantization"
+    )]
+    pub compare: Vec<Scheme>,
+    #[command(flatten)]
+    pub placement: PlacementArguments,
+    /// How the figures are written to standard output.
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = Format::Text, help_heading = "Output")]
+    pub format: Format,
+}
+
+#[derive(Debug, Args)]
+pub struct QuantizeArguments {
+    #[command(flatten)]
+    pub model: ModelArguments,
+    /// `int8`, `int4` or `nl4` for the whole model, where the last two keep embedding and head in int8.
+    #[arg(long, value_name = "SCHEME", help_heading = "Quantization")]
+    pub quantize: Scheme,
+    /// The directory to make.
+    #[arg(long, value_name = "DIRECTORY", help_heading = "Output")]
+    pub output: PathBuf,
+    /// The most bytes of tensors in a file, unless one is larger by itself.
+    #[arg(long, value_name = "SIZE", default_value = "5GB", help_heading = "Output")]
+    pub max_shard_size: Bytes,
 }
 
 #[derive(Debug, Args)]

@@ -6,17 +6,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use evenkeel::bytes::{Bytes, MIB};
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::generate::{ChatTemplate, Finish, GenerateOptions, GenerateReport, Message, Sampling};
-use evenkeel::loader::{LoadEvent, LoadOptions, LoadReport, Model};
-use evenkeel::plan::{Inventory, Plan, Strategy};
+use evenkeel::loader::{LoadReport, Model};
 use evenkeel::{Error, ErrorKind, Result, fs};
 use serde::Serialize;
 
 use super::args::{Format, GenerateArguments, OnShortfall, PromptArguments, SamplingArguments};
 use super::env::Environment;
 use super::model::{self, Need};
-use super::plan::with_commands;
 use super::printer::Printer;
-use super::progress::Bar;
 use super::{Exit, Outcome, Stop, signal};
 
 /// New tokens where neither the user nor the context sets a limit.
@@ -34,22 +31,11 @@ pub fn run(arguments: &GenerateArguments, environment: &Environment, printer: &P
     let offload_directory = arguments.placement.offload_directory(environment);
     let checkpoint = model::open(&arguments.model, Need::Weights, environment, printer)?;
     let template = template(&arguments.prompt, &checkpoint)?;
-    let plan = || {
-        let mut inventory = Inventory::this_machine(&offload_directory)?;
-        if options.strategy == Strategy::Fastest {
-            inventory.measure_bandwidth();
-        }
-        let plan = Plan::new(&checkpoint, &inventory, &options)?;
-        if plan.fits() { Ok(plan) } else { Err(with_commands(&plan)) }
-    };
-    let load = |plan: &Plan| {
-        let load = LoadOptions { offload_directory: &offload_directory, cancel: &interrupted, separate_buffers: false };
-        load_with_bar(plan, &checkpoint, &load, printer)
-    };
-    let mut model = match load(&plan()?) {
+    let load = || model::load(&checkpoint, &options, &offload_directory, &interrupted, printer);
+    let mut model = match load() {
         Err(error) if error.kind() == ErrorKind::Shortfall && arguments.on_shortfall == OnShortfall::Replan => {
             printer.note(&format!("{error}; planning again with what is left"));
-            load(&plan()?)?
+            load()?
         }
         loaded => loaded?,
     };
@@ -77,24 +63,6 @@ pub fn run(arguments: &GenerateArguments, environment: &Environment, printer: &P
         printer.stats(&model.report, &generated);
     }
     Ok(if generated.finish == Finish::Interrupted { Exit::Interrupted } else { Exit::Done })
-}
-
-fn load_with_bar(plan: &Plan, checkpoint: &Checkpoint, options: &LoadOptions, printer: &Printer) -> Result<Model> {
-    let mut bar = None;
-    let model = plan.load(checkpoint, options, |event| match event {
-        LoadEvent::Started { bytes } => bar = Some(Bar::new(printer, "loading", bytes)),
-        LoadEvent::Placed { module, device, bytes } => {
-            if let Some(bar) = &bar {
-                bar.say(format!("{module} to {device}"));
-                bar.advance(bytes);
-            }
-        }
-        _ => {}
-    });
-    if let Some(bar) = bar {
-        bar.finish();
-    }
-    model
 }
 
 /// Prints pieces as they come; what was printed stays when the user stops it.

@@ -8,9 +8,11 @@ mod devices;
 mod env;
 mod generate;
 mod model;
+mod perplexity;
 mod plan;
 mod printer;
 mod progress;
+mod quantize;
 mod signal;
 
 use std::process::ExitCode;
@@ -78,7 +80,9 @@ pub fn run() -> ExitCode {
     let outcome = match arguments.command {
         Command::Devices(arguments) => devices::run(&arguments, &environment, &printer),
         Command::Generate(arguments) => generate::run(&arguments, &environment, &printer),
+        Command::Perplexity(arguments) => perplexity::run(&arguments, &environment, &printer),
         Command::Plan(arguments) => plan::run(&arguments, &environment, &printer),
+        Command::Quantize(arguments) => quantize::run(&arguments, &environment, &printer),
     };
     let code = match outcome {
         Ok(exit) => exit.code(),

@@ -1,15 +1,19 @@
 //! The model and the plan that the arguments name.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device_map::DeviceMap;
-use evenkeel::plan::PlanOptions;
+use evenkeel::loader::{LoadEvent, LoadOptions, Model};
+use evenkeel::plan::{Inventory, Plan, PlanOptions, Strategy};
 use evenkeel::{Error, Result};
 
 use super::args::{ModelArguments, PlacementArguments};
 use super::env::Environment;
+use super::plan::with_commands;
 use super::printer::Printer;
+use super::progress::Bar;
 
 /// How much of a model a command needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,8 +64,6 @@ fn from_hub(
 ) -> Result<Checkpoint> {
     use evenkeel::hub::{Hub, HubEvent, RepoId};
 
-    use super::progress::Bar;
-
     let model = arguments.model();
     let id: RepoId = model.parse().map_err(|e| {
         Error::input(format!("`{model}` is neither a directory nor a repository on the Hub")).caused_by(e)
@@ -76,7 +78,7 @@ fn from_hub(
             printer.note(&format!("downloading {files} files of `{model}`, {bytes}"));
             bar = Some(Bar::new(printer, "downloading", bytes));
         }
-        (HubEvent::Downloaded { bytes }, Some(bar)) => bar.set(bytes),
+        (HubEvent::Downloaded { bytes }, Some(bar)) => bar.set(bytes.0),
         (HubEvent::LockHeld { path, .. }, _) => {
             printer.note(&format!("waiting for another process that downloads `{model}` (`{}`)", path.display()));
         }
@@ -95,6 +97,43 @@ fn from_hub(
 fn from_hub(arguments: &ModelArguments, _: Need, _: &Environment, _: &Printer) -> Result<Checkpoint> {
     Err(Error::input(format!("there is no directory `{}`", arguments.model()))
         .hint("this build cannot reach the Hub: it was made without the feature `hub`"))
+}
+
+/// Plans for this machine as it is now, and loads by the plan.
+pub fn load(
+    checkpoint: &Checkpoint,
+    options: &PlanOptions,
+    offload_directory: &Path,
+    cancel: &AtomicBool,
+    printer: &Printer,
+) -> Result<Model> {
+    let mut inventory = Inventory::this_machine(offload_directory)?;
+    if options.strategy == Strategy::Fastest {
+        inventory.measure_bandwidth();
+    }
+    let plan = Plan::new(checkpoint, &inventory, options)?;
+    if !plan.fits() {
+        return Err(with_commands(&plan));
+    }
+    let load = LoadOptions { offload_directory, cancel, separate_buffers: false };
+    let mut bar = None;
+    let model = plan.load(checkpoint, &load, |event| show(&event, "loading", &mut bar, printer));
+    if let Some(bar) = bar {
+        bar.finish();
+    }
+    model
+}
+
+/// Draws the bar of `what` reads all weights.
+pub fn show(event: &LoadEvent, what: &'static str, bar: &mut Option<Bar>, printer: &Printer) {
+    match (event, &bar) {
+        (LoadEvent::Started { bytes }, _) => *bar = Some(Bar::new(printer, what, *bytes)),
+        (LoadEvent::Placed { module, device, bytes }, Some(bar)) => {
+            bar.say(format!("{module} to {device}"));
+            bar.advance(*bytes);
+        }
+        _ => {}
+    }
 }
 
 impl PlacementArguments {

@@ -8,19 +8,28 @@ use super::printer::Printer;
 /// Redraws a second at most.
 const REDRAWS: u8 = 10;
 
-/// A bar that counts bytes, or nothing where no bars are wanted.
+/// A bar that counts bytes or tokens, or nothing where no bars are wanted.
 pub struct Bar(ProgressBar);
 
 impl Bar {
     /// A bar for `total` bytes of `what`.
     pub fn new(printer: &Printer, what: &'static str, total: Bytes) -> Self {
+        let counts = "{binary_bytes} of {binary_total_bytes}  {binary_bytes_per_sec}";
+        Self::counting(printer, what, total.0, counts)
+    }
+
+    /// A bar for `total` tokens of `what`.
+    pub fn tokens(printer: &Printer, what: &'static str, total: usize) -> Self {
+        Self::counting(printer, what, total as u64, "{human_pos} of {human_len} tokens  {per_sec}")
+    }
+
+    fn counting(printer: &Printer, what: &'static str, total: u64, counts: &str) -> Self {
         if !printer.progress {
             return Self(ProgressBar::hidden());
         }
-        let bar = ProgressBar::with_draw_target(Some(total.0), ProgressDrawTarget::stderr_with_hz(REDRAWS));
-        let template =
-            "{prefix} [{bar:30}] {binary_bytes} of {binary_total_bytes}  {binary_bytes_per_sec}  {eta}  {msg}";
-        if let Ok(style) = ProgressStyle::with_template(template) {
+        let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr_with_hz(REDRAWS));
+        let template = format!("{{prefix}} [{{bar:30}}] {counts}  {{eta}}  {{msg}}");
+        if let Ok(style) = ProgressStyle::with_template(&template) {
             bar.set_style(style.progress_chars("=> "));
         }
         Self(bar.with_prefix(what))
@@ -31,10 +40,9 @@ impl Bar {
         self.0.inc(bytes.0);
     }
 
-    /// `bytes` are done in all.
-    #[cfg(feature = "hub")]
-    pub fn set(&self, bytes: Bytes) {
-        self.0.set_position(bytes.0);
+    /// `count` bytes or tokens are done in all.
+    pub fn set(&self, count: u64) {
+        self.0.set_position(count);
     }
 
     /// What is being done now.

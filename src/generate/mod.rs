@@ -1,6 +1,7 @@
-//! Prompt to text.
+//! Prompt to text, and how well a text is predicted.
 
 mod chat;
+mod perplexity;
 mod sampler;
 mod stream;
 
@@ -15,6 +16,7 @@ use sampler::Sampler;
 use stream::TextStream;
 
 pub use chat::{ChatTemplate, Message};
+pub use perplexity::{Comparison, DEFAULT_WINDOW, Divergence, Perplexity, Predictions, Windows};
 pub use sampler::Sampling;
 
 /// How to generate.

@@ -65,12 +65,9 @@ pub fn fill(
                 let (Some(upload), matrix) = (&mut gpu.upload, &gpu.matrices[&weight]) else {
                     unreachable!("the ring is there until all is filled")
                 };
-                sent.push_back(Sent {
-                    weight,
-                    row,
-                    len,
-                    slab: upload.start(matrix, row, target.weight.dtype, buffer, len)?,
-                });
+                check_scales(target, row, &buffer[..len])?;
+                let slab = upload.start(matrix, row, target.weight.data, buffer, len)?;
+                sent.push_back(Sent { weight, row, len, slab });
                 if sent.len() < IN_FLIGHT {
                     return Ok(());
                 }
@@ -106,9 +103,9 @@ fn receive(arenas: &mut Arenas, placed: &[Placed], sent: Sent) -> Result<SlabBuf
         unreachable!("the ring is there until all is filled")
     };
     let (buffer, is_packed) = upload.finish(sent.slab)?;
-    if !is_packed {
+    if let (false, Some(dtype)) = (is_packed, target.weight.dtype()) {
         // The GPU knows only that there is a weight that cannot be packed; the host finds it.
-        quantize_rows(&target.layout, target.weight.dtype, &buffer[..sent.len], &mut PackedRows::default())
+        quantize_rows(&target.layout, dtype, &buffer[..sent.len], &mut PackedRows::default())
             .map_err(|e| broken_weight(target, sent.row, e))?;
     }
     Ok(SlabBuffer::Pinned(buffer))
@@ -135,18 +132,38 @@ fn pack(
         arenas.memory[offset as usize..][..bytes.len()].copy_from_slice(bytes);
         Ok(())
     };
-    if let Storage::Plain(_) = layout.storage {
-        write(layout.codes_at(row), bytes)?;
-        return Ok(Bytes::ZERO);
+    match target.weight.data {
+        Storage::Plain(dtype) if target.weight.data != layout.storage => {
+            quantize_rows(layout, dtype, bytes, packed).map_err(|e| broken_weight(target, row, e))?;
+            for (at, bytes) in packed.sections(layout, row) {
+                write(at, bytes)?;
+            }
+            Ok(packed.bytes())
+        }
+        _ => {
+            check_scales(target, row, bytes)?;
+            write((row * target.weight.row_bytes()) as u64, bytes)?;
+            Ok(Bytes::ZERO)
+        }
     }
-    quantize_rows(layout, target.weight.dtype, bytes, packed).map_err(|e| broken_weight(target, row, e))?;
-    write(layout.codes_at(row), &packed.codes)?;
-    write(layout.sub_scales_at(row), &packed.sub_scales)?;
-    write(layout.scales_at(row), &packed.scales)?;
-    Ok(packed.bytes())
 }
 
-fn broken_weight(target: &Placed, first_row: usize, error: QuantizeError) -> Error {
+/// Refuses scales that no quantizer writes, in rows of what is packed already.
+fn check_scales(target: &Placed, row: usize, bytes: &[u8]) -> Result<()> {
+    let weight = &target.weight;
+    let broken = match weight.dtype() {
+        Some(_) => None,
+        None => target.layout.broken_scale((row * weight.row_bytes()) as u64, bytes),
+    };
+    broken.map_or(Ok(()), |row| {
+        let tensor = weight.parameter.tensor();
+        Err(Error::input(format!("tensor `{tensor}` has a scale at row {row} that is not finite"))
+            .hint("the file is broken; `evenkeel quantize` makes it again"))
+    })
+}
+
+/// The error of a weight of `target` that cannot be packed, in a slab that begins at `first_row`.
+pub fn broken_weight(target: &Placed, first_row: usize, error: QuantizeError) -> Error {
     let tensor = target.weight.parameter.tensor();
     let what = match error {
         QuantizeError::NotFinite { row, col, value } => {

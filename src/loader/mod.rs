@@ -10,6 +10,7 @@ mod arenas;
 mod build;
 mod fill;
 mod reader;
+mod save;
 
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -22,11 +23,13 @@ use crate::backend::Pipeline;
 use crate::bytes::Bytes;
 use crate::checkpoint::Checkpoint;
 use crate::device::DeviceId;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::plan::Plan;
 use crate::plan::memory::{self, HostStaging};
 use crate::tokenizer::Tokenizer;
 use arenas::Arenas;
+
+pub use save::{DEFAULT_SHARD_SIZE, SaveOptions, SaveReport, save_quantized};
 
 /// What a load tells while it runs.
 #[derive(Clone, Debug)]
@@ -111,10 +114,7 @@ impl Plan {
             return Err(self.does_not_fit());
         }
         let start = Instant::now();
-        let directory = checkpoint
-            .directory
-            .as_deref()
-            .ok_or_else(|| Error::input(format!("`{}` is not in a local directory", checkpoint.name)))?;
+        let directory = checkpoint.local_directory()?;
         let tokenizer = Tokenizer::open(directory, checkpoint.config.vocab_size)?;
         let tree = ModuleTree::new(&checkpoint.config);
         let weights = tree.resolve(checkpoint)?;

@@ -13,7 +13,6 @@ use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::fs;
 use crate::plan::memory::Placed;
-use crate::quant::WeightDtype;
 
 /// Host memory that a slab is read into.
 pub enum SlabBuffer {
@@ -111,16 +110,15 @@ fn read_ahead(
                 Shard::open(checkpoint, directory, tensor.shard)?
             }
         };
-        let parameter = target.weight.parameter;
-        let row_bytes = parameter.cols * target.weight.dtype.size();
+        let (row_bytes, all_rows) = (target.weight.row_bytes(), target.weight.data_rows());
         let mut row = 0;
-        while row < parameter.rows {
+        while row < all_rows {
             let Ok(mut buffer) = empty.recv() else {
                 return Ok(());
             };
-            let rows = (buffer.len() / row_bytes).min(parameter.rows - row);
+            let rows = (buffer.len() / row_bytes).min(all_rows - row);
             let len = rows * row_bytes;
-            if parameter.is_transposed {
+            if target.weight.is_transposed() {
                 shard.read_transposed(&mut buffer[..len], &target.weight, row, &mut gathered[..len])?;
             } else {
                 shard.read(&mut buffer[..len], tensor.range.start + (row * row_bytes) as u64)?;
@@ -163,15 +161,16 @@ impl Shard {
     /// Fills `buffer` with rows of a tensor that is stored as `[cols, rows]`:
     /// their part of each stored row is read into `gathered`, which is as long.
     fn read_transposed(&self, buffer: &mut [u8], weight: &Weight, row: usize, gathered: &mut [u8]) -> Result<()> {
-        let (element, cols, stored) =
-            (weight.dtype.size(), weight.parameter.cols, weight.parameter.rows * weight.dtype.size());
+        let cols = weight.parameter.cols;
+        let element = weight.row_bytes() / cols;
+        let stored = weight.parameter.rows * element;
         let rows = buffer.len() / (cols * element);
         for (col, part) in gathered.chunks_mut(rows * element).enumerate() {
             self.read(part, weight.tensor.range.start + (col * stored + row * element) as u64)?;
         }
-        match weight.dtype {
-            WeightDtype::Bf16 | WeightDtype::F16 => transpose::<2>(gathered, rows, buffer),
-            WeightDtype::F32 => transpose::<4>(gathered, rows, buffer),
+        match element {
+            2 => transpose::<2>(gathered, rows, buffer),
+            _ => transpose::<4>(gathered, rows, buffer),
         }
         Ok(())
     }

@@ -22,6 +22,11 @@ pub const FILE: &str = "config.json";
 const GENERATION_FILE: &str = "generation_config.json";
 const CAP: Bytes = Bytes(MIB);
 
+/// The `quant_method` of checkpoints whose weights are packed in the canonical layout.
+pub const PACKED_METHOD: &str = "evenkeel";
+/// The version of that packing.
+pub const PACKED_VERSION: u64 = 1;
+
 const MAX_BLOCKS: u64 = 10_000;
 const MAX_WIDTH: u64 = 1 << 20;
 const MAX_HEADS: u64 = 1 << 16;
@@ -38,6 +43,8 @@ const MAX_SCALE: f64 = 1e6;
 pub struct ModelConfig {
     /// The architecture's row of [`FAMILIES`].
     pub family: &'static Family,
+    /// Module paths and the names of the schemes that their weights are packed in already; `None` where none are.
+    pub packed: Option<Vec<(String, String)>>,
     /// The dtype that the configuration declares, for display; each tensor's own dtype counts.
     pub dtype: Option<String>,
     /// Width of the hidden state.
@@ -144,13 +151,7 @@ impl ModelConfig {
         let document = Document::parse(origin, json)?;
         let fields = Fields::of(document.root())?;
         let family = family(&fields)?;
-        if let Some(quantization) = fields.optional("quantization_config") {
-            let scheme = Fields::of(quantization)?.text_or_none("quant_method")?;
-            let scheme = printable(scheme.as_deref().unwrap_or("unnamed"));
-            return Err(quantization
-                .error(format!("the checkpoint is already quantized (`{scheme}`), which is not supported"))
-                .hint("name the unquantized checkpoint that it was made from; `--quantize` quantizes while loading"));
-        }
+        let packed = fields.optional("quantization_config").map(packed).transpose()?;
         refuse_unsupported(&fields)?;
 
         let keys = family.keys;
@@ -193,6 +194,7 @@ impl ModelConfig {
         #[expect(clippy::cast_possible_truncation, reason = "used in f32")]
         Ok(Self {
             family,
+            packed,
             dtype: match fields.text_or_none("dtype")? {
                 Some(dtype) => Some(printable(&dtype)),
                 None => fields.text_or_none("torch_dtype")?.map(|dtype| printable(&dtype)),
@@ -240,6 +242,26 @@ impl ModelConfig {
     pub fn keys(&self) -> usize {
         self.num_key_value_heads * self.head_dim
     }
+}
+
+/// What [`ModelConfig::packed`] says, from a `quantization_config`.
+fn packed(quantization: Node) -> Result<Vec<(String, String)>> {
+    let fields = Fields::of(quantization)?;
+    let method = fields.text_or_none("quant_method")?;
+    if method.as_deref() != Some(PACKED_METHOD) {
+        let method = printable(method.as_deref().unwrap_or("unnamed"));
+        return Err(quantization
+            .error(format!("the checkpoint is already quantized (`{method}`), which is not supported"))
+            .hint("name the unquantized checkpoint that it was made from; `--quantize` quantizes while loading"));
+    }
+    let version = fields.required("version")?;
+    if version.whole()? != PACKED_VERSION {
+        return Err(version
+            .error(format!("only version {PACKED_VERSION} of packed checkpoints is read"))
+            .hint("`evenkeel quantize` makes one from the unquantized checkpoint"));
+    }
+    let rules = fields.required("quantize")?.members()?;
+    rules.into_iter().map(|rule| Ok((rule.name, rule.value.text()?))).collect()
 }
 
 /// Refuses what would change the computation of some family and is not there.

@@ -70,14 +70,17 @@ impl fmt::Display for Outline {
 
 /// Options in which the scheme is decided: where it is to be chosen, that of
 /// the most bits with which the plan fits and no more modules leave the GPUs
-/// than with any other; with the outline of each.
+/// than with any other; with the outline of each. What is packed already stays so.
 pub fn decide_scheme(subject: &Subject, options: &PlanOptions) -> Result<(PlanOptions, Vec<Outline>)> {
     if options.quantize != Some(Quantize::Auto) {
         return Ok((options.clone(), Vec::new()));
     }
+    if subject.checkpoint.config.packed.is_some() {
+        return Ok((PlanOptions { quantize: None, ..options.clone() }, Vec::new()));
+    }
     let with = |scheme: Scheme| PlanOptions { quantize: Some(scheme.into()), ..options.clone() };
     let outline = |scheme| subject.plan(&with(scheme)).map(|plan| Outline::of(&plan, options.strategy));
-    let outlines = Scheme::ALL.into_iter().map(outline).collect::<Result<Vec<_>>>()?;
+    let outlines = Scheme::AUTOMATIC.into_iter().map(outline).collect::<Result<Vec<_>>>()?;
     // Of equals `min_by_key` takes the first, which has the most bits; where nothing fits, the fewest.
     let best = outlines.iter().filter(|outline| outline.fits).min_by_key(|outline| outline.off_gpus);
     let scheme = best.or(outlines.last()).map_or(Scheme::None, |outline| outline.scheme);

@@ -8,7 +8,7 @@ use crate::bytes::{Bytes, MIB};
 use crate::device::DeviceId;
 use crate::error::{Error, Result};
 use crate::model_config::ModelConfig;
-use crate::quant::{GROUP_SIZE, KvDtype, MatrixLayout, QuantizeRules, Scheme, Storage};
+use crate::quant::{GROUP_SIZE, KvDtype, MatrixLayout, QuantizeRules, Storage};
 
 /// Tokens that prefill takes at once.
 pub const PREFILL_CHUNK: usize = 512;
@@ -57,11 +57,14 @@ pub fn lay_out<'a>(weights: &[Weight<'a>], devices: &[DeviceId], rules: &Quantiz
         .collect()
 }
 
-/// The layout of a weight under `rules`: what is not quantizable keeps its dtype.
+/// The layout of a weight under `rules`: what is not quantizable, or packed already, is kept as it is.
 pub fn layout(weight: &Weight, rules: &QuantizeRules) -> Option<MatrixLayout> {
     let parameter = weight.parameter;
-    let scheme = if parameter.is_quantizable() { rules.scheme(&parameter.module) } else { Scheme::None };
-    MatrixLayout::new(Storage::of(scheme, weight.dtype), parameter.rows, parameter.cols)
+    let storage = match weight.data {
+        Storage::Plain(dtype) if parameter.is_quantizable() => Storage::of(rules.scheme(&parameter.module), dtype),
+        kept => kept,
+    };
+    MatrixLayout::new(storage, parameter.rows, parameter.cols)
 }
 
 /// The keys, or the values, that one block caches: codes as
@@ -252,21 +255,20 @@ pub struct HostStaging {
 impl HostStaging {
     /// A ring for `weights`: slabs of 4 MiB, or of the longest row, or of the largest tensor where all are smaller.
     pub fn new(weights: &[Weight], rules: &QuantizeRules) -> Self {
-        let row = |weight: &Weight| weight.parameter.cols * weight.dtype.size();
-        let longest_row = weights.iter().map(row).max().unwrap_or(0);
+        let longest_row = weights.iter().map(Weight::row_bytes).max().unwrap_or(0);
         let largest = weights.iter().map(|weight| weight.tensor.size().0).max().unwrap_or(0);
         let slab = usize::try_from(SLAB.min(largest)).unwrap_or(usize::MAX).max(longest_row);
         let packed = weights
             .iter()
             .filter_map(|weight| {
                 let layout = layout(weight, rules)?;
-                let rows = (slab / row(weight).max(1)).min(layout.rows);
+                let rows = (slab / weight.row_bytes().max(1)).min(layout.rows);
                 let per_row = layout.code_row + layout.sub_scale_row + layout.scale_row;
-                (!matches!(layout.storage, Storage::Plain(_))).then_some(rows * per_row)
+                (layout.storage != weight.data).then_some(rows * per_row)
             })
             .max()
             .unwrap_or(0);
-        let transposed = if weights.iter().any(|weight| weight.parameter.is_transposed) { slab } else { 0 };
+        let transposed = if weights.iter().any(Weight::is_transposed) { slab } else { 0 };
         Self { slab, packed, transposed }
     }
 

@@ -89,16 +89,30 @@ pub struct Conditions {
 }
 
 impl Conditions {
-    /// The conditions under `options`, in which `auto` has been decided.
-    pub fn of(checkpoint: &Checkpoint, options: &PlanOptions) -> Result<Self> {
+    /// The conditions under `options`, in which `auto` has been decided, for a model whose
+    /// embedding is at `embedding`. What is packed already stays so.
+    pub fn of(checkpoint: &Checkpoint, embedding: &str, options: &PlanOptions) -> Result<Self> {
         let map = options.device_map.as_ref();
         let longest = checkpoint.config.max_position_embeddings;
         let quantize = match &options.quantize {
             Some(Quantize::Rules(rules)) => Some(rules.clone()),
             _ => map.and_then(|map| map.quantize.clone()),
         };
+        let quantize = quantize.map(|rules| rules.for_embedding(embedding));
+        let quantize = match (QuantizeRules::of_checkpoint(&checkpoint.config)?, quantize) {
+            (Some(packed), Some(wanted)) if packed != wanted => {
+                let (packed, wanted) = (Quantize::Rules(packed), Quantize::Rules(wanted));
+                return Err(Error::usage(format!(
+                    "`{}` is quantized already: {packed}; it cannot be loaded as {wanted}",
+                    checkpoint.name
+                ))
+                .hint("leave `--quantize` out, or name the checkpoint that it was made from"));
+            }
+            (Some(packed), _) => packed,
+            (None, wanted) => wanted.unwrap_or_else(|| QuantizeRules::whole_model(Scheme::None)),
+        };
         let conditions = Self {
-            quantize: quantize.unwrap_or_else(|| QuantizeRules::whole_model(Scheme::None)),
+            quantize,
             context: options.context.or_else(|| map?.context).unwrap_or(longest.min(DEFAULT_CONTEXT)),
             batch: options.batch.or_else(|| map?.batch).unwrap_or(1),
             kv_cache: options.kv_cache.or_else(|| map?.kv_cache).unwrap_or_default(),

@@ -145,8 +145,10 @@ pub fn find(subject: &Subject, options: &PlanOptions, plan: &Plan) -> Result<Vec
         remedies.extend(search.fitting(vec![ours])?);
     }
     let before = remedies.len();
-    let fewer = |scheme: &Scheme| plan.quantize.scheme("") < *scheme;
-    let schemes: Vec<_> = Scheme::ALL.into_iter().filter(fewer).map(|scheme| Change::Quantize { scheme }).collect();
+    let is_packed = subject.checkpoint.config.packed.is_some();
+    let fewer = |scheme: &Scheme| !is_packed && plan.quantize.scheme("") < *scheme;
+    let schemes: Vec<_> =
+        Scheme::AUTOMATIC.into_iter().filter(fewer).map(|scheme| Change::Quantize { scheme }).collect();
     let kv_cache = (plan.kv_cache != KvDtype::Int8).then_some(Change::KvCache { dtype: KvDtype::Int8 });
     for change in schemes.iter().chain(&kv_cache) {
         remedies.extend(search.fitting(vec![change.clone()])?);

@@ -14,7 +14,7 @@ use crate::device::DeviceId;
 use crate::device_map::{DeviceMap, MaxMemory};
 use crate::error::{Error, Result, first_five};
 use crate::model_config::ModelConfig;
-use crate::quant::{QuantizeRules, Scheme, WeightDtype};
+use crate::quant::{QuantizeRules, Scheme, Storage, WeightDtype};
 
 /// What is planned, and for what: a checkpoint whose tensors have been found, and a machine.
 pub struct Subject<'a> {
@@ -34,9 +34,8 @@ impl<'a> Subject<'a> {
         let Self { checkpoint, inventory, tree, weights } = self;
         let config = &checkpoint.config;
         check_model(options, checkpoint)?;
-        let conditions = Conditions::of(checkpoint, options)?;
+        let conditions = Conditions::of(checkpoint, tree.embedding(), options)?;
         let Conditions { context, batch, kv_cache, .. } = conditions;
-        let conditions = Conditions { quantize: conditions.quantize.for_embedding(tree.embedding()), ..conditions };
         if let Some((path, _)) = conditions.quantize.iter().find(|(path, _)| !tree.names(path)) {
             return Err(Error::input(format!("`quantize` names unknown module `{path}`")));
         }
@@ -66,6 +65,7 @@ impl<'a> Subject<'a> {
             },
         };
         check_devices(&placement, inventory)?;
+        check_schemes(&placement, weights, &conditions.quantize)?;
         for (module, device) in modules.iter_mut().zip(placement) {
             module.device = device;
         }
@@ -190,11 +190,11 @@ fn paces(devices: &[DevicePlan]) -> Result<Vec<Pace>> {
 /// What Transformers would choose, which sees free memory, our limits and the bytes of weights alone.
 fn as_transformers(subject: &Subject, conditions: &Conditions, mode: hf::Mode) -> Result<Vec<DeviceId>> {
     let Subject { checkpoint, inventory, tree, weights } = subject;
-    let dtype = weights.first().map_or(WeightDtype::Bf16, |weight| weight.dtype);
+    let dtype = weights.iter().find_map(Weight::dtype).unwrap_or(WeightDtype::Bf16);
     let quantization = match conditions.quantize.scheme("") {
         Scheme::None => hf::Quantization::None,
         Scheme::Int8 => hf::Quantization::EightBit,
-        Scheme::Int4 => hf::Quantization::FourBit,
+        Scheme::Int4 | Scheme::Nl4 => hf::Quantization::FourBit,
     };
     let model = hf::tree_of(&checkpoint.config, tree, dtype, quantization);
     let memory = inventory.devices.iter().filter(|device| device.id != DeviceId::Disk);
@@ -217,6 +217,20 @@ fn check_model(options: &PlanOptions, checkpoint: &Checkpoint) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// Refuses weights on a GPU in a scheme that has no kernel there.
+fn check_schemes(placement: &[DeviceId], weights: &[Weight], rules: &QuantizeRules) -> Result<()> {
+    let is_refused = |weight: &&Weight| {
+        matches!(placement[weight.module], DeviceId::Cuda(_))
+            && memory::layout(weight, rules).is_some_and(|layout| layout.storage == Storage::Nl4)
+    };
+    weights.iter().find(is_refused).map_or(Ok(()), |weight| {
+        let (module, device) = (&weight.parameter.module, placement[weight.module]);
+        Err(Error::input(format!("`{module}` cannot be `nl4` on {device}: only the CPU computes this scheme"))
+            .hint("`--quantize int4` takes as many bytes")
+            .hint("a `--device-map` that places all of it on the CPU or the disk keeps `nl4`"))
+    })
 }
 
 fn check_devices(placement: &[DeviceId], inventory: &Inventory) -> Result<()> {

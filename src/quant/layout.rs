@@ -3,23 +3,25 @@
 //! A matrix of N rows and K columns is one run of bytes in up to three
 //! sections, each starting on a multiple of [`ALIGNMENT`]:
 //!
-//! | section | `int8` | `int4` | plain |
+//! | section | `int8` | `int4`, `nl4` | plain |
 //! | --- | --- | --- | --- |
 //! | codes | i8 `[N][Kp]` | u8 `[N][Kp/2]` | elements `[N][K]` |
 //! | sub-scales | | i8 `[N][Kp/32]` | |
 //! | scales | f32 `[N]` | f16 `[N]` | |
 //!
 //! Kp is K rounded up to a multiple of [`GROUP_SIZE`]; the columns between hold
-//! zero. A group of `int4` takes 16 bytes: byte j holds column j in its low half
+//! zero. A group of four-bit codes takes 16 bytes: byte j holds column j in its low half
 //! and column j + 16 in its high half.
 
 use half::f16;
 
-use super::Storage;
+use super::{NL4_LEVELS, NL4_UNIT, Storage};
 use crate::bytes::Bytes;
 
 /// Every section, and every matrix in an arena, starts on a multiple of this many bytes.
-pub const ALIGNMENT: u64 = 64;
+pub const ALIGNMENT: u64 = PACKED_ROW as u64;
+/// Bytes of a packed matrix that count as one row of what a checkpoint stores.
+pub const PACKED_ROW: usize = 64;
 /// Columns that share a sub-scale.
 pub const GROUP_SIZE: usize = 32;
 
@@ -51,12 +53,12 @@ impl MatrixLayout {
     pub fn new(storage: Storage, rows: usize, cols: usize) -> Option<Self> {
         let padded_cols = match storage {
             Storage::Plain(_) => cols,
-            Storage::Int8 | Storage::Int4 => cols.checked_next_multiple_of(GROUP_SIZE)?,
+            Storage::Int8 | Storage::Int4 | Storage::Nl4 => cols.checked_next_multiple_of(GROUP_SIZE)?,
         };
         let (code_row, sub_scale_row, scale_row) = match storage {
             Storage::Plain(dtype) => (cols.checked_mul(dtype.size())?, 0, 0),
             Storage::Int8 => (padded_cols, 0, size_of::<f32>()),
-            Storage::Int4 => (padded_cols / 2, padded_cols / GROUP_SIZE, size_of::<f16>()),
+            Storage::Int4 | Storage::Nl4 => (padded_cols / 2, padded_cols / GROUP_SIZE, size_of::<f16>()),
         };
         let mut size = 0u64;
         let mut section = |row: usize| {
@@ -84,6 +86,26 @@ impl MatrixLayout {
     /// Bytes of the whole matrix, padding included; a multiple of [`ALIGNMENT`].
     pub fn size(&self) -> Bytes {
         Bytes(self.size)
+    }
+
+    /// The first row whose scale is not finite, of the scales that stand in `bytes`, which begin
+    /// at `offset` of the matrix; both are whole multiples of [`ALIGNMENT`].
+    pub fn broken_scale(&self, offset: u64, bytes: &[u8]) -> Option<usize> {
+        let end = self.scales + (self.rows * self.scale_row) as u64;
+        let (from, to) = (offset.max(self.scales), (offset + bytes.len() as u64).min(end));
+        if from >= to {
+            return None;
+        }
+        // Both lie between the ends of `bytes`, and rows are a usize.
+        #[expect(clippy::cast_possible_truncation, reason = "offsets into `bytes`, and a row")]
+        let (scales, first) =
+            (&bytes[(from - offset) as usize..(to - offset) as usize], (from - self.scales) as usize / self.scale_row);
+        let is_broken = |scale: &[u8]| match *scale {
+            [a, b] => !f16::from_le_bytes([a, b]).is_finite(),
+            [a, b, c, d] => !f32::from_le_bytes([a, b, c, d]).is_finite(),
+            _ => false,
+        };
+        scales.chunks(self.scale_row).position(is_broken).map(|at| first + at)
     }
 
     /// Offset of the codes of `row`.
@@ -130,7 +152,7 @@ impl<'a> Matrix<'a> {
         self.section(self.layout.codes_at(row), self.layout.code_row)
     }
 
-    /// The int4 sub-scales of `row`, one a group.
+    /// The sub-scales of `row`, one a group.
     pub fn sub_scales(&self, row: usize) -> &'a [i8] {
         bytemuck::must_cast_slice(self.section(self.layout.sub_scales_at(row), self.layout.sub_scale_row))
     }
@@ -166,13 +188,17 @@ impl<'a> Matrix<'a> {
                     *value = scale * f32::from(*code);
                 }
             }
-            Storage::Int4 => {
+            Storage::Int4 | Storage::Nl4 => {
+                let level = |code: u8| match self.layout.storage {
+                    Storage::Nl4 => f32::from(NL4_LEVELS[usize::from(code)]) * NL4_UNIT,
+                    _ => f32::from(code) - 8.0,
+                };
                 let scale = self.scale(row);
                 let groups = codes.chunks_exact(GROUP_SIZE / 2).zip(self.sub_scales(row));
                 for (values, (codes, sub_scale)) in values.chunks_mut(GROUP_SIZE).zip(groups) {
                     let scale = scale * f32::from(*sub_scale);
                     for (k, value) in values.iter_mut().enumerate() {
-                        *value = scale * f32::from(int4_code(codes, k) - 8);
+                        *value = scale * level(code(codes, k));
                     }
                 }
             }
@@ -181,10 +207,9 @@ impl<'a> Matrix<'a> {
 }
 
 /// The code of column `k` of a group's 16 bytes, 0..16.
-pub(super) fn int4_code(group: &[u8], k: usize) -> i8 {
+fn code(group: &[u8], k: usize) -> u8 {
     let byte = group[k % (GROUP_SIZE / 2)];
-    let code = if k < GROUP_SIZE / 2 { byte & 0x0f } else { byte >> 4 };
-    code.cast_signed()
+    if k < GROUP_SIZE / 2 { byte & 0x0f } else { byte >> 4 }
 }
 
 #[cfg(test)]
@@ -201,6 +226,7 @@ mod tests {
             (Storage::Int8, 3, 33, 192 + 64),
             (Storage::Int4, 4096, 4096, 4096 * 2048 + 4096 * 128 + 4096 * 2),
             (Storage::Int4, 2, 40, 64 + 64 + 64),
+            (Storage::Nl4, 2, 40, 64 + 64 + 64),
             (Storage::Int4, 0, 0, 0),
         ] {
             let layout = MatrixLayout::new(storage, rows, cols).unwrap();

@@ -5,10 +5,13 @@
 //! | --- | --- | --- |
 //! | `int8` | `scale[row] * q`, q in −127..=127 | 8 + 32/K |
 //! | `int4` | `scale[row] * sub_scale[row][k/32] * (q − 8)`, q in 0..16 | 4.25 + 16/K |
+//! | `nl4` | `scale[row] * sub_scale[row][k/32] * level[q]`, 16 levels on a cubic | 4.25 + 16/K |
 //! | `none` | as the checkpoint stores it | 16 or 32 |
 
+mod groups;
 mod kv_cache;
 mod layout;
+mod nl4;
 mod quantize;
 pub mod reference;
 mod rules;
@@ -21,7 +24,8 @@ use safetensors::Dtype;
 use serde::{Serialize, Serializer};
 
 pub use kv_cache::{KvDtype, ParseKvDtypeError};
-pub use layout::{ALIGNMENT, GROUP_SIZE, Matrix, MatrixLayout};
+pub use layout::{ALIGNMENT, GROUP_SIZE, Matrix, MatrixLayout, PACKED_ROW};
+pub use nl4::{NL4_LEVELS, NL4_UNIT};
 pub use quantize::{PackedRows, QuantizeError, quantize_activations, quantize_rows};
 pub use rules::QuantizeRules;
 
@@ -34,11 +38,15 @@ pub enum Scheme {
     Int8,
     /// 4 bits, a scale per group of 32 along a row.
     Int4,
+    /// As many bits, on levels that are finer near zero.
+    Nl4,
 }
 
 impl Scheme {
     /// All schemes, most bits first.
-    pub const ALL: [Self; 3] = [Self::None, Self::Int8, Self::Int4];
+    pub const ALL: [Self; 4] = [Self::None, Self::Int8, Self::Int4, Self::Nl4];
+    /// Those that every device computes, most bits first; a plan chooses among them.
+    pub const AUTOMATIC: [Self; 3] = [Self::None, Self::Int8, Self::Int4];
 
     /// The name in flags and maps.
     pub fn name(self) -> &'static str {
@@ -46,6 +54,7 @@ impl Scheme {
             Self::None => "none",
             Self::Int8 => "int8",
             Self::Int4 => "int4",
+            Self::Nl4 => "nl4",
         }
     }
 }
@@ -58,7 +67,7 @@ impl fmt::Display for Scheme {
 
 /// A text that names no scheme.
 #[derive(Debug, thiserror::Error)]
-#[error("`{0}` is not a scheme; schemes are `none`, `int8` and `int4`")]
+#[error("`{0}` is not a scheme; schemes are `none`, `int8`, `int4` and `nl4`")]
 pub struct ParseSchemeError(String);
 
 impl FromStr for Scheme {
@@ -141,15 +150,32 @@ pub enum Storage {
     Int8,
     /// [`Scheme::Int4`].
     Int4,
+    /// [`Scheme::Nl4`].
+    Nl4,
 }
 
 impl Storage {
     /// What `scheme` makes of weights that the checkpoint stores as `dtype`.
     pub fn of(scheme: Scheme, dtype: WeightDtype) -> Self {
+        Self::packed(scheme).unwrap_or(Self::Plain(dtype))
+    }
+
+    /// What `scheme` packs weights into; `None` where it leaves them as they are.
+    pub fn packed(scheme: Scheme) -> Option<Self> {
         match scheme {
-            Scheme::None => Self::Plain(dtype),
-            Scheme::Int8 => Self::Int8,
-            Scheme::Int4 => Self::Int4,
+            Scheme::None => None,
+            Scheme::Int8 => Some(Self::Int8),
+            Scheme::Int4 => Some(Self::Int4),
+            Scheme::Nl4 => Some(Self::Nl4),
+        }
+    }
+
+    /// Bytes of a row of `cols` columns as a checkpoint stores it. What is packed is stored whole,
+    /// as [`MatrixLayout`] has it, in rows of [`PACKED_ROW`] bytes.
+    pub fn stored_row(self, cols: usize) -> usize {
+        match self {
+            Self::Plain(dtype) => cols * dtype.size(),
+            Self::Int8 | Self::Int4 | Self::Nl4 => PACKED_ROW,
         }
     }
 }

@@ -1,19 +1,11 @@
 //! Weights and activations into their packed forms.
 
-use half::f16;
 use rayon::prelude::*;
 
+use super::groups::{self, Int4};
+use super::nl4::Nl4;
 use super::{GROUP_SIZE, MatrixLayout, Storage};
 use crate::bytes::Bytes;
-
-/// Divisors of a group's extreme element that the int4 search tries. The
-/// extreme keeps its sign, so that it lands near −8 and the level that the
-/// minus side has more is used.
-const DIVISORS: usize = 20;
-const FIRST_DIVISOR: f32 = -10.47;
-const LAST_DIVISOR: f32 = -6.2;
-/// Sums that run side by side over a group.
-const LANES: usize = 8;
 
 /// Weights that cannot be quantized; rows and columns are the slab's.
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
@@ -54,6 +46,15 @@ impl PackedRows {
     /// Bytes of all sections.
     pub fn bytes(&self) -> Bytes {
         Bytes((self.codes.len() + self.sub_scales.len() + self.scales.len()) as u64)
+    }
+
+    /// Each section with its offset in the matrix, for rows from `row` on.
+    pub fn sections(&self, layout: &MatrixLayout, row: usize) -> [(u64, &[u8]); 3] {
+        [
+            (layout.codes_at(row), &self.codes),
+            (layout.sub_scales_at(row), &self.sub_scales),
+            (layout.scales_at(row), &self.scales),
+        ]
     }
 
     /// Room for `rows` rows of `layout`.
@@ -97,17 +98,22 @@ pub fn quantize_rows(
             || vec![0.0; layout.padded_cols],
             |values, (row, (((codes, scale), sub_scales), bytes))| {
                 dtype.decode(bytes, &mut values[..layout.cols]);
-                if let Some(col) = values.iter().position(|value| !value.is_finite()) {
-                    let value = values[col];
-                    return Err(QuantizeError::NotFinite { row, col, value });
+                let absmax = absmax(values);
+                if !absmax.is_finite()
+                    && let Some(col) = values.iter().position(|value| !value.is_finite())
+                {
+                    return Err(QuantizeError::NotFinite { row, col, value: values[col] });
                 }
-                if layout.storage == Storage::Int8 {
-                    scale.copy_from_slice(&int8_row(values, codes).to_le_bytes());
-                } else {
-                    let factor = int4_row(values, codes, sub_scales)
-                        .map_err(|scale| QuantizeError::ScaleOverflow { row, scale })?;
-                    scale.copy_from_slice(&factor.to_le_bytes());
-                }
+                let factor = match layout.storage {
+                    Storage::Int4 => groups::pack_row::<Int4>(values, codes, sub_scales),
+                    Storage::Nl4 => groups::pack_row::<Nl4>(values, codes, sub_scales),
+                    Storage::Int8 | Storage::Plain(_) => {
+                        scale.copy_from_slice(&int8_row(values, absmax, codes).to_le_bytes());
+                        return Ok(());
+                    }
+                };
+                let factor = factor.map_err(|scale| QuantizeError::ScaleOverflow { row, scale })?;
+                scale.copy_from_slice(&factor.to_le_bytes());
                 Ok(())
             },
         )
@@ -115,9 +121,15 @@ pub fn quantize_rows(
     first_error.unwrap_or(Ok(()))
 }
 
+/// The largest magnitude; not finite where a value is not. Magnitudes compare
+/// as their bits do, and whole numbers are compared many at once.
+fn absmax(values: &[f32]) -> f32 {
+    let magnitude = |value: &f32| value.abs().to_bits().cast_signed();
+    f32::from_bits(values.iter().fold(0, |max, value| magnitude(value).max(max)).cast_unsigned())
+}
+
 /// A row to int8: `scale = absmax / 127`, `q = round(w / scale)`. Returns the scale, 1 for a row of zeros.
-fn int8_row(values: &[f32], codes: &mut [u8]) -> f32 {
-    let absmax = values.iter().fold(0.0f32, |max, value| max.max(value.abs()));
+fn int8_row(values: &[f32], absmax: f32, codes: &mut [u8]) -> f32 {
     let scale = if absmax > 0.0 { absmax / 127.0 } else { 1.0 };
     // A scale below the smallest normal number would lose its digits; weights there are zero to any purpose.
     let scale = if scale.is_normal() { scale } else { 1.0 };
@@ -127,107 +139,18 @@ fn int8_row(values: &[f32], codes: &mut [u8]) -> f32 {
     scale
 }
 
-/// A row to int4; see [`search_group`]. Returns the row's scale, or the scale that f16 cannot hold.
-fn int4_row(values: &[f32], codes: &mut [u8], sub_scales: &mut [u8]) -> Result<f16, f32> {
-    let groups = values.as_chunks::<GROUP_SIZE>().0;
-    let scales: Vec<f32> = groups.iter().map(search_group).collect();
-    let largest = scales.iter().fold(0.0f32, |max, scale| max.max(scale.abs()));
-    let wanted = largest / 127.0;
-    let row_scale = f16::from_f32(wanted);
-    let row_scale = if largest == 0.0 {
-        f16::ONE
-    } else if row_scale.is_infinite() {
-        return Err(wanted);
-    } else if row_scale == f16::ZERO {
-        f16::from_bits(1)
-    } else {
-        row_scale
-    };
-    let bytes = codes.chunks_exact_mut(GROUP_SIZE / 2);
-    for (((group, bytes), sub_scale), scale) in groups.iter().zip(bytes).zip(sub_scales).zip(scales) {
-        let rounded = round_i8(scale / row_scale.to_f32());
-        let candidates = [rounded, rounded.saturating_sub(1).max(-127), rounded.saturating_add(1)];
-        let error = |code: i8| squared_error(group, row_scale.to_f32() * f32::from(code));
-        let code = candidates.into_iter().min_by(|a, b| error(*a).total_cmp(&error(*b))).unwrap_or(rounded);
-        *sub_scale = code.cast_unsigned();
-        let scale = row_scale.to_f32() * f32::from(code);
-        for (j, byte) in bytes.iter_mut().enumerate() {
-            let (low, high) = (int4_code(group[j], scale), int4_code(group[j + GROUP_SIZE / 2], scale));
-            *byte = low | high << 4;
-        }
-    }
-    Ok(row_scale)
+/// Adding it leaves a number of up to 2^22 no bits for a fraction, which rounds
+/// it to the nearest whole number, ties to even, on every processor.
+pub const SHIFT: f32 = 12_582_912.0;
+
+/// The low byte of the whole number nearest to `x`.
+pub fn low_byte(x: f32) -> u8 {
+    (x + SHIFT).to_bits().to_le_bytes()[0]
 }
 
-/// The scale of a group with the least squared error: a few divisors of the
-/// extreme element, each refitted by least squares to the codes that it gives.
-fn search_group(group: &[f32; GROUP_SIZE]) -> f32 {
-    let extreme = group.iter().fold(0.0f32, |m, value| if value.abs() > m.abs() { *value } else { m });
-    if extreme == 0.0 {
-        return 0.0;
-    }
-    let (mut best_scale, mut least_error) = (extreme / -8.0, f32::INFINITY);
-    for candidate in 0..DIVISORS {
-        let divisor = FIRST_DIVISOR + (LAST_DIVISOR - FIRST_DIVISOR) * candidate as f32 / (DIVISORS - 1) as f32;
-        let inverse = divisor / extreme;
-        let dot = sum_over(group, |value| value * int4_level(value * inverse));
-        let norm = sum_over(group, |value| int4_level(value * inverse) * int4_level(value * inverse));
-        let scale = dot / norm.max(1e-9);
-        if scale == 0.0 || !scale.is_finite() {
-            continue;
-        }
-        let error = squared_error(group, scale);
-        if error < least_error {
-            (best_scale, least_error) = (scale, error);
-        }
-    }
-    best_scale
-}
-
-/// The squared error of a group at `scale`; 0 makes every level 0.
-fn squared_error(group: &[f32; GROUP_SIZE], scale: f32) -> f32 {
-    let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-    sum_over(group, |value| {
-        let difference = value - scale * int4_level(value * inverse);
-        difference * difference
-    })
-}
-
-/// `Σ term(value)` over a group, in [`LANES`] sums side by side.
-fn sum_over(group: &[f32; GROUP_SIZE], term: impl Fn(f32) -> f32) -> f32 {
-    let mut sums = [0.0f32; LANES];
-    for values in group.as_chunks::<LANES>().0 {
-        for (sum, value) in sums.iter_mut().zip(values) {
-            *sum += term(*value);
-        }
-    }
-    sums.iter().sum()
-}
-
-/// The whole number nearest to `x`, ties to even, for |x| up to 2^22: adding
-/// 1.5 · 2^23 leaves no bits for a fraction. Vectorizes on every processor.
-fn nearest(x: f32) -> f32 {
-    const SHIFT: f32 = 12_582_912.0;
-    (x + SHIFT) - SHIFT
-}
-
-/// The level nearest to `x`, −8 to 7.
-fn int4_level(x: f32) -> f32 {
-    nearest(x.clamp(-8.0, 7.0))
-}
-
-/// The code of `value` in a group of `scale`, 0..16.
-fn int4_code(value: f32, scale: f32) -> u8 {
-    let level = if scale == 0.0 { 0.0 } else { int4_level(value / scale) };
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to 15")]
-    let code = (level + 8.0) as u8;
-    code
-}
-
-fn round_i8(x: f32) -> i8 {
-    #[expect(clippy::cast_possible_truncation, reason = "clamped")]
-    let code = nearest(x.clamp(-127.0, 127.0)) as i8;
-    code
+/// The whole number nearest to `x`, −127 to 127.
+pub fn round_i8(x: f32) -> i8 {
+    low_byte(x.clamp(-127.0, 127.0)).cast_signed()
 }
 
 /// Activations to int8 in groups of 32: `scale = absmax / 127` of the group.
@@ -249,11 +172,13 @@ pub fn quantize_activations(x: &[f32], codes: &mut [i8], scales: &mut [f32]) {
 
 #[cfg(test)]
 mod tests {
-    use half::bf16;
+    use half::{bf16, f16};
     use proptest::prelude::*;
 
-    use super::super::{Matrix, WeightDtype};
+    use super::super::{Matrix, NL4_LEVELS, NL4_UNIT, WeightDtype};
     use super::*;
+
+    const PACKED: [Storage; 3] = [Storage::Int8, Storage::Int4, Storage::Nl4];
 
     fn pack(storage: Storage, rows: usize, cols: usize, weights: &[f32]) -> Result<Vec<f32>, QuantizeError> {
         let layout = MatrixLayout::new(storage, rows, cols).unwrap();
@@ -279,23 +204,31 @@ mod tests {
     #[test]
     fn nearest_rounds_ties_to_even() {
         for x in (-1024..=1024).map(|x| x as f32 / 8.0) {
-            assert_eq!(nearest(x), x.round_ties_even(), "{x}");
+            assert_eq!((x + SHIFT) - SHIFT, x.round_ties_even(), "{x}");
+            assert_eq!(low_byte(x), x.round_ties_even() as i64 as u8, "{x}");
         }
     }
 
     #[test]
     fn zeros_stay_zeros() {
-        for storage in [Storage::Int8, Storage::Int4] {
+        for storage in PACKED {
             assert_eq!(pack(storage, 2, 40, &[0.0; 80]).unwrap(), [0.0; 80]);
         }
     }
 
     #[test]
-    fn levels_of_int4_are_kept_exactly() {
-        let row: Vec<f32> = (0..32).map(|k| (k % 16) as f32 - 8.0).collect();
-        let difference =
-            pack(Storage::Int4, 1, 32, &row).unwrap().iter().zip(&row).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-        assert!(difference < 0.01, "{difference}");
+    fn levels_are_kept_exactly() {
+        let linear = |k: usize| (k % 16) as f32 - 8.0;
+        let cubic = |k: usize| f32::from(NL4_LEVELS[k % 16]) * NL4_UNIT;
+        for (storage, level) in [(Storage::Int4, &linear as &dyn Fn(usize) -> f32), (Storage::Nl4, &cubic)] {
+            // On the other side of zero, the scale is negative.
+            for sign in [1.0, -1.0] {
+                let row: Vec<f32> = (0..32).map(|k| sign * level(k)).collect();
+                let packed = pack(storage, 1, 32, &row).unwrap();
+                let difference = packed.iter().zip(&row).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                assert!(difference < 0.01, "{storage:?} {difference}");
+            }
+        }
     }
 
     #[test]
@@ -303,7 +236,7 @@ mod tests {
         for (value, text) in [(f32::NAN, "row 1, column 3 is NaN"), (f32::NEG_INFINITY, "row 1, column 3 is -inf")] {
             let mut weights = [1.0; 80];
             weights[43] = value;
-            for storage in [Storage::Int8, Storage::Int4] {
+            for storage in PACKED {
                 assert_eq!(pack(storage, 2, 40, &weights).unwrap_err().to_string(), text);
             }
         }
@@ -312,7 +245,7 @@ mod tests {
     #[test]
     fn extremes_of_f32_are_an_error_or_near() {
         assert!(matches!(pack(Storage::Int4, 1, 32, &[3e38; 32]), Err(QuantizeError::ScaleOverflow { row: 0, .. })));
-        for storage in [Storage::Int8, Storage::Int4] {
+        for storage in PACKED {
             let tiny = pack(storage, 1, 32, &[1e-6; 32]).unwrap();
             assert!(tiny.iter().all(|w| (w - 1e-6).abs() < 1e-7), "{tiny:?}");
             assert!(pack(storage, 1, 32, &[1e-42; 32]).unwrap().iter().all(|w| w.abs() < 1e-6));
@@ -345,8 +278,9 @@ mod tests {
                 state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
                 ((state >> 40) as f32 / (1 << 24) as f32 - 0.5) * 0.1
             }).collect();
-            // int8: half a step of the row; int4: half a step of the group, and what the 8-bit sub-scale adds.
-            for (storage, part) in [(Storage::Int8, 0.5 / 127.0), (Storage::Int4, 0.16)] {
+            // int8: half a step of the row; the others: half the widest step of the group, and what the 8-bit
+            // sub-scale and the extreme that the search clips add.
+            for (storage, part) in [(Storage::Int8, 0.5 / 127.0), (Storage::Int4, 0.16), (Storage::Nl4, 0.2)] {
                 let values = pack(storage, rows, cols, &weights).unwrap();
                 for (packed, exact) in values.chunks(cols).zip(weights.chunks(cols)) {
                     let absmax = exact.iter().fold(0.0f32, |m, w| m.max(w.abs()));

@@ -3,6 +3,8 @@
 use serde::{Serialize, Serializer};
 
 use super::Scheme;
+use crate::error::{Error, Result};
+use crate::model_config::ModelConfig;
 use crate::module_path::longest_prefix;
 
 /// Module paths and their schemes; the longest path that contains a module decides.
@@ -17,18 +19,31 @@ const EMBEDDING: &str = "model.embed_tokens";
 
 impl QuantizeRules {
     /// The rules that `--quantize` gives: one scheme for the whole model,
-    /// except that `int4` keeps the embedding and the head in `int8`.
+    /// except that `int4` and `nl4` keep the embedding and the head in `int8`.
     pub fn whole_model(scheme: Scheme) -> Self {
         let mut rules = vec![(String::new(), scheme)];
-        if scheme == Scheme::Int4 {
+        let has_four_bits = matches!(scheme, Scheme::Int4 | Scheme::Nl4);
+        if has_four_bits {
             rules.extend([EMBEDDING, "lm_head"].map(|path| (path.to_owned(), Scheme::Int8)));
         }
-        Self { rules, is_for_any_model: scheme == Scheme::Int4 }
+        Self { rules, is_for_any_model: has_four_bits }
     }
 
     /// Rules as a map lists them.
     pub fn new(rules: Vec<(String, Scheme)>) -> Self {
         Self { rules, is_for_any_model: false }
+    }
+
+    /// The rules that the weights of a checkpoint are packed by; `None` where they are not packed.
+    ///
+    /// # Errors
+    /// config.json names a scheme that is not known.
+    pub fn of_checkpoint(config: &ModelConfig) -> Result<Option<Self>> {
+        let rule = |(path, scheme): &(String, String)| match scheme.parse() {
+            Ok(scheme) => Ok((path.clone(), scheme)),
+            Err(error) => Err(Error::input("config.json has a `quantization_config` of another kind").caused_by(error)),
+        };
+        config.packed.as_ref().map(|rules| Ok(Self::new(rules.iter().map(rule).collect::<Result<_>>()?))).transpose()
     }
 
     /// The rules for a model whose embedding is at `path`: those of
@@ -56,7 +71,7 @@ impl QuantizeRules {
 }
 
 impl Serialize for QuantizeRules {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
         serializer.collect_map(self.iter())
     }
 }

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::quant::{GROUP_SIZE, Matrix, Storage, quantize_activations};
+use crate::quant::{GROUP_SIZE, Matrix, NL4_LEVELS, NL4_UNIT, Storage, quantize_activations};
 
 /// Rows that a thread takes at once.
 const ROWS: usize = 16;
@@ -118,10 +118,16 @@ fn by_rows(affine: &Affine, x: &Activations, tokens: usize, product: &mut [f32])
                         let scale = matrix.scale(row);
                         for_tokens(x, sums, |codes, scales| scale * int8_dot(codes, scales, weights));
                     }
-                    Storage::Int4 => {
-                        unpack_int4(matrix.codes(row), unpacked);
-                        let (scale, sub_scales) = (matrix.scale(row), matrix.sub_scales(row));
-                        for_tokens(x, sums, |codes, scales| scale * int4_dot(codes, scales, unpacked, sub_scales));
+                    Storage::Int4 | Storage::Nl4 => {
+                        let unit = if matrix.layout.storage == Storage::Nl4 {
+                            unpack(matrix.codes(row), unpacked, |code| NL4_LEVELS[usize::from(code)]);
+                            NL4_UNIT
+                        } else {
+                            unpack(matrix.codes(row), unpacked, |code| code.cast_signed() - 8);
+                            1.0
+                        };
+                        let (scale, sub_scales) = (unit * matrix.scale(row), matrix.sub_scales(row));
+                        for_tokens(x, sums, |codes, scales| scale * grouped_dot(codes, scales, unpacked, sub_scales));
                     }
                 }
                 if let Some(bias) = &affine.bias {
@@ -143,13 +149,13 @@ fn for_tokens(x: &Activations, sums: &mut [f32], product: impl Fn(&[i8], &[f32])
     }
 }
 
-/// Codes of int4 as signed levels, −8 to 7, in the order of the columns.
-fn unpack_int4(codes: &[u8], levels: &mut [i8]) {
-    for (bytes, levels) in codes.chunks_exact(GROUP_SIZE / 2).zip(levels.chunks_exact_mut(GROUP_SIZE)) {
-        let (low, high) = levels.split_at_mut(GROUP_SIZE / 2);
+/// Four-bit codes as their levels, in the order of the columns.
+fn unpack(codes: &[u8], unpacked: &mut [i8], level: impl Fn(u8) -> i8) {
+    for (bytes, unpacked) in codes.chunks_exact(GROUP_SIZE / 2).zip(unpacked.chunks_exact_mut(GROUP_SIZE)) {
+        let (low, high) = unpacked.split_at_mut(GROUP_SIZE / 2);
         for ((byte, low), high) in bytes.iter().zip(low).zip(high) {
-            *low = (byte & 0x0f).cast_signed() - 8;
-            *high = (byte >> 4).cast_signed() - 8;
+            *low = level(byte & 0x0f);
+            *high = level(byte >> 4);
         }
     }
 }
@@ -161,7 +167,7 @@ fn int8_dot(x: &[i8], scales: &[f32], weights: &[i8]) -> f32 {
 }
 
 /// `Σ_g scale[g] · sub_scale[g] · Σ_k x[k] level[k]` over groups.
-fn int4_dot(x: &[i8], scales: &[f32], levels: &[i8], sub_scales: &[i8]) -> f32 {
+fn grouped_dot(x: &[i8], scales: &[f32], levels: &[i8], sub_scales: &[i8]) -> f32 {
     let (x, levels) = (x.as_chunks::<GROUP_SIZE>().0, levels.as_chunks::<GROUP_SIZE>().0);
     x.iter()
         .zip(levels)
@@ -230,12 +236,13 @@ mod tests {
         matrix
     }
 
-    const STORAGES: [Storage; 5] = [
+    const STORAGES: [Storage; 6] = [
         Storage::Plain(WeightDtype::Bf16),
         Storage::Plain(WeightDtype::F16),
         Storage::Plain(WeightDtype::F32),
         Storage::Int8,
         Storage::Int4,
+        Storage::Nl4,
     ];
 
     #[test]

@@ -46,11 +46,17 @@ fn dtype_number(dtype: WeightDtype) -> i32 {
     }
 }
 
+/// Plans refuse this scheme on GPUs.
+fn no_nl4() -> ! {
+    unreachable!("there is no kernel for nl4")
+}
+
 fn storage_number(storage: Storage) -> i32 {
     match storage {
         Storage::Plain(dtype) => dtype_number(dtype),
         Storage::Int8 => 3,
         Storage::Int4 => 4,
+        Storage::Nl4 => no_nl4(),
     }
 }
 
@@ -105,6 +111,7 @@ impl Gpu {
                 128,
                 vec![pointer(codes.as_ref()), pointer(sub_scales.as_ref()), pointer(scales.as_ref())],
             ),
+            Storage::Nl4 => no_nl4(),
             Storage::Plain(_) => unreachable!("plain storage is copied, not quantized"),
         };
         self.launch(kernel, (rows, 1), threads, &[&head[..], &sections, &[Argument::Region(failed)]].concat())
@@ -135,6 +142,7 @@ impl Gpu {
             Storage::Plain(WeightDtype::F32) => ["few_f32", "many_f32"],
             Storage::Int8 => ["few_int8", "many_int8"],
             Storage::Int4 => ["few_int4", "many_int4"],
+            Storage::Nl4 => no_nl4(),
         };
         let (kernel, grid) = if tokens <= FEW {
             (names[0], (rows.div_ceil(8), 1))

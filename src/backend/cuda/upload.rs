@@ -8,7 +8,7 @@ use cudarc::driver::CudaEvent;
 use super::{DeviceMatrix, Gpu, Pinned, Region, arena};
 use crate::error::Result;
 use crate::plan::memory::{self, STAGING_SLABS};
-use crate::quant::{Storage, WeightDtype};
+use crate::quant::Storage;
 
 /// A GPU while it is filled.
 pub struct Upload {
@@ -51,7 +51,7 @@ impl Upload {
         })
     }
 
-    /// Queues the first `len` bytes of `buffer`, whole rows of `dtype`, for the rows of `matrix`
+    /// Queues the first `len` bytes of `buffer`, whole rows as `data` stores them, for those of `matrix`
     /// from `row` on. At most [`STAGING_SLABS`] slabs may be on their way at once.
     ///
     /// # Errors
@@ -60,13 +60,13 @@ impl Upload {
         &mut self,
         matrix: &DeviceMatrix,
         row: usize,
-        dtype: WeightDtype,
+        data: Storage,
         buffer: Pinned,
         len: usize,
     ) -> Result<InFlight> {
         let slot = self.next;
         self.next = (slot + 1) % STAGING_SLABS;
-        match self.queue(slot, matrix, row, dtype, &buffer, len) {
+        match self.queue(slot, matrix, row, data, &buffer, len) {
             Ok(done) => Ok(InFlight { gpu: Arc::clone(&self.gpu), buffer: Some(buffer), slot, done }),
             Err(error) => {
                 // The buffer is freed next, and a copy from it may be under way.
@@ -81,20 +81,22 @@ impl Upload {
         slot: usize,
         matrix: &DeviceMatrix,
         row: usize,
-        dtype: WeightDtype,
+        data: Storage,
         buffer: &Pinned,
         len: usize,
     ) -> Result<CudaEvent> {
         let layout = matrix.layout();
-        if let Storage::Plain(_) = layout.storage {
-            matrix.at(layout.codes_at(row)).write_from(buffer, len)?;
-        } else {
+        if data == layout.storage {
+            matrix.at((row * data.stored_row(layout.cols)) as u64).write_from(buffer, len)?;
+        } else if let Storage::Plain(dtype) = data {
             const WORD: usize = size_of::<u32>();
             let failed = self.staging[STAGING_SLABS].part(slot * WORD, WORD);
             failed.clear()?;
             self.staging[slot].write_from(buffer, len)?;
             self.gpu.quantize(matrix, row, len / (layout.cols * dtype.size()), dtype, &self.staging[slot], &failed)?;
             failed.read_to(&mut self.failed, slot * WORD)?;
+        } else {
+            unreachable!("a plan keeps what is packed as it is")
         }
         self.gpu.event()
     }

@@ -1,0 +1,162 @@
+//! `evenkeel perplexity`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use evenkeel::bytes::{Bytes, MIB};
+use evenkeel::checkpoint::Checkpoint;
+use evenkeel::generate::{Comparison, DEFAULT_WINDOW, Perplexity, Predictions, Windows};
+use evenkeel::plan::PlanOptions;
+use evenkeel::quant::{QuantizeRules, Scheme};
+use evenkeel::tokenizer::Tokenizer;
+use evenkeel::{Error, Result, fs};
+use serde::Serialize;
+
+use super::args::{Format, PerplexityArguments};
+use super::env::Environment;
+use super::model::{self, Need};
+use super::printer::Printer;
+use super::progress::Bar;
+use super::{Exit, Outcome, signal};
+
+/// The longest text that is read.
+const TEXT_CAP: Bytes = Bytes(1024 * MIB);
+
+/// The figures of one scheme.
+#[derive(Serialize)]
+struct Row {
+    quantize: QuantizeRules,
+    bits_per_weight: f64,
+    weights: Bytes,
+    #[serde(flatten)]
+    measured: Perplexity,
+    tokens_per_second: f64,
+}
+
+/// All figures, and what they were measured on.
+#[derive(Serialize)]
+struct Report {
+    model: String,
+    window: usize,
+    stride: usize,
+    rows: Vec<Row>,
+}
+
+/// Scores a text, once or in several schemes.
+pub fn run(arguments: &PerplexityArguments, environment: &Environment, printer: &Printer) -> Outcome {
+    let interrupted = signal::interrupt_flag()?;
+    let text = String::from_utf8(fs::read_capped(&arguments.text, TEXT_CAP)?)
+        .map_err(|e| Error::input(format!("`{}` is not UTF-8", arguments.text.display())).caused_by(e))?;
+    let checkpoint = model::open(&arguments.model, Need::Weights, environment, printer)?;
+    let mut options = arguments.placement.options(None)?;
+    let window = options.context.unwrap_or(DEFAULT_WINDOW.min(checkpoint.config.max_position_embeddings));
+    options.context = Some(window);
+    let stride = arguments.stride.unwrap_or(window);
+    let windows = Windows::new(window, stride)?;
+    let mut tokens = tokenize(&checkpoint, &text)?;
+    tokens.truncate(arguments.max_tokens.unwrap_or(usize::MAX));
+    let scored = windows.scored(tokens.len());
+    if scored == 0 {
+        let text = arguments.text.display();
+        return Err(Error::input(format!("`{text}` has {} tokens; 2 is the least to score", tokens.len())).into());
+    }
+
+    let measurement = Measurement {
+        checkpoint: &checkpoint,
+        offload_directory: arguments.placement.offload_directory(environment),
+        interrupted,
+        tokens,
+        windows,
+        printer,
+    };
+    let rows = if arguments.compare.is_empty() {
+        vec![measurement.row(&options, Comparison::Alone)?]
+    } else {
+        measurement.compare(&options, &arguments.compare, scored)?
+    };
+    let report = Report { model: checkpoint.name.clone(), window, stride, rows };
+    printer.result(&match arguments.format {
+        Format::Text => table(&report),
+        // Numbers and texts cannot fail to serialize.
+        Format::Json => serde_json::to_string_pretty(&report).unwrap_or_default() + "\n",
+    })?;
+    Ok(Exit::Done)
+}
+
+fn tokenize(checkpoint: &Checkpoint, text: &str) -> Result<Vec<u32>> {
+    Tokenizer::open(checkpoint.local_directory()?, checkpoint.config.vocab_size)?.encode(text, false)
+}
+
+/// What is scored, and how.
+struct Measurement<'a> {
+    checkpoint: &'a Checkpoint,
+    offload_directory: PathBuf,
+    interrupted: Arc<AtomicBool>,
+    tokens: Vec<u32>,
+    windows: Windows,
+    printer: &'a Printer,
+}
+
+impl Measurement<'_> {
+    /// The unquantized model's figures, then those of each scheme.
+    fn compare(&self, options: &PlanOptions, schemes: &[Scheme], scored: usize) -> Result<Vec<Row>> {
+        let vocab_size = self.checkpoint.config.vocab_size;
+        let scratch = Predictions::bytes(scored, vocab_size);
+        self.printer.note(&format!("keeping predictions in `{}`, {scratch}", self.offload_directory.display()));
+        let mut predictions = Predictions::new(&self.offload_directory, scored, vocab_size)?;
+        let with = |scheme: Scheme| PlanOptions { quantize: Some(scheme.into()), ..options.clone() };
+        let mut rows = vec![self.row(&with(Scheme::None), Comparison::Keep(&mut predictions))?];
+        for scheme in schemes.iter().filter(|scheme| **scheme != Scheme::None) {
+            rows.push(self.row(&with(*scheme), Comparison::Against(&mut predictions))?);
+        }
+        Ok(rows)
+    }
+
+    fn row(&self, options: &PlanOptions, comparison: Comparison) -> Result<Row> {
+        let Self { checkpoint, offload_directory, interrupted, printer, .. } = self;
+        let mut model = model::load(checkpoint, options, offload_directory, interrupted, printer)?;
+        let bar = Bar::tokens(printer, "scoring", self.tokens.len());
+        let on_window = |tokens: usize| bar.set(tokens as u64);
+        let measured = model.perplexity(&self.tokens, self.windows, comparison, interrupted, on_window);
+        bar.finish();
+        let measured = measured?;
+        let weights: Bytes = model.plan.devices.iter().map(|device| device.weights).sum();
+        let row = Row {
+            bits_per_weight: weights.0 as f64 * 8.0 / model.plan.parameters as f64,
+            weights,
+            measured,
+            tokens_per_second: measured.tokens as f64 / measured.seconds,
+            quantize: model.plan.quantize.clone(),
+        };
+        let name = row.quantize.scheme("");
+        printer.note(&format!("{name}: {:.1} s, {:.0} tok/s", measured.seconds, row.tokens_per_second));
+        Ok(row)
+    }
+}
+
+fn table(report: &Report) -> String {
+    let Some(first) = report.rows.first().map(|row| &row.measured) else { return String::new() };
+    let windows = if report.stride == report.window {
+        format!("windows of {} tokens", report.window)
+    } else {
+        format!("windows of {} tokens, {} apart", report.window, report.stride)
+    };
+    let mut text = format!("{}: {} tokens scored in {windows}\n\n", report.model, first.tokens);
+    text += "scheme  bits a weight      weights  perplexity         difference    mean KL  same top token\n";
+    for Row { quantize, bits_per_weight, weights, measured, .. } in &report.rows {
+        let perplexity = format!("{:.4} ± {:.4}", measured.perplexity, measured.standard_error);
+        text += &format!(
+            "{:<6}  {bits_per_weight:>13.3}  {:>11}  {perplexity:<17}",
+            quantize.scheme(""),
+            weights.to_string()
+        );
+        if let Some(divergence) = measured.divergence {
+            let difference = 100.0 * (measured.perplexity / first.perplexity - 1.0);
+            let (kl, same) = (divergence.mean_kl, 100.0 * divergence.same_top);
+            text += &format!("  {difference:>+9.3} %  {kl:>9.6}  {same:>12.2} %");
+        }
+        text = text.trim_end().to_owned() + "\n";
+    }
+    text
+}

@@ -1,0 +1,37 @@
+//! `evenkeel quantize`.
+
+use evenkeel::loader::{SaveOptions, save_quantized};
+use evenkeel::plan::Quantize;
+
+use super::args::QuantizeArguments;
+use super::env::Environment;
+use super::model::{self, Need};
+use super::printer::Printer;
+use super::{Exit, Outcome, signal};
+
+/// Writes a quantized checkpoint.
+pub fn run(arguments: &QuantizeArguments, environment: &Environment, printer: &Printer) -> Outcome {
+    let interrupted = signal::interrupt_flag()?;
+    let checkpoint = model::open(&arguments.model, Need::Weights, environment, printer)?;
+    let options = SaveOptions {
+        scheme: arguments.quantize,
+        output: &arguments.output,
+        shard_size: arguments.max_shard_size,
+        cancel: &interrupted,
+    };
+    let mut bar = None;
+    let saved = save_quantized(&checkpoint, &options, |event| model::show(&event, "quantizing", &mut bar, printer));
+    if let Some(bar) = bar {
+        bar.finish();
+    }
+    let saved = saved?;
+    let bits = saved.written.0 as f64 * 8.0 / saved.parameters as f64;
+    let (read, written, seconds) = (saved.read, saved.written, saved.seconds);
+    printer.result(&format!(
+        "wrote `{}`: {written} for {read}, {bits:.2} bits a weight, {}\n",
+        arguments.output.display(),
+        Quantize::Rules(saved.quantize)
+    ))?;
+    printer.note(&format!("{seconds:.2} s, {:.3} GB/s read", read.0 as f64 / 1e9 / seconds));
+    Ok(Exit::Done)
+}
