@@ -194,6 +194,7 @@ __device__ __forceinline__ void mma_few(const Product& p) {
 template <class Storage>
 __device__ __forceinline__ void stage(const Product& p, int first_token, int start, uint4* shared) {
     const int units = Storage::UNITS, together = 8 / units, groups = TOKENS / together;
+#pragma unroll 2
     for (int at = threadIdx.x; at < STEP_COLS / 8 * TOKENS; at += 128) {
         // A warp reads all the units of a chunk of `together` tokens, and writes to all banks alike.
         int c = at % 4, unit = at % 32 / (4 * together), group = at / 32 % groups, chunk = at / 32 / groups;
