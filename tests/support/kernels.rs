@@ -235,6 +235,9 @@ pub fn products_equal_the_reference(gpu: &Arc<Gpu>) {
             (5, 768, 7),
             (70, 72, 66),
             (130, 20, 10),
+            (70, 456, 65),
+            (18, 4200, 8),
+            (3, 16_500, 1),
         ] {
             let layout = MatrixLayout::new(storage, rows, cols).unwrap();
             let bytes = packed(&layout, &random(rows * cols, 4));
