@@ -20,6 +20,7 @@ macro_rules! every_case {
             activations_equal_the_reference
             attention_equals_the_reference
             embeddings_are_the_rows
+            nan_and_what_overflows_stay_with_their_token
             norms_equal_the_reference
             products_equal_the_reference
             quantizing_is_bit_for_bit_the_hosts
@@ -274,6 +275,28 @@ pub fn products_equal_the_reference(gpu: &Arc<Gpu>) {
                 .collect();
             let what = format!("{storage:?} {rows}×{cols}, rows {first} to {last}");
             near(&what, &download(&y, WeightDtype::F32), &exact, 2e-6 * (cols as f64).sqrt(), Output::F32);
+        }
+    }
+}
+
+pub fn nan_and_what_overflows_stay_with_their_token(gpu: &Arc<Gpu>) {
+    for storage in STORAGES {
+        for (rows, cols, tokens) in [(17, 40, 4), (17, 40, 12)] {
+            let layout = MatrixLayout::new(storage, rows, cols).unwrap();
+            let matrix = DeviceMatrix::new(layout.clone(), upload(gpu, &packed(&layout, &vec![1.0; rows * cols])));
+            let mut x = vec![1.0; tokens * cols];
+            x[cols + 3] = f32::NAN;
+            x[2 * cols..3 * cols].fill(65504.0);
+            let y = buffer(gpu, tokens * rows * 2);
+            gpu.matmul(&Affine::new(&matrix, None), &halves(gpu, &x), tokens, &y, Output::F16, 1.0).unwrap();
+            for (i, y) in download(&y, WeightDtype::F16).iter().enumerate() {
+                let what = format!("{storage:?}, {tokens} tokens, element {i}: {y}");
+                match i / rows {
+                    1 => assert!(y.is_nan(), "{what}"),
+                    2 => assert_eq!(*y, 65504.0, "{what}"),
+                    _ => assert!((y - cols as f32).abs() < 0.1, "{what}"),
+                }
+            }
         }
     }
 }

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, DriverError, result, sys};
 use cudarc::nvrtc::Ptx;
 
-use super::kernels::MODULES;
+use super::kernels::{MODULES, Module};
 use super::{GpuInfo, NEEDED_CAPABILITY};
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
@@ -96,7 +96,7 @@ impl Gpu {
     pub fn open_as(index: u32, capability: (i32, i32)) -> Result<Arc<Self>> {
         let mut gpu = Self::without_kernels(index)?;
         gpu.capability = gpu.capability.min(capability);
-        for (name, needed, ptx, kernels) in MODULES {
+        for Module { name, capability: needed, ptx, kernels } in MODULES {
             // Without the least that any file needs, the driver says what is wrong.
             if gpu.capability < *needed && *needed > NEEDED_CAPABILITY {
                 continue;

@@ -13,20 +13,34 @@ use crate::quant::{Storage, WeightDtype};
 /// The first compute capability with mma.cu's tensor cores.
 const TENSOR_CORES: (i32, i32) = (8, 0);
 
-/// Name, least compute capability, PTX and kernels of each file.
-pub(super) const MODULES: &[(&str, (i32, i32), &str, &[&str])] = &[
-    ("attention", NEEDED_CAPABILITY, include_str!("kernels/attention.ptx"), &["attend", "rotate_and_store"]),
-    (
-        "elementwise",
-        NEEDED_CAPABILITY,
-        include_str!("kernels/elementwise.ptx"),
-        &["activate", "embed", "gather", "scatter_add", "top_k"],
-    ),
-    (
+/// A file of kernels.
+pub(super) struct Module {
+    pub name: &'static str,
+    /// The compute capability that its PTX is for; build_ptx.py says the same.
+    pub capability: (i32, i32),
+    pub ptx: &'static str,
+    pub kernels: &'static [&'static str],
+}
+
+macro_rules! module {
+    ($name:literal, $capability:expr, $kernels:expr) => {
+        Module {
+            name: $name,
+            capability: $capability,
+            ptx: include_str!(concat!("kernels/", $name, ".ptx")),
+            kernels: &$kernels,
+        }
+    };
+}
+
+/// All files.
+pub(super) const MODULES: &[Module] = &[
+    module!("attention", NEEDED_CAPABILITY, ["attend", "rotate_and_store"]),
+    module!("elementwise", NEEDED_CAPABILITY, ["activate", "embed", "gather", "scatter_add", "top_k"]),
+    module!(
         "matmul",
         NEEDED_CAPABILITY,
-        include_str!("kernels/matmul.ptx"),
-        &[
+        [
             "few_bf16",
             "few_f16",
             "few_f32",
@@ -37,16 +51,11 @@ pub(super) const MODULES: &[(&str, (i32, i32), &str, &[&str])] = &[
             "many_f32",
             "many_int4",
             "many_int8",
-        ],
+        ]
     ),
-    (
-        "mma",
-        TENSOR_CORES,
-        include_str!("kernels/mma.ptx"),
-        &["mma_few_int4", "mma_few_int8", "mma_many_int4", "mma_many_int8"],
-    ),
-    ("norm", NEEDED_CAPABILITY, include_str!("kernels/norm.ptx"), &["normalize"]),
-    ("quantize", NEEDED_CAPABILITY, include_str!("kernels/quantize.ptx"), &["quantize_int4", "quantize_int8"]),
+    module!("mma", TENSOR_CORES, ["mma_few_int4", "mma_few_int8", "mma_many_int4", "mma_many_int8"]),
+    module!("norm", NEEDED_CAPABILITY, ["normalize"]),
+    module!("quantize", NEEDED_CAPABILITY, ["quantize_int4", "quantize_int8"]),
 ];
 
 /// The most tokens that take the kernels which read each weight once, `few_…` and `mma_few_…`.
