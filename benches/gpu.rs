@@ -1,4 +1,5 @@
-//! How fast the GPU's kernels are: products of one token and of many, and quantizing.
+//! How fast the GPU's kernels are: products of one token and of many, with tensor cores and without,
+//! and quantizing.
 //! Without a GPU nothing is measured.
 #![allow(clippy::print_stdout, reason = "says why nothing is measured")]
 
@@ -26,10 +27,13 @@ fn time(gpu: &Gpu, count: u64, mut launch: impl FnMut()) -> Duration {
     start.elapsed()
 }
 
+/// The last compute capability whose kernels do without tensor cores.
+const PLAIN: (i32, i32) = (7, 5);
+
 fn kernels(criterion: &mut Criterion) {
-    let gpu = match Gpu::open(0) {
-        Ok(gpu) => gpu,
-        Err(error) => return println!("nothing to measure: {error}"),
+    let (gpu, plain) = match (Gpu::open(0), Gpu::open_as(0, PLAIN)) {
+        (Ok(gpu), Ok(plain)) => (gpu, plain),
+        (Err(error), _) | (_, Err(error)) => return println!("nothing to measure: {error}"),
     };
     let mut group = criterion.benchmark_group("gpu");
     for (name, storage) in
@@ -38,20 +42,25 @@ fn kernels(criterion: &mut Criterion) {
         for (rows, cols) in [(4096, 4096), (14_336, 4096), (4096, 14_336)] {
             let layout = MatrixLayout::new(storage, rows, cols).expect("a size");
             let size = layout.size().as_usize().expect("a size");
-            let matrix = DeviceMatrix::new(layout, zeros(&gpu, size));
-            for tokens in [1, 8, 512] {
-                let (x, y) = (zeros(&gpu, tokens * cols * 2), zeros(&gpu, tokens * rows * 2));
-                group.throughput(Throughput::Bytes(size as u64));
-                group.bench_function(format!("{name} {rows}×{cols}, {tokens} tokens"), |bencher| {
-                    bencher.iter_custom(|count| {
-                        time(&gpu, count, || {
-                            let affine = Affine::new(&matrix, None);
-                            gpu.matmul(&affine, &x, tokens, &y, Output::F16, 1.0).expect("a launch");
-                        })
+            let quantized = !matches!(storage, Storage::Plain(_));
+            let kernels = [(&gpu, ""), (&plain, ", plain kernels")];
+            for (gpu, which) in &kernels[..if quantized { 2 } else { 1 }] {
+                let matrix = DeviceMatrix::new(layout.clone(), zeros(gpu, size));
+                for tokens in [1, 8, 512] {
+                    let (x, y) = (zeros(gpu, tokens * cols * 2), zeros(gpu, tokens * rows * 2));
+                    group.throughput(Throughput::Bytes(size as u64));
+                    group.bench_function(format!("{name} {rows}×{cols}, {tokens} tokens{which}"), |bencher| {
+                        bencher.iter_custom(|count| {
+                            time(gpu, count, || {
+                                let affine = Affine::new(&matrix, None);
+                                gpu.matmul(&affine, &x, tokens, &y, Output::F16, 1.0).expect("a launch");
+                            })
+                        });
                     });
-                });
+                }
             }
-            if !matches!(storage, Storage::Plain(_)) {
+            if quantized {
+                let matrix = DeviceMatrix::new(layout, zeros(&gpu, size));
                 let (weights, failed) = (zeros(&gpu, rows * cols * 2), zeros(&gpu, 4));
                 group.throughput(Throughput::Bytes((rows * cols * 2) as u64));
                 group.bench_function(format!("quantize bf16 to {name}, {rows}×{cols}"), |bencher| {

@@ -66,6 +66,14 @@ fn where_blocks_are_and_how_buffers_and_streams_run_changes_no_bit() {
                 assert_eq!(two, one, "{name}, {scheme}, {streams}");
             }
             fake.set("STREAMS", "eager");
+            // Tensor cores multiply as plain kernels do.
+            fake.set("CC", "7.5");
+            let plain = run(&["cuda:0"], false);
+            fake.set("CC", "8.6");
+            for (tensor, plain) in one.iter().zip(&plain) {
+                let difference = difference(tensor, plain);
+                assert!(difference < LOGITS, "{name}, {scheme}, without tensor cores: {difference}");
+            }
             // The CPU rounds activations to int8 where weights are quantized.
             let allowed = if scheme == Scheme::None { LOGITS } else { 0.1 };
             for (ours, theirs) in one.iter().zip(&run(&["cpu"], false)) {

@@ -76,6 +76,9 @@ fn generate_over_two_gpus_and_the_cpu_says_what_the_cpu_alone_says() {
         assert!(counted["launches"].as_u64().unwrap() > 100 && counted["p2p_bytes"].as_u64().unwrap() > 0, "{report}");
         assert_eq!(counted["live_bytes"], 0, "{report}");
     }
+    // Of the head's 12 steps an index and its logit return, not the logits.
+    let vocabulary = 4096 * 4;
+    assert!(report["devices"][0]["d2h_bytes"].as_u64().unwrap() < 2 * vocabulary, "{report}");
     assert_eq!([&report["host_bytes"], &report["streams"], &report["events"], &report["contexts"]], [0; 4], "{report}");
 }
 

@@ -9,7 +9,7 @@ mod pipeline;
 use crate::error::Result;
 
 pub use hidden::{Chunk, Hidden};
-pub use pipeline::{Pipeline, StageRoles};
+pub use pipeline::{Behind, Pipeline, StageRoles};
 
 /// A contiguous run of modules on one device.
 ///
@@ -40,4 +40,22 @@ pub trait Stage: Send {
     /// # Errors
     /// The device failed.
     fn logits(&mut self, hidden: &mut Hidden, logits: &mut [f32]) -> Result<()>;
+
+    /// The token with the largest of the logits that [`Stage::logits`] would
+    /// give, where the device finds it by itself; `None` where it does not.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn best(&mut self, _hidden: &mut Hidden) -> Result<Option<Best>> {
+        Ok(None)
+    }
+}
+
+/// A token and its logit.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Best {
+    /// The token.
+    pub token: u32,
+    /// Its logit.
+    pub logit: f32,
 }

@@ -16,6 +16,15 @@ pub struct StageRoles {
     pub head: usize,
 }
 
+/// What comes behind a token.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Behind<'a> {
+    /// The token with the largest logit.
+    Best(u32),
+    /// All logits.
+    Logits(&'a [f32]),
+}
+
 /// The stages of a model and the tokens that they have seen.
 pub struct Pipeline {
     stages: Vec<Box<dyn Stage>>,
@@ -72,12 +81,18 @@ impl Pipeline {
         self.chunk = tokens.clamp(1, self.largest_chunk);
     }
 
-    /// Appends `tokens` and gives the logits behind the last of them.
+    /// Appends `tokens` and gives the logits behind the last of them; where only
+    /// the `best` token is wanted and a device finds it, that alone.
     ///
     /// # Errors
     /// A token is not in the vocabulary, the context is full, a logit is not
     /// a number, or a device failed. `each_chunk` may end the work with an error.
-    pub fn extend(&mut self, tokens: &[u32], mut each_chunk: impl FnMut() -> Result<()>) -> Result<&[f32]> {
+    pub fn extend(
+        &mut self,
+        tokens: &[u32],
+        best: bool,
+        mut each_chunk: impl FnMut() -> Result<()>,
+    ) -> Result<Behind<'_>> {
         self.check(tokens)?;
         let mut last = 0;
         for chunk in tokens.chunks(self.chunk) {
@@ -85,8 +100,10 @@ impl Pipeline {
             self.run(chunk)?;
             last = chunk.len() - 1;
         }
-        self.head(last)?;
-        Ok(&self.logits)
+        Ok(match self.head(last, best)? {
+            Some(token) => Behind::Best(token),
+            None => Behind::Logits(&self.logits),
+        })
     }
 
     /// Appends `tokens` and calls `visit` with each one's position among them
@@ -99,7 +116,7 @@ impl Pipeline {
         for (at, chunk) in tokens.chunks(self.chunk).enumerate() {
             self.run(chunk)?;
             for token in 0..chunk.len() {
-                self.head(token)?;
+                self.head(token, false)?;
                 visit(at * self.chunk + token, &self.logits);
             }
         }
@@ -136,14 +153,21 @@ impl Pipeline {
         Ok(())
     }
 
-    /// The logits behind the token at `at` of the chunk that was run last.
-    fn head(&mut self, at: usize) -> Result<()> {
+    /// Computes the logits behind the token at `at` of the chunk that was run
+    /// last; where only the `best` is wanted and found by the device, gives that instead.
+    fn head(&mut self, at: usize, best: bool) -> Result<Option<u32>> {
         let chunk = self.hidden.select(at);
         self.stages[self.roles.norm].norm(&mut self.hidden)?;
-        self.stages[self.roles.head].logits(&mut self.hidden, &mut self.logits)?;
+        let head = &mut self.stages[self.roles.head];
+        let found = if best { head.best(&mut self.hidden)? } else { None };
+        if found.is_none() {
+            head.logits(&mut self.hidden, &mut self.logits)?;
+        }
         self.hidden.restore(chunk);
-        if self.logits.iter().all(|logit| logit.is_finite()) {
-            Ok(())
+        let is_finite =
+            found.map_or_else(|| self.logits.iter().all(|logit| logit.is_finite()), |best| best.logit.is_finite());
+        if is_finite {
+            Ok(found.map(|best| best.token))
         } else {
             Err(Error::input(format!("a logit behind token {} is not a number", self.length))
                 .hint("the checkpoint's weights are broken, or overflow in this scheme; try `--quantize none`"))

@@ -115,7 +115,7 @@ impl Model {
         let mut sampler = Sampler::new(options.sampling.clone(), prompt);
         let next = match options.max_new_tokens {
             Some(0) => None,
-            _ => Some(sampler.sample(self.pipeline.extend(prompt, interrupted)?)?),
+            _ => Some(sampler.sample(self.pipeline.extend(prompt, sampler.wants_best(), interrupted)?)?),
         };
         Ok(Generation {
             prompt_tokens: prompt.len(),
@@ -208,7 +208,8 @@ impl Generation<'_> {
             self.finish = Some(Finish::Context);
         } else {
             let start = Instant::now();
-            self.next = Some(self.sampler.sample(self.model.pipeline.extend(&[token], || Ok(()))?)?);
+            let best = self.sampler.wants_best();
+            self.next = Some(self.sampler.sample(self.model.pipeline.extend(&[token], best, || Ok(()))?)?);
             self.decode += start.elapsed();
         }
         Ok(piece)

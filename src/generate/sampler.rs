@@ -4,6 +4,7 @@ use candle_core::{Device, Tensor};
 use candle_transformers::generation::{LogitsProcessor, Sampling as Method};
 use candle_transformers::utils::apply_repeat_penalty;
 
+use crate::backend::Behind;
 use crate::error::{Error, Result};
 
 /// How a token is chosen: the logits are penalized, divided by the
@@ -84,9 +85,21 @@ impl Sampler {
         Self { sampling, processor, seen: prompt.to_vec() }
     }
 
+    /// Whether the token with the largest logit is all that it looks at.
+    pub fn wants_best(&self) -> bool {
+        #[expect(clippy::float_cmp, reason = "exactly 1 is the default, which does nothing")]
+        let is_plain = self.sampling.repetition_penalty == 1.0;
+        self.sampling.temperature == 0.0 && is_plain
+    }
+
     /// The next token.
-    pub fn sample(&mut self, logits: &[f32]) -> Result<u32> {
-        let token = self.choose(logits).map_err(|e| Error::input("no token can be sampled").caused_by(e))?;
+    pub fn sample(&mut self, behind: Behind) -> Result<u32> {
+        let token = match behind {
+            Behind::Best(token) => token,
+            Behind::Logits(logits) => {
+                self.choose(logits).map_err(|e| Error::input("no token can be sampled").caused_by(e))?
+            }
+        };
         self.seen.push(token);
         Ok(token)
     }
@@ -116,7 +129,7 @@ mod tests {
     fn tokens(sampling: Sampling) -> Vec<u32> {
         let logits = [0.3f32.ln(), 0.5f32.ln(), 0.05f32.ln(), 0.15f32.ln()];
         let mut sampler = Sampler::new(sampling, &[]);
-        let mut tokens: Vec<u32> = (0..400).map(|_| sampler.sample(&logits).unwrap()).collect();
+        let mut tokens: Vec<u32> = (0..400).map(|_| sampler.sample(Behind::Logits(&logits)).unwrap()).collect();
         tokens.sort_unstable();
         tokens.dedup();
         tokens
@@ -143,7 +156,7 @@ mod tests {
         let run = |seed| {
             let sampling = Sampling { temperature: 1.0, seed, ..Sampling::greedy() };
             let mut sampler = Sampler::new(sampling, &[]);
-            (0..50).map(|_| sampler.sample(&[0.0; 100]).unwrap()).collect::<Vec<_>>()
+            (0..50).map(|_| sampler.sample(Behind::Logits(&[0.0; 100])).unwrap()).collect::<Vec<_>>()
         };
         assert_eq!(run(1), run(1));
         assert_ne!(run(1), run(2));
@@ -153,7 +166,7 @@ mod tests {
     fn a_penalty_moves_on() {
         let sampling = Sampling { repetition_penalty: 2.0, ..Sampling::greedy() };
         let mut sampler = Sampler::new(sampling, &[3]);
-        let chosen: Vec<u32> = (0..4).map(|_| sampler.sample(&[1.0, 1.1, 1.2, 1.9]).unwrap()).collect();
+        let chosen: Vec<u32> = (0..4).map(|_| sampler.sample(Behind::Logits(&[1.0, 1.1, 1.2, 1.9])).unwrap()).collect();
         assert_eq!(chosen, [2, 1, 0, 3]);
     }
 

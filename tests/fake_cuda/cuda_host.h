@@ -175,6 +175,17 @@ static inline int __float_as_int(float f) { return fk::bits<int>(f); }
 static inline float __uint_as_float(unsigned u) { return fk::bits<float>(u); }
 static inline float __int_as_float(int i) { return fk::bits<float>(i); }
 
+static inline unsigned __byte_perm(unsigned a, unsigned b, unsigned sel) {
+    unsigned long long v = (unsigned long long)b << 32 | a;
+    unsigned r = 0;
+    for (int i = 0; i < 4; i++) {
+        unsigned s = sel >> (4 * i), byte = v >> (8 * (s & 7)) & 0xff;
+        if (s & 8) byte = byte & 0x80 ? 0xff : 0;  // sign-replicate mode
+        r |= byte << (8 * i);
+    }
+    return r;
+}
+
 // ---- float math --------------------------------------------------------------------------------
 #define FK_MINMAX(T)                                          \
     static inline T min(T a, T b) { return b < a ? b : a; }   \
@@ -228,3 +239,68 @@ static inline float __half2float(__half h) { return fk::half_to_float(h.x); }
 static inline __half __float2half_rn(float f) { return {fk::float_to_half(f)}; }
 static inline __half __ushort_as_half(unsigned short u) { return {u}; }
 static inline unsigned short __half_as_ushort(__half h) { return h.x; }
+struct alignas(4) __half2 { __half x, y; };
+static inline __half2 __half2half2(__half h) { return {h, h}; }
+namespace fk {
+// Element-wise, rounded once.
+template <class F>
+static inline __half2 map2(__half2 a, __half2 b, F f) {
+    return {float_to_half(f(half_to_float(a.x.x), half_to_float(b.x.x))), float_to_half(f(half_to_float(a.y.x), half_to_float(b.y.x)))};
+}
+}  // namespace fk
+static inline __half2 __hsub2(__half2 a, __half2 b) { return fk::map2(a, b, [](float x, float y) { return x - y; }); }
+static inline __half2 __hmul2(__half2 a, __half2 b) { return fk::map2(a, b, [](float x, float y) { return x * y; }); }
+
+// ---- tensor cores and asynchronous copies ------------------------------------------------------
+namespace fk {
+typedef float v8f __attribute__((vector_size(32)));
+// The last lane to arrive gathers the 32 fragments into full tiles, multiplies, and scatters.
+// Fragment layout (g = lane/4, t = lane%4), from the PTX manual:
+//   a[0]: row g, k 2t..2t+1    a[1]: row g+8, same k    a[2], a[3]: the same with k + 8
+//   b[0]: k 2t..2t+1, column g   b[1]: the same with k + 8
+//   d[0..1]: row g, columns 2t..2t+1    d[2..3]: row g+8
+struct Mma {
+    float* d;
+    const unsigned* a;
+    unsigned b[2];
+    static float cvt(unsigned v) { return half_to_float((uint16_t)v); }
+    static void complete(void* const args[32], unsigned mask) {
+        if (mask != 0xffffffffu) trap(719, "mma.sync executed by a partial warp");
+        float A[16][16];
+        union { float f[16][8]; v8f v[16]; } B, D;
+        for (int l = 0; l < 32; l++) {
+            const Mma* m = (const Mma*)args[l];
+            int g = l >> 2, k = (l & 3) * 2;
+            for (int h = 0; h < 2; h++) {
+                A[g][k + h] = cvt(m->a[0] >> 16 * h);
+                A[g + 8][k + h] = cvt(m->a[1] >> 16 * h);
+                A[g][k + 8 + h] = cvt(m->a[2] >> 16 * h);
+                A[g + 8][k + 8 + h] = cvt(m->a[3] >> 16 * h);
+                B.f[k + h][g] = cvt(m->b[0] >> 16 * h);
+                B.f[k + 8 + h][g] = cvt(m->b[1] >> 16 * h);
+                D.f[g][k + h] = m->d[h];
+                D.f[g + 8][k + h] = m->d[2 + h];
+            }
+        }
+        for (int i = 0; i < 16; i++)
+            for (int k = 0; k < 16; k++) D.v[i] += A[i][k] * B.v[k];
+        for (int l = 0; l < 32; l++) {
+            const Mma* m = (const Mma*)args[l];
+            int g = l >> 2, n = (l & 3) * 2;
+            m->d[0] = D.f[g][n], m->d[1] = D.f[g][n + 1], m->d[2] = D.f[g + 8][n], m->d[3] = D.f[g + 8][n + 1];
+        }
+    }
+};
+}  // namespace fk
+static inline void mma_m16n8k16(float* d, const unsigned* a, unsigned b0, unsigned b1) {
+    fk::Mma m{d, a, {b0, b1}};
+    fk::warp_collective(0xffffffffu, &fk::Mma::complete, &m);
+}
+// The copy happens at once: a missing wait is not noticed.
+static inline void cp_async_16(void* to, const void* from) {
+    if (((uintptr_t)to | (uintptr_t)from) & 15) fk::trap(716, "cp.async address not 16-byte aligned");
+    memcpy(to, from, 16);
+}
+static inline void cp_async_commit() {}
+template <int N>
+static inline void cp_async_wait() {}

@@ -2,6 +2,7 @@
 #include "../../src/backend/cuda/kernels/attention.cu"
 #include "../../src/backend/cuda/kernels/elementwise.cu"
 #include "../../src/backend/cuda/kernels/matmul.cu"
+#include "../../src/backend/cuda/kernels/mma.cu"
 #include "../../src/backend/cuda/kernels/norm.cu"
 #include "../../src/backend/cuda/kernels/quantize.cu"
 
@@ -19,6 +20,10 @@ FAKE_CUDA_KERNEL(many_f16);
 FAKE_CUDA_KERNEL(many_f32);
 FAKE_CUDA_KERNEL(many_int4);
 FAKE_CUDA_KERNEL(many_int8);
+FAKE_CUDA_KERNEL(mma_few_int4);
+FAKE_CUDA_KERNEL(mma_few_int8);
+FAKE_CUDA_KERNEL(mma_many_int4);
+FAKE_CUDA_KERNEL(mma_many_int8);
 FAKE_CUDA_KERNEL(normalize);
 FAKE_CUDA_KERNEL(quantize_int4);
 FAKE_CUDA_KERNEL(quantize_int8);

@@ -68,7 +68,9 @@ pub fn load(devices: &str) -> Option<(&'static FakeCuda, MutexGuard<'static, ()>
         fake.set("QUIET", "1");
         fake
     });
-    for (setting, default) in [("FAIL_ALLOC", "0"), ("FAIL_LAUNCH", "0"), ("USED", "0"), ("STREAMS", "eager")] {
+    for (setting, default) in
+        [("FAIL_ALLOC", "0"), ("FAIL_LAUNCH", "0"), ("USED", "0"), ("STREAMS", "eager"), ("CC", "8.6")]
+    {
         fake.set(setting, default);
     }
     Some((fake, turn))

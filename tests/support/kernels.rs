@@ -235,6 +235,9 @@ pub fn products_equal_the_reference(gpu: &Arc<Gpu>) {
             (5, 768, 7),
             (70, 72, 66),
             (130, 20, 10),
+            (70, 456, 65),
+            (18, 4200, 8),
+            (3, 16_500, 1),
         ] {
             let layout = MatrixLayout::new(storage, rows, cols).unwrap();
             let bytes = packed(&layout, &random(rows * cols, 4));
@@ -589,16 +592,24 @@ pub fn the_tokens_of_an_expert_go_there_and_back(gpu: &Arc<Gpu>) {
 }
 
 pub fn the_best_logits_are_found(gpu: &Arc<Gpu>) {
+    let best = |logits: &[f32], k: usize| -> Vec<u32> {
+        let indices = buffer(gpu, k * 4);
+        gpu.top_k(&floats(gpu, logits), logits.len(), &indices).unwrap();
+        let mut bytes = vec![0; k * 4];
+        indices.read(&mut bytes).unwrap();
+        bytes.as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect()
+    };
     for (count, k) in [(1, 1), (5, 5), (300, 1), (1000, 17)] {
         let mut logits = random(count, 23);
         logits[count / 2] = logits[0];
-        let indices = buffer(gpu, k * 4);
-        gpu.top_k(&floats(gpu, &logits), count, &indices).unwrap();
         let mut order: Vec<u32> = (0..count as u32).collect();
         order.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b)));
-        let mut bytes = vec![0; k * 4];
-        indices.read(&mut bytes).unwrap();
-        let ours: Vec<u32> = bytes.as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect();
-        assert_eq!(ours, order[..k], "{count} logits");
+        assert_eq!(best(&logits, k), order[..k], "{count} logits");
+    }
+    // What is not a number is found, wherever it is.
+    for at in [0, 255, 299] {
+        let mut logits = random(300, 23);
+        logits[at] = f32::NAN;
+        assert_eq!(best(&logits, 1), [at as u32]);
     }
 }

@@ -12,8 +12,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, DriverError, result, sys};
 use cudarc::nvrtc::Ptx;
 
-use super::GpuInfo;
 use super::kernels::MODULES;
+use super::{GpuInfo, NEEDED_CAPABILITY};
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::error::{Error, Result};
@@ -58,6 +58,8 @@ pub fn describe(index: u32) -> Result<GpuInfo, DriverError> {
 pub struct Gpu {
     index: u32,
     context: Arc<CudaContext>,
+    /// That whose kernels it runs.
+    pub(super) capability: (i32, i32),
     stream: Arc<CudaStream>,
     copies: Arc<CudaStream>,
     functions: HashMap<&'static str, CudaFunction>,
@@ -84,8 +86,21 @@ impl Gpu {
     /// # Errors
     /// There is no such GPU, or it is too old for the kernels, or the driver is.
     pub fn open(index: u32) -> Result<Arc<Self>> {
+        Self::open_as(index, (i32::MAX, 0))
+    }
+
+    /// As [`Gpu::open`], with the kernels that a GPU of `capability` runs where this one has more.
+    ///
+    /// # Errors
+    /// As those of [`Gpu::open`].
+    pub fn open_as(index: u32, capability: (i32, i32)) -> Result<Arc<Self>> {
         let mut gpu = Self::without_kernels(index)?;
-        for (name, ptx, kernels) in MODULES {
+        gpu.capability = gpu.capability.min(capability);
+        for (name, needed, ptx, kernels) in MODULES {
+            // Without the least that any file needs, the driver says what is wrong.
+            if gpu.capability < *needed && *needed > NEEDED_CAPABILITY {
+                continue;
+            }
             let module = gpu.context.load_module(Ptx::from_src(*ptx));
             let module = module.map_err(|e| {
                 gpu.failure(&format!("cannot load the kernels `{name}`"), e).hint(
@@ -114,7 +129,8 @@ impl Gpu {
         let context = CudaContext::new(index as usize).map_err(|e| failed("cannot be opened", e))?;
         let streams = || context.new_stream().map_err(|e| failed("cannot make a stream", e));
         let (stream, copies) = (streams()?, streams()?);
-        Ok(Self { index, context, stream, copies, functions: HashMap::new(), allocated: Mutex::default() })
+        let capability = context.compute_capability().map_err(|e| failed("does not tell its compute capability", e))?;
+        Ok(Self { index, context, capability, stream, copies, functions: HashMap::new(), allocated: Mutex::default() })
     }
 
     /// Its name in maps.

@@ -3,18 +3,28 @@
 
 use std::ops::Range;
 
+use super::NEEDED_CAPABILITY;
 use super::driver::{Argument, Gpu, Region};
 use super::operands::{Affine, Attention, Cache, DeviceMatrix, FLOAT, HALF, Norm, Output, holds};
 use crate::error::Result;
 use crate::model_config::{Activation, NormKind};
 use crate::quant::{Storage, WeightDtype};
 
-/// Name, PTX and kernels of each file.
-pub(super) const MODULES: &[(&str, &str, &[&str])] = &[
-    ("attention", include_str!("kernels/attention.ptx"), &["attend", "rotate_and_store"]),
-    ("elementwise", include_str!("kernels/elementwise.ptx"), &["activate", "embed", "gather", "scatter_add", "top_k"]),
+/// The first compute capability with mma.cu's tensor cores.
+const TENSOR_CORES: (i32, i32) = (8, 0);
+
+/// Name, least compute capability, PTX and kernels of each file.
+pub(super) const MODULES: &[(&str, (i32, i32), &str, &[&str])] = &[
+    ("attention", NEEDED_CAPABILITY, include_str!("kernels/attention.ptx"), &["attend", "rotate_and_store"]),
+    (
+        "elementwise",
+        NEEDED_CAPABILITY,
+        include_str!("kernels/elementwise.ptx"),
+        &["activate", "embed", "gather", "scatter_add", "top_k"],
+    ),
     (
         "matmul",
+        NEEDED_CAPABILITY,
         include_str!("kernels/matmul.ptx"),
         &[
             "few_bf16",
@@ -29,12 +39,21 @@ pub(super) const MODULES: &[(&str, &str, &[&str])] = &[
             "many_int8",
         ],
     ),
-    ("norm", include_str!("kernels/norm.ptx"), &["normalize"]),
-    ("quantize", include_str!("kernels/quantize.ptx"), &["quantize_int4", "quantize_int8"]),
+    (
+        "mma",
+        TENSOR_CORES,
+        include_str!("kernels/mma.ptx"),
+        &["mma_few_int4", "mma_few_int8", "mma_many_int4", "mma_many_int8"],
+    ),
+    ("norm", NEEDED_CAPABILITY, include_str!("kernels/norm.ptx"), &["normalize"]),
+    ("quantize", NEEDED_CAPABILITY, include_str!("kernels/quantize.ptx"), &["quantize_int4", "quantize_int8"]),
 ];
 
-/// The most tokens that take the kernels which read each weight once.
+/// The most tokens that take the kernels which read each weight once, `few_…` and `mma_few_…`.
 const FEW: usize = 8;
+/// Rows of a block of these: without tensor cores, and with them.
+const FEW_ROWS: usize = 8;
+const MMA_FEW_ROWS: usize = 16;
 /// Rows and tokens of a block of the others.
 const TILE: usize = 64;
 
@@ -136,18 +155,21 @@ impl Gpu {
         let (matrix, rows, cols) = (affine.weight, affine.rows(), affine.cols());
         holds(x, tokens * cols, HALF);
         holds(y, tokens * rows, output.size());
-        let names = match matrix.layout.storage {
-            Storage::Plain(WeightDtype::Bf16) => ["few_bf16", "many_bf16"],
-            Storage::Plain(WeightDtype::F16) => ["few_f16", "many_f16"],
-            Storage::Plain(WeightDtype::F32) => ["few_f32", "many_f32"],
-            Storage::Int8 => ["few_int8", "many_int8"],
-            Storage::Int4 => ["few_int4", "many_int4"],
+        let mma = self.capability >= TENSOR_CORES;
+        let (names, few_rows, many_threads) = match matrix.layout.storage {
+            Storage::Plain(WeightDtype::Bf16) => (["few_bf16", "many_bf16"], FEW_ROWS, 256),
+            Storage::Plain(WeightDtype::F16) => (["few_f16", "many_f16"], FEW_ROWS, 256),
+            Storage::Plain(WeightDtype::F32) => (["few_f32", "many_f32"], FEW_ROWS, 256),
+            Storage::Int8 if mma => (["mma_few_int8", "mma_many_int8"], MMA_FEW_ROWS, 128),
+            Storage::Int4 if mma => (["mma_few_int4", "mma_many_int4"], MMA_FEW_ROWS, 128),
+            Storage::Int8 => (["few_int8", "many_int8"], FEW_ROWS, 256),
+            Storage::Int4 => (["few_int4", "many_int4"], FEW_ROWS, 256),
             Storage::Nl4 => no_nl4(),
         };
-        let (kernel, grid) = if tokens <= FEW {
-            (names[0], (rows.div_ceil(8), 1))
+        let (kernel, grid, threads) = if tokens <= FEW {
+            (names[0], (rows.div_ceil(few_rows), 1), 256)
         } else {
-            (names[1], (rows.div_ceil(TILE), tokens.div_ceil(TILE)))
+            (names[1], (rows.div_ceil(TILE), tokens.div_ceil(TILE)), many_threads)
         };
         let [codes, sub_scales, scales] = matrix.sections(affine.rows.start);
         let (bias, bias_dtype) = vector(affine.bias, affine.rows.clone());
@@ -165,7 +187,7 @@ impl Gpu {
             Argument::I32(output as i32),
             Argument::F32(factor),
         ];
-        self.launch(kernel, grid, 256, &arguments)
+        self.launch(kernel, grid, threads, &arguments)
     }
 
     /// `factor` times a norm of `rows` rows of `dtype` in `x`; without one, times the rows as they are.

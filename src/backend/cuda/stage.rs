@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::{Affine, Attention, Cache, DeviceMatrix, Gpu, MAX_HEAD_DIM, Norm, Output, Region, arena};
 use crate::architecture::{Part, Role};
 use crate::backend::cpu::{route, soft_cap};
-use crate::backend::{Hidden, Stage};
+use crate::backend::{Best, Hidden, Stage};
 use crate::error::{Error, Result};
 use crate::model_config::{Experts, Layer, ModelConfig};
 use crate::plan::memory::{self, CUDA_BUFFERS};
@@ -284,6 +284,19 @@ impl CudaStage {
     }
 }
 
+impl CudaStage {
+    /// Leaves the logits before the soft cap in the workspace; false where the head is elsewhere.
+    fn head(&self, hidden: &mut Hidden) -> Result<bool> {
+        let Some(head) = self.parameters.find(Role::Head) else { return Ok(false) };
+        let w = &*self.workspace;
+        let states = hidden.on_gpu(&w.hidden)?;
+        let shape = (1, self.config.hidden_size);
+        w.gpu.normalize(None, (&states, WeightDtype::F32), shape, &w.normed, Output::F16, 1.0)?;
+        w.gpu.matmul(&head, &w.normed, 1, &w.logits, Output::F32, self.config.logit_scale)?;
+        Ok(true)
+    }
+}
+
 /// What a half of a block gives: onto the hidden state at once, or into a buffer
 /// of its own, where a norm or a sum comes before that.
 struct Branch<'a> {
@@ -359,16 +372,26 @@ impl Stage for CudaStage {
     }
 
     fn logits(&mut self, hidden: &mut Hidden, logits: &mut [f32]) -> Result<()> {
-        let Some(head) = self.parameters.find(Role::Head) else { return Ok(()) };
-        let w = &*self.workspace;
-        let states = hidden.on_gpu(&w.hidden)?;
-        let shape = (1, self.config.hidden_size);
-        w.gpu.normalize(None, (&states, WeightDtype::F32), shape, &w.normed, Output::F16, 1.0)?;
-        w.gpu.matmul(&head, &w.normed, 1, &w.logits, Output::F32, self.config.logit_scale)?;
-        w.logits.read(bytemuck::must_cast_slice_mut(logits))?;
-        for logit in logits {
-            *logit = soft_cap(*logit, self.config.logit_softcap);
+        if self.head(hidden)? {
+            self.workspace.logits.read(bytemuck::must_cast_slice_mut(logits))?;
+            for logit in logits {
+                *logit = soft_cap(*logit, self.config.logit_softcap);
+            }
         }
         Ok(())
+    }
+
+    fn best(&mut self, hidden: &mut Hidden) -> Result<Option<Best>> {
+        if !self.head(hidden)? {
+            return Ok(None);
+        }
+        // A soft cap keeps the order.
+        let w = &*self.workspace;
+        let index = w.tokens.part(0, WORD);
+        w.gpu.top_k(&w.logits, self.config.vocab_size, &index)?;
+        let (mut token, mut logit) = ([0u32], [0.0f32]);
+        index.read(bytemuck::must_cast_slice_mut(&mut token))?;
+        w.logits.part(token[0] as usize * WORD, WORD).read(bytemuck::must_cast_slice_mut(&mut logit))?;
+        Ok(Some(Best { token: token[0], logit: logit[0] }))
     }
 }

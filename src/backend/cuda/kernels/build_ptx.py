@@ -11,7 +11,9 @@ import pathlib
 import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
-OPTIONS = ["--gpu-architecture=compute_75", "-default-device", "--std=c++17", "--fmad=false"]
+OPTIONS = ["-default-device", "--std=c++17", "--fmad=false"]
+# What a file's GPUs have at least; kernels.rs says the same.
+CAPABILITY, CAPABILITIES = 75, {"mma": 80}
 
 
 def nvrtc():
@@ -34,7 +36,8 @@ def compile_ptx(lib, include, source):
 
     program = ctypes.c_void_p()
     lib.nvrtcCreateProgram(ctypes.byref(program), source.read_bytes(), source.name.encode(), 0, None, None)
-    options = [option.encode() for option in [*OPTIONS, f"-I{include}", f"-I{HERE}"]]
+    architecture = f"--gpu-architecture=compute_{CAPABILITIES.get(source.stem, CAPABILITY)}"
+    options = [option.encode() for option in [architecture, *OPTIONS, f"-I{include}", f"-I{HERE}"]]
     failed = call("CompileProgram", len(options), (ctypes.c_char_p * len(options))(*options))
     if log := text("ProgramLog").strip():
         print(log, file=sys.stderr)

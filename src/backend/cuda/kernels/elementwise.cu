@@ -53,6 +53,7 @@ KERNEL(256) scatter_add(const float* x, const unsigned* tokens, const float* wei
 }
 
 // The k largest of `count` logits, best first, the lower index first among equals; k = 1 is argmax.
+// What is not a number counts as infinity, so that it is found.
 // logits: f32 [count]. indices: u32 [k]. k: at most count. Launch: 1 block of 256 threads.
 KERNEL(256) top_k(const float* logits, int count, int k, unsigned* indices) {
     __shared__ float values[256];
@@ -63,7 +64,7 @@ KERNEL(256) top_k(const float* logits, int count, int k, unsigned* indices) {
         float best = __uint_as_float(0xff800000u);
         int place = count;
         for (int i = threadIdx.x; i < count; i += blockDim.x) {
-            float v = logits[i];
+            float v = logits[i] == logits[i] ? logits[i] : __uint_as_float(0x7f800000u);
             bool is_left = v < last || (v == last && i > last_place);
             if (is_left && (place == count || v > best)) best = v, place = i;
         }
