@@ -306,7 +306,9 @@ mod tests {
     #[test]
     fn standard_errors_by_hand() {
         let mut mean = Mean::default();
-        [1.0, 2.0, 3.0, 4.0].into_iter().for_each(|value| mean.push(value));
+        for value in [1.0, 2.0, 3.0, 4.0] {
+            mean.push(value);
+        }
         assert_eq!(mean.mean(), 2.5);
         assert!((mean.standard_error() - (5.0f64 / 3.0 / 4.0).sqrt()).abs() < 1e-12);
     }
