@@ -44,7 +44,7 @@
 //! | 3 | [`device_map`], [`plan`] |
 //! | 2 | [`quant`], [`architecture`] |
 //! | 1 | [`model_config`], [`tokenizer`], [`checkpoint`] |
-//! | 0 | [`error`], [`bytes`], [`device`], [`mod@module_path`], [`json`], [`fs`], [`source`] |
+//! | 0 | [`error`], [`bytes`], [`device`], [`mod@module_path`], [`name`], [`json`], [`fs`], [`source`] |
 
 #![warn(clippy::unwrap_used)]
 #![cfg_attr(test, allow(clippy::cast_possible_truncation, clippy::float_cmp, reason = "tests know their numbers"))]
@@ -64,6 +64,7 @@ pub mod json;
 pub mod loader;
 pub mod model_config;
 pub mod module_path;
+pub mod name;
 pub mod plan;
 pub mod quant;
 pub mod source;

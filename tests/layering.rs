@@ -11,6 +11,7 @@ const ROOMS: &[(u8, &str)] = &[
     (0, "bytes"),
     (0, "device"),
     (0, "module_path"),
+    (0, "name"),
     (0, "json"),
     (0, "fs"),
     (0, "source"),

@@ -164,7 +164,7 @@ fn what_is_wrong_is_named_with_its_place() {
         ),
         (
             r#"{"quantize": "int3", "device_map": {"": 0}}"#,
-            "`map.json`, line 1, column 14: `int3` is not a scheme; schemes are `none`, `int8`, `int4` and `nl4`",
+            "`map.json`, line 1, column 14: `int3` is not a scheme; there are `none`, `int8`, `int4` and `nl4`",
         ),
         (
             r#"{"max_memory": {"cpu": "7B"}, "device_map": {"": 0}}"#,

@@ -35,7 +35,7 @@ pub use inventory::{Device, Inventory};
 pub use options::{DEFAULT_CONTEXT, DEFAULT_RESERVE, PlanOptions, Quantize};
 pub use remedies::{Change, Remedy};
 pub use speed::{Bandwidth, Pace, ParseBandwidthError, Speed};
-pub use strategy::{ParseStrategyError, Strategy};
+pub use strategy::Strategy;
 
 /// A complete plan.
 #[derive(Clone, Debug, PartialEq, Serialize)]

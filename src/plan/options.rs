@@ -8,7 +8,8 @@ use crate::bytes::{Bytes, MIB};
 use crate::checkpoint::Checkpoint;
 use crate::device_map::{DeviceMap, MaxMemory};
 use crate::error::{Error, Result};
-use crate::quant::{KvDtype, ParseSchemeError, QuantizeRules, Scheme};
+use crate::name::ParseNameError;
+use crate::quant::{KvDtype, QuantizeRules, Scheme};
 
 /// Bytes of every device that a plan leaves free, unless told otherwise.
 pub const DEFAULT_RESERVE: Bytes = Bytes(512 * MIB);
@@ -55,10 +56,15 @@ impl From<Scheme> for Quantize {
 }
 
 impl FromStr for Quantize {
-    type Err = ParseSchemeError;
+    type Err = ParseNameError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        if text == "auto" { Ok(Self::Auto) } else { text.parse::<Scheme>().map(Self::from) }
+        let names = || Scheme::ALL.into_iter().map(Scheme::name).chain(["auto"]);
+        match text.parse::<Scheme>() {
+            Ok(scheme) => Ok(scheme.into()),
+            Err(_) if text == "auto" => Ok(Self::Auto),
+            Err(_) => Err(ParseNameError::new(text, "a scheme", names())),
+        }
     }
 }
 

@@ -1,12 +1,7 @@
 //! The ways to place modules automatically, by name.
 
-use std::fmt;
-use std::str::FromStr;
-
-use serde::{Serialize, Serializer};
-
 use super::hf::Mode;
-use crate::error::printable;
+use crate::name::named;
 
 /// How modules are placed where no device map says it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -64,30 +59,4 @@ impl Strategy {
     }
 }
 
-impl fmt::Display for Strategy {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
-    }
-}
-
-impl Serialize for Strategy {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(self.name())
-    }
-}
-
-/// A text that names no strategy.
-#[derive(Debug, thiserror::Error)]
-#[error(
-    "`{0}` is not a placement; placements are balanced, packed, sequential, fastest, hf-auto, hf-sequential and hf-balanced_low_0"
-)]
-pub struct ParseStrategyError(String);
-
-impl FromStr for Strategy {
-    type Err = ParseStrategyError;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let known = Self::ALL.into_iter().find(|strategy| strategy.name() == text);
-        known.ok_or_else(|| ParseStrategyError(printable(text)))
-    }
-}
+named!(Strategy, "a placement");

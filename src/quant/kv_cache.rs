@@ -3,14 +3,10 @@
 //! A head's vector of a token is stored as its elements; in 8 bits also with
 //! one f32 scale, its largest magnitude over 127, in a section behind all codes.
 
-use std::fmt;
-use std::str::FromStr;
-
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::{bf16, f16};
-use serde::{Serialize, Serializer};
 
-use crate::error::printable;
+use crate::name::named;
 
 /// The type of the elements of a KV cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -105,31 +101,7 @@ impl KvDtype {
     }
 }
 
-impl fmt::Display for KvDtype {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
-    }
-}
-
-impl Serialize for KvDtype {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(self.name())
-    }
-}
-
-/// A text that names no type of a KV cache.
-#[derive(Debug, thiserror::Error)]
-#[error("`{0}` is not a type of a KV cache; types are `f32`, `f16`, `bf16` and `int8`")]
-pub struct ParseKvDtypeError(String);
-
-impl FromStr for KvDtype {
-    type Err = ParseKvDtypeError;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let known = Self::ALL.into_iter().find(|dtype| dtype.name() == text);
-        known.ok_or_else(|| ParseKvDtypeError(printable(text)))
-    }
-}
+named!(KvDtype, "a type of a KV cache");
 
 #[cfg(test)]
 mod tests {

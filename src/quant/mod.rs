@@ -16,14 +16,12 @@ mod quantize;
 pub mod reference;
 mod rules;
 
-use std::fmt;
-use std::str::FromStr;
-
 use half::{bf16, f16};
 use safetensors::Dtype;
-use serde::{Serialize, Serializer};
 
-pub use kv_cache::{KvDtype, ParseKvDtypeError};
+use crate::name::named;
+
+pub use kv_cache::KvDtype;
 pub use layout::{ALIGNMENT, GROUP_SIZE, Matrix, MatrixLayout, PACKED_ROW};
 pub use nl4::{NL4_LEVELS, NL4_UNIT};
 pub use quantize::{PackedRows, QuantizeError, quantize_activations, quantize_rows};
@@ -59,33 +57,7 @@ impl Scheme {
     }
 }
 
-impl fmt::Display for Scheme {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
-    }
-}
-
-/// A text that names no scheme.
-#[derive(Debug, thiserror::Error)]
-#[error("`{0}` is not a scheme; schemes are `none`, `int8`, `int4` and `nl4`")]
-pub struct ParseSchemeError(String);
-
-impl FromStr for Scheme {
-    type Err = ParseSchemeError;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        Self::ALL
-            .into_iter()
-            .find(|scheme| scheme.name() == text)
-            .ok_or_else(|| ParseSchemeError(crate::error::printable(text)))
-    }
-}
-
-impl Serialize for Scheme {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(self.name())
-    }
-}
+named!(Scheme, "a scheme");
 
 /// The dtypes that a checkpoint's weights may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
