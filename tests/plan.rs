@@ -149,6 +149,9 @@ fn every_remedy_is_a_command_that_fits() {
     let map = directory.path().join("map.json");
     std::fs::write(&map, r#"{"": 1}"#).unwrap();
     let map = format!("--quantize int4 --device-map {} {SMALL}", map.to_str().unwrap());
+    let ours = directory.path().join("ours.json");
+    std::fs::write(&ours, r#"{"quantize": {"": "int4", "model.embed_tokens": "int8", "lm_head": "int8"}, "context": 8192, "device_map": {"": 1}}"#).unwrap();
+    let ours = format!("--check {} {SMALL}", ours.to_str().unwrap());
     for (words, expected) in [
         (format!("--context 8192 {SMALL}"), &["int4 weights", "10.0 GiB of host memory", "7.9 GiB more on cuda:1"][..]),
         (
@@ -160,6 +163,11 @@ fn every_remedy_is_a_command_that_fits() {
             &["an int8 KV cache", "a context of", "a batch of"],
         ),
         (map, &["automatic placement", "more on cuda:1"]),
+        (ours, &["automatic placement and int4 weights", "more on cuda:1"]),
+        (
+            "--max-context --device cuda:0=5500MiB".to_owned(),
+            &["int4 weights and an int8 KV cache and a context of", "host memory", "more on cuda:0"],
+        ),
         (format!("--quantize int4 --placement hf-sequential --context 8192 {SMALL}"), &["balanced placement"]),
         (
             "--context 32768 --device cuda:0=7GiB".to_owned(),

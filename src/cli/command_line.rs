@@ -5,6 +5,10 @@ use evenkeel::plan::{Change, Remedy};
 /// Flags whose value may look like a flag.
 const FREE_TEXT: [&str; 3] = ["--prompt", "--stop", "--system"];
 
+/// Flags that cannot stand beside another, and how many words they are.
+const RIVALS: [(&str, &str, usize); 3] =
+    [("--batch", "--max-batch", 1), ("--context", "--max-context", 1), ("--device-map", "--check", 2)];
+
 /// The words of a command line.
 pub struct CommandLine(Vec<String>);
 
@@ -19,11 +23,15 @@ impl CommandLine {
     /// flag of this command makes its changes.
     pub fn with(&self, remedy: &Remedy) -> Option<String> {
         let describes = self.0.iter().any(|word| flag(word) == "--device");
+        let commands = ["devices", "generate", "perplexity", "plan", "quantize"];
+        let plans = self.0.iter().find(|word| commands.contains(&word.as_str())).is_some_and(|word| word == "plan");
         let mut words = self.0.clone();
         for change in &remedy.changes {
             let (flag, value) = change.flag();
-            if matches!(change, Change::Memory { .. }) && !describes {
-                return None;
+            match change {
+                Change::Memory { .. } if !describes => return None,
+                Change::Batch { .. } if !plans => return None,
+                _ => {}
             }
             set(&mut words, flag, &value);
         }
@@ -39,6 +47,12 @@ fn flag(word: &str) -> &str {
 /// `DEVICE=…`, only that of the same device is replaced, and a bandwidth kept.
 fn set(words: &mut Vec<String>, name: &str, value: &str) {
     let device = matches!(name, "--device" | "--max-memory").then(|| flag(value));
+    for (_, rival, count) in RIVALS.iter().filter(|(flag, ..)| *flag == name) {
+        if let Some(at) = words.iter().position(|word| flag(word) == *rival) {
+            let count = if words[at].contains('=') { 1 } else { *count };
+            words.drain(at..words.len().min(at + count));
+        }
+    }
     let mut at = 1;
     while at < words.len() {
         let is_here = flag(&words[at]) == name;
@@ -66,6 +80,9 @@ mod tests {
         for (words, name, value, changed) in [
             ("plan m", "--quantize", "int4", "plan m --quantize int4"),
             ("plan m --quantize none --context 8", "--quantize", "int4", "plan m --quantize int4 --context 8"),
+            ("plan m --max-context --batch 2", "--context", "9", "plan m --batch 2 --context 9"),
+            ("plan m --check map.json -q", "--device-map", "auto", "plan m -q --device-map auto"),
+            ("plan m --check=map.json -q", "--device-map", "auto", "plan m -q --device-map auto"),
             ("plan --quantize=none m", "--quantize", "int4", "plan --quantize int4 m"),
             ("generate --prompt --context m", "--context", "9", "generate --prompt --context m --context 9"),
             (

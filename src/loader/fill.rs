@@ -107,6 +107,8 @@ fn receive(arenas: &mut Arenas, placed: &[Placed], sent: Sent) -> Result<SlabBuf
         // The GPU knows only that there is a weight that cannot be packed; the host finds it.
         quantize_rows(&target.layout, dtype, &buffer[..sent.len], &mut PackedRows::default())
             .map_err(|e| broken_weight(target, sent.row, e))?;
+        let tensor = target.weight.parameter.tensor();
+        return Err(Error::device(format!("{} cannot pack tensor `{tensor}`, and the host can", target.device)));
     }
     Ok(SlabBuffer::Pinned(buffer))
 }

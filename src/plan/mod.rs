@@ -92,7 +92,7 @@ impl Plan {
         plan.schemes = schemes;
         plan.placements = alternatives::placements(&subject, &options, &plan);
         if !plan.fits() {
-            plan.remedies = remedies::find(&subject, &options, &plan)?;
+            plan.remedies = remedies::find(&subject, &options, &plan);
         }
         Ok(plan)
     }

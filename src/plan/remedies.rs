@@ -5,11 +5,11 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::{Bandwidth, Device, DevicePlan, Plan, PlanOptions, Quantize, Speed, Strategy, Subject, halve};
+use super::{Bandwidth, Device, DevicePlan, Plan, PlanOptions, Speed, Strategy, Subject, halve};
 use crate::bytes::{Bytes, GIB, MIB};
 use crate::device::DeviceId;
 use crate::error::Result;
-use crate::quant::{KvDtype, Scheme};
+use crate::quant::{KvDtype, QuantizeRules, Scheme};
 
 /// Changes with which a model fits, and what it takes then.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -134,15 +134,21 @@ const ROUND: usize = 64;
 const HOST: Bandwidth = Bandwidth { bytes_per_second: 51_000_000_000, measured: false };
 
 /// Plans what might fit instead of `plan`: the least loss of quality first, then what has to be bought.
-pub fn find(subject: &Subject, options: &PlanOptions, plan: &Plan) -> Result<Vec<Remedy>> {
+pub fn find(subject: &Subject, options: &PlanOptions, plan: &Plan) -> Vec<Remedy> {
     let search = Search { subject, options, plan };
     let mut remedies = Vec::new();
     if options.device_map.is_some() {
-        remedies.extend(search.fitting(vec![Change::Automatic])?);
+        // A scheme that the map names has to be named without it.
+        let is_meant = |scheme: &Scheme| {
+            options.quantize.is_none()
+                && QuantizeRules::whole_model(*scheme).for_embedding(subject.tree.embedding()) == plan.quantize
+        };
+        let scheme = Scheme::ALL.into_iter().find(is_meant).map(|scheme| Change::Quantize { scheme });
+        remedies.extend(search.fitting([Change::Automatic].into_iter().chain(scheme).collect()));
     }
     let ours = Change::Placement { placement: Strategy::Balanced };
     if options.device_map.is_none() && options.strategy != Strategy::Balanced {
-        remedies.extend(search.fitting(vec![ours])?);
+        remedies.extend(search.fitting(vec![ours]));
     }
     let before = remedies.len();
     let is_packed = subject.checkpoint.config.packed.is_some();
@@ -151,19 +157,19 @@ pub fn find(subject: &Subject, options: &PlanOptions, plan: &Plan) -> Result<Vec
         Scheme::AUTOMATIC.into_iter().filter(fewer).map(|scheme| Change::Quantize { scheme }).collect();
     let kv_cache = (plan.kv_cache != KvDtype::Int8).then_some(Change::KvCache { dtype: KvDtype::Int8 });
     for change in schemes.iter().chain(&kv_cache) {
-        remedies.extend(search.fitting(vec![change.clone()])?);
+        remedies.extend(search.fitting(vec![change.clone()]));
     }
-    remedies.extend(search.longest_context(Vec::new())?);
-    remedies.extend(search.largest_batch()?);
+    remedies.extend(search.longest_context(Vec::new()));
+    remedies.extend(search.largest_batch());
     if remedies.len() == before {
         // Nothing alone fits; all that costs bits, and if need be the context too.
         let all: Vec<_> = schemes.last().into_iter().chain(&kv_cache).cloned().collect();
-        let together = search.fitting(all.clone())?;
-        remedies.extend(if together.is_some() { together } else { search.longest_context(all)? });
+        let together = search.fitting(all.clone());
+        remedies.extend(if together.is_some() { together } else { search.longest_context(all) });
     }
-    remedies.extend(search.with_host_memory()?);
-    remedies.extend(search.with_more_memory()?);
-    Ok(remedies)
+    remedies.extend(search.with_host_memory());
+    remedies.extend(search.with_more_memory());
+    remedies
 }
 
 struct Search<'a> {
@@ -178,14 +184,7 @@ impl Search<'_> {
         let mut inventory = Cow::Borrowed(&*self.subject.inventory);
         for change in changes {
             match change {
-                Change::Automatic => {
-                    // The map's conditions without its placement.
-                    options.device_map = None;
-                    options.quantize = Some(Quantize::Rules(self.plan.quantize.clone()));
-                    (options.context, options.batch) = (Some(self.plan.context), Some(self.plan.batch));
-                    options.kv_cache = Some(self.plan.kv_cache);
-                    options.max_memory = Some(self.plan.max_memory.clone());
-                }
+                Change::Automatic => options.device_map = None,
                 Change::Batch { sequences } => options.batch = Some(*sequences),
                 Change::Budget { device, max_memory } => {
                     let limits = options.max_memory.get_or_insert_with(|| self.plan.max_memory.clone());
@@ -211,53 +210,54 @@ impl Search<'_> {
         Subject { checkpoint, inventory, tree, weights: weights.clone() }.plan(&options)
     }
 
-    /// The remedy of `changes`, if it is one.
-    fn fitting(&self, changes: Vec<Change>) -> Result<Option<Remedy>> {
-        let plan = self.plan(&changes)?;
+    /// The remedy of `changes`, if it is one. What cannot be planned is none.
+    fn fitting(&self, changes: Vec<Change>) -> Option<Remedy> {
+        let plan = self.plan(&changes).ok()?;
         let remedy = Remedy { total: plan.total(), off_gpus: plan.off_gpus(), speed: plan.speed, changes };
-        Ok((plan.fits() && !remedy.changes.is_empty()).then_some(remedy))
+        (plan.fits() && !remedy.changes.is_empty()).then_some(remedy)
     }
 
     /// The longest context that fits after `changes`.
-    fn longest_context(&self, mut changes: Vec<Change>) -> Result<Option<Remedy>> {
-        let with = |tokens| {
-            let last = [Change::Context { tokens }];
-            self.plan(&[&changes[..], &last].concat()).map(|plan| plan.fits())
-        };
-        if self.plan.context == 1 || !with(1)? {
-            return Ok(None);
+    fn longest_context(&self, mut changes: Vec<Change>) -> Option<Remedy> {
+        let with = |tokens| self.fits(&[&changes[..], &[Change::Context { tokens }]].concat());
+        if self.plan.context == 1 || !with(1) {
+            return None;
         }
-        let longest = halve(1, self.plan.context - 1, with)?;
+        let longest = halve(1, self.plan.context - 1, |tokens| Ok(with(tokens))).ok()?;
         let tokens = if longest > ROUND { longest / ROUND * ROUND } else { longest };
         changes.push(Change::Context { tokens });
         self.fitting(changes)
     }
 
-    fn largest_batch(&self) -> Result<Option<Remedy>> {
-        let with = |sequences| self.plan(&[Change::Batch { sequences }]).map(|plan| plan.fits());
-        if self.plan.batch == 1 || !with(1)? {
-            return Ok(None);
+    fn largest_batch(&self) -> Option<Remedy> {
+        let with = |sequences| self.fits(&[Change::Batch { sequences }]);
+        if self.plan.batch == 1 || !with(1) {
+            return None;
         }
-        let sequences = halve(1, self.plan.batch - 1, with)?;
+        let sequences = halve(1, self.plan.batch - 1, |sequences| Ok(with(sequences))).ok()?;
         self.fitting(vec![Change::Batch { sequences }])
     }
 
+    fn fits(&self, changes: &[Change]) -> bool {
+        self.plan(changes).is_ok_and(|plan| plan.fits())
+    }
+
     /// Blocks in host memory, where no host was described.
-    fn with_host_memory(&self) -> Result<Option<Remedy>> {
+    fn with_host_memory(&self) -> Option<Remedy> {
         let devices = &self.subject.inventory.devices;
         if self.options.device_map.is_some() || devices.iter().any(|device| device.id == DeviceId::Cpu) {
-            return Ok(None);
+            return None;
         }
         let bandwidth = devices.iter().all(|device| device.bandwidth.is_some()).then_some(HOST);
         let memory = |free| Change::Memory { device: DeviceId::Cpu, free, missing: free, bandwidth };
-        let roomy = self.plan(&[memory(Bytes(1 << 60))])?;
-        let Some(host) = roomy.devices.iter().find(|device| device.id == DeviceId::Cpu) else { return Ok(None) };
+        let roomy = self.plan(&[memory(Bytes(1 << 60))]).ok()?;
+        let host = roomy.devices.iter().find(|device| device.id == DeviceId::Cpu)?;
         let needed = (host.total() + host.reserve).0.next_multiple_of(GIB);
         self.fitting(vec![memory(Bytes(needed))])
     }
 
     /// What the devices that overflow lack.
-    fn with_more_memory(&self) -> Result<Option<Remedy>> {
+    fn with_more_memory(&self) -> Option<Remedy> {
         let short = self.plan.devices.iter().filter(|device| !device.fits());
         let change = |device: &DevicePlan| {
             let needed = Bytes(device.total().0.next_multiple_of(MIB));
