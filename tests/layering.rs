@@ -15,6 +15,7 @@ const ROOMS: &[(u8, &str)] = &[
     (0, "json"),
     (0, "fs"),
     (0, "source"),
+    (0, "simd"),
     (1, "model_config"),
     (1, "tokenizer"),
     (1, "checkpoint"),
