@@ -11,6 +11,7 @@
 mod groups;
 mod kv_cache;
 mod layout;
+mod loss;
 mod nl4;
 mod quantize;
 pub mod reference;
@@ -23,6 +24,7 @@ use crate::name::named;
 
 pub use kv_cache::KvDtype;
 pub use layout::{ALIGNMENT, GROUP_SIZE, Matrix, MatrixLayout, PACKED_ROW};
+pub use loss::squared_error;
 pub use nl4::{NL4_LEVELS, NL4_UNIT};
 pub use quantize::{PackedRows, QuantizeError, quantize_activations, quantize_rows};
 pub use rules::QuantizeRules;

@@ -58,6 +58,20 @@ impl PackedRows {
         ]
     }
 
+    /// All rows of `layout` as one matrix.
+    ///
+    /// # Panics
+    /// It has more rows than are packed.
+    pub fn matrix(&self, layout: &MatrixLayout) -> Vec<u8> {
+        // As many bytes are packed.
+        let offset = |at: u64| usize::try_from(at).unwrap_or(usize::MAX);
+        let mut bytes = vec![0; offset(layout.size().0)];
+        for (at, section) in self.sections(layout, 0) {
+            bytes[offset(at)..][..section.len()].copy_from_slice(section);
+        }
+        bytes
+    }
+
     /// Room for `rows` rows of `layout`.
     fn resize(&mut self, layout: &MatrixLayout, rows: usize) {
         self.codes.resize(rows * layout.code_row, 0);
@@ -207,14 +221,7 @@ mod tests {
         let bytes: Vec<u8> = weights.iter().flat_map(|w| w.to_le_bytes()).collect();
         let mut packed = PackedRows::default();
         quantize_rows(&layout, WeightDtype::F32, &bytes, &mut packed)?;
-        let mut matrix = vec![0; layout.size().as_usize().unwrap()];
-        for (at, section) in [
-            (layout.codes_at(0), &packed.codes),
-            (layout.sub_scales_at(0), &packed.sub_scales),
-            (layout.scales_at(0), &packed.scales),
-        ] {
-            matrix[at as usize..at as usize + section.len()].copy_from_slice(section);
-        }
+        let matrix = packed.matrix(&layout);
         let matrix = Matrix::new(&layout, &matrix);
         let mut values = vec![0.0; rows * cols];
         for (row, values) in values.chunks_mut(cols).enumerate() {
