@@ -41,7 +41,7 @@ impl Block {
         normalize(&self.parameters, Role::InputNorm, &mut workspace.normed[..width]);
         self.attention(setup, workspace, tokens, position);
         normalize(&self.parameters, Role::AttentionOutputNorm, &mut workspace.normed[..width]);
-        ops::add(hidden, &workspace.normed[..width], scale);
+        ops::add(setup.pool.isa(), hidden, &workspace.normed[..width], scale);
 
         workspace.normed[..width].copy_from_slice(hidden);
         normalize(&self.parameters, Role::FeedForwardNorm, &mut workspace.normed[..width]);
@@ -50,7 +50,7 @@ impl Block {
             _ => self.feed_forward(setup, workspace, tokens),
         }
         normalize(&self.parameters, Role::FeedForwardOutputNorm, &mut workspace.normed[..width]);
-        ops::add(hidden, &workspace.normed[..width], scale);
+        ops::add(setup.pool.isa(), hidden, &workspace.normed[..width], scale);
     }
 
     /// Replaces the normalized hidden state by what attention makes of it.
@@ -71,7 +71,7 @@ impl Block {
         } = workspace;
         let (queries, keys) = (config.queries(), config.keys());
         let normed = &mut normed[..tokens * config.hidden_size];
-        let (query, attended) = (&mut query[..tokens * queries], &mut attended[..tokens * queries]);
+        let query = &mut query[..tokens * queries];
         let (key, value) = (&mut key[..tokens * keys], &mut value[..tokens * keys]);
         let parameters = &self.parameters;
 
@@ -110,12 +110,16 @@ impl Block {
                 window: self.layer.window,
             },
         };
-        let keys = store(&cache, self.kv, key, &mut self.keys, position);
-        let values = store(&cache, self.kv, value, &mut self.values, position);
-        cache.attend(&setup.pool, query, keys, values, position, attended);
+        cache.append_keys(key, sections(self.kv, &mut self.keys), position);
+        cache.append_values(value, sections(self.kv, &mut self.values), position);
+        let stored = [&self.keys, &self.values].map(|bytes| Stored {
+            codes: &bytes[..self.kv.codes],
+            scales: bytemuck::cast_slice(&bytes[self.kv.codes..self.kv.codes + self.kv.scales]),
+        });
+        cache.attend(&setup.pool, query, stored, position, attended);
 
         let output = self.parameters.of(Role::Output);
-        matmul(&output, &Activations::of(attended, codes, scales, &[&output]), product, normed);
+        matmul(&output, &Activations::of(&attended[..query.len()], codes, scales, &[&output]), product, normed);
     }
 
     /// Replaces the normalized hidden state by what the feed-forward layer makes of it.
@@ -170,7 +174,7 @@ impl Block {
             let buffers = Buffers { gated: gate, other: up, product, codes, scales };
             feed_forward(setup, modules, x, buffers);
             for ((token, weight), x) in weights().zip(x.chunks(hidden)) {
-                ops::add(&mut mixed[token * hidden..][..hidden], x, weight);
+                ops::add(setup.pool.isa(), &mut mixed[token * hidden..][..hidden], x, weight);
             }
         }
         normed.copy_from_slice(mixed);
@@ -207,10 +211,8 @@ fn feed_forward(setup: &Setup, modules: [Option<Affine>; 3], x: &mut [f32], buff
     matmul(&down, &Activations::of(gated, codes, scales, &[&down]), product, x);
 }
 
-/// Appends `rows` to what `kv` lays out in `bytes`, and gives all of it.
-fn store<'a>(cache: &Cache, kv: KvLayout, rows: &[f32], bytes: &'a mut [u8], position: usize) -> Stored<'a> {
+/// The codes and the scales that `kv` lays out in `bytes`.
+fn sections(kv: KvLayout, bytes: &mut [u8]) -> (&mut [u8], &mut [f32]) {
     let (codes, scales) = bytes[..kv.codes + kv.scales].split_at_mut(kv.codes);
-    let scales: &mut [f32] = bytemuck::cast_slice_mut(scales);
-    cache.append(rows, codes, scales, position);
-    Stored { codes, scales }
+    (codes, bytemuck::cast_slice_mut(scales))
 }
