@@ -24,7 +24,7 @@
 //! };
 //! let plan = Plan::new(&checkpoint, &inventory, &options)?;
 //! let cancel = AtomicBool::new(false);
-//! let load = LoadOptions { offload_directory, cancel: &cancel, separate_buffers: false };
+//! let load = LoadOptions { offload_directory, cancel: &cancel, threads: None, separate_buffers: false };
 //! // Exactly what the plan says.
 //! let mut model = plan.load(&checkpoint, &load, |_event| ())?;
 //! for piece in model.generate("Ownership is", GenerateOptions::default(), &cancel)? {

@@ -242,7 +242,7 @@ fn a_load_can_be_stopped() {
     let plan = plan(&checkpoint, Scheme::Int4, r#"{"": "cuda:0"}"#, None);
     let cancel = AtomicBool::new(false);
     let offload_directory = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let options = LoadOptions { offload_directory, cancel: &cancel, separate_buffers: false };
+    let options = LoadOptions { offload_directory, cancel: &cancel, threads: None, separate_buffers: false };
     let result = plan.load(&checkpoint, &options, |event| {
         if let LoadEvent::Placed { .. } = event {
             cancel.store(true, Ordering::Relaxed);

@@ -77,6 +77,7 @@ fn a_load_can_be_stopped() {
     let options = LoadOptions {
         offload_directory: Path::new(env!("CARGO_TARGET_TMPDIR")),
         cancel: &cancel,
+        threads: None,
         separate_buffers: false,
     };
     let mut placed = 0;
@@ -112,6 +113,7 @@ fn an_offload_directory_that_cannot_be_used_is_an_error() {
     let options = LoadOptions {
         offload_directory: Path::new("/nowhere"),
         cancel: &AtomicBool::new(false),
+        threads: None,
         separate_buffers: false,
     };
     let error = plan.load(&checkpoint, &options, |_| ()).err().unwrap();

@@ -1,5 +1,6 @@
 //! The arguments, and nothing but the arguments.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -165,6 +166,8 @@ pub struct GenerateArguments {
     #[arg(long, value_enum, value_name = "WHAT", default_value_t = OnShortfall::Fail, help_heading = "Placement")]
     pub on_shortfall: OnShortfall,
     #[command(flatten)]
+    pub threads: ThreadsArguments,
+    #[command(flatten)]
     pub sampling: SamplingArguments,
     /// `text`, or JSON Lines: an object for each token, then a summary.
     #[arg(long, value_enum, value_name = "FORMAT", default_value_t = Format::Text, help_heading = "Output")]
@@ -189,6 +192,14 @@ pub struct PromptArguments {
     /// The system message before it.
     #[arg(long, value_name = "TEXT", requires = "chat")]
     pub system: Option<String>,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Threads")]
+pub struct ThreadsArguments {
+    /// Threads that compute on the CPU [default: one on each core].
+    #[arg(long, value_name = "N")]
+    pub threads: Option<NonZeroUsize>,
 }
 
 #[derive(Debug, Args)]
@@ -249,6 +260,8 @@ pub struct PerplexityArguments {
     pub compare: Vec<Scheme>,
     #[command(flatten)]
     pub placement: PlacementArguments,
+    #[command(flatten)]
+    pub threads: ThreadsArguments,
     /// How the figures are written to standard output.
     #[arg(long, value_enum, value_name = "FORMAT", default_value_t = Format::Text, help_heading = "Output")]
     pub format: Format,
@@ -261,6 +274,8 @@ pub struct QuantizeArguments {
     /// `int8`, `int4` or `nl4` for the whole model, where the last two keep embedding and head in int8.
     #[arg(long, value_name = "SCHEME", help_heading = "Quantization")]
     pub quantize: Scheme,
+    #[command(flatten)]
+    pub threads: ThreadsArguments,
     /// The directory to make.
     #[arg(long, value_name = "DIRECTORY", help_heading = "Output")]
     pub output: PathBuf,

@@ -24,6 +24,7 @@ const PROMPT_CAP: Bytes = Bytes(64 * MIB);
 /// Loads a model by its plan and prints what it generates.
 pub fn run(arguments: &GenerateArguments, environment: &Environment, printer: &Printer) -> Outcome {
     let interrupted = signal::interrupt_flag()?;
+    let threads = arguments.threads.apply();
     let sampling = arguments.sampling.sampling();
     sampling.check()?;
     let prompt = read_prompt(&arguments.prompt)?;
@@ -31,7 +32,7 @@ pub fn run(arguments: &GenerateArguments, environment: &Environment, printer: &P
     let offload_directory = arguments.placement.offload_directory(environment);
     let checkpoint = model::open(&arguments.model, Need::Weights, environment, printer)?;
     let template = template(&arguments.prompt, &checkpoint)?;
-    let load = || model::load(&checkpoint, &options, &offload_directory, &interrupted, printer);
+    let load = || model::load(&checkpoint, &options, threads, &offload_directory, &interrupted, printer);
     let mut model = match load() {
         Err(error) if error.kind() == ErrorKind::Shortfall && arguments.on_shortfall == OnShortfall::Replan => {
             printer.note(&format!("{error}; planning again with what is left"));

@@ -1,5 +1,6 @@
 //! The model and the plan that the arguments name.
 
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
@@ -9,7 +10,7 @@ use evenkeel::loader::{LoadEvent, LoadOptions, Model};
 use evenkeel::plan::{Inventory, Plan, PlanOptions, Strategy};
 use evenkeel::{Error, Result};
 
-use super::args::{ModelArguments, PlacementArguments};
+use super::args::{ModelArguments, PlacementArguments, ThreadsArguments};
 use super::env::Environment;
 use super::plan::with_commands;
 use super::printer::Printer;
@@ -103,6 +104,7 @@ fn from_hub(arguments: &ModelArguments, _: Need, _: &Environment, _: &Printer) -
 pub fn load(
     checkpoint: &Checkpoint,
     options: &PlanOptions,
+    threads: Option<NonZeroUsize>,
     offload_directory: &Path,
     cancel: &AtomicBool,
     printer: &Printer,
@@ -115,7 +117,7 @@ pub fn load(
     if !plan.fits() {
         return Err(with_commands(&plan));
     }
-    let load = LoadOptions { offload_directory, cancel, separate_buffers: false };
+    let load = LoadOptions { offload_directory, cancel, threads, separate_buffers: false };
     let mut bar = None;
     let model = plan.load(checkpoint, &load, |event| show(&event, "loading", &mut bar, printer));
     if let Some(bar) = bar {
@@ -133,6 +135,17 @@ pub fn show(event: &LoadEvent, what: &'static str, bar: &mut Option<Bar>, printe
             bar.advance(*bytes);
         }
         _ => {}
+    }
+}
+
+impl ThreadsArguments {
+    /// Their number, to which all other work of this process, such as quantizing, is held too.
+    pub fn apply(&self) -> Option<NonZeroUsize> {
+        if let Some(threads) = self.threads {
+            // It fails where threads were started already, and then they are as many as there are cores.
+            let _ = rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global();
+        }
+        self.threads
     }
 }
 

@@ -1,5 +1,6 @@
 //! `evenkeel perplexity`.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -46,6 +47,7 @@ struct Report {
 /// Scores a text, once or in several schemes.
 pub fn run(arguments: &PerplexityArguments, environment: &Environment, printer: &Printer) -> Outcome {
     let interrupted = signal::interrupt_flag()?;
+    let threads = arguments.threads.apply();
     let text = String::from_utf8(fs::read_capped(&arguments.text, TEXT_CAP)?)
         .map_err(|e| Error::input(format!("`{}` is not UTF-8", arguments.text.display())).caused_by(e))?;
     let checkpoint = model::open(&arguments.model, Need::Weights, environment, printer)?;
@@ -66,6 +68,7 @@ pub fn run(arguments: &PerplexityArguments, environment: &Environment, printer: 
         checkpoint: &checkpoint,
         offload_directory: arguments.placement.offload_directory(environment),
         interrupted,
+        threads,
         tokens,
         windows,
         printer,
@@ -93,6 +96,7 @@ struct Measurement<'a> {
     checkpoint: &'a Checkpoint,
     offload_directory: PathBuf,
     interrupted: Arc<AtomicBool>,
+    threads: Option<NonZeroUsize>,
     tokens: Vec<u32>,
     windows: Windows,
     printer: &'a Printer,
@@ -114,8 +118,8 @@ impl Measurement<'_> {
     }
 
     fn row(&self, options: &PlanOptions, comparison: Comparison) -> Result<Row> {
-        let Self { checkpoint, offload_directory, interrupted, printer, .. } = self;
-        let mut model = model::load(checkpoint, options, offload_directory, interrupted, printer)?;
+        let Self { checkpoint, offload_directory, threads, interrupted, printer, .. } = self;
+        let mut model = model::load(checkpoint, options, *threads, offload_directory, interrupted, printer)?;
         let bar = Bar::tokens(printer, "scoring", self.tokens.len());
         let on_window = |tokens: usize| bar.set(tokens as u64);
         let measured = model.perplexity(&self.tokens, self.windows, comparison, interrupted, on_window);

@@ -12,6 +12,7 @@ use super::{Exit, Outcome, signal};
 /// Writes a quantized checkpoint.
 pub fn run(arguments: &QuantizeArguments, environment: &Environment, printer: &Printer) -> Outcome {
     let interrupted = signal::interrupt_flag()?;
+    arguments.threads.apply();
     let checkpoint = model::open(&arguments.model, Need::Weights, environment, printer)?;
     let options = SaveOptions {
         scheme: arguments.quantize,

@@ -12,6 +12,7 @@ mod fill;
 mod reader;
 mod save;
 
+use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
@@ -51,13 +52,15 @@ pub enum LoadEvent<'a> {
     },
 }
 
-/// Where scratch files go, and how to stop.
+/// Where scratch files go, who computes, and how to stop.
 #[derive(Clone, Debug)]
 pub struct LoadOptions<'a> {
     /// The directory for the weights that the plan puts on the disk.
     pub offload_directory: &'a Path,
     /// Set to stop the load at the next slab.
     pub cancel: &'a AtomicBool,
+    /// Threads that compute the stages of the CPU; `None` for one on each core.
+    pub threads: Option<NonZeroUsize>,
     /// Whether every buffer on a GPU is an allocation of its own, so that reading or writing
     /// beyond one is noticed; for tests.
     pub separate_buffers: bool,

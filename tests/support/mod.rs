@@ -69,6 +69,7 @@ pub fn load_plan(plan: &Plan, checkpoint: &Checkpoint) -> evenkeel::Result<Model
     let options = LoadOptions {
         offload_directory: Path::new(env!("CARGO_TARGET_TMPDIR")),
         cancel: &AtomicBool::new(false),
+        threads: None,
         separate_buffers: false,
     };
     plan.load(checkpoint, &options, |_| ())

@@ -2,10 +2,9 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::matmul::dot;
 use super::ops::soft_cap;
+use super::pool::Pool;
 use crate::quant::KvDtype;
 
 /// Keys whose scores are held at once.
@@ -58,19 +57,24 @@ impl Cache {
     /// Causal attention with grouped queries: `softmax(scores) · v` for each
     /// query of `[tokens][heads][head_dim]`, over the keys up to its own
     /// position, those of its window if there is one.
-    pub fn attend(&self, query: &[f32], keys: Stored, values: Stored, position: usize, attended: &mut [f32]) {
+    pub fn attend(
+        &self,
+        pool: &Pool,
+        query: &[f32],
+        keys: Stored,
+        values: Stored,
+        position: usize,
+        attended: &mut [f32],
+    ) {
         let width = self.head_dim;
-        let each = attended.par_chunks_mut(width).zip(query.par_chunks(width)).enumerate();
-        each.for_each_init(
-            || vec![0.0; width],
-            |vector, (at, (out, query))| {
-                let (token, head) = (at / self.heads, at % self.heads);
-                let start = head * self.kv_heads / self.heads * self.context;
-                let end = position + token + 1;
-                let first = self.scores.window.map_or(0, |window| end.saturating_sub(window));
-                self.attend_one(query, keys, values, start + first..start + end, vector, out);
-            },
-        );
+        pool.chunks(attended, width, |at, out| {
+            let (token, head) = (at / self.heads, at % self.heads);
+            let start = head * self.kv_heads / self.heads * self.context;
+            let end = position + token + 1;
+            let first = self.scores.window.map_or(0, |window| end.saturating_sub(window));
+            let query = &query[at * width..][..width];
+            self.attend_one(query, keys, values, start + first..start + end, &mut vec![0.0; width], out);
+        });
     }
 
     /// One query over the keys and values at `seen`. The softmax runs along
@@ -126,6 +130,8 @@ impl Cache {
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZeroUsize;
+
     use super::*;
 
     /// Softmax in f64, all scores at once.
@@ -174,6 +180,7 @@ mod tests {
 
     #[test]
     fn attention_is_softmax() {
+        let pool = Pool::new(NonZeroUsize::MIN);
         for (dtype, error) in [(KvDtype::F32, 1e-5), (KvDtype::F16, 2e-3), (KvDtype::Bf16, 2e-2), (KvDtype::Int8, 3e-2)]
         {
             for (softcap, count) in [(None, 1), (Some(3.0), 2), (None, 63), (None, 64), (Some(3.0), 65), (None, 200)] {
@@ -182,7 +189,7 @@ mod tests {
                 let (query, keys, values) = (wave(16, 0.7), wave(count * 16, 0.31), wave(count * 16, 0.17));
                 let (stored_keys, stored_values) = (Store::of(&cache, &keys), Store::of(&cache, &values));
                 let mut out = vec![0.0; 16];
-                cache.attend(&query, stored_keys.all(), stored_values.all(), count - 1, &mut out);
+                cache.attend(&pool, &query, stored_keys.all(), stored_values.all(), count - 1, &mut out);
                 let exact = reference(&query, &keys, &values, scores);
                 assert_close(&out, &exact, error, &format!("{dtype}, {count} keys, cap {softcap:?}"));
             }
@@ -191,6 +198,7 @@ mod tests {
 
     #[test]
     fn a_window_ends_with_the_token_itself() {
+        let pool = Pool::new(NonZeroUsize::MIN);
         let (width, context) = (4, 10);
         let (keys, values, query) = (wave(context * width, 0.31), wave(context * width, 0.17), wave(3 * width, 0.7));
         for (window, first) in [(None, [0, 0, 0]), (Some(1), [5, 6, 7]), (Some(6), [0, 1, 2]), (Some(99), [0, 0, 0])] {
@@ -198,7 +206,7 @@ mod tests {
             let cache = Cache { heads: 1, kv_heads: 1, head_dim: width, context, dtype: KvDtype::F32, scores };
             let (stored_keys, stored_values) = (Store::of(&cache, &keys), Store::of(&cache, &values));
             let mut out = vec![0.0; 3 * width];
-            cache.attend(&query, stored_keys.all(), stored_values.all(), 5, &mut out);
+            cache.attend(&pool, &query, stored_keys.all(), stored_values.all(), 5, &mut out);
             for (token, first) in first.into_iter().enumerate() {
                 let (seen, at) = (first * width..(5 + token + 1) * width, token * width..(token + 1) * width);
                 let exact = reference(&query[at.clone()], &keys[seen.clone()], &values[seen], scores);

@@ -6,7 +6,7 @@ use super::attention::{Cache, Scores, Stored};
 use super::matmul::{Activations, Affine, matmul};
 use super::{Parameters, Setup, Workspace, ops};
 use crate::architecture::Role;
-use crate::model_config::{Experts, Layer, ModelConfig};
+use crate::model_config::{Experts, Layer};
 use crate::plan::memory::KvLayout;
 
 pub struct Block {
@@ -31,7 +31,7 @@ impl Block {
     ) {
         let normalize = |parameters: &Parameters, role, x: &mut [f32]| {
             if let Some(norm) = parameters.find(role) {
-                setup.norm.apply(x, &norm);
+                setup.norm.apply(&setup.pool, x, &norm);
             }
         };
         let scale = setup.config.residual_scale;
@@ -46,8 +46,8 @@ impl Block {
         workspace.normed[..width].copy_from_slice(hidden);
         normalize(&self.parameters, Role::FeedForwardNorm, &mut workspace.normed[..width]);
         match setup.config.experts {
-            Some(experts) if self.layer.has_experts => self.experts(&setup.config, experts, workspace, tokens),
-            _ => self.feed_forward(&setup.config, workspace, tokens),
+            Some(experts) if self.layer.has_experts => self.experts(setup, experts, workspace, tokens),
+            _ => self.feed_forward(setup, workspace, tokens),
         }
         normalize(&self.parameters, Role::FeedForwardOutputNorm, &mut workspace.normed[..width]);
         ops::add(hidden, &workspace.normed[..width], scale);
@@ -86,7 +86,7 @@ impl Block {
         matmul(&for_value, &x, product, value);
         for (role, x) in [(Role::QueryNorm, &mut *query), (Role::KeyNorm, &mut *key)] {
             if let Some(norm) = parameters.find(role) {
-                setup.norm.apply(x, &norm);
+                setup.norm.apply(&setup.pool, x, &norm);
             }
         }
         if let Some(rope) = self.layer.rope {
@@ -94,8 +94,8 @@ impl Block {
             let start: usize = setup.frequencies[..rope].iter().map(|frequencies| tokens * frequencies.len()).sum();
             let table = start..start + tokens * half;
             let (cos, sin) = (&cos[table.clone()], &sin[table]);
-            ops::rotate(query, config.head_dim, half, cos, sin);
-            ops::rotate(key, config.head_dim, half, cos, sin);
+            ops::rotate(&setup.pool, query, config.head_dim, half, cos, sin);
+            ops::rotate(&setup.pool, key, config.head_dim, half, cos, sin);
         }
 
         let cache = Cache {
@@ -112,14 +112,15 @@ impl Block {
         };
         let keys = store(&cache, self.kv, key, &mut self.keys, position);
         let values = store(&cache, self.kv, value, &mut self.values, position);
-        cache.attend(query, keys, values, position, attended);
+        cache.attend(&setup.pool, query, keys, values, position, attended);
 
         let output = self.parameters.of(Role::Output);
         matmul(&output, &Activations::of(attended, codes, scales, &[&output]), product, normed);
     }
 
     /// Replaces the normalized hidden state by what the feed-forward layer makes of it.
-    fn feed_forward(&self, config: &ModelConfig, workspace: &mut Workspace, tokens: usize) {
+    fn feed_forward(&self, setup: &Setup, workspace: &mut Workspace, tokens: usize) {
+        let config = &setup.config;
         let width = config.intermediate_size;
         let (gate, up) = match self.parameters.find(Role::GateUp) {
             Some(fused) => (Some(fused.clone().slice(0..width)), fused.slice(width..2 * width)),
@@ -128,11 +129,11 @@ impl Block {
         let Workspace { normed, gate: gated, up: other, product, activation_codes, activation_scales, .. } = workspace;
         let buffers = Buffers { gated, other, product, codes: activation_codes, scales: activation_scales };
         let x = &mut normed[..tokens * config.hidden_size];
-        feed_forward(config, [gate, Some(up), self.parameters.find(Role::Down)], x, buffers);
+        feed_forward(setup, [gate, Some(up), self.parameters.find(Role::Down)], x, buffers);
     }
 
     /// Replaces the normalized hidden state by the weighted sum of what each token's experts make of it.
-    fn experts(&self, config: &ModelConfig, experts: Experts, workspace: &mut Workspace, tokens: usize) {
+    fn experts(&self, setup: &Setup, experts: Experts, workspace: &mut Workspace, tokens: usize) {
         let Workspace {
             normed,
             gate,
@@ -145,7 +146,7 @@ impl Block {
             activation_scales: scales,
             ..
         } = workspace;
-        let hidden = config.hidden_size;
+        let hidden = setup.config.hidden_size;
         let normed = &mut normed[..tokens * hidden];
         let mixed = &mut mixed[..tokens * hidden];
         let routes = &mut routes[..tokens * experts.count];
@@ -167,7 +168,7 @@ impl Block {
             let modules = [Role::ExpertGate(expert), Role::ExpertUp(expert), Role::ExpertDown(expert)]
                 .map(|role| self.parameters.find(role));
             let buffers = Buffers { gated: gate, other: up, product, codes, scales };
-            feed_forward(config, modules, x, buffers);
+            feed_forward(setup, modules, x, buffers);
             for ((token, weight), x) in weights().zip(x.chunks(hidden)) {
                 ops::add(&mut mixed[token * hidden..][..hidden], x, weight);
             }
@@ -186,21 +187,22 @@ struct Buffers<'a> {
 }
 
 /// `x = down(activation(gate(x)) · up(x))`, or without a gate `x = down(activation(up(x)))`.
-fn feed_forward(config: &ModelConfig, modules: [Option<Affine>; 3], x: &mut [f32], buffers: Buffers) {
+fn feed_forward(setup: &Setup, modules: [Option<Affine>; 3], x: &mut [f32], buffers: Buffers) {
     let [gate, Some(up), Some(down)] = modules else {
         unreachable!("the loader gives every feed-forward layer all of its parameters")
     };
     let Buffers { gated, other, product, codes, scales } = buffers;
+    let Setup { config, pool, .. } = setup;
     let len = x.len() / config.hidden_size * up.rows.len();
     let (gated, other) = (&mut gated[..len], &mut other[..len]);
     if let Some(gate) = gate {
         let input = Activations::of(x, codes, scales, &[&gate, &up]);
         matmul(&gate, &input, product, gated);
         matmul(&up, &input, product, other);
-        ops::gate(config.activation, gated, other);
+        ops::gate(pool, config.activation, gated, other);
     } else {
         matmul(&up, &Activations::of(x, codes, scales, &[&up]), product, gated);
-        ops::activate(config.activation, gated);
+        ops::activate(pool, config.activation, gated);
     }
     matmul(&down, &Activations::of(gated, codes, scales, &[&down]), product, x);
 }

@@ -9,6 +9,7 @@ mod attention;
 mod block;
 mod matmul;
 mod ops;
+mod pool;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,6 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub use arena::{Arena, zeroed};
 pub use matmul::{Activations, Affine, matmul};
 pub(super) use ops::{route, soft_cap};
+pub use pool::{Columns, Pool, Table};
 
 use super::{Hidden, Stage};
 use crate::architecture::{Part, Role};
@@ -74,6 +76,7 @@ impl Parameters {
 /// What all steps of a stage need to know.
 struct Setup {
     config: ModelConfig,
+    pool: Arc<Pool>,
     norm: Norm,
     context: usize,
     /// The angular frequencies of each of the model's ropes.
@@ -155,10 +158,11 @@ pub struct CpuStage {
 }
 
 impl CpuStage {
-    /// A stage without modules, for sequences of at most `context` tokens.
-    pub fn new(config: &ModelConfig, context: usize, workspace: Arc<Mutex<Workspace>>) -> Self {
+    /// A stage without modules, for sequences of at most `context` tokens, which `pool` computes.
+    pub fn new(config: &ModelConfig, context: usize, workspace: Arc<Mutex<Workspace>>, pool: Arc<Pool>) -> Self {
         let setup = Setup {
             norm: Norm { kind: config.norm_kind, epsilon: config.norm_eps },
+            pool,
             context,
             frequencies: config.ropes.iter().map(|rope| rope.frequencies(context)).collect(),
             config: config.clone(),
@@ -243,7 +247,7 @@ impl Stage for CpuStage {
 
     fn norm(&mut self, hidden: &mut Hidden) -> Result<()> {
         if let Some(norm) = self.parameters.find(Role::OutputNorm) {
-            self.setup.norm.apply(hidden.on_host()?, &norm);
+            self.setup.norm.apply(&self.setup.pool, hidden.on_host()?, &norm);
         }
         Ok(())
     }

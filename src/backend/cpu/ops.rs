@@ -1,13 +1,14 @@
 //! The steps of a block that are no matrix product.
 
 use candle_core::cpu::erf::erf_f32;
-use rayon::prelude::*;
 
 use super::matmul::{Affine, dot};
+use super::pool::Pool;
 use crate::model_config::{Activation, NormKind};
+use crate::simd::vectorized;
 
 /// Elements that a thread takes at once.
-const PIECE: usize = 4096;
+const PIECE: usize = 16_384;
 
 /// How norms are computed.
 #[derive(Clone, Copy)]
@@ -18,7 +19,7 @@ pub struct Norm {
 
 impl Norm {
     /// Normalizes each row of `x`; a row is as long as the norm's weight.
-    pub fn apply(self, x: &mut [f32], affine: &Affine) {
+    pub fn apply(self, pool: &Pool, x: &mut [f32], affine: &Affine) {
         let width = affine.weight.layout.cols;
         let decode = || {
             let (mut weight, mut bias) = (vec![0.0; width], Vec::new());
@@ -34,7 +35,8 @@ impl Norm {
             }
             (weight, bias)
         };
-        x.par_chunks_mut(width).for_each_init(decode, |(weight, bias), x| {
+        let (weight, bias) = decode();
+        let normalize = |x: &mut [f32]| {
             if self.kind == NormKind::Layer {
                 let mean = x.iter().sum::<f32>() / width as f32;
                 for x in &mut *x {
@@ -42,12 +44,18 @@ impl Norm {
                 }
             }
             let factor = 1.0 / (dot(x, x) / width as f32 + self.epsilon).sqrt();
-            for (x, weight) in x.iter_mut().zip(weight) {
+            for (x, weight) in x.iter_mut().zip(&weight) {
                 *x *= factor * *weight;
             }
-            add(x, bias, 1.0);
-        });
+            add(x, &bias, 1.0);
+        };
+        pool.chunks(x, rows(width) * width, |_, rows| rows.chunks_mut(width).for_each(normalize));
     }
+}
+
+/// Rows of so many elements that a thread takes at once.
+fn rows(width: usize) -> usize {
+    (PIECE / width).max(1)
 }
 
 /// Cosines and sines, `[tokens][rotary_dim / 2]`, for tokens from `position` on.
@@ -64,19 +72,27 @@ pub fn rope_table(frequencies: &[f32], factor: f32, position: usize, cos: &mut [
 
 /// Rotates the beginning of every head of `x`, `[tokens][heads][head_dim]`, by
 /// `half` angles for each token: pairs are (i, i + half).
-pub fn rotate(x: &mut [f32], head_dim: usize, half: usize, cos: &[f32], sin: &[f32]) {
+pub fn rotate(pool: &Pool, x: &mut [f32], head_dim: usize, half: usize, cos: &[f32], sin: &[f32]) {
     let tokens = cos.len() / half;
     let row = x.len() / tokens;
-    x.par_chunks_mut(row).zip(cos.par_chunks(half).zip(sin.par_chunks(half))).for_each(|(row, (cos, sin))| {
-        for head in row.chunks_mut(head_dim) {
-            let (low, high) = head.split_at_mut(half);
-            for i in 0..half {
-                let (a, b) = (low[i], high[i]);
-                low[i] = a * cos[i] - b * sin[i];
-                high[i] = b * cos[i] + a * sin[i];
-            }
+    let at_once = rows(row);
+    pool.chunks(x, at_once * row, |index, x| {
+        let angles = cos.chunks(half).zip(sin.chunks(half)).skip(index * at_once);
+        for (row, (cos, sin)) in x.chunks_mut(row).zip(angles) {
+            rotate_heads(pool.isa(), row, head_dim, cos, sin);
         }
     });
+}
+
+vectorized! {
+    fn rotate_heads(row: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32]) {
+        for head in row.chunks_exact_mut(head_dim) {
+            let (low, high) = head.split_at_mut(cos.len());
+            for (((low, high), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+                (*low, *high) = (*low * cos - *high * sin, *high * cos + *low * sin);
+            }
+        }
+    }
 }
 
 /// `x += scale · y`.
@@ -87,14 +103,14 @@ pub fn add(x: &mut [f32], y: &[f32], scale: f32) {
 }
 
 /// `x = activation(x)`.
-pub fn activate(activation: Activation, x: &mut [f32]) {
-    x.par_iter_mut().with_min_len(PIECE).for_each(|x| *x = value(activation, *x));
+pub fn activate(pool: &Pool, activation: Activation, x: &mut [f32]) {
+    pool.chunks(x, PIECE, |_, x| x.iter_mut().for_each(|x| *x = value(activation, *x)));
 }
 
 /// `gate = activation(gate) · up`.
-pub fn gate(activation: Activation, gate: &mut [f32], up: &[f32]) {
-    gate.par_chunks_mut(PIECE).zip(up.par_chunks(PIECE)).for_each(|(gate, up)| {
-        for (gate, up) in gate.iter_mut().zip(up) {
+pub fn gate(pool: &Pool, activation: Activation, gate: &mut [f32], up: &[f32]) {
+    pool.chunks(gate, PIECE, |index, gate| {
+        for (gate, up) in gate.iter_mut().zip(&up[index * PIECE..]) {
             *gate = value(activation, *gate) * up;
         }
     });
