@@ -11,8 +11,7 @@ const ROUND: f32 = 12_582_912.0;
 /// ln 2 in two parts, the first of which has so few bits that products with small integers are exact.
 const LN_2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
 /// Coefficients of x² to x⁷ in a polynomial near e^x within ±ln 2 / 2, highest first.
-const POLYNOMIAL: [f32; 6] =
-    [1.987_569_15e-4, 1.398_199_95e-3, 8.333_451_9e-3, 4.166_579_6e-2, 1.666_666_55e-1, 5.000_000_12e-1];
+const POLYNOMIAL: [f32; 6] = [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_6e-1, 0.5];
 
 /// e^x within two units in the last place; 0 and infinity beyond what there is.
 #[inline(always)]

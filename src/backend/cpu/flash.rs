@@ -18,7 +18,7 @@ pub const QUERIES: usize = 32;
 /// Queries whose sums are held in registers together.
 const TOGETHER: usize = 4;
 /// Dimensions that are decoded at once.
-const DIMENSIONS: usize = 256;
+const DIMENSIONS: usize = 128;
 
 /// A query and the keys that it sees.
 #[derive(Clone, Copy)]
@@ -71,11 +71,11 @@ pub fn attend(
             *seen = keys.start - start..keys.end - start;
         }
         let seen = &seen[..queries.len()];
-        let visible = seen.iter().filter(|seen| !seen.is_empty());
-        let all = visible.fold(BLOCK..0, |all, seen| all.start.min(seen.start)..all.end.max(seen.end));
-        if all.is_empty() {
+        let visible = || seen.iter().filter(|seen| !seen.is_empty());
+        let (Some(first), Some(end)) = (visible().map(|s| s.start).min(), visible().map(|s| s.end).max()) else {
             continue;
-        }
+        };
+        let all = first..end;
 
         let mut weights = [[0.0f32; BLOCK]; QUERIES];
         for piece in pieces(width) {

@@ -206,7 +206,7 @@ pub fn soft_cap(x: f32, cap: Option<f32>) -> f32 {
 
 /// Scales logits, and caps them if there is a cap.
 pub fn cap(pool: &Pool, logits: &mut [f32], scale: f32, cap: Option<f32>) {
-    if scale != 1.0 || cap.is_some() {
+    if (scale, cap) != (1.0, None) {
         pool.chunks(logits, PIECE, |_, logits| map(pool.isa(), |logit| soft_cap(logit * scale, cap), logits));
     }
 }
