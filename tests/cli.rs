@@ -61,6 +61,17 @@ fn generate_takes_its_prompt_from_anywhere() {
 }
 
 #[test]
+fn the_number_of_threads_changes_nothing() {
+    let generate = |threads| {
+        generate(&["--prompt", "A trait object", "--max-new-tokens", "8", "--quantize", "int4", "--threads", threads])
+    };
+    let one = generate("1");
+    assert!(one.status.success() && !one.stdout.is_empty(), "{}", stderr(&one));
+    assert_eq!(stdout(&generate("3")), stdout(&one));
+    assert_eq!(generate("0").status.code(), Some(2));
+}
+
+#[test]
 fn generate_speaks_json_lines() {
     let output = generate(&["--prompt", "A trait object", "--max-new-tokens", "5", "--format", "json"]);
     let lines: Vec<serde_json::Value> =
