@@ -102,6 +102,7 @@ fn rows(isa: Isa, affine: &Affine, x: &Activations, mut columns: Columns) {
                 }
             }
         } else {
+            #[expect(clippy::large_stack_arrays, reason = "a thread's stack has room")]
             let mut totals = [[0.0; TILE]; TOKENS];
             for first in (0..x.tokens()).step_by(TOKENS) {
                 let totals = &mut totals[..TOKENS.min(x.tokens() - first)];
@@ -115,44 +116,50 @@ fn rows(isa: Isa, affine: &Affine, x: &Activations, mut columns: Columns) {
 }
 
 /// A tile of rows, and what they are multiplied with.
-enum Tile<'a> {
-    Plain { dtype: WeightDtype, rows: [&'a [u8]; TILE], x: &'a [f32], cols: usize },
-    Packed { codes: Codes, rows: [Row<'a>; TILE], x: Quantized<'a> },
+struct Tile<'a> {
+    rows: [Row<'a>; TILE],
+    input: Input<'a>,
+}
+
+enum Input<'a> {
+    Plain { dtype: WeightDtype, x: &'a [f32], cols: usize },
+    Packed { codes: Codes, x: Quantized<'a> },
 }
 
 impl<'a> Tile<'a> {
     fn new(matrix: &Matrix<'a>, row: impl Fn(usize) -> usize, x: &Activations<'a>) -> Self {
         let codes = match matrix.layout.storage {
-            Storage::Plain(dtype) => {
-                return Self::Plain { dtype, rows: from_fn(|i| matrix.codes(row(i))), x: x.x, cols: x.cols };
-            }
-            Storage::Int8 => Codes::Int8,
-            Storage::Int4 => Codes::Int4,
-            Storage::Nl4 => Codes::Nl4,
+            Storage::Plain(dtype) => Err(dtype),
+            Storage::Int8 => Ok(Codes::Int8),
+            Storage::Int4 => Ok(Codes::Int4),
+            Storage::Nl4 => Ok(Codes::Nl4),
         };
-        let Some(x) = x.quantized else { unreachable!("`Activations::of` was told of this matrix") };
+        let input = match (codes, x.quantized) {
+            (Err(dtype), _) => Input::Plain { dtype, x: x.x, cols: x.cols },
+            (Ok(codes), Some(x)) => Input::Packed { codes, x },
+            (Ok(_), None) => unreachable!("`Activations::of` was told of this matrix"),
+        };
         let rows = from_fn(|i| Row { codes: matrix.codes(row(i)), sub_scales: matrix.sub_scales(row(i)) });
-        Self::Packed { codes, rows, x }
+        Self { rows, input }
     }
 
     /// The totals of the four rows at `at` with a token.
     fn few(&self, isa: Isa, at: usize, token: usize) -> [f32; ROWS] {
-        match self {
-            Self::Plain { dtype, rows, x, cols } => {
-                plain::few(isa, *dtype, &rows.as_chunks().0[at], &x[token * cols..][..*cols])
-            }
-            Self::Packed { codes, rows, x } => kernels::few(isa, *codes, &rows.as_chunks().0[at], x.token(token)),
+        let rows = &self.rows.as_chunks().0[at];
+        match self.input {
+            Input::Plain { dtype, x, cols } => plain::few(isa, dtype, rows, &x[token * cols..][..cols]),
+            Input::Packed { codes, x } => kernels::few(isa, codes, rows, x.token(token)),
         }
     }
 
     /// The totals of all rows with each token from `first` on.
     fn many(&self, isa: Isa, first: usize, totals: &mut [[f32; TILE]]) {
-        let count = totals.len();
-        match self {
-            Self::Plain { dtype, rows, x, cols } => {
-                plain::many(isa, *dtype, rows, &x[first * cols..][..count * cols], *cols, totals);
+        let (rows, count) = (&self.rows, totals.len());
+        match self.input {
+            Input::Plain { dtype, x, cols } => {
+                plain::many(isa, dtype, rows, &x[first * cols..][..count * cols], cols, totals);
             }
-            Self::Packed { codes, rows, x } => kernels::many(isa, *codes, rows, x.slice(first, count), totals),
+            Input::Packed { codes, x } => kernels::many(isa, codes, rows, x.slice(first, count), totals),
         }
     }
 }

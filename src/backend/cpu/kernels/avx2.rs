@@ -1,5 +1,6 @@
 //! AVX2, with AVX-VNNI or without: eight rows side by side for many tokens.
 #![expect(unsafe_code, reason = "vector instructions")]
+#![allow(clippy::wildcard_imports, reason = "their names say where they are from")]
 
 use std::arch::x86_64::*;
 
@@ -30,8 +31,8 @@ struct Span<'a> {
     token: usize,
     vector: usize,
     /// The first group; the others follow by [`PARTS`].
-    group: usize,
-    span: usize,
+    first: usize,
+    groups: usize,
     /// Whether a part begins and ends with this span.
     ends: (bool, bool),
 }
@@ -178,6 +179,7 @@ macro_rules! kernels {
                 let mut tile =
                     Tile { codes: [[[[0; 32]; STEPS]; SPAN]; VECTORS], scales: [[[1.0; LANES]; SPAN]; VECTORS] };
                 // Parts of a total that more than one span makes.
+                #[expect(clippy::large_stack_arrays, reason = "a thread's stack has room")]
                 let mut parts = [[0.0f32; TILE]; super::super::TOKENS];
                 for totals in &mut totals[..tokens] {
                     *totals = [0.0; TILE];
@@ -193,8 +195,8 @@ macro_rules! kernels {
                         for vector in 0..VECTORS {
                             for token in (0..tokens).step_by(BLOCK) {
                                 let block = BLOCK.min(tokens - token);
-                                let group = part + first * PARTS;
-                                let from = Span { tile: &tile, x, token, vector, group, span, ends };
+                                let first = part + first * PARTS;
+                                let from = Span { tile: &tile, x, token, vector, first, groups: span, ends };
                                 let parts = &mut parts[token..token + block];
                                 let totals = &mut totals[token..token + block];
                                 match block {
@@ -229,15 +231,14 @@ macro_rules! kernels {
                 for n in 0..N {
                     Token { codes: x[n], scales: x_scales[n], sums: x_sums[n] } = from.x.token(from.token + n);
                 }
-                for at in 0..from.span {
-                    let group = from.group + at * PARTS;
+                for at in 0..from.groups {
+                    let group = from.first + at * PARTS;
                     let mut dots = [_mm256_setzero_si256(); N];
                     for (step, codes) in from.tile.codes[from.vector][at].iter().enumerate() {
                         let codes = load(codes);
                         for n in 0..N {
-                            let [a, b, c, d] = x[n][group][step];
-                            let x = [a.cast_unsigned(), b.cast_unsigned(), c.cast_unsigned(), d.cast_unsigned()];
-                            dots[n] = $dot(dots[n], codes, _mm256_set1_epi32(i32::from_le_bytes(x)));
+                            let x = _mm256_set1_epi32(bytemuck::must_cast(x[n][group][step]));
+                            dots[n] = $dot(dots[n], codes, x);
                         }
                     }
                     let scales = load_lanes(&from.tile.scales[from.vector][at]);

@@ -3,6 +3,7 @@
 //! `vpdpbusd` wants one side unsigned: levels are taken with an offset, of which the sum of the
 //! activations times that offset is taken away again.
 #![expect(unsafe_code, reason = "vector instructions")]
+#![allow(clippy::wildcard_imports, reason = "their names say where they are from")]
 
 use std::arch::x86_64::*;
 
@@ -179,9 +180,9 @@ fn chunk_of<const KIND: u8>(
 ) -> __m512 {
     // Each of four numbers four times.
     let spread = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-    let x: &[u8] = bytemuck::must_cast_slice(x_codes.as_flattened().as_flattened());
-    let x = x.as_chunks::<64>().0;
-    let [low_x, high_x] = halves(load(&x[0]), load(&x[1]));
+    let x_bytes: &[u8] = bytemuck::must_cast_slice(x_codes.as_flattened().as_flattened());
+    let x_bytes = x_bytes.as_chunks::<64>().0;
+    let [low_x, high_x] = halves(load(&x_bytes[0]), load(&x_bytes[1]));
     let mut dots = [_mm512_setzero_si512(); ROWS];
     for (dots, codes) in dots.iter_mut().zip(codes) {
         let [low, high] = levels::<KIND>(codes);
@@ -201,7 +202,7 @@ fn chunk_of<const KIND: u8>(
     if KIND == INT8 {
         return _mm512_fmadd_ps(dots, x_scales, sums);
     }
-    let [a, b, c, d] = sub_scales.map(|four| i32::from_le_bytes(four.map(i8::cast_unsigned)));
+    let [a, b, c, d] = sub_scales.map(bytemuck::must_cast);
     let by_group = _mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
     let sub_scales = _mm_shuffle_epi8(_mm_set_epi32(d, c, b, a), by_group);
     let sub_scales = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sub_scales));
@@ -213,6 +214,7 @@ fn many_of<const KIND: u8>(rows: &[Row; TILE], x: Quantized, totals: &mut [[f32;
     let tokens = x.tokens();
     let mut tile = Tile { codes: [[[[0; 64]; VECTORS]; STEPS]; SPAN], scales: [[[0.0; LANES]; VECTORS]; SPAN] };
     // Parts of a total that more than one span makes.
+    #[expect(clippy::large_stack_arrays, reason = "a thread's stack has room")]
     let mut parts = [[0.0f32; TILE]; super::TOKENS];
     let parts = &mut parts[..tokens];
     for totals in &mut totals[..tokens] {
@@ -229,7 +231,7 @@ fn many_of<const KIND: u8>(rows: &[Row; TILE], x: Quantized, totals: &mut [[f32;
             let mut token = 0;
             while token < tokens {
                 let block = BLOCK.min(tokens - token);
-                let from = Span { tile: &tile, x, token, group: part + first * PARTS, span, ends };
+                let from = Span { tile: &tile, x, token, first: part + first * PARTS, groups: span, ends };
                 let (parts, totals) = (&mut parts[token..token + block], &mut totals[token..token + block]);
                 match block {
                     1 => from.multiply::<KIND, 1>(parts, totals),
@@ -251,8 +253,8 @@ struct Span<'a> {
     x: Quantized<'a>,
     token: usize,
     /// The first group; the others follow by [`PARTS`].
-    group: usize,
-    span: usize,
+    first: usize,
+    groups: usize,
     /// Whether a part begins and ends with this span.
     ends: (bool, bool),
 }
@@ -272,15 +274,13 @@ impl Span<'_> {
         for n in 0..N {
             Token { codes: x[n], scales: x_scales[n], sums: x_sums[n] } = self.x.token(self.token + n);
         }
-        for at in 0..self.span {
-            let group = self.group + at * PARTS;
+        for at in 0..self.groups {
+            let group = self.first + at * PARTS;
             let mut dots = [[_mm512_setzero_si512(); VECTORS]; N];
             for (step, codes) in self.tile.codes[at].iter().enumerate() {
                 let codes = [load(&codes[0]), load(&codes[1])];
                 for n in 0..N {
-                    let [a, b, c, d] = x[n][group][step];
-                    let x = [a.cast_unsigned(), b.cast_unsigned(), c.cast_unsigned(), d.cast_unsigned()];
-                    let x = _mm512_set1_epi32(i32::from_le_bytes(x));
+                    let x = _mm512_set1_epi32(bytemuck::must_cast(x[n][group][step]));
                     for v in 0..VECTORS {
                         dots[n][v] = _mm512_dpbusd_epi32(dots[n][v], codes[v], x);
                     }

@@ -70,12 +70,12 @@ impl Codes {
     }
 }
 
-/// A packed row: its codes, and its sub-scales if it has any.
+/// A row as it is stored: its codes or elements, and its sub-scales if it has any.
 #[derive(Clone, Copy, Debug)]
 pub struct Row<'a> {
-    /// Whole groups of codes.
+    /// Whole groups of codes, or elements.
     pub codes: &'a [u8],
-    /// One a group; none for [`Codes::Int8`].
+    /// One a group; none but for four-bit codes.
     pub sub_scales: &'a [i8],
 }
 

@@ -5,7 +5,7 @@
 //! depend on the processor or on how many tokens there are.
 #![cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "vector instructions"))]
 
-use super::{ROWS, TILE};
+use super::{ROWS, Row, TILE};
 use crate::quant::WeightDtype;
 use crate::simd::{Isa, Level};
 
@@ -17,13 +17,13 @@ const BLOCK: usize = 4;
 type Lanes = [f32; LANES];
 
 /// The totals of four rows with one token.
-pub fn few(isa: Isa, dtype: WeightDtype, rows: &[&[u8]; ROWS], x: &[f32]) -> [f32; ROWS] {
+pub fn few(isa: Isa, dtype: WeightDtype, rows: &[Row; ROWS], x: &[f32]) -> [f32; ROWS] {
     let [totals] = block(isa, dtype, rows, [x]);
     totals
 }
 
 /// The totals of a tile of rows with each token of `x`, which has `cols` columns.
-pub fn many(isa: Isa, dtype: WeightDtype, rows: &[&[u8]; TILE], x: &[f32], cols: usize, totals: &mut [[f32; TILE]]) {
+pub fn many(isa: Isa, dtype: WeightDtype, rows: &[Row; TILE], x: &[f32], cols: usize, totals: &mut [[f32; TILE]]) {
     for (x, totals) in x.chunks(cols * BLOCK).zip(totals.chunks_mut(BLOCK)) {
         for (at, rows) in rows.as_chunks::<ROWS>().0.iter().enumerate() {
             let mut put = |token: usize, sums: [f32; ROWS]| totals[token][at * ROWS..][..ROWS].copy_from_slice(&sums);
@@ -41,10 +41,10 @@ pub fn many(isa: Isa, dtype: WeightDtype, rows: &[&[u8]; TILE], x: &[f32], cols:
     }
 }
 
-fn block<const N: usize>(isa: Isa, dtype: WeightDtype, rows: &[&[u8]; ROWS], x: [&[f32]; N]) -> [[f32; ROWS]; N] {
+fn block<const N: usize>(isa: Isa, dtype: WeightDtype, rows: &[Row; ROWS], x: [&[f32]; N]) -> [[f32; ROWS]; N] {
     let cols = x[0].len();
     for row in rows {
-        assert_eq!(row.len(), cols * dtype.size());
+        assert_eq!(row.codes.len(), cols * dtype.size());
     }
     for x in x {
         assert_eq!(x.len(), cols);
@@ -62,7 +62,7 @@ fn block<const N: usize>(isa: Isa, dtype: WeightDtype, rows: &[&[u8]; ROWS], x: 
     let mut totals = [[0.0; ROWS]; N];
     for (r, row) in rows.iter().enumerate() {
         let mut tail = [0.0; LANES];
-        dtype.decode(&row[whole * dtype.size()..], &mut tail[..cols - whole]);
+        dtype.decode(&row.codes[whole * dtype.size()..], &mut tail[..cols - whole]);
         for n in 0..N {
             for (sum, (weight, x)) in sums[n][r].iter_mut().zip(tail.iter().zip(&x[n][whole..])) {
                 *sum = weight.mul_add(*x, *sum);
@@ -74,10 +74,10 @@ fn block<const N: usize>(isa: Isa, dtype: WeightDtype, rows: &[&[u8]; ROWS], x: 
 }
 
 /// The sums over all whole sixteens of columns.
-fn portable<const N: usize>(dtype: WeightDtype, rows: &[&[u8]; ROWS], x: [&[f32]; N]) -> [[Lanes; ROWS]; N] {
+fn portable<const N: usize>(dtype: WeightDtype, rows: &[Row; ROWS], x: [&[f32]; N]) -> [[Lanes; ROWS]; N] {
     let mut sums = [[[0.0; LANES]; ROWS]; N];
     for (r, row) in rows.iter().enumerate() {
-        for (at, row) in row.chunks_exact(LANES * dtype.size()).enumerate() {
+        for (at, row) in row.codes.chunks_exact(LANES * dtype.size()).enumerate() {
             let mut weights = [0.0; LANES];
             dtype.decode(row, &mut weights);
             for n in 0..N {
@@ -108,17 +108,14 @@ macro_rules! kernels {
     ($name:ident, $features:literal, $vectors:literal, $width:literal, $zero:ident, $fma:ident, $load:ident, $store:ident,
      $bf16:expr, $f16:expr) => {
         mod $name {
+
             use std::arch::x86_64::*;
 
-            use super::{LANES, Lanes, ROWS};
+            use super::{LANES, Lanes, ROWS, Row};
             use crate::quant::WeightDtype;
 
             #[target_feature(enable = $features)]
-            pub fn sums<const N: usize>(
-                dtype: WeightDtype,
-                rows: &[&[u8]; ROWS],
-                x: [&[f32]; N],
-            ) -> [[Lanes; ROWS]; N] {
+            pub fn sums<const N: usize>(dtype: WeightDtype, rows: &[Row; ROWS], x: [&[f32]; N]) -> [[Lanes; ROWS]; N] {
                 match dtype {
                     WeightDtype::Bf16 => sums_of::<N, 0, 2>(rows, x),
                     WeightDtype::F16 => sums_of::<N, 1, 2>(rows, x),
@@ -128,14 +125,14 @@ macro_rules! kernels {
 
             #[target_feature(enable = $features)]
             fn sums_of<const N: usize, const DTYPE: u8, const SIZE: usize>(
-                rows: &[&[u8]; ROWS],
+                rows: &[Row; ROWS],
                 x: [&[f32]; N],
             ) -> [[Lanes; ROWS]; N] {
                 let mut sums = [[[$zero(); $vectors]; ROWS]; N];
                 let whole = x[0].len() / LANES;
                 let (mut row_at, mut x_at) = ([[].as_slice(); ROWS], [[].as_slice(); N]);
                 for r in 0..ROWS {
-                    row_at[r] = &rows[r].as_chunks::<SIZE>().0.as_chunks::<LANES>().0[..whole];
+                    row_at[r] = &rows[r].codes.as_chunks::<SIZE>().0.as_chunks::<LANES>().0[..whole];
                 }
                 for n in 0..N {
                     x_at[n] = &x[n].as_chunks::<LANES>().0[..whole];
