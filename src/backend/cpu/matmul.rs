@@ -9,12 +9,12 @@ use std::array::from_fn;
 use std::ops::Range;
 
 use super::kernels::{self, Codes, MANY, Quantized, ROWS, Row, TILE, TOKENS, plain};
-use super::pool::{Columns, Pool, Table};
+use super::pool::{Pool, Table};
 use crate::quant::{Matrix, NL4_UNIT, Storage, WeightDtype};
 use crate::simd::Isa;
 
-/// Rows that a thread takes at once for one token.
-const AT_ONCE: usize = 2 * TILE;
+/// Bytes of weights that a thread takes at once for one token.
+const TASK: usize = 64 << 10;
 
 /// The input of a product: K values for each token, and the same quantized if a matrix wants them so.
 pub struct Activations<'a> {
@@ -36,6 +36,44 @@ impl<'a> Activations<'a> {
     fn tokens(&self) -> usize {
         self.x.len() / self.cols
     }
+
+    /// The totals of four rows with a token.
+    fn few(&self, isa: Isa, tile: &Tile<ROWS>, token: usize) -> [f32; ROWS] {
+        match self.input(tile.storage) {
+            Input::Plain(dtype) => plain::few(isa, dtype, &tile.rows, &self.x[token * self.cols..][..self.cols]),
+            Input::Packed(codes, x) => kernels::few(isa, codes, &tile.rows, x.token(token)),
+        }
+    }
+
+    /// The totals of a tile of rows with each token from `first` on.
+    fn many(&self, isa: Isa, tile: &Tile<TILE>, first: usize, totals: &mut [[f32; TILE]]) {
+        let (cols, count) = (self.cols, totals.len());
+        match self.input(tile.storage) {
+            Input::Plain(dtype) => {
+                plain::many(isa, dtype, &tile.rows, &self.x[first * cols..][..count * cols], cols, totals);
+            }
+            Input::Packed(codes, x) => kernels::many(isa, codes, &tile.rows, x.slice(first, count), totals),
+        }
+    }
+
+    fn input(&self, storage: Storage) -> Input<'a> {
+        let codes = match storage {
+            Storage::Plain(dtype) => return Input::Plain(dtype),
+            Storage::Int8 => Codes::Int8,
+            Storage::Int4 => Codes::Int4,
+            Storage::Nl4 => Codes::Nl4,
+        };
+        match self.quantized {
+            Some(x) => Input::Packed(codes, x),
+            None => unreachable!("`Activations::of` was told of this matrix"),
+        }
+    }
+}
+
+/// What rows of a storage are multiplied with.
+enum Input<'a> {
+    Plain(WeightDtype),
+    Packed(Codes, Quantized<'a>),
 }
 
 /// The weight of a module and its bias, or some of their rows.
@@ -67,99 +105,65 @@ impl<'a> Affine<'a> {
 /// `y = x · wᵀ + b`, `[tokens][rows]`, for several matrices with one input.
 pub fn matmul<const N: usize>(pool: &Pool, x: &Activations, products: [(&Affine, &mut [f32]); N]) {
     let affines = from_fn::<_, N, _>(|at| products[at].0.clone());
+    let row_bytes = affines.iter().map(|affine| affine.weight.layout.code_row).max().unwrap_or(0);
     let mut tables = products.map(|(affine, values)| {
         debug_assert_eq!(affine.weight.layout.cols, x.cols);
         Table { values, stride: affine.rows.len() }
     });
-    let at_once = if x.tokens() < MANY { AT_ONCE } else { TILE };
-    pool.columns_of(&mut tables, at_once, |table, _, columns| rows(pool.isa(), &affines[table], x, columns));
-}
-
-/// The rows of a matrix that are columns of the result.
-fn rows(isa: Isa, affine: &Affine, x: &Activations, mut columns: Columns) {
-    let (first, width) = (affine.rows.start + columns.start(), columns.width());
-    for at in (0..width).step_by(TILE) {
-        let width = TILE.min(width - at);
-        // Rows that are missing to a whole tile are computed and dropped.
-        let row = |i: usize| first + at + i.min(width - 1);
-        let unit = if affine.weight.layout.storage == Storage::Nl4 { NL4_UNIT } else { 1.0 };
-        let scales: [f32; TILE] = from_fn(|i| unit * affine.weight.scale(row(i)));
-        let biases: Option<[f32; TILE]> = affine.bias.map(|bias| from_fn(|i| bias.element(row(i))));
-        let mut put = |token: usize, from: usize, totals: &[f32]| {
-            let columns = &mut columns.row(token)[at..at + width][from..];
-            for (i, (y, total)) in (from..).zip(columns.iter_mut().zip(totals)) {
-                *y = total * scales[i];
-                if let Some(biases) = &biases {
-                    *y += biases[i];
-                }
-            }
-        };
-        let tile = Tile::new(&affine.weight, row, x);
-        if x.tokens() < MANY {
-            for from in (0..width).step_by(ROWS) {
+    let is_few = x.tokens() < MANY;
+    let at_once = if is_few { (TASK / row_bytes.max(1)).next_multiple_of(ROWS).clamp(ROWS, 2 * TILE) } else { TILE };
+    pool.columns_of(&mut tables, at_once, |table, _, mut columns| {
+        let (affine, width) = (&affines[table], columns.width());
+        let start = affine.rows.start + columns.start();
+        if is_few {
+            for at in (0..width).step_by(ROWS) {
+                let tile = Tile::<ROWS>::new(affine, start + at..start + width);
                 for token in 0..x.tokens() {
-                    put(token, from, &tile.few(isa, from / ROWS, token));
+                    tile.put(&x.few(pool.isa(), &tile, token), &mut columns.row(token)[at..]);
                 }
             }
         } else {
+            let tile = Tile::<TILE>::new(affine, start..start + width);
             #[expect(clippy::large_stack_arrays, reason = "a thread's stack has room")]
             let mut totals = [[0.0; TILE]; TOKENS];
             for first in (0..x.tokens()).step_by(TOKENS) {
                 let totals = &mut totals[..TOKENS.min(x.tokens() - first)];
-                tile.many(isa, first, totals);
+                x.many(pool.isa(), &tile, first, totals);
                 for (token, totals) in (first..).zip(totals) {
-                    put(token, 0, totals);
+                    tile.put(totals, columns.row(token));
                 }
             }
         }
-    }
+    });
 }
 
-/// A tile of rows, and what they are multiplied with.
-struct Tile<'a> {
-    rows: [Row<'a>; TILE],
-    input: Input<'a>,
+/// N rows of a matrix that are multiplied at once.
+struct Tile<'a, const N: usize> {
+    storage: Storage,
+    rows: [Row<'a>; N],
+    scales: [f32; N],
+    biases: [f32; N],
 }
 
-enum Input<'a> {
-    Plain { dtype: WeightDtype, x: &'a [f32], cols: usize },
-    Packed { codes: Codes, x: Quantized<'a> },
-}
-
-impl<'a> Tile<'a> {
-    fn new(matrix: &Matrix<'a>, row: impl Fn(usize) -> usize, x: &Activations<'a>) -> Self {
-        let codes = match matrix.layout.storage {
-            Storage::Plain(dtype) => Err(dtype),
-            Storage::Int8 => Ok(Codes::Int8),
-            Storage::Int4 => Ok(Codes::Int4),
-            Storage::Nl4 => Ok(Codes::Nl4),
-        };
-        let input = match (codes, x.quantized) {
-            (Err(dtype), _) => Input::Plain { dtype, x: x.x, cols: x.cols },
-            (Ok(codes), Some(x)) => Input::Packed { codes, x },
-            (Ok(_), None) => unreachable!("`Activations::of` was told of this matrix"),
-        };
-        let rows = from_fn(|i| Row { codes: matrix.codes(row(i)), sub_scales: matrix.sub_scales(row(i)) });
-        Self { rows, input }
-    }
-
-    /// The totals of the four rows at `at` with a token.
-    fn few(&self, isa: Isa, at: usize, token: usize) -> [f32; ROWS] {
-        let rows = &self.rows.as_chunks().0[at];
-        match self.input {
-            Input::Plain { dtype, x, cols } => plain::few(isa, dtype, rows, &x[token * cols..][..cols]),
-            Input::Packed { codes, x } => kernels::few(isa, codes, rows, x.token(token)),
+impl<'a, const N: usize> Tile<'a, N> {
+    /// The first of `rows`; where these are fewer than N, the last one stands for those that are missing.
+    fn new(affine: &Affine<'a>, rows: Range<usize>) -> Self {
+        let matrix = &affine.weight;
+        let storage = matrix.layout.storage;
+        let unit = if storage == Storage::Nl4 { NL4_UNIT } else { 1.0 };
+        let row = |i: usize| (rows.start + i).min(rows.end - 1);
+        Self {
+            storage,
+            rows: from_fn(|i| Row { codes: matrix.codes(row(i)), sub_scales: matrix.sub_scales(row(i)) }),
+            scales: from_fn(|i| unit * matrix.scale(row(i))),
+            biases: affine.bias.map_or([0.0; N], |bias| from_fn(|i| bias.element(row(i)))),
         }
     }
 
-    /// The totals of all rows with each token from `first` on.
-    fn many(&self, isa: Isa, first: usize, totals: &mut [[f32; TILE]]) {
-        let (rows, count) = (&self.rows, totals.len());
-        match self.input {
-            Input::Plain { dtype, x, cols } => {
-                plain::many(isa, dtype, rows, &x[first * cols..][..count * cols], cols, totals);
-            }
-            Input::Packed { codes, x } => kernels::many(isa, codes, rows, x.slice(first, count), totals),
+    /// As many of the rows' results as there is room for.
+    fn put(&self, totals: &[f32; N], y: &mut [f32]) {
+        for (i, (y, total)) in y.iter_mut().zip(totals).enumerate() {
+            *y = total * self.scales[i] + self.biases[i];
         }
     }
 }
