@@ -36,9 +36,12 @@ fn kernels(criterion: &mut Criterion) {
         (Err(error), _) | (_, Err(error)) => return println!("nothing to measure: {error}"),
     };
     let mut group = criterion.benchmark_group("gpu");
-    for (name, storage) in
-        [("bf16", Storage::Plain(WeightDtype::Bf16)), ("int8", Storage::Int8), ("int4", Storage::Int4)]
-    {
+    for (name, storage) in [
+        ("bf16", Storage::Plain(WeightDtype::Bf16)),
+        ("int8", Storage::Int8),
+        ("int4", Storage::Int4),
+        ("nl4", Storage::Nl4),
+    ] {
         for (rows, cols) in [(4096, 4096), (14_336, 4096), (4096, 14_336)] {
             let layout = MatrixLayout::new(storage, rows, cols).expect("a size");
             let size = layout.size().as_usize().expect("a size");

@@ -52,7 +52,7 @@ fn where_blocks_are_and_how_buffers_and_streams_run_changes_no_bit() {
     for (name, kv_cache) in [("parity/llama_bf16", KvDtype::F16), ("parity/qwen3_moe", KvDtype::Int8)] {
         let sequence: Vec<u32> = numbers(&expected(name)["input_ids"]);
         let checkpoint = Checkpoint::open(fixture(name)).unwrap();
-        for scheme in Scheme::AUTOMATIC {
+        for scheme in Scheme::ALL {
             let run = |devices: &[&str], separate| {
                 let mut options = options(scheme, &map(&checkpoint, devices), None);
                 options.kv_cache = Some(kv_cache);
@@ -90,7 +90,7 @@ fn what_is_packed_already_is_what_a_gpu_packs() {
     let original = Checkpoint::open(fixture("parity/llama_bf16")).unwrap();
     let sequence: Vec<u32> = numbers(&expected("parity/llama_bf16")["input_ids"]);
     let map = map(&original, &["cuda:0", "cuda:0", "cuda:1", "cpu", "cuda:1"]);
-    for scheme in [Scheme::Int8, Scheme::Int4] {
+    for scheme in [Scheme::Int8, Scheme::Int4, Scheme::Nl4] {
         let directory = tempfile::tempdir().unwrap();
         let output = &directory.path().join("model");
         let save = SaveOptions { scheme, output, shard_size: DEFAULT_SHARD_SIZE, cancel: &NEVER };
@@ -104,16 +104,6 @@ fn what_is_packed_already_is_what_a_gpu_packs() {
         assert_eq!(run(&packed), run(&original), "{scheme}");
         assert_nothing_left(fake, scheme.name());
     }
-}
-
-#[test]
-fn nl4_is_refused_on_a_gpu() {
-    let Some(_fake) = fake_cuda::load(GPUS) else { return };
-    let checkpoint = Checkpoint::open(fixture("parity/llama")).unwrap();
-    let options = options(Scheme::Nl4, r#"{"": "cpu", "model.layers.1": "cuda:1"}"#, None);
-    let error = Plan::new(&checkpoint, &machine(), &options).unwrap_err();
-    let wanted = "`model.layers.1.self_attn.q_proj` cannot be `nl4` on cuda:1: only the CPU computes this scheme";
-    assert_eq!(error.to_string(), wanted);
 }
 
 #[test]
@@ -236,7 +226,7 @@ fn a_weight_that_is_not_finite_is_named() {
     for (value, shown) in [(f32::NAN, "NaN"), (f32::NEG_INFINITY, "-inf")] {
         bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
         broken.write(shard, &bytes);
-        for scheme in [Scheme::Int8, Scheme::Int4] {
+        for scheme in [Scheme::Int8, Scheme::Int4, Scheme::Nl4] {
             let error = load(&plan(&checkpoint, scheme, r#"{"": "cuda:1"}"#, None), &checkpoint, false).err().unwrap();
             assert_eq!(error.to_string(), format!("tensor `{TENSOR}` has {shown} at row 3, column 5"));
             assert_eq!(error.kind(), ErrorKind::Input);

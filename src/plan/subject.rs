@@ -14,7 +14,7 @@ use crate::device::DeviceId;
 use crate::device_map::{DeviceMap, MaxMemory};
 use crate::error::{Error, Result, first_five};
 use crate::model_config::ModelConfig;
-use crate::quant::{QuantizeRules, Scheme, Storage, WeightDtype};
+use crate::quant::{QuantizeRules, Scheme, WeightDtype};
 
 /// What is planned, and for what: a checkpoint whose tensors have been found, and a machine.
 pub struct Subject<'a> {
@@ -72,7 +72,6 @@ impl<'a> Subject<'a> {
             },
         };
         check_devices(&placement, inventory)?;
-        check_schemes(&placement, weights, &conditions.quantize)?;
         for (module, device) in modules.iter_mut().zip(placement) {
             module.device = device;
         }
@@ -230,20 +229,6 @@ fn check_model(options: &PlanOptions, checkpoint: &Checkpoint) -> Result<()> {
         }
         _ => Ok(()),
     }
-}
-
-/// Refuses weights on a GPU in a scheme that has no kernel there.
-fn check_schemes(placement: &[DeviceId], weights: &[Weight], rules: &QuantizeRules) -> Result<()> {
-    let is_refused = |weight: &&Weight| {
-        matches!(placement[weight.module], DeviceId::Cuda(_))
-            && memory::layout(weight, rules).is_some_and(|layout| layout.storage == Storage::Nl4)
-    };
-    weights.iter().find(is_refused).map_or(Ok(()), |weight| {
-        let (module, device) = (&weight.parameter.module, placement[weight.module]);
-        Err(Error::input(format!("`{module}` cannot be `nl4` on {device}: only the CPU computes this scheme"))
-            .hint("`--quantize int4` takes as many bytes")
-            .hint("a `--device-map` that places all of it on the CPU or the disk keeps `nl4`"))
-    })
 }
 
 fn check_devices(placement: &[DeviceId], inventory: &Inventory) -> Result<()> {

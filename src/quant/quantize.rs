@@ -193,17 +193,29 @@ pub fn round_i8(x: f32) -> i8 {
 ///
 /// `x` has K elements, `codes` Kp, `scales` Kp/32; codes behind K are zero.
 /// A group of zeros has scale 0.
+#[inline(always)]
 pub fn quantize_activations(x: &[f32], codes: &mut [i8], scales: &mut [f32]) {
-    for ((group, codes), scale) in x.chunks(GROUP_SIZE).zip(codes.chunks_mut(GROUP_SIZE)).zip(scales) {
-        let absmax = group.iter().fold(0.0f32, |max, value| max.max(value.abs()));
-        *scale = absmax / 127.0;
-        let inverse = if absmax > 0.0 { 127.0 / absmax } else { 0.0 };
-        let inverse = if inverse.is_finite() { inverse } else { 0.0 };
-        codes.fill(0);
-        for (code, value) in codes.iter_mut().zip(group) {
-            *code = round_i8(value * inverse);
-        }
+    let codes = codes.as_chunks_mut().0;
+    let (groups, rest) = x.as_chunks();
+    for ((group, codes), scale) in groups.iter().zip(&mut *codes).zip(&mut *scales) {
+        *scale = quantize_group(group, codes);
     }
+    if let (false, Some(codes), Some(scale)) = (rest.is_empty(), codes.last_mut(), scales.last_mut()) {
+        let mut group = [0.0; GROUP_SIZE];
+        group[..rest.len()].copy_from_slice(rest);
+        *scale = quantize_group(&group, codes);
+    }
+}
+
+#[inline(always)]
+fn quantize_group(group: &[f32; GROUP_SIZE], codes: &mut [i8; GROUP_SIZE]) -> f32 {
+    let absmax = absmax(group);
+    let inverse = if absmax > 0.0 { 127.0 / absmax } else { 0.0 };
+    let inverse = if inverse.is_finite() { inverse } else { 0.0 };
+    for (code, value) in codes.iter_mut().zip(group) {
+        *code = round_i8(value * inverse);
+    }
+    absmax / 127.0
 }
 
 #[cfg(test)]

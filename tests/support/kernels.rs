@@ -35,12 +35,13 @@ macro_rules! every_case {
 pub(crate) use every_case;
 
 pub const DTYPES: [WeightDtype; 3] = [WeightDtype::Bf16, WeightDtype::F16, WeightDtype::F32];
-pub const STORAGES: [Storage; 5] = [
+pub const STORAGES: [Storage; 6] = [
     Storage::Plain(WeightDtype::Bf16),
     Storage::Plain(WeightDtype::F16),
     Storage::Plain(WeightDtype::F32),
     Storage::Int8,
     Storage::Int4,
+    Storage::Nl4,
 ];
 
 /// Numbers between −1 and 1, the same for the same seed.
@@ -175,7 +176,7 @@ fn corners(cols: usize) -> Vec<Vec<f32>> {
 }
 
 pub fn quantizing_is_bit_for_bit_the_hosts(gpu: &Arc<Gpu>) {
-    for storage in [Storage::Int8, Storage::Int4] {
+    for storage in [Storage::Int8, Storage::Int4, Storage::Nl4] {
         for dtype in DTYPES {
             for (rows, cols) in [(1, 1), (3, 5), (7, 31), (2, 32), (3, 33), (5, 100), (2, 768), (1, 5000)] {
                 for (first, weights) in
@@ -213,6 +214,9 @@ pub fn what_cannot_be_packed_is_noticed(gpu: &Arc<Gpu>) {
         (Storage::Int4, f32::NAN),
         (Storage::Int4, f32::NEG_INFINITY),
         (Storage::Int4, 3e38),
+        (Storage::Nl4, f32::NAN),
+        (Storage::Nl4, f32::INFINITY),
+        (Storage::Nl4, 3e38),
     ] {
         let (rows, cols) = (3, 70);
         let mut weights = random(rows * cols, 3);

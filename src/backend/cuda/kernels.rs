@@ -46,16 +46,22 @@ pub(super) const MODULES: &[Module] = &[
             "few_f32",
             "few_int4",
             "few_int8",
+            "few_nl4",
             "many_bf16",
             "many_f16",
             "many_f32",
             "many_int4",
             "many_int8",
+            "many_nl4",
         ]
     ),
-    module!("mma", TENSOR_CORES, ["mma_few_int4", "mma_few_int8", "mma_many_int4", "mma_many_int8"]),
+    module!(
+        "mma",
+        TENSOR_CORES,
+        ["mma_few_int4", "mma_few_int8", "mma_few_nl4", "mma_many_int4", "mma_many_int8", "mma_many_nl4"]
+    ),
     module!("norm", NEEDED_CAPABILITY, ["normalize"]),
-    module!("quantize", NEEDED_CAPABILITY, ["quantize_int4", "quantize_int8"]),
+    module!("quantize", NEEDED_CAPABILITY, ["quantize_int4", "quantize_int8", "quantize_nl4"]),
 ];
 
 /// The most tokens that take the kernels which read each weight once, `few_…` and `mma_few_…`.
@@ -74,17 +80,12 @@ fn dtype_number(dtype: WeightDtype) -> i32 {
     }
 }
 
-/// Plans refuse this scheme on GPUs.
-fn no_nl4() -> ! {
-    unreachable!("there is no kernel for nl4")
-}
-
 fn storage_number(storage: Storage) -> i32 {
     match storage {
         Storage::Plain(dtype) => dtype_number(dtype),
         Storage::Int8 => 3,
         Storage::Int4 => 4,
-        Storage::Nl4 => no_nl4(),
+        Storage::Nl4 => 5,
     }
 }
 
@@ -132,16 +133,13 @@ impl Gpu {
         let [codes, sub_scales, scales] = matrix.sections(first);
         let head =
             [Argument::Region(weights), Argument::I32(dtype_number(dtype)), int(layout.cols), int(layout.padded_cols)];
-        let (kernel, threads, sections) = match layout.storage {
-            Storage::Int8 => ("quantize_int8", 256, vec![pointer(codes.as_ref()), pointer(scales.as_ref())]),
-            Storage::Int4 => (
-                "quantize_int4",
-                128,
-                vec![pointer(codes.as_ref()), pointer(sub_scales.as_ref()), pointer(scales.as_ref())],
-            ),
-            Storage::Nl4 => no_nl4(),
+        let (kernel, threads) = match layout.storage {
+            Storage::Int8 => ("quantize_int8", 256),
+            Storage::Int4 => ("quantize_int4", 128),
+            Storage::Nl4 => ("quantize_nl4", 128),
             Storage::Plain(_) => unreachable!("plain storage is copied, not quantized"),
         };
+        let sections: Vec<_> = [&codes, &sub_scales, &scales].into_iter().flatten().map(Argument::Region).collect();
         self.launch(kernel, (rows, 1), threads, &[&head[..], &sections, &[Argument::Region(failed)]].concat())
     }
 
@@ -171,9 +169,10 @@ impl Gpu {
             Storage::Plain(WeightDtype::F32) => (["few_f32", "many_f32"], FEW_ROWS, 256),
             Storage::Int8 if mma => (["mma_few_int8", "mma_many_int8"], MMA_FEW_ROWS, 128),
             Storage::Int4 if mma => (["mma_few_int4", "mma_many_int4"], MMA_FEW_ROWS, 128),
+            Storage::Nl4 if mma => (["mma_few_nl4", "mma_many_nl4"], MMA_FEW_ROWS, 128),
             Storage::Int8 => (["few_int8", "many_int8"], FEW_ROWS, 256),
             Storage::Int4 => (["few_int4", "many_int4"], FEW_ROWS, 256),
-            Storage::Nl4 => no_nl4(),
+            Storage::Nl4 => (["few_nl4", "many_nl4"], FEW_ROWS, 256),
         };
         let (kernel, grid, threads) = if tokens <= FEW {
             (names[0], (rows.div_ceil(few_rows), 1), 256)

@@ -13,7 +13,7 @@
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
 
 // The numbers that kernels.rs gives dtypes and storages.
-enum { BF16 = 0, F16 = 1, F32 = 2, INT8 = 3, INT4 = 4 };
+enum { BF16 = 0, F16 = 1, F32 = 2, INT8 = 3, INT4 = 4, NL4 = 5 };
 // Where a result goes: to an f16 or an f32 buffer, or onto what an f32 buffer holds.
 enum { STORE_F16 = 0, STORE_F32 = 1, ADD_F32 = 2 };
 
@@ -56,6 +56,15 @@ __device__ __forceinline__ void load8_half(const __half* row, int k, int cols, f
         for (int i = 0; i < 8; i++) out[i] = k + i < cols ? __half2float(row[k + i]) : 0.0f;
     }
 }
+
+// The levels of nl4 for the four codes in the low 16 bits, a byte each: sixteenths (NL4_LEVELS of
+// quant/nl4.rs) plus 128.
+__device__ __forceinline__ unsigned nl4_levels(unsigned codes) {
+    unsigned low = __byte_perm(0x402f1b03, 0x766a5d50, codes & 0x7777), high = __byte_perm(0xa7998d81, 0xf3dcc8b6, codes & 0x7777);
+    return __byte_perm(low, high, (codes & 0x8888) >> 1 | 0x3210);
+}
+#define NL4_ZERO 128
+#define NL4_UNIT 0.0625f
 
 __device__ __forceinline__ float warp_sum(float v) {
     for (int step = 16; step > 0; step >>= 1) v += __shfl_xor_sync(0xffffffffu, v, step);

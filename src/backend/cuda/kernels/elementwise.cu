@@ -13,10 +13,11 @@ KERNEL(256) embed(const unsigned* tokens, const void* codes, const signed char* 
         float v;
         if (storage == INT8) {
             v = ((const float*)scales)[row] * (float)((const signed char*)codes)[row * groups * 32 + k];
-        } else if (storage == INT4) {
+        } else if (storage == INT4 || storage == NL4) {
             size_t group = row * groups + k / 32;
             int code = ((const byte*)codes)[group * 16 + k % 16] >> (k % 32 < 16 ? 0 : 4) & 15;
-            v = __half2float(((const __half*)scales)[row]) * (float)sub_scales[group] * (float)(code - 8);
+            float level = storage == INT4 ? (float)(code - 8) : (float)((int)(nl4_levels(code) & 255) - NL4_ZERO) * NL4_UNIT;
+            v = __half2float(((const __half*)scales)[row]) * (float)sub_scales[group] * level;
         } else {
             v = load(codes, storage, row * cols + k);
         }

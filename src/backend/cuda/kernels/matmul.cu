@@ -54,6 +54,26 @@ struct Int4 {
     static __device__ __forceinline__ float scale(const Weights& w, size_t row) { return __half2float(((const __half*)w.scales)[row]); }
 };
 
+struct Nl4 {
+    static __device__ __forceinline__ void load8(const Weights& w, size_t row, int k, float* out) {
+        int groups = (w.cols + 31) / 32, group = k / 32;
+        if (group >= groups) {
+            for (int i = 0; i < 8; i++) out[i] = 0.0f;
+            return;
+        }
+        uint2 raw = *(const uint2*)((const byte*)w.codes + (row * groups + group) * 16 + k % 16);
+        float sub_scale = (float)w.sub_scales[row * groups + group];
+        int shift = k % 32 < 16 ? 0 : 8;
+#pragma unroll
+        for (int i = 0; i < 8; i += 2) {
+            unsigned levels = nl4_levels((i < 4 ? raw.x : raw.y) >> i % 4 * 8) >> shift;
+            out[i] = sub_scale * (float)((int)(levels & 255) - NL4_ZERO);
+            out[i + 1] = sub_scale * (float)((int)(levels >> 16 & 255) - NL4_ZERO);
+        }
+    }
+    static __device__ __forceinline__ float scale(const Weights& w, size_t row) { return __half2float(((const __half*)w.scales)[row]) * NL4_UNIT; }
+};
+
 template <int DTYPE>
 struct Plain {
     static __device__ __forceinline__ void load8(const Weights& w, size_t row, int k, float* out) {
@@ -151,3 +171,4 @@ MATMUL(f16, Plain<F16>)
 MATMUL(f32, Plain<F32>)
 MATMUL(int8, Int8)
 MATMUL(int4, Int4)
+MATMUL(nl4, Nl4)
