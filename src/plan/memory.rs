@@ -182,14 +182,53 @@ pub fn workspace(config: &ModelConfig, context: usize, device: DeviceId) -> Byte
     }
 }
 
+/// How a GPU shares out attention over the keys that are cached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CudaAttention {
+    /// Query heads that a block of threads takes, all of one key-value head.
+    pub heads: usize,
+    /// Blocks of heads.
+    pub blocks: usize,
+    /// Parts of the keys, each a block of threads for every token and block of heads.
+    pub parts: usize,
+}
+
+impl CudaAttention {
+    /// For `tokens` tokens of which the last sees `keys` keys: so many parts that one token over
+    /// many keys fills a GPU, and none so short that adding them up is what takes the time.
+    pub fn new(heads: usize, kv_heads: usize, tokens: usize, keys: usize) -> Self {
+        const BLOCKS: usize = 1024;
+        const SHORTEST: usize = 256;
+        let sharing = heads / kv_heads;
+        let of_a_block = if sharing > 1 { 4 } else { 1 };
+        let blocks = kv_heads * sharing.div_ceil(of_a_block);
+        let parts = (BLOCKS / (tokens * blocks)).min(keys.div_ceil(SHORTEST)).max(1);
+        Self { heads: of_a_block, blocks, parts }
+    }
+
+    /// Bytes of what the parts leave and of the counts of those that are done, for at most `tokens` tokens
+    /// under `context`: sums, the largest score and the total of each, f32, and a u32 for each count.
+    pub fn scratch(heads: usize, kv_heads: usize, head_dim: usize, tokens: usize, context: usize) -> [usize; 2] {
+        let most = |bytes: &dyn Fn(usize, Self) -> usize| {
+            let each = (1..=tokens).map(|tokens| (tokens, Self::new(heads, kv_heads, tokens, context)));
+            each.filter(|(_, shares)| shares.parts > 1).map(|(tokens, shares)| bytes(tokens, shares)).max().unwrap_or(0)
+        };
+        let row = (head_dim + 2) * size_of::<f32>();
+        [
+            most(&|tokens, shares| tokens * heads * shares.parts * row),
+            most(&|tokens, shares| tokens * shares.blocks * size_of::<u32>()),
+        ]
+    }
+}
+
 /// Number of buffers in a GPU's workspace.
-pub const CUDA_BUFFERS: usize = 16;
+pub const CUDA_BUFFERS: usize = 18;
 
 /// The buffers of a GPU's workspace: the hidden state and the normalized one;
 /// queries, keys, values and what attention gives; gate and up; what a half of
 /// a block gives where that is not added at once; the experts' scores, the
 /// inputs and the outputs of one, its tokens and their weights; logits, tokens,
-/// and the frequencies of all ropes. Tokens are u32; normalized states, queries
+/// the frequencies of all ropes, and what parts of attention leave, and how many are done. Tokens are u32; normalized states, queries
 /// to up, and the experts' inputs f16; all others f32.
 pub fn cuda_workspace(config: &ModelConfig, context: usize) -> [Bytes; CUDA_BUFFERS] {
     const HALF: usize = 2;
@@ -199,6 +238,8 @@ pub fn cuda_workspace(config: &ModelConfig, context: usize) -> [Bytes; CUDA_BUFF
     let norms_outputs = roles().any(|role| matches!(role, Role::AttentionOutputNorm | Role::FeedForwardOutputNorm));
     let routed =
         if layout.routes > 0 { config.experts.map_or(0, |experts| layout.tokens * experts.per_token) } else { 0 };
+    let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
+    let [parts, arrivals] = CudaAttention::scratch(heads, kv_heads, config.head_dim, layout.tokens, context);
     let rotated: usize = config.ropes.iter().map(|rope| rope.rotary_dim / 2).sum();
     [
         layout.normed * WORD,
@@ -217,6 +258,8 @@ pub fn cuda_workspace(config: &ModelConfig, context: usize) -> [Bytes; CUDA_BUFF
         config.vocab_size * WORD,
         layout.tokens * WORD,
         rotated * WORD,
+        parts,
+        arrivals,
     ]
     .map(cuda_aligned)
 }
