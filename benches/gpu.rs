@@ -138,7 +138,9 @@ fn attention(criterion: &mut Criterion) {
             group.throughput(Throughput::Bytes(2 * bytes as u64));
             group.bench_function(format!("attention over {context} keys in {dtype}"), |bencher| {
                 bencher.iter_custom(|count| {
-                    time(&gpu, count, || gpu.attend(&shape, &query, &cache, &out, scratch.each_ref()).expect("a launch"))
+                    time(&gpu, count, || {
+                        gpu.attend(&shape, &query, &cache, &out, scratch.each_ref()).expect("a launch");
+                    })
                 });
             });
         }

@@ -17,9 +17,9 @@ const CUDA_CONTEXT: Bytes = Bytes(330 * MIB);
 /// Every buffer of a GPU starts on a multiple of this many bytes.
 const CUDA_ALIGNMENT: u64 = 256;
 /// Bytes of a slab of the host's staging ring, unless a single row is longer.
-const SLAB: u64 = 4 * MIB;
+const SLAB: u64 = 2 * MIB;
 /// Slabs in the host's staging ring.
-pub const STAGING_SLABS: usize = 4;
+pub const STAGING_SLABS: usize = 8;
 /// No single allocation may be planned beyond this.
 const MAX_BYTES: u64 = 1 << 60;
 
@@ -296,11 +296,11 @@ pub struct HostStaging {
 }
 
 impl HostStaging {
-    /// A ring for `weights`: slabs of 4 MiB, or of the longest row, or of the largest tensor where all are smaller.
+    /// A ring for `weights`: slabs of 2 MiB, or of the longest row, or of half the largest tensor where that is less.
     pub fn new(weights: &[Weight], rules: &QuantizeRules) -> Self {
         let longest_row = weights.iter().map(Weight::row_bytes).max().unwrap_or(0);
         let largest = weights.iter().map(|weight| weight.tensor.size().0).max().unwrap_or(0);
-        let slab = usize::try_from(SLAB.min(largest)).unwrap_or(usize::MAX).max(longest_row);
+        let slab = usize::try_from(SLAB.min(largest.div_ceil(2))).unwrap_or(usize::MAX).max(longest_row);
         let packed = weights
             .iter()
             .filter_map(|weight| {

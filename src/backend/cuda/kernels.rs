@@ -259,22 +259,13 @@ impl Gpu {
             })
             .collect();
         let mut arguments = Vec::new();
-        for at in 0..MATRICES {
-            arguments.extend(match given.get(at) {
-                Some(([codes, sub_scales, scales], rows, (bias, bias_dtype), y)) => [
-                    pointer(codes.as_ref()),
-                    pointer(sub_scales.as_ref()),
-                    pointer(scales.as_ref()),
-                    int(*rows),
-                    pointer(bias.as_ref()),
-                    *bias_dtype,
-                    Argument::Region(y),
-                ],
-                None => {
-                    let (null, zero) = (Argument::Null, Argument::I32(0));
-                    [null, null, null, zero, null, zero, null]
-                }
-            });
+        for ([codes, sub_scales, scales], rows, (bias, bias_dtype), y) in &given {
+            arguments.extend([codes, sub_scales, scales].map(|section| pointer(section.as_ref())));
+            arguments.extend([int(*rows), pointer(bias.as_ref()), *bias_dtype, Argument::Region(y)]);
+        }
+        let (null, zero) = (Argument::Null, Argument::I32(0));
+        for _ in given.len()..MATRICES {
+            arguments.extend([null, null, null, zero, null, zero, null]);
         }
         arguments.extend([
             int(cols),
