@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::cpu::{Activations, Affine, matmul};
+use super::cpu::{Activations, Affine, GROUP_WORDS, Pool, matmul};
 use super::cuda;
 use crate::bytes::{Bytes, KIB};
 use crate::device::DeviceId;
@@ -60,11 +60,11 @@ fn host_bandwidth() -> Option<Bandwidth> {
     let packed = vec![1; bytes];
     let affine = Affine::new(Matrix::new(&layout, &packed), None);
     let (x, mut y) = (vec![1.0; PROBE.1], vec![0.0; PROBE.0]);
-    let (mut codes, mut scales) = (vec![0; PROBE.1], vec![0.0; PROBE.1 / GROUP_SIZE]);
-    let x = Activations::of(&x, &mut codes, &mut scales, &[&affine]);
+    let (pool, mut words) = (Pool::of_all_cores(), vec![0; PROBE.1 / GROUP_SIZE * GROUP_WORDS]);
+    let x = Activations::of(&pool, &x, &mut words, &[&affine]);
     let mut read = |_| {
         let start = Instant::now();
-        matmul(&affine, &x, &mut [], &mut y);
+        matmul(&pool, &x, [(&affine, &mut y)]);
         start.elapsed().as_secs_f64()
     };
     Some(Bandwidth::measured(bytes, (0..3).map(&mut read).fold(f64::INFINITY, f64::min)))

@@ -20,6 +20,8 @@ const CUDA_ALIGNMENT: u64 = 256;
 const SLAB: u64 = 2 * MIB;
 /// Slabs in the host's staging ring.
 pub const STAGING_SLABS: usize = 8;
+/// Bytes of a group of quantized activations on the CPU: its codes, its scale and their sum.
+pub const ACTIVATION_GROUP: usize = GROUP_SIZE + 2 * size_of::<u32>();
 /// No single allocation may be planned beyond this.
 const MAX_BYTES: u64 = 1 << 60;
 
@@ -115,12 +117,8 @@ pub struct WorkspaceLayout {
     pub routes: usize,
     /// The sum of what experts give; the inputs of one take as much again.
     pub mixed: usize,
-    /// A product before it is transposed.
-    pub product: usize,
-    /// Quantized activations, one byte each.
-    pub activation_codes: usize,
-    /// Scales of the quantized activations.
-    pub activation_scales: usize,
+    /// Groups of quantized activations, of [`ACTIVATION_GROUP`] bytes each.
+    pub activation_groups: usize,
     /// Cosines of all ropes; sines take as much again.
     pub rope: usize,
 }
@@ -135,7 +133,6 @@ impl WorkspaceLayout {
         let feed_forward = experts.map_or(0, |experts| experts.intermediate_size).max(dense);
         let routes = experts.map_or(0, |experts| experts.count);
         let widest = config.hidden_size.max(queries).max(feed_forward);
-        let padded = widest.next_multiple_of(GROUP_SIZE);
         Self {
             tokens,
             normed: tokens * config.hidden_size,
@@ -145,19 +142,16 @@ impl WorkspaceLayout {
             gate: tokens * feed_forward,
             routes: tokens * routes,
             mixed: if experts.is_some() { tokens * config.hidden_size } else { 0 },
-            product: tokens * widest.max(routes),
-            activation_codes: tokens * padded,
-            activation_scales: tokens * padded / GROUP_SIZE,
+            activation_groups: tokens * widest.div_ceil(GROUP_SIZE),
             rope: config.ropes.iter().map(|rope| tokens * rope.rotary_dim / 2).sum(),
         }
     }
 
-    /// Bytes of all of them on the CPU, where everything but the codes is f32.
+    /// Bytes of all of them on the CPU, where everything but activations for integer products is f32.
     pub fn bytes(&self) -> Bytes {
         let block = self.normed + self.query + 2 * self.key + self.attended + 2 * self.gate;
-        let activations = block + 2 * self.mixed + self.product;
-        let tables = self.activation_scales + self.routes + 2 * self.rope;
-        Bytes(((activations + tables) * size_of::<f32>() + self.activation_codes) as u64)
+        let f32s = block + 2 * self.mixed + self.routes + 2 * self.rope;
+        Bytes((f32s * size_of::<f32>() + self.activation_groups * ACTIVATION_GROUP) as u64)
     }
 }
 

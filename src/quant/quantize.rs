@@ -123,6 +123,7 @@ pub fn quantize_rows(
 
 /// The largest magnitude; not finite where a value is not. Magnitudes compare
 /// as their bits do, and whole numbers are compared many at once.
+#[inline(always)]
 fn absmax(values: &[f32]) -> f32 {
     let magnitude = |value: &f32| value.abs().to_bits().cast_signed();
     f32::from_bits(values.iter().fold(0, |max, value| magnitude(value).max(max)).cast_unsigned())
@@ -144,11 +145,13 @@ fn int8_row(values: &[f32], absmax: f32, codes: &mut [u8]) -> f32 {
 pub const SHIFT: f32 = 12_582_912.0;
 
 /// The low byte of the whole number nearest to `x`.
+#[inline(always)]
 pub fn low_byte(x: f32) -> u8 {
     (x + SHIFT).to_bits().to_le_bytes()[0]
 }
 
 /// The whole number nearest to `x`, −127 to 127.
+#[inline(always)]
 pub fn round_i8(x: f32) -> i8 {
     low_byte(x.clamp(-127.0, 127.0)).cast_signed()
 }
@@ -157,17 +160,29 @@ pub fn round_i8(x: f32) -> i8 {
 ///
 /// `x` has K elements, `codes` Kp, `scales` Kp/32; codes behind K are zero.
 /// A group of zeros has scale 0.
+#[inline(always)]
 pub fn quantize_activations(x: &[f32], codes: &mut [i8], scales: &mut [f32]) {
-    for ((group, codes), scale) in x.chunks(GROUP_SIZE).zip(codes.chunks_mut(GROUP_SIZE)).zip(scales) {
-        let absmax = group.iter().fold(0.0f32, |max, value| max.max(value.abs()));
-        *scale = absmax / 127.0;
-        let inverse = if absmax > 0.0 { 127.0 / absmax } else { 0.0 };
-        let inverse = if inverse.is_finite() { inverse } else { 0.0 };
-        codes.fill(0);
-        for (code, value) in codes.iter_mut().zip(group) {
-            *code = round_i8(value * inverse);
-        }
+    let codes = codes.as_chunks_mut().0;
+    let (groups, rest) = x.as_chunks();
+    for ((group, codes), scale) in groups.iter().zip(&mut *codes).zip(&mut *scales) {
+        *scale = quantize_group(group, codes);
     }
+    if let (false, Some(codes), Some(scale)) = (rest.is_empty(), codes.last_mut(), scales.last_mut()) {
+        let mut group = [0.0; GROUP_SIZE];
+        group[..rest.len()].copy_from_slice(rest);
+        *scale = quantize_group(&group, codes);
+    }
+}
+
+#[inline(always)]
+fn quantize_group(group: &[f32; GROUP_SIZE], codes: &mut [i8; GROUP_SIZE]) -> f32 {
+    let absmax = absmax(group);
+    let inverse = if absmax > 0.0 { 127.0 / absmax } else { 0.0 };
+    let inverse = if inverse.is_finite() { inverse } else { 0.0 };
+    for (code, value) in codes.iter_mut().zip(group) {
+        *code = round_i8(value * inverse);
+    }
+    absmax / 127.0
 }
 
 #[cfg(test)]

@@ -46,5 +46,9 @@ impl Arena {
 pub fn zeroed(what: &str, len: Bytes) -> Result<MmapMut> {
     let failed = || Error::does_not_fit(format!("cannot take {len} of host memory for {what}"));
     let len = len.as_usize().ok_or_else(failed)?;
-    MmapMut::map_anon(len.max(1)).map_err(|e| failed().caused_by(e))
+    let memory = MmapMut::map_anon(len.max(1)).map_err(|e| failed().caused_by(e))?;
+    // A kernel that has no large pages to give refuses, and small ones do.
+    #[cfg(target_os = "linux")]
+    let _ = memory.advise(memmap2::Advice::HugePage);
+    Ok(memory)
 }

@@ -56,19 +56,7 @@ impl Block {
     /// Replaces the normalized hidden state by what attention makes of it.
     fn attention(&mut self, setup: &Setup, workspace: &mut Workspace, tokens: usize, position: usize) {
         let config = &setup.config;
-        let Workspace {
-            normed,
-            query,
-            key,
-            value,
-            attended,
-            product,
-            activation_codes: codes,
-            activation_scales: scales,
-            cos,
-            sin,
-            ..
-        } = workspace;
+        let Workspace { normed, query, key, value, attended, words, cos, sin, .. } = workspace;
         let (queries, keys) = (config.queries(), config.keys());
         let normed = &mut normed[..tokens * config.hidden_size];
         let (query, attended) = (&mut query[..tokens * queries], &mut attended[..tokens * queries]);
@@ -80,10 +68,9 @@ impl Block {
                 .map(|rows| fused.clone().slice(rows)),
             None => [Role::Query, Role::Key, Role::Value].map(|role| parameters.of(role)),
         };
-        let x = Activations::of(normed, codes, scales, &[&for_query, &for_key, &for_value]);
-        matmul(&for_query, &x, product, query);
-        matmul(&for_key, &x, product, key);
-        matmul(&for_value, &x, product, value);
+        let pool = &setup.pool;
+        let x = Activations::of(pool, normed, words, &[&for_query, &for_key, &for_value]);
+        matmul(pool, &x, [(&for_query, &mut *query), (&for_key, &mut *key), (&for_value, &mut *value)]);
         for (role, x) in [(Role::QueryNorm, &mut *query), (Role::KeyNorm, &mut *key)] {
             if let Some(norm) = parameters.find(role) {
                 setup.norm.apply(&setup.pool, x, &norm);
@@ -115,7 +102,7 @@ impl Block {
         cache.attend(&setup.pool, query, keys, values, position, attended);
 
         let output = self.parameters.of(Role::Output);
-        matmul(&output, &Activations::of(attended, codes, scales, &[&output]), product, normed);
+        matmul(pool, &Activations::of(pool, attended, words, &[&output]), [(&output, normed)]);
     }
 
     /// Replaces the normalized hidden state by what the feed-forward layer makes of it.
@@ -126,32 +113,22 @@ impl Block {
             Some(fused) => (Some(fused.clone().slice(0..width)), fused.slice(width..2 * width)),
             None => (self.parameters.find(Role::Gate), self.parameters.of(Role::Up)),
         };
-        let Workspace { normed, gate: gated, up: other, product, activation_codes, activation_scales, .. } = workspace;
-        let buffers = Buffers { gated, other, product, codes: activation_codes, scales: activation_scales };
+        let Workspace { normed, gate: gated, up: other, words, .. } = workspace;
+        let buffers = Buffers { gated, other, words };
         let x = &mut normed[..tokens * config.hidden_size];
         feed_forward(setup, [gate, Some(up), self.parameters.find(Role::Down)], x, buffers);
     }
 
     /// Replaces the normalized hidden state by the weighted sum of what each token's experts make of it.
     fn experts(&self, setup: &Setup, experts: Experts, workspace: &mut Workspace, tokens: usize) {
-        let Workspace {
-            normed,
-            gate,
-            up,
-            routes,
-            gathered,
-            mixed,
-            product,
-            activation_codes: codes,
-            activation_scales: scales,
-            ..
-        } = workspace;
+        let Workspace { normed, gate, up, routes, gathered, mixed, words, .. } = workspace;
         let hidden = setup.config.hidden_size;
         let normed = &mut normed[..tokens * hidden];
         let mixed = &mut mixed[..tokens * hidden];
         let routes = &mut routes[..tokens * experts.count];
         let scorer = self.parameters.of(Role::Router);
-        matmul(&scorer, &Activations::of(normed, codes, scales, &[&scorer]), product, routes);
+        let pool = &setup.pool;
+        matmul(pool, &Activations::of(pool, normed, words, &[&scorer]), [(&scorer, &mut *routes)]);
         ops::route(routes, experts.count, experts.per_token, experts.is_normalized);
 
         mixed.fill(0.0);
@@ -167,7 +144,7 @@ impl Block {
             }
             let modules = [Role::ExpertGate(expert), Role::ExpertUp(expert), Role::ExpertDown(expert)]
                 .map(|role| self.parameters.find(role));
-            let buffers = Buffers { gated: gate, other: up, product, codes, scales };
+            let buffers = Buffers { gated: gate, other: up, words };
             feed_forward(setup, modules, x, buffers);
             for ((token, weight), x) in weights().zip(x.chunks(hidden)) {
                 ops::add(&mut mixed[token * hidden..][..hidden], x, weight);
@@ -181,9 +158,7 @@ impl Block {
 struct Buffers<'a> {
     gated: &'a mut [f32],
     other: &'a mut [f32],
-    product: &'a mut [f32],
-    codes: &'a mut [i8],
-    scales: &'a mut [f32],
+    words: &'a mut [i32],
 }
 
 /// `x = down(activation(gate(x)) · up(x))`, or without a gate `x = down(activation(up(x)))`.
@@ -191,20 +166,19 @@ fn feed_forward(setup: &Setup, modules: [Option<Affine>; 3], x: &mut [f32], buff
     let [gate, Some(up), Some(down)] = modules else {
         unreachable!("the loader gives every feed-forward layer all of its parameters")
     };
-    let Buffers { gated, other, product, codes, scales } = buffers;
+    let Buffers { gated, other, words } = buffers;
     let Setup { config, pool, .. } = setup;
     let len = x.len() / config.hidden_size * up.rows.len();
     let (gated, other) = (&mut gated[..len], &mut other[..len]);
     if let Some(gate) = gate {
-        let input = Activations::of(x, codes, scales, &[&gate, &up]);
-        matmul(&gate, &input, product, gated);
-        matmul(&up, &input, product, other);
+        let input = Activations::of(pool, x, words, &[&gate, &up]);
+        matmul(pool, &input, [(&gate, &mut *gated), (&up, &mut *other)]);
         ops::gate(pool, config.activation, gated, other);
     } else {
-        matmul(&up, &Activations::of(x, codes, scales, &[&up]), product, gated);
+        matmul(pool, &Activations::of(pool, x, words, &[&up]), [(&up, &mut *gated)]);
         ops::activate(pool, config.activation, gated);
     }
-    matmul(&down, &Activations::of(gated, codes, scales, &[&down]), product, x);
+    matmul(pool, &Activations::of(pool, gated, words, &[&down]), [(&down, x)]);
 }
 
 /// Appends `rows` to what `kv` lays out in `bytes`, and gives all of it.

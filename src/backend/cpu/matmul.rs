@@ -1,56 +1,79 @@
 //! Matrix products on packed weights.
 //!
-//! `y[t][n] = Σ_k x[t][k] · w[n][k]`. Quantized weights are multiplied as
-//! integers with activations quantized to int8 in groups of 32; plain weights
-//! in f32. Threads share the rows of the matrix, and each row is unpacked once
-//! for all tokens. A token's result does not depend on the others beside it.
+//! `y[t][n] = Σ_k x[t][k] · w[n][k]`. Quantized weights are multiplied as integers with activations
+//! quantized to int8 in groups of 32; plain weights in f32, read as they are stored. Threads share
+//! the rows of the matrices. A token's result does not depend on the others beside it, nor on the
+//! processor; see [`super::kernels`].
 
+use std::array::from_fn;
 use std::ops::Range;
 
-use rayon::prelude::*;
+use super::kernels::{self, Codes, MANY, Quantized, ROWS, Row, TILE, TOKENS, plain};
+use super::pool::{Pool, Table};
+use crate::quant::{Matrix, NL4_UNIT, Storage, WeightDtype};
+use crate::simd::Isa;
 
-use crate::quant::{GROUP_SIZE, Matrix, NL4_LEVELS, NL4_UNIT, Storage, quantize_activations};
+/// Bytes of weights that a thread takes at once for one token.
+const TASK: usize = 64 << 10;
 
-/// Rows that a thread takes at once.
-const ROWS: usize = 16;
-/// Sums that a product runs in side by side.
-const LANES: usize = 16;
-
-/// The input of a product: K values for each token, and the same quantized if
-/// a matrix wants them so.
+/// The input of a product: K values for each token, and the same quantized if a matrix wants them so.
 pub struct Activations<'a> {
     x: &'a [f32],
     cols: usize,
-    codes: &'a [i8],
-    scales: &'a [f32],
+    quantized: Option<Quantized<'a>>,
 }
 
 impl<'a> Activations<'a> {
-    /// `x` is `[tokens][cols]`; `codes` and `scales` have room for its padded
-    /// groups, and are written only if `quantized`.
-    pub fn new(x: &'a [f32], cols: usize, codes: &'a mut [i8], scales: &'a mut [f32], quantized: bool) -> Self {
-        let padded = cols.next_multiple_of(GROUP_SIZE);
-        let tokens = x.len() / cols;
-        let (codes, scales) = (&mut codes[..tokens * padded], &mut scales[..tokens * padded / GROUP_SIZE]);
-        if quantized {
-            x.par_chunks(cols)
-                .zip(codes.par_chunks_mut(padded))
-                .zip(scales.par_chunks_mut(padded / GROUP_SIZE))
-                .for_each(|((x, codes), scales)| quantize_activations(x, codes, scales));
-        }
-        Self { x, cols, codes, scales }
-    }
-
-    /// The input of `affines`, quantized if one of them computes on integers.
-    pub fn of(x: &'a [f32], codes: &'a mut [i8], scales: &'a mut [f32], affines: &[&Affine]) -> Self {
-        let is_packed = |affine: &&Affine| !matches!(affine.weight.layout.storage, Storage::Plain(_));
+    /// The input of `affines`, quantized into `words` if one of them computes on integers: `words`
+    /// has room for [`kernels::GROUP_WORDS`] for each group.
+    pub fn of(pool: &Pool, x: &'a [f32], words: &'a mut [i32], affines: &[&Affine]) -> Self {
         let cols = affines.first().map_or(x.len(), |affine| affine.weight.layout.cols);
-        Self::new(x, cols, codes, scales, affines.iter().any(is_packed))
+        let is_packed = |affine: &&Affine| !matches!(affine.weight.layout.storage, Storage::Plain(_));
+        let quantized = affines.iter().any(is_packed).then(|| Quantized::new(pool, x, cols, words));
+        Self { x, cols, quantized }
     }
 
     fn tokens(&self) -> usize {
         self.x.len() / self.cols
     }
+
+    /// The totals of four rows with a token.
+    fn few(&self, isa: Isa, tile: &Tile<ROWS>, token: usize) -> [f32; ROWS] {
+        match self.input(tile.storage) {
+            Input::Plain(dtype) => plain::few(isa, dtype, &tile.rows, &self.x[token * self.cols..][..self.cols]),
+            Input::Packed(codes, x) => kernels::few(isa, codes, &tile.rows, x.token(token)),
+        }
+    }
+
+    /// The totals of a tile of rows with each token from `first` on.
+    fn many(&self, isa: Isa, tile: &Tile<TILE>, first: usize, totals: &mut [[f32; TILE]]) {
+        let (cols, count) = (self.cols, totals.len());
+        match self.input(tile.storage) {
+            Input::Plain(dtype) => {
+                plain::many(isa, dtype, &tile.rows, &self.x[first * cols..][..count * cols], cols, totals);
+            }
+            Input::Packed(codes, x) => kernels::many(isa, codes, &tile.rows, x.slice(first, count), totals),
+        }
+    }
+
+    fn input(&self, storage: Storage) -> Input<'a> {
+        let codes = match storage {
+            Storage::Plain(dtype) => return Input::Plain(dtype),
+            Storage::Int8 => Codes::Int8,
+            Storage::Int4 => Codes::Int4,
+            Storage::Nl4 => Codes::Nl4,
+        };
+        match self.quantized {
+            Some(x) => Input::Packed(codes, x),
+            None => unreachable!("`Activations::of` was told of this matrix"),
+        }
+    }
+}
+
+/// What rows of a storage are multiplied with.
+enum Input<'a> {
+    Plain(WeightDtype),
+    Packed(Codes, Quantized<'a>),
 }
 
 /// The weight of a module and its bias, or some of their rows.
@@ -79,117 +102,78 @@ impl<'a> Affine<'a> {
     }
 }
 
-/// `y = x · wᵀ + b`, `[tokens][rows]`. `product` has room for as much, unless
-/// there is one token only.
-pub fn matmul(affine: &Affine, x: &Activations, product: &mut [f32], y: &mut [f32]) {
-    let (tokens, rows) = (x.tokens(), affine.rows.len());
-    debug_assert_eq!(affine.weight.layout.cols, x.cols);
-    if tokens == 1 {
-        return by_rows(affine, x, 1, y);
-    }
-    let product = &mut product[..tokens * rows];
-    by_rows(affine, x, tokens, product);
-    let product = &*product;
-    y.par_chunks_mut(rows).enumerate().for_each(|(token, y)| {
-        for (row, y) in y.iter_mut().enumerate() {
-            *y = product[row * tokens + token];
+/// `y = x · wᵀ + b`, `[tokens][rows]`, for several matrices with one input.
+pub fn matmul<const N: usize>(pool: &Pool, x: &Activations, products: [(&Affine, &mut [f32]); N]) {
+    let affines = from_fn::<_, N, _>(|at| products[at].0.clone());
+    let row_bytes = affines.iter().map(|affine| affine.weight.layout.code_row).max().unwrap_or(0);
+    let mut tables = products.map(|(affine, values)| {
+        debug_assert_eq!(affine.weight.layout.cols, x.cols);
+        Table { values, stride: affine.rows.len() }
+    });
+    let is_few = x.tokens() < MANY;
+    let at_once = if is_few { (TASK / row_bytes.max(1)).next_multiple_of(ROWS).clamp(ROWS, 2 * TILE) } else { TILE };
+    pool.columns_of(&mut tables, at_once, |table, _, mut columns| {
+        let (affine, width) = (&affines[table], columns.width());
+        let start = affine.rows.start + columns.start();
+        if is_few {
+            for at in (0..width).step_by(ROWS) {
+                let tile = Tile::<ROWS>::new(affine, start + at..start + width);
+                for token in 0..x.tokens() {
+                    tile.put(&x.few(pool.isa(), &tile, token), &mut columns.row(token)[at..]);
+                }
+            }
+        } else {
+            let tile = Tile::<TILE>::new(affine, start..start + width);
+            #[expect(clippy::large_stack_arrays, reason = "a thread's stack has room")]
+            let mut totals = [[0.0; TILE]; TOKENS];
+            for first in (0..x.tokens()).step_by(TOKENS) {
+                let totals = &mut totals[..TOKENS.min(x.tokens() - first)];
+                x.many(pool.isa(), &tile, first, totals);
+                for (token, totals) in (first..).zip(totals) {
+                    tile.put(totals, columns.row(token));
+                }
+            }
         }
     });
 }
 
-/// The product as `[rows][tokens]`, so that each thread writes its own rows.
-fn by_rows(affine: &Affine, x: &Activations, tokens: usize, product: &mut [f32]) {
-    let matrix = &affine.weight;
-    let (cols, padded) = (matrix.layout.cols, matrix.layout.padded_cols);
-    product.par_chunks_mut(ROWS * tokens).enumerate().for_each_init(
-        || (vec![0.0f32; cols], vec![0i8; padded]),
-        |(plain, unpacked), (at, sums)| {
-            for (i, sums) in sums.chunks_mut(tokens).enumerate() {
-                let row = affine.rows.start + at * ROWS + i;
-                match matrix.layout.storage {
-                    Storage::Plain(_) => {
-                        matrix.dequantize_row(row, plain);
-                        for (sum, x) in sums.iter_mut().zip(x.x.chunks(cols)) {
-                            *sum = dot(x, plain);
-                        }
-                    }
-                    Storage::Int8 => {
-                        let weights: &[i8] = bytemuck::must_cast_slice(matrix.codes(row));
-                        let scale = matrix.scale(row);
-                        for_tokens(x, sums, |codes, scales| scale * int8_dot(codes, scales, weights));
-                    }
-                    Storage::Int4 | Storage::Nl4 => {
-                        let unit = if matrix.layout.storage == Storage::Nl4 {
-                            unpack(matrix.codes(row), unpacked, |code| NL4_LEVELS[usize::from(code)]);
-                            NL4_UNIT
-                        } else {
-                            unpack(matrix.codes(row), unpacked, |code| code.cast_signed() - 8);
-                            1.0
-                        };
-                        let (scale, sub_scales) = (unit * matrix.scale(row), matrix.sub_scales(row));
-                        for_tokens(x, sums, |codes, scales| scale * grouped_dot(codes, scales, unpacked, sub_scales));
-                    }
-                }
-                if let Some(bias) = &affine.bias {
-                    let bias = bias.element(row);
-                    for sum in sums {
-                        *sum += bias;
-                    }
-                }
-            }
-        },
-    );
+/// N rows of a matrix that are multiplied at once.
+struct Tile<'a, const N: usize> {
+    storage: Storage,
+    rows: [Row<'a>; N],
+    scales: [f32; N],
+    biases: [f32; N],
 }
 
-fn for_tokens(x: &Activations, sums: &mut [f32], product: impl Fn(&[i8], &[f32]) -> f32) {
-    let padded = x.cols.next_multiple_of(GROUP_SIZE);
-    let tokens = x.codes.chunks(padded).zip(x.scales.chunks(padded / GROUP_SIZE));
-    for (sum, (codes, scales)) in sums.iter_mut().zip(tokens) {
-        *sum = product(codes, scales);
+impl<'a, const N: usize> Tile<'a, N> {
+    /// The first of `rows`; where these are fewer than N, the last one stands for those that are missing.
+    fn new(affine: &Affine<'a>, rows: Range<usize>) -> Self {
+        let matrix = &affine.weight;
+        let storage = matrix.layout.storage;
+        let unit = if storage == Storage::Nl4 { NL4_UNIT } else { 1.0 };
+        let row = |i: usize| (rows.start + i).min(rows.end - 1);
+        Self {
+            storage,
+            rows: from_fn(|i| Row { codes: matrix.codes(row(i)), sub_scales: matrix.sub_scales(row(i)) }),
+            scales: from_fn(|i| unit * matrix.scale(row(i))),
+            biases: affine.bias.map_or([0.0; N], |bias| from_fn(|i| bias.element(row(i)))),
+        }
     }
-}
 
-/// Four-bit codes as their levels, in the order of the columns.
-fn unpack(codes: &[u8], unpacked: &mut [i8], level: impl Fn(u8) -> i8) {
-    for (bytes, unpacked) in codes.chunks_exact(GROUP_SIZE / 2).zip(unpacked.chunks_exact_mut(GROUP_SIZE)) {
-        let (low, high) = unpacked.split_at_mut(GROUP_SIZE / 2);
-        for ((byte, low), high) in bytes.iter().zip(low).zip(high) {
-            *low = level(byte & 0x0f);
-            *high = level(byte >> 4);
+    /// As many of the rows' results as there is room for.
+    fn put(&self, totals: &[f32; N], y: &mut [f32]) {
+        for (i, (y, total)) in y.iter_mut().zip(totals).enumerate() {
+            *y = total * self.scales[i] + self.biases[i];
         }
     }
 }
 
-/// `Σ_g scale[g] · Σ_k x[k] w[k]` over groups.
-fn int8_dot(x: &[i8], scales: &[f32], weights: &[i8]) -> f32 {
-    let (x, weights) = (x.as_chunks::<GROUP_SIZE>().0, weights.as_chunks::<GROUP_SIZE>().0);
-    x.iter().zip(weights).zip(scales).fold(0.0, |sum, ((x, w), scale)| sum + scale * group_dot(x, w))
-}
-
-/// `Σ_g scale[g] · sub_scale[g] · Σ_k x[k] level[k]` over groups.
-fn grouped_dot(x: &[i8], scales: &[f32], levels: &[i8], sub_scales: &[i8]) -> f32 {
-    let (x, levels) = (x.as_chunks::<GROUP_SIZE>().0, levels.as_chunks::<GROUP_SIZE>().0);
-    x.iter()
-        .zip(levels)
-        .zip(scales.iter().zip(sub_scales))
-        .fold(0.0, |sum, ((x, levels), (scale, sub_scale))| sum + scale * f32::from(*sub_scale) * group_dot(x, levels))
-}
-
-/// The integer product of a group: at most 32 · 127 · 127 in size, so i32 and f32 hold it exactly.
-fn group_dot(x: &[i8; GROUP_SIZE], w: &[i8; GROUP_SIZE]) -> f32 {
-    let mut sum = 0i32;
-    for (x, w) in x.iter().zip(w) {
-        sum = sum.wrapping_add(i32::from(*x).wrapping_mul(i32::from(*w)));
-    }
-    sum as f32
-}
-
-/// `Σ x[k] y[k]` in [`LANES`] sums side by side.
+/// `Σ x[k] y[k]` in sixteen sums side by side.
 pub fn dot(x: &[f32], y: &[f32]) -> f32 {
-    let ((x, x_tail), (y, y_tail)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
-    let mut sums = [0.0f32; LANES];
+    let ((x, x_tail), (y, y_tail)) = (x.as_chunks::<16>(), y.as_chunks::<16>());
+    let mut sums = [0.0f32; 16];
     for (x, y) in x.iter().zip(y) {
-        for lane in 0..LANES {
+        for lane in 0..16 {
             sums[lane] += x[lane] * y[lane];
         }
     }
@@ -200,7 +184,8 @@ pub fn dot(x: &[f32], y: &[f32]) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quant::{MatrixLayout, PackedRows, WeightDtype, quantize_rows, reference};
+    use crate::backend::cpu::kernels::GROUP_WORDS;
+    use crate::quant::{GROUP_SIZE, MatrixLayout, PackedRows, quantize_rows, reference};
 
     fn random(count: usize, seed: u64) -> Vec<f32> {
         let mut state = seed;
@@ -245,22 +230,42 @@ mod tests {
         Storage::Nl4,
     ];
 
+    const CASES: [(usize, usize, usize); 14] = [
+        (1, 1, 1),
+        (3, 5, 2),
+        (17, 31, 3),
+        (16, 32, 1),
+        (33, 33, 5),
+        (40, 100, 8),
+        (64, 256, 1),
+        (5, 768, 7),
+        (70, 161, 4),
+        (32, 64, 6),
+        (31, 96, 13),
+        (4, 2080, 9),
+        (65, 2304, 2),
+        (2, 40, 260),
+    ];
+
+    fn run(pool: &Pool, affine: &Affine, x: &[f32]) -> Vec<f32> {
+        let cols = affine.weight.layout.cols;
+        let mut words = vec![0; x.len() / cols * cols.div_ceil(GROUP_SIZE) * GROUP_WORDS];
+        let mut y = vec![f32::NAN; x.len() / cols * affine.rows.len()];
+        let activations = Activations::of(pool, x, &mut words, &[affine]);
+        matmul(pool, &activations, [(affine, &mut y)]);
+        y
+    }
+
     #[test]
     fn every_storage_equals_the_reference() {
         for storage in STORAGES {
-            for (rows, cols, tokens) in
-                [(1, 1, 1), (3, 5, 2), (17, 31, 3), (16, 32, 1), (33, 33, 5), (40, 100, 8), (64, 256, 1), (5, 768, 7)]
-            {
+            for (rows, cols, tokens) in CASES {
                 let layout = MatrixLayout::new(storage, rows, cols).unwrap();
                 let bytes = packed(&layout, &random(rows * cols, 1));
                 let matrix = Matrix::new(&layout, &bytes);
                 let x = random(tokens * cols, 2);
-                let padded = cols.next_multiple_of(GROUP_SIZE);
-                let (mut codes, mut scales) = (vec![0; tokens * padded], vec![0.0; tokens * padded / GROUP_SIZE]);
+                let y = run(&Pool::of_all_cores(), &Affine::new(matrix, None), &x);
                 let quantized = !matches!(storage, Storage::Plain(_));
-                let activations = Activations::new(&x, cols, &mut codes, &mut scales, quantized);
-                let (mut product, mut y) = (vec![f32::NAN; tokens * rows], vec![f32::NAN; tokens * rows]);
-                matmul(&Affine::new(matrix, None), &activations, &mut product, &mut y);
                 let seen = if quantized { reference::rounded_activations(&x, cols) } else { x };
                 let exact = reference::matmul(&matrix, &seen, tokens);
                 for (ours, exact) in y.iter().zip(exact) {
@@ -275,23 +280,53 @@ mod tests {
     }
 
     #[test]
+    fn every_processor_gives_the_same_bits() {
+        for storage in STORAGES {
+            for (rows, cols, tokens) in CASES {
+                let layout = MatrixLayout::new(storage, rows, cols).unwrap();
+                let bytes = packed(&layout, &random(rows * cols, 1));
+                let affine = Affine::new(Matrix::new(&layout, &bytes), None);
+                let x = random(tokens * cols, 2);
+                let wanted = run(&Pool::of_all_cores().with_isa(Isa::PORTABLE), &affine, &x);
+                for isa in Isa::available() {
+                    let y = run(&Pool::of_all_cores().with_isa(isa), &affine, &x);
+                    assert!(y == wanted, "{isa:?} {storage:?} {rows}×{cols}, {tokens} tokens");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_largest_codes_do_not_overflow() {
+        let (rows, cols, tokens) = (32, 96, 6);
+        let signs = |at: usize| if at.is_multiple_of(3) { -1.0 } else { 1.0 };
+        for storage in STORAGES {
+            for x in [vec![1.0; tokens * cols], vec![-1.0; tokens * cols], (0..tokens * cols).map(signs).collect()] {
+                let layout = MatrixLayout::new(storage, rows, cols).unwrap();
+                let bytes = packed(&layout, &(0..rows * cols).map(signs).collect::<Vec<_>>());
+                let matrix = Matrix::new(&layout, &bytes);
+                let exact = reference::matmul(&matrix, &x, tokens);
+                for isa in Isa::available() {
+                    let y = run(&Pool::of_all_cores().with_isa(isa), &Affine::new(matrix, None), &x);
+                    for (ours, exact) in y.iter().zip(&exact) {
+                        assert!((f64::from(*ours) - exact).abs() < 1e-3, "{isa:?} {storage:?}: {ours} {exact}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
     fn a_token_does_not_depend_on_those_beside_it() {
         for storage in STORAGES {
             let (rows, cols, tokens) = (20, 70, 6);
             let layout = MatrixLayout::new(storage, rows, cols).unwrap();
             let bytes = packed(&layout, &random(rows * cols, 3));
-            let matrix = Matrix::new(&layout, &bytes);
+            let affine = Affine::new(Matrix::new(&layout, &bytes), None);
             let x = random(tokens * cols, 4);
-            let run = |x: &[f32]| {
-                let (mut codes, mut scales) = (vec![0; x.len() * 2], vec![0.0; x.len()]);
-                let activations = Activations::new(x, cols, &mut codes, &mut scales, true);
-                let outputs = x.len() / cols * rows;
-                let (mut product, mut y) = (vec![0.0; outputs], vec![0.0; outputs]);
-                matmul(&Affine::new(matrix, None), &activations, &mut product, &mut y);
-                y
-            };
-            let alone: Vec<f32> = x.chunks(cols).flat_map(run).collect();
-            assert_eq!(run(&x), alone, "{storage:?}");
+            let pool = Pool::of_all_cores();
+            let alone: Vec<f32> = x.chunks(cols).flat_map(|x| run(&pool, &affine, x)).collect();
+            assert_eq!(run(&pool, &affine, &x), alone, "{storage:?}");
         }
     }
 
@@ -305,21 +340,30 @@ mod tests {
             let bias = packed(&vector, &random(rows, 6));
             let whole = Affine::new(Matrix::new(&layout, &bytes), Some(Matrix::new(&vector, &bias)));
             let x = random(tokens * cols, 7);
-            let run = |affine: &Affine| {
-                let (mut codes, mut scales) = (vec![0; x.len() * 2], vec![0.0; x.len()]);
-                let activations = Activations::new(&x, cols, &mut codes, &mut scales, true);
-                let outputs = tokens * affine.rows.len();
-                let (mut product, mut y) = (vec![0.0; outputs], vec![0.0; outputs]);
-                matmul(affine, &activations, &mut product, &mut y);
-                y
-            };
-            let all = run(&whole);
-            let unbiased = run(&Affine::new(whole.weight, None));
+            let pool = Pool::of_all_cores();
+            let all = run(&pool, &whole, &x);
+            let unbiased = run(&pool, &Affine::new(whole.weight, None), &x);
             assert_eq!(all[5], unbiased[5] + whole.bias.unwrap().element(5), "{storage:?}");
             for part in [0..17, 17..40] {
                 let wanted: Vec<f32> = all.chunks(rows).flat_map(|row| &row[part.clone()]).copied().collect();
-                assert_eq!(run(&whole.clone().slice(part)), wanted, "{storage:?}");
+                assert_eq!(run(&pool, &whole.clone().slice(part), &x), wanted, "{storage:?}");
             }
         }
+    }
+
+    #[test]
+    fn products_of_one_input_are_each_their_own() {
+        let (cols, tokens) = (64, 5);
+        let x = random(tokens * cols, 8);
+        let layouts = [(Storage::Int4, 70), (Storage::Int8, 3)]
+            .map(|(storage, rows)| MatrixLayout::new(storage, rows, cols).unwrap());
+        let bytes = layouts.each_ref().map(|layout| packed(layout, &random(layout.rows * cols, 9)));
+        let [a, b] = [0, 1].map(|at| Affine::new(Matrix::new(&layouts[at], &bytes[at]), None));
+        let pool = Pool::of_all_cores();
+        let mut words = vec![0; tokens * cols / GROUP_SIZE * GROUP_WORDS];
+        let activations = Activations::of(&pool, &x, &mut words, &[&a, &b]);
+        let (mut y_a, mut y_b) = (vec![f32::NAN; tokens * 70], vec![f32::NAN; tokens * 3]);
+        matmul(&pool, &activations, [(&a, &mut y_a), (&b, &mut y_b)]);
+        assert_eq!((y_a, y_b), (run(&pool, &a, &x), run(&pool, &b, &x)));
     }
 }

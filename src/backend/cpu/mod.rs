@@ -7,6 +7,7 @@
 mod arena;
 mod attention;
 mod block;
+mod kernels;
 mod matmul;
 mod ops;
 mod pool;
@@ -15,6 +16,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub use arena::{Arena, zeroed};
+pub use kernels::GROUP_WORDS;
 pub use matmul::{Activations, Affine, matmul};
 pub(super) use ops::{route, soft_cap};
 pub use pool::{Columns, Pool, Table};
@@ -95,9 +97,8 @@ pub struct Workspace {
     routes: Vec<f32>,
     gathered: Vec<f32>,
     mixed: Vec<f32>,
-    product: Vec<f32>,
-    activation_codes: Vec<i8>,
-    activation_scales: Vec<f32>,
+    /// Quantized activations.
+    words: Vec<i32>,
     cos: Vec<f32>,
     sin: Vec<f32>,
 }
@@ -117,9 +118,7 @@ impl Workspace {
             routes: buffer(layout.routes),
             gathered: buffer(layout.mixed),
             mixed: buffer(layout.mixed),
-            product: buffer(layout.product),
-            activation_codes: vec![0; layout.activation_codes],
-            activation_scales: buffer(layout.activation_scales),
+            words: vec![0; layout.activation_groups * GROUP_WORDS],
             cos: buffer(layout.rope),
             sin: buffer(layout.rope),
         }
@@ -138,13 +137,11 @@ impl Workspace {
             &self.routes,
             &self.gathered,
             &self.mixed,
-            &self.product,
-            &self.activation_scales,
             &self.cos,
             &self.sin,
         ];
         let elements: usize = f32s.iter().map(|buffer| buffer.len()).sum();
-        Bytes((elements * size_of::<f32>() + self.activation_codes.len()) as u64)
+        Bytes(((elements + self.words.len()) * size_of::<f32>()) as u64)
     }
 }
 
@@ -255,9 +252,9 @@ impl Stage for CpuStage {
     fn logits(&mut self, hidden: &mut Hidden, logits: &mut [f32]) -> Result<()> {
         if let Some(head) = self.parameters.find(Role::Head) {
             let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
-            let Workspace { activation_codes, activation_scales, .. } = &mut *workspace;
-            let x = Activations::of(hidden.on_host()?, activation_codes, activation_scales, &[&head]);
-            matmul(&head, &x, &mut [], logits);
+            let pool = &self.setup.pool;
+            let x = Activations::of(pool, hidden.on_host()?, &mut workspace.words, &[&head]);
+            matmul(pool, &x, [(&head, &mut *logits)]);
             let config = &self.setup.config;
             for logit in logits {
                 *logit = ops::soft_cap(*logit * config.logit_scale, config.logit_softcap);
