@@ -237,7 +237,7 @@ fn a_map_is_written_checked_and_loaded() {
         "--context",
         "256",
         "--max-memory",
-        "cpu=17MiB,disk=1GiB",
+        "cpu=16896KiB,disk=1GiB",
         "--output",
         map,
     ];
