@@ -174,7 +174,7 @@ pub struct GenerateArguments {
     /// `text`, or JSON Lines: an object for each token, then a summary.
     #[arg(long, value_enum, value_name = "FORMAT", default_value_t = Format::Text, help_heading = "Output")]
     pub format: Format,
-    /// Show load time, tokens per second, and planned and measured memory on standard error.
+    /// Show load time and where it went, tokens per second, and planned and measured memory on standard error.
     #[arg(long, help_heading = "Output")]
     pub stats: bool,
 }
