@@ -71,7 +71,8 @@ pub fn layout(weight: &Weight, rules: &QuantizeRules) -> Option<MatrixLayout> {
 
 /// The keys, or the values, that one block caches: codes as
 /// `[batch][kv_heads][context][head_dim]`, then scales as `[batch][kv_heads][context]`.
-/// A block with a sliding window has the whole context too.
+/// A block with a sliding window has the whole context too. On the CPU, the elements of some keys
+/// in turn stand side by side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvLayout {
     /// The type of the elements.

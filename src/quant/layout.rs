@@ -170,10 +170,15 @@ impl<'a> Matrix<'a> {
     /// The element at `col` of a plain vector.
     pub fn element(&self, col: usize) -> f32 {
         let mut value = [0.0];
-        if let Storage::Plain(dtype) = self.layout.storage {
-            dtype.decode(&self.codes(0)[col * dtype.size()..][..dtype.size()], &mut value);
-        }
+        self.elements(col, &mut value);
         value[0]
+    }
+
+    /// The elements from `col` on of a plain vector.
+    pub fn elements(&self, col: usize, values: &mut [f32]) {
+        if let Storage::Plain(dtype) = self.layout.storage {
+            dtype.decode(&self.codes(0)[col * dtype.size()..][..values.len() * dtype.size()], values);
+        }
     }
 
     /// The dequantized weights of `row` into `values`, K of them.

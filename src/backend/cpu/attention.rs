@@ -2,15 +2,21 @@
 
 use std::ops::Range;
 
-use super::matmul::dot;
-use super::ops::soft_cap;
-use super::pool::Pool;
+use super::exp::exp;
+use super::flash::{self, BLOCK, QUERIES, Query, Softmax};
+use super::pool::{Pool, Table};
 use crate::quant::KvDtype;
+use crate::simd::{Isa, vectorized};
 
-/// Keys whose scores are held at once.
-const SPAN: usize = 64;
+/// Keys that a query's sums go over before they are added to those of the keys before, however
+/// many threads there are.
+const PART: usize = 16 * BLOCK;
+/// Tasks for each thread that are enough to keep all threads busy.
+const TASKS: usize = 4;
 
-/// The shape of a block's cache, `[kv_heads][context][head_dim]`, and of its queries.
+/// The shape of a block's cache and of its queries. Values stand as
+/// `[kv_heads][context][head_dim]`; keys too, but of [`BLOCK`] keys in turn, or those that are left
+/// of the context, as `[head_dim][keys]`.
 #[derive(Clone, Copy)]
 pub struct Cache {
     pub heads: usize,
@@ -30,9 +36,7 @@ pub struct Scores {
     pub window: Option<usize>,
 }
 
-/// The keys, or the values, of a block: codes and scales as [`KvLayout`] has them.
-///
-/// [`KvLayout`]: crate::plan::memory::KvLayout
+/// The keys, or the values, of a block: codes, and the scale of each vector if the type has them.
 #[derive(Clone, Copy)]
 pub struct Stored<'a> {
     pub codes: &'a [u8],
@@ -40,91 +44,198 @@ pub struct Stored<'a> {
 }
 
 impl Cache {
-    /// Stores `rows`, `[tokens][kv_heads][head_dim]`, from `position` on.
-    pub fn append(&self, rows: &[f32], codes: &mut [u8], scales: &mut [f32], position: usize) {
+    /// Stores the values `rows`, `[tokens][kv_heads][head_dim]`, from `position` on.
+    pub fn append_values(&self, rows: &[f32], (codes, scales): (&mut [u8], &mut [f32]), position: usize) {
         let width = self.dtype.code_bytes(self.head_dim);
-        for (token, row) in rows.chunks(self.kv_heads * self.head_dim).enumerate() {
+        self.each_vector(rows, position, |head, key, vector| {
+            let at = head * self.context + key;
+            let scale = self.dtype.encode(vector, &mut codes[at * width..][..width]);
+            if let Some(stored) = scales.get_mut(at) {
+                *stored = scale;
+            }
+        });
+    }
+
+    /// As [`Cache::append_values`] for keys.
+    pub fn append_keys(&self, rows: &[f32], (codes, scales): (&mut [u8], &mut [f32]), position: usize) {
+        let element = self.dtype.code_bytes(1);
+        // Words, as elements of four bytes are to be aligned.
+        let mut encoded = vec![0u32; self.dtype.code_bytes(self.head_dim).div_ceil(size_of::<u32>())];
+        let encoded: &mut [u8] = bytemuck::must_cast_slice_mut(&mut encoded);
+        let encoded = &mut encoded[..self.head_dim * element];
+        self.each_vector(rows, position, |head, key, vector| {
+            let scale = self.dtype.encode(vector, encoded);
+            if let Some(stored) = scales.get_mut(head * self.context + key) {
+                *stored = scale;
+            }
+            let (lane, start) = (key % BLOCK, key - key % BLOCK);
+            let stride = BLOCK.min(self.context - start);
+            let first = (head * self.context + start) * self.head_dim + lane;
+            for (dimension, code) in encoded.chunks_exact(element).enumerate() {
+                codes[(first + dimension * stride) * element..][..element].copy_from_slice(code);
+            }
+        });
+    }
+
+    fn each_vector(&self, rows: &[f32], position: usize, mut store: impl FnMut(usize, usize, &[f32])) {
+        for (key, row) in (position..).zip(rows.chunks(self.kv_heads * self.head_dim)) {
             for (head, vector) in row.chunks(self.head_dim).enumerate() {
-                let at = head * self.context + position + token;
-                let scale = self.dtype.encode(vector, &mut codes[at * width..][..width]);
-                if let Some(stored) = scales.get_mut(at) {
-                    *stored = scale;
-                }
+                store(head, key, vector);
             }
         }
     }
 
     /// Causal attention with grouped queries: `softmax(scores) · v` for each
     /// query of `[tokens][heads][head_dim]`, over the keys up to its own
-    /// position, those of its window if there is one.
-    pub fn attend(
+    /// position, those of its window if there is one. `attended` begins with
+    /// what it gives; what is behind is scratch.
+    pub fn attend(&self, pool: &Pool, query: &[f32], stored: [Stored; 2], position: usize, attended: &mut [f32]) {
+        let (attended, scratch) = attended.split_at_mut(query.len());
+        let tokens = query.len() / (self.heads * self.head_dim);
+        let attention = Attention { cache: self, isa: pool.isa(), query, stored, position };
+        let first = attention.query(0, 0);
+        let parts = first.first / PART..first.end.div_ceil(PART);
+        let partial = self.group() * (self.head_dim + 2);
+        let needed = self.kv_heads * parts.len() * partial;
+        if tokens == 1 && parts.len() > 1 && self.kv_heads < TASKS * pool.threads() && needed <= scratch.len() {
+            attention.by_parts(pool, &parts, &mut scratch[..needed], attended);
+        } else {
+            attention.by_tiles(pool, attended);
+        }
+    }
+
+    /// Queries that share a head of keys and values.
+    fn group(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+}
+
+/// What a step attends to.
+struct Attention<'a> {
+    cache: &'a Cache,
+    isa: Isa,
+    query: &'a [f32],
+    stored: [Stored<'a>; 2],
+    position: usize,
+}
+
+impl<'a> Attention<'a> {
+    /// Query `at` of those that a head of keys and values has, over tokens and their heads of queries.
+    fn query(&self, kv_head: usize, at: usize) -> Query<'a> {
+        let (cache, group) = (self.cache, self.cache.group());
+        let (token, head) = (at / group, kv_head * group + at % group);
+        let end = self.position + token + 1;
+        Query {
+            vector: &self.query[(token * cache.heads + head) * cache.head_dim..][..cache.head_dim],
+            first: cache.scores.window.map_or(0, |window| end.saturating_sub(window)),
+            end,
+        }
+    }
+
+    /// Runs `count` queries from `at` on over a part of the keys.
+    fn part(
         &self,
-        pool: &Pool,
-        query: &[f32],
-        keys: Stored,
-        values: Stored,
-        position: usize,
-        attended: &mut [f32],
-    ) {
-        let width = self.head_dim;
-        pool.chunks(attended, width, |at, out| {
-            let (token, head) = (at / self.heads, at % self.heads);
-            let start = head * self.kv_heads / self.heads * self.context;
-            let end = position + token + 1;
-            let first = self.scores.window.map_or(0, |window| end.saturating_sub(window));
-            let query = &query[at * width..][..width];
-            self.attend_one(query, keys, values, start + first..start + end, &mut vec![0.0; width], out);
+        kv_head: usize,
+        at: usize,
+        count: usize,
+        part: usize,
+        mixed: &mut [f32],
+    ) -> ([Query<'a>; QUERIES], [Softmax; QUERIES]) {
+        let mut queries = [self.query(kv_head, at); QUERIES];
+        for (i, query) in queries[..count].iter_mut().enumerate() {
+            *query = self.query(kv_head, at + i);
+        }
+        let softmax = flash::attend(self.cache, self.isa, self.stored, kv_head, &queries[..count], keys(part), mixed);
+        (queries, softmax)
+    }
+
+    /// One task for some tokens and a head of keys and values, over all parts in turn.
+    fn by_tiles(&self, pool: &Pool, attended: &mut [f32]) {
+        let (width, group) = (self.cache.head_dim, self.cache.group());
+        let table = Table { values: attended, stride: self.cache.heads * width };
+        pool.tiles(table, group * width, (QUERIES / group).max(1), |kv_head, _, mut columns| {
+            let tokens = columns.tokens();
+            let all = tokens.start * group..tokens.end * group;
+            let mut mixed = vec![0.0; QUERIES.min(all.len()) * width];
+            for start in all.clone().step_by(QUERIES) {
+                let count = QUERIES.min(all.end - start);
+                let mut totals = [Softmax::EMPTY; QUERIES];
+                let parts =
+                    self.query(kv_head, start).first / PART..self.query(kv_head, start + count - 1).end.div_ceil(PART);
+                for part in parts.clone() {
+                    let mixed = &mut mixed[..count * width];
+                    let (queries, softmax) = self.part(kv_head, start, count, part, mixed);
+                    for (i, mixed) in mixed.chunks(width).enumerate() {
+                        let out = &mut columns.row((start + i) / group)[(start + i) % group * width..][..width];
+                        if part == parts.start {
+                            out.fill(0.0);
+                        }
+                        if !queries[i].sees(&keys(part)).is_empty() {
+                            add(self.isa, &mut totals[i], out, softmax[i], mixed);
+                        }
+                    }
+                }
+                for (i, total) in totals[..count].iter().enumerate() {
+                    let out = &mut columns.row((start + i) / group)[(start + i) % group * width..][..width];
+                    divide(self.isa, out, total.sum);
+                }
+            }
         });
     }
 
-    /// One query over the keys and values at `seen`. The softmax runs along
-    /// with the keys (its largest score so far is kept, and what was summed is
-    /// rescaled when a larger one comes), so nothing is held that grows with
-    /// them but `vector`, one of them as f32.
-    fn attend_one(
-        &self,
-        query: &[f32],
-        keys: Stored,
-        values: Stored,
-        seen: Range<usize>,
-        vector: &mut [f32],
-        out: &mut [f32],
-    ) {
-        let Scores { scale, softcap, .. } = self.scores;
-        let (mut largest, mut sum) = (f32::NEG_INFINITY, 0.0f32);
-        out.fill(0.0);
-        for start in seen.clone().step_by(SPAN) {
-            let mut scores = [0.0f32; SPAN];
-            let scores = &mut scores[..SPAN.min(seen.end - start)];
-            for (at, score) in (start..).zip(scores.iter_mut()) {
-                self.read(keys, at, vector);
-                *score = soft_cap(dot(query, vector) * scale, softcap);
-            }
-            let before = largest;
-            largest = scores.iter().fold(largest, |max, score| max.max(*score));
-            let rescale = (before - largest).exp();
-            sum *= rescale;
-            for out in &mut *out {
-                *out *= rescale;
-            }
-            for (at, score) in (start..).zip(scores.iter()) {
-                let weight = (score - largest).exp();
-                sum += weight;
-                self.read(values, at, vector);
-                for (out, value) in out.iter_mut().zip(vector.iter()) {
-                    *out += weight * value;
+    /// The same for one token, with a task for each part; then the parts are added up. In `scratch`
+    /// each has for each query what it gives, then for each query its softmax.
+    fn by_parts(&self, pool: &Pool, parts: &Range<usize>, scratch: &mut [f32], attended: &mut [f32]) {
+        let (width, group) = (self.cache.head_dim, self.cache.group());
+        let partial = group * (width + 2);
+        pool.chunks(scratch, partial, |at, partial| {
+            let (kv_head, part) = (at / parts.len(), parts.start + at % parts.len());
+            let (mixed, sums) = partial.split_at_mut(group * width);
+            for (start, mixed) in (0..group).step_by(QUERIES).zip(mixed.chunks_mut(QUERIES * width)) {
+                let count = mixed.len() / width;
+                let (_, softmax) = self.part(kv_head, start, count, part, mixed);
+                for (sums, softmax) in sums[2 * start..].chunks_mut(2).zip(&softmax[..count]) {
+                    sums.copy_from_slice(&[softmax.largest, softmax.sum]);
                 }
             }
-        }
-        for out in out {
-            *out /= sum;
-        }
+        });
+        let scratch = &*scratch;
+        pool.chunks(attended, width, |head, out| {
+            let (kv_head, at) = (head / group, head % group);
+            let mut total = Softmax::EMPTY;
+            out.fill(0.0);
+            for partial in scratch[kv_head * parts.len() * partial..].chunks(partial).take(parts.len()) {
+                let (mixed, sums) = partial.split_at(group * width);
+                let softmax = Softmax { largest: sums[2 * at], sum: sums[2 * at + 1] };
+                add(self.isa, &mut total, out, softmax, &mixed[at * width..][..width]);
+            }
+            divide(self.isa, out, total.sum);
+        });
     }
+}
 
-    fn read(&self, stored: Stored, at: usize, vector: &mut [f32]) {
-        let width = self.dtype.code_bytes(self.head_dim);
-        let scale = stored.scales.get(at).copied().unwrap_or(1.0);
-        self.dtype.decode(&stored.codes[at * width..][..width], scale, vector);
+/// The keys of a part.
+fn keys(part: usize) -> Range<usize> {
+    part * PART..(part + 1) * PART
+}
+
+vectorized! {
+    /// Adds a part to what a query has so far.
+    fn add(total: &mut Softmax, out: &mut [f32], part: Softmax, mixed: &[f32]) {
+        let largest = if part.largest > total.largest { part.largest } else { total.largest };
+        let (before, now) = (exp(total.largest - largest), exp(part.largest - largest));
+        for (out, mixed) in out.iter_mut().zip(mixed) {
+            *out = *out * before + mixed * now;
+        }
+        *total = Softmax { largest, sum: total.sum * before + part.sum * now };
+    }
+}
+
+vectorized! {
+    fn divide(values: &mut [f32], by: f32) {
+        for value in values {
+            *value /= by;
+        }
     }
 }
 
@@ -153,65 +264,143 @@ mod tests {
         (0..count).map(|i| (i as f32 * step).sin() * 2.0).collect()
     }
 
-    /// What `cache` reads of rows that it stored.
-    struct Store {
-        cells: Vec<u32>,
-        scales: Vec<f32>,
+    fn pool(threads: usize, isa: Isa) -> Pool {
+        Pool::new(NonZeroUsize::new(threads).unwrap()).with_isa(isa)
     }
 
-    impl Store {
-        fn of(cache: &Cache, rows: &[f32]) -> Self {
-            let mut cells = vec![0u32; cache.context * cache.dtype.code_bytes(cache.head_dim) / 4];
-            let mut scales = vec![0.0; cache.context * cache.dtype.scale_bytes() / 4];
-            cache.append(rows, bytemuck::cast_slice_mut(&mut cells), &mut scales, 0);
-            Self { cells, scales }
+    /// Keys and values of `context` tokens, as they were given and as `cache` has them.
+    struct Case {
+        cache: Cache,
+        rows: [Vec<f32>; 2],
+        cells: [Vec<u32>; 2],
+        scales: [Vec<f32>; 2],
+    }
+
+    impl Case {
+        fn new(cache: Cache) -> Self {
+            let vectors = cache.kv_heads * cache.context;
+            let rows = [0.31, 0.17].map(|step| wave(vectors * cache.head_dim, step));
+            let mut cells = [0, 1].map(|_| vec![0u32; (vectors * cache.dtype.code_bytes(cache.head_dim)).div_ceil(4)]);
+            let mut scales = [0, 1].map(|_| vec![0.0; vectors * cache.dtype.scale_bytes() / 4]);
+            let row = cache.kv_heads * cache.head_dim;
+            // In two pieces, as a prompt and what is generated behind it.
+            for (first, end) in [(0, cache.context / 3), (cache.context / 3, cache.context)] {
+                let [keys, values] = [0, 1].map(|i| &rows[i][first * row..end * row]);
+                cache.append_keys(keys, (bytemuck::cast_slice_mut(&mut cells[0]), &mut scales[0]), first);
+                cache.append_values(values, (bytemuck::cast_slice_mut(&mut cells[1]), &mut scales[1]), first);
+            }
+            Self { cache, rows, cells, scales }
         }
 
-        fn all(&self) -> Stored<'_> {
-            Stored { codes: bytemuck::cast_slice(&self.cells), scales: &self.scales }
+        fn queries(&self, tokens: usize) -> Vec<f32> {
+            wave(tokens * self.cache.heads * self.cache.head_dim, 0.7)
+        }
+
+        /// What the last tokens of the context, whose queries these are, attend to.
+        fn attend(&self, pool: &Pool, query: &[f32], position: usize, scratch: usize) -> Vec<f32> {
+            let stored =
+                [0, 1].map(|i| Stored { codes: bytemuck::cast_slice(&self.cells[i]), scales: &self.scales[i] });
+            let mut attended = vec![f32::NAN; query.len() + scratch];
+            self.cache.attend(pool, query, stored, position, &mut attended);
+            attended.truncate(query.len());
+            attended
+        }
+
+        fn reference(&self, query: &[f32], token: usize, head: usize) -> Vec<f64> {
+            let (cache, width) = (&self.cache, self.cache.head_dim);
+            let kv_head = head / cache.group();
+            let first = cache.scores.window.map_or(0, |window| (token + 1).saturating_sub(window));
+            let [keys, values] = [0, 1].map(|i| {
+                let row = |key: usize| &self.rows[i][(key * cache.kv_heads + kv_head) * width..][..width];
+                (first..=token).flat_map(row).copied().collect::<Vec<_>>()
+            });
+            reference(query, &keys, &values, cache.scores)
         }
     }
 
-    fn assert_close(ours: &[f32], exact: &[f64], error: f64, case: &str) {
-        for (ours, exact) in ours.iter().zip(exact) {
-            assert!((f64::from(*ours) - exact).abs() < error, "{case}: {ours} {exact}");
-        }
-    }
+    /// Heads, heads of keys and values, and their width, of models that there are and at the edges.
+    const SHAPES: [(usize, usize, usize); 7] =
+        [(1, 1, 16), (4, 2, 4), (3, 3, 44), (6, 2, 64), (8, 1, 128), (40, 1, 8), (1, 1, 300)];
 
     #[test]
     fn attention_is_softmax() {
-        let pool = Pool::new(NonZeroUsize::MIN);
-        for (dtype, error) in [(KvDtype::F32, 1e-5), (KvDtype::F16, 2e-3), (KvDtype::Bf16, 2e-2), (KvDtype::Int8, 3e-2)]
+        for (dtype, error) in [(KvDtype::F32, 1e-5), (KvDtype::F16, 3e-3), (KvDtype::Bf16, 3e-2), (KvDtype::Int8, 5e-2)]
         {
-            for (softcap, count) in [(None, 1), (Some(3.0), 2), (None, 63), (None, 64), (Some(3.0), 65), (None, 200)] {
-                let scores = Scores { scale: 0.25, softcap, window: None };
-                let cache = Cache { heads: 1, kv_heads: 1, head_dim: 16, context: count + 3, dtype, scores };
-                let (query, keys, values) = (wave(16, 0.7), wave(count * 16, 0.31), wave(count * 16, 0.17));
-                let (stored_keys, stored_values) = (Store::of(&cache, &keys), Store::of(&cache, &values));
-                let mut out = vec![0.0; 16];
-                cache.attend(&pool, &query, stored_keys.all(), stored_values.all(), count - 1, &mut out);
-                let exact = reference(&query, &keys, &values, scores);
-                assert_close(&out, &exact, error, &format!("{dtype}, {count} keys, cap {softcap:?}"));
+            for (heads, kv_heads, head_dim) in SHAPES {
+                for (softcap, window, context, tokens) in [
+                    (None, None, 1, 1),
+                    (Some(3.0), None, 2, 1),
+                    (None, Some(6), 63, 9),
+                    (None, None, 64, 64),
+                    (Some(3.0), Some(1), 65, 40),
+                    (None, Some(70), 200, 3),
+                    (None, None, 2 * PART + 40, 1),
+                    (None, Some(PART + 10), 3 * PART, 2),
+                ] {
+                    let scores = Scores { scale: 1.0 / head_dim as f32, softcap, window };
+                    let case = Case::new(Cache { heads, kv_heads, head_dim, context, dtype, scores });
+                    let query = case.queries(tokens);
+                    let position = context - tokens;
+                    let wanted = case.attend(&pool(1, Isa::PORTABLE), &query, position, 0);
+                    for (at, (query, ours)) in query.chunks(head_dim).zip(wanted.chunks(head_dim)).enumerate() {
+                        let exact = case.reference(query, position + at / heads, at % heads);
+                        for (ours, exact) in ours.iter().zip(exact) {
+                            let what =
+                                format!("{dtype} {heads}/{kv_heads}×{head_dim} {context} {window:?} {softcap:?}");
+                            assert!((f64::from(*ours) - exact).abs() < error, "{what}: {ours} {exact}");
+                        }
+                    }
+                    for isa in Isa::available() {
+                        assert!(case.attend(&pool(1, isa), &query, position, 0) == wanted, "{isa:?}");
+                    }
+                }
             }
         }
     }
 
     #[test]
-    fn a_window_ends_with_the_token_itself() {
-        let pool = Pool::new(NonZeroUsize::MIN);
-        let (width, context) = (4, 10);
-        let (keys, values, query) = (wave(context * width, 0.31), wave(context * width, 0.17), wave(3 * width, 0.7));
-        for (window, first) in [(None, [0, 0, 0]), (Some(1), [5, 6, 7]), (Some(6), [0, 1, 2]), (Some(99), [0, 0, 0])] {
-            let scores = Scores { scale: 0.5, softcap: None, window };
-            let cache = Cache { heads: 1, kv_heads: 1, head_dim: width, context, dtype: KvDtype::F32, scores };
-            let (stored_keys, stored_values) = (Store::of(&cache, &keys), Store::of(&cache, &values));
-            let mut out = vec![0.0; 3 * width];
-            cache.attend(&pool, &query, stored_keys.all(), stored_values.all(), 5, &mut out);
-            for (token, first) in first.into_iter().enumerate() {
-                let (seen, at) = (first * width..(5 + token + 1) * width, token * width..(token + 1) * width);
-                let exact = reference(&query[at.clone()], &keys[seen.clone()], &values[seen], scores);
-                assert_close(&out[at], &exact, 1e-5, &format!("token {token}, window {window:?}"));
+    fn a_token_depends_neither_on_those_beside_it_nor_on_threads() {
+        for (heads, kv_heads, head_dim) in SHAPES {
+            for window in [None, Some(50)] {
+                let (context, tokens) = (2 * PART + 30, 70);
+                let scores = Scores { scale: 0.1, softcap: None, window };
+                let case = Case::new(Cache { heads, kv_heads, head_dim, context, dtype: KvDtype::F16, scores });
+                let (query, position) = (case.queries(tokens), context - tokens);
+                let together = case.attend(&pool(3, Isa::best()), &query, position, 0);
+                let row = heads * head_dim;
+                for scratch in [0, 100 * row] {
+                    for threads in [1, 3] {
+                        let pool = pool(threads, Isa::best());
+                        for (token, query) in query.chunks(row).enumerate() {
+                            let alone = case.attend(&pool, query, position + token, scratch);
+                            assert!(alone == together[token * row..][..row], "token {token} of {heads}×{head_dim}");
+                        }
+                    }
+                }
             }
+        }
+    }
+
+    #[test]
+    fn what_is_no_number_stays_with_its_token() {
+        let scores = Scores { scale: 0.1, softcap: None, window: None };
+        for (at, broken) in [(0, f32::NAN), (1, f32::NAN), (1, f32::INFINITY)] {
+            let mut case =
+                Case::new(Cache { heads: 4, kv_heads: 1, head_dim: 8, context: 40, dtype: KvDtype::F32, scores });
+            let query = case.queries(40);
+            let pool = pool(1, Isa::best());
+            let whole = case.attend(&pool, &query, 0, 0);
+            let mut row = case.rows[at][30 * 8..31 * 8].to_vec();
+            row[3] = broken;
+            let codes = bytemuck::cast_slice_mut(&mut case.cells[at]);
+            if at == 0 {
+                case.cache.append_keys(&row, (codes, &mut []), 30);
+            } else {
+                case.cache.append_values(&row, (codes, &mut []), 30);
+            }
+            let ours = case.attend(&pool, &query, 0, 0);
+            assert!(ours[..30 * 32] == whole[..30 * 32], "{broken}");
+            assert!(ours[30 * 32..].chunks(8).all(|out| out.iter().any(|x| !x.is_finite())), "{broken}");
         }
     }
 }

@@ -41,7 +41,7 @@ impl Block {
         normalize(&self.parameters, Role::InputNorm, &mut workspace.normed[..width]);
         self.attention(setup, workspace, tokens, position);
         normalize(&self.parameters, Role::AttentionOutputNorm, &mut workspace.normed[..width]);
-        ops::add(hidden, &workspace.normed[..width], scale);
+        ops::add(setup.pool.isa(), hidden, &workspace.normed[..width], scale);
 
         workspace.normed[..width].copy_from_slice(hidden);
         normalize(&self.parameters, Role::FeedForwardNorm, &mut workspace.normed[..width]);
@@ -50,7 +50,7 @@ impl Block {
             _ => self.feed_forward(setup, workspace, tokens),
         }
         normalize(&self.parameters, Role::FeedForwardOutputNorm, &mut workspace.normed[..width]);
-        ops::add(hidden, &workspace.normed[..width], scale);
+        ops::add(setup.pool.isa(), hidden, &workspace.normed[..width], scale);
     }
 
     /// Replaces the normalized hidden state by what attention makes of it.
@@ -59,7 +59,7 @@ impl Block {
         let Workspace { normed, query, key, value, attended, words, cos, sin, .. } = workspace;
         let (queries, keys) = (config.queries(), config.keys());
         let normed = &mut normed[..tokens * config.hidden_size];
-        let (query, attended) = (&mut query[..tokens * queries], &mut attended[..tokens * queries]);
+        let query = &mut query[..tokens * queries];
         let (key, value) = (&mut key[..tokens * keys], &mut value[..tokens * keys]);
         let parameters = &self.parameters;
 
@@ -73,7 +73,7 @@ impl Block {
         matmul(pool, &x, [(&for_query, &mut *query), (&for_key, &mut *key), (&for_value, &mut *value)]);
         for (role, x) in [(Role::QueryNorm, &mut *query), (Role::KeyNorm, &mut *key)] {
             if let Some(norm) = parameters.find(role) {
-                setup.norm.apply(&setup.pool, x, &norm);
+                setup.norm.apply(pool, x, &norm);
             }
         }
         if let Some(rope) = self.layer.rope {
@@ -81,8 +81,8 @@ impl Block {
             let start: usize = setup.frequencies[..rope].iter().map(|frequencies| tokens * frequencies.len()).sum();
             let table = start..start + tokens * half;
             let (cos, sin) = (&cos[table.clone()], &sin[table]);
-            ops::rotate(&setup.pool, query, config.head_dim, half, cos, sin);
-            ops::rotate(&setup.pool, key, config.head_dim, half, cos, sin);
+            ops::rotate(pool, query, config.head_dim, half, cos, sin);
+            ops::rotate(pool, key, config.head_dim, half, cos, sin);
         }
 
         let cache = Cache {
@@ -97,12 +97,16 @@ impl Block {
                 window: self.layer.window,
             },
         };
-        let keys = store(&cache, self.kv, key, &mut self.keys, position);
-        let values = store(&cache, self.kv, value, &mut self.values, position);
-        cache.attend(&setup.pool, query, keys, values, position, attended);
+        cache.append_keys(key, sections(self.kv, &mut self.keys), position);
+        cache.append_values(value, sections(self.kv, &mut self.values), position);
+        let stored = [&self.keys, &self.values].map(|bytes| Stored {
+            codes: &bytes[..self.kv.codes],
+            scales: bytemuck::cast_slice(&bytes[self.kv.codes..self.kv.codes + self.kv.scales]),
+        });
+        cache.attend(pool, query, stored, position, attended);
 
         let output = self.parameters.of(Role::Output);
-        matmul(pool, &Activations::of(pool, attended, words, &[&output]), [(&output, normed)]);
+        matmul(pool, &Activations::of(pool, &attended[..query.len()], words, &[&output]), [(&output, normed)]);
     }
 
     /// Replaces the normalized hidden state by what the feed-forward layer makes of it.
@@ -147,7 +151,7 @@ impl Block {
             let buffers = Buffers { gated: gate, other: up, words };
             feed_forward(setup, modules, x, buffers);
             for ((token, weight), x) in weights().zip(x.chunks(hidden)) {
-                ops::add(&mut mixed[token * hidden..][..hidden], x, weight);
+                ops::add(setup.pool.isa(), &mut mixed[token * hidden..][..hidden], x, weight);
             }
         }
         normed.copy_from_slice(mixed);
@@ -181,10 +185,8 @@ fn feed_forward(setup: &Setup, modules: [Option<Affine>; 3], x: &mut [f32], buff
     matmul(pool, &Activations::of(pool, gated, words, &[&down]), [(&down, x)]);
 }
 
-/// Appends `rows` to what `kv` lays out in `bytes`, and gives all of it.
-fn store<'a>(cache: &Cache, kv: KvLayout, rows: &[f32], bytes: &'a mut [u8], position: usize) -> Stored<'a> {
+/// The codes and the scales that `kv` lays out in `bytes`.
+fn sections(kv: KvLayout, bytes: &mut [u8]) -> (&mut [u8], &mut [f32]) {
     let (codes, scales) = bytes[..kv.codes + kv.scales].split_at_mut(kv.codes);
-    let scales: &mut [f32] = bytemuck::cast_slice_mut(scales);
-    cache.append(rows, codes, scales, position);
-    Stored { codes, scales }
+    (codes, bytemuck::cast_slice_mut(scales))
 }

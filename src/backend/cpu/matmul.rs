@@ -168,19 +168,6 @@ impl<'a, const N: usize> Tile<'a, N> {
     }
 }
 
-/// `Σ x[k] y[k]` in sixteen sums side by side.
-pub fn dot(x: &[f32], y: &[f32]) -> f32 {
-    let ((x, x_tail), (y, y_tail)) = (x.as_chunks::<16>(), y.as_chunks::<16>());
-    let mut sums = [0.0f32; 16];
-    for (x, y) in x.iter().zip(y) {
-        for lane in 0..16 {
-            sums[lane] += x[lane] * y[lane];
-        }
-    }
-    let tail: f32 = x_tail.iter().zip(y_tail).map(|(x, y)| x * y).sum();
-    sums.iter().sum::<f32>() + tail
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -7,6 +7,8 @@
 mod arena;
 mod attention;
 mod block;
+mod exp;
+mod flash;
 mod kernels;
 mod matmul;
 mod ops;
@@ -218,14 +220,14 @@ impl Stage for CpuStage {
         let hidden = hidden.on_host()?;
         // A panic while the lock was held leaves only scratch data behind.
         let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
-        let Setup { config, frequencies, .. } = &self.setup;
+        let Setup { config, frequencies, pool, .. } = &self.setup;
         let tokens = hidden.len() / config.hidden_size;
         let Workspace { cos, sin, normed, .. } = &mut *workspace;
         if let Some(positions) = self.parameters.find(Role::Positions) {
             let row = &mut normed[..config.hidden_size];
             for (token, hidden) in hidden.chunks_mut(config.hidden_size).enumerate() {
                 positions.weight.dequantize_row(position + token, row);
-                ops::add(hidden, row, 1.0);
+                ops::add(pool.isa(), hidden, row, 1.0);
             }
         }
         let (mut cos, mut sin) = (&mut cos[..], &mut sin[..]);
@@ -256,9 +258,7 @@ impl Stage for CpuStage {
             let x = Activations::of(pool, hidden.on_host()?, &mut workspace.words, &[&head]);
             matmul(pool, &x, [(&head, &mut *logits)]);
             let config = &self.setup.config;
-            for logit in logits {
-                *logit = ops::soft_cap(*logit * config.logit_scale, config.logit_softcap);
-            }
+            ops::cap(pool, logits, config.logit_scale, config.logit_softcap);
         }
         Ok(())
     }

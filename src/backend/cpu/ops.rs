@@ -1,14 +1,24 @@
 //! The steps of a block that are no matrix product.
 
+use std::f32::consts::{FRAC_1_SQRT_2, FRAC_2_SQRT_PI};
+
 use candle_core::cpu::erf::erf_f32;
 
-use super::matmul::{Affine, dot};
+use super::exp::{exp, tanh};
+use super::matmul::Affine;
 use super::pool::Pool;
 use crate::model_config::{Activation, NormKind};
-use crate::simd::vectorized;
+use crate::simd::{Isa, vectorized};
 
 /// Elements that a thread takes at once.
 const PIECE: usize = 16_384;
+
+/// Elements of a norm's weight that are decoded at once.
+const DECODED: usize = 256;
+/// Sums that run side by side.
+const LANES: usize = 16;
+/// √(2 / π).
+const SQRT_FRAC_2_PI: f32 = FRAC_2_SQRT_PI * FRAC_1_SQRT_2;
 
 /// How norms are computed.
 #[derive(Clone, Copy)]
@@ -21,35 +31,33 @@ impl Norm {
     /// Normalizes each row of `x`; a row is as long as the norm's weight.
     pub fn apply(self, pool: &Pool, x: &mut [f32], affine: &Affine) {
         let width = affine.weight.layout.cols;
-        let decode = || {
-            let (mut weight, mut bias) = (vec![0.0; width], Vec::new());
-            affine.weight.dequantize_row(0, &mut weight);
-            if self.kind == NormKind::RmsPlusOne {
-                for weight in &mut weight {
-                    *weight += 1.0;
-                }
+        pool.chunks(x, rows(width) * width, |_, x| {
+            for x in x.chunks_exact_mut(width) {
+                self.normalize(pool.isa(), x, affine);
             }
-            if let Some(vector) = affine.bias {
-                bias.resize(width, 0.0);
-                vector.dequantize_row(0, &mut bias);
+        });
+    }
+
+    fn normalize(self, isa: Isa, x: &mut [f32], affine: &Affine) {
+        let width = x.len() as f32;
+        if self.kind == NormKind::Layer {
+            let mean = sum(isa, x) / width;
+            for x in &mut *x {
+                *x -= mean;
             }
-            (weight, bias)
-        };
-        let (weight, bias) = decode();
-        let normalize = |x: &mut [f32]| {
-            if self.kind == NormKind::Layer {
-                let mean = x.iter().sum::<f32>() / width as f32;
-                for x in &mut *x {
-                    *x -= mean;
-                }
+        }
+        let factor = 1.0 / (sum_of_squares(isa, x) / width + self.epsilon).sqrt();
+        let one = if self.kind == NormKind::RmsPlusOne { 1.0 } else { 0.0 };
+        let mut decoded = [0.0; DECODED];
+        for (at, x) in x.chunks_mut(DECODED).enumerate() {
+            let decoded = &mut decoded[..x.len()];
+            affine.weight.elements(at * DECODED, decoded);
+            multiply(isa, x, decoded, one, factor);
+            if let Some(bias) = affine.bias {
+                bias.elements(at * DECODED, decoded);
+                add(isa, x, decoded, 1.0);
             }
-            let factor = 1.0 / (dot(x, x) / width as f32 + self.epsilon).sqrt();
-            for (x, weight) in x.iter_mut().zip(&weight) {
-                *x *= factor * *weight;
-            }
-            add(x, &bias, 1.0);
-        };
-        pool.chunks(x, rows(width) * width, |_, rows| rows.chunks_mut(width).for_each(normalize));
+        }
     }
 }
 
@@ -95,39 +103,112 @@ vectorized! {
     }
 }
 
-/// `x += scale · y`.
-pub fn add(x: &mut [f32], y: &[f32], scale: f32) {
-    for (x, y) in x.iter_mut().zip(y) {
-        *x += scale * y;
+vectorized! {
+    /// `x += scale · y`.
+    pub fn add(x: &mut [f32], y: &[f32], scale: f32) {
+        for (x, y) in x.iter_mut().zip(y) {
+            *x += scale * y;
+        }
     }
+}
+
+vectorized! {
+    /// `x *= factor · (weight + one)`.
+    fn multiply(x: &mut [f32], weight: &[f32], one: f32, factor: f32) {
+        for (x, weight) in x.iter_mut().zip(weight) {
+            *x *= factor * (weight + one);
+        }
+    }
+}
+
+vectorized! {
+    fn sum(x: &[f32]) -> f32 {
+        sum_of(x, |x| x)
+    }
+}
+
+vectorized! {
+    fn sum_of_squares(x: &[f32]) -> f32 {
+        sum_of(x, |x| x * x)
+    }
+}
+
+/// The sum of what `term` makes of each element, in [`LANES`] sums side by side.
+#[inline(always)]
+fn sum_of(x: &[f32], term: impl Fn(f32) -> f32) -> f32 {
+    let (whole, rest) = x.as_chunks::<LANES>();
+    let mut sums = [0.0f32; LANES];
+    for x in whole {
+        for (sum, x) in sums.iter_mut().zip(x) {
+            *sum += term(*x);
+        }
+    }
+    sums.iter().sum::<f32>() + rest.iter().map(|x| term(*x)).sum::<f32>()
 }
 
 /// `x = activation(x)`.
 pub fn activate(pool: &Pool, activation: Activation, x: &mut [f32]) {
-    pool.chunks(x, PIECE, |_, x| x.iter_mut().for_each(|x| *x = value(activation, *x)));
+    pool.chunks(x, PIECE, |_, x| match activation {
+        Activation::Gelu => map(pool.isa(), gelu, x),
+        Activation::GeluTanh => map(pool.isa(), gelu_tanh, x),
+        Activation::Silu => map(pool.isa(), silu, x),
+    });
 }
 
 /// `gate = activation(gate) · up`.
 pub fn gate(pool: &Pool, activation: Activation, gate: &mut [f32], up: &[f32]) {
     pool.chunks(gate, PIECE, |index, gate| {
-        for (gate, up) in gate.iter_mut().zip(&up[index * PIECE..]) {
-            *gate = value(activation, *gate) * up;
+        let up = &up[index * PIECE..][..gate.len()];
+        match activation {
+            Activation::Gelu => map_times(pool.isa(), gelu, gate, up),
+            Activation::GeluTanh => map_times(pool.isa(), gelu_tanh, gate, up),
+            Activation::Silu => map_times(pool.isa(), silu, gate, up),
         }
     });
 }
 
-fn value(activation: Activation, x: f32) -> f32 {
-    use std::f32::consts::{FRAC_1_SQRT_2, FRAC_2_PI};
-    match activation {
-        Activation::Gelu => 0.5 * x * (1.0 + erf_f32(x * FRAC_1_SQRT_2)),
-        Activation::GeluTanh => 0.5 * x * (1.0 + (FRAC_2_PI.sqrt() * (x + 0.044_715 * x * x * x)).tanh()),
-        Activation::Silu => x / (1.0 + (-x).exp()),
+vectorized! {
+    fn map<F: Fn(f32) -> f32>(function: F, x: &mut [f32]) {
+        for x in x {
+            *x = function(*x);
+        }
     }
 }
 
+vectorized! {
+    fn map_times<F: Fn(f32) -> f32>(function: F, x: &mut [f32], y: &[f32]) {
+        for (x, y) in x.iter_mut().zip(y) {
+            *x = function(*x) * y;
+        }
+    }
+}
+
+fn gelu(x: f32) -> f32 {
+    0.5 * x * (1.0 + erf_f32(x * FRAC_1_SQRT_2))
+}
+
+/// `x / 2 · (1 + tanh(y))` is `x / (1 + exp(-2y))`.
+#[inline(always)]
+fn gelu_tanh(x: f32) -> f32 {
+    x / (1.0 + exp(-2.0 * SQRT_FRAC_2_PI * (x + 0.044_715 * x * x * x)))
+}
+
+#[inline(always)]
+fn silu(x: f32) -> f32 {
+    x / (1.0 + exp(-x))
+}
+
 /// `x = cap · tanh(x / cap)`, which leaves small values as they are and none beyond the cap.
+#[inline(always)]
 pub fn soft_cap(x: f32, cap: Option<f32>) -> f32 {
-    cap.map_or(x, |cap| cap * (x / cap).tanh())
+    cap.map_or(x, |cap| cap * tanh(x / cap))
+}
+
+/// Scales logits, and caps them if there is a cap.
+pub fn cap(pool: &Pool, logits: &mut [f32], scale: f32, cap: Option<f32>) {
+    if (scale, cap) != (1.0, None) {
+        pool.chunks(logits, PIECE, |_, logits| map(pool.isa(), |logit| soft_cap(logit * scale, cap), logits));
+    }
 }
 
 /// Turns the scores of each row of `scores`, `[tokens][experts]`, into the
@@ -151,7 +232,12 @@ pub fn route(scores: &mut [f32], experts: usize, chosen: usize, is_normalized: b
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZeroUsize;
+
+    use half::bf16;
+
     use super::*;
+    use crate::quant::{Matrix, MatrixLayout, Storage, WeightDtype};
 
     #[test]
     fn activations_are_those_of_pytorch() {
@@ -163,7 +249,59 @@ mod tests {
             (Activation::GeluTanh, 1.0, 0.841_192),
             (Activation::GeluTanh, -0.5, -0.154_286),
         ] {
-            assert!((value(activation, x) - y).abs() < 1e-6, "{activation:?} of {x}: {}", value(activation, x));
+            for isa in Isa::available() {
+                let pool = Pool::new(NonZeroUsize::MIN).with_isa(isa);
+                let (mut activated, mut gated) = ([x; 20], [x; 20]);
+                activate(&pool, activation, &mut activated);
+                gate(&pool, activation, &mut gated, &[2.0; 20]);
+                for (activated, gated) in activated.into_iter().zip(gated) {
+                    assert!((activated - y).abs() < 1e-6, "{activation:?} of {x}: {activated}, {isa:?}");
+                    assert_eq!(gated, 2.0 * activated, "{activation:?} of {x}, {isa:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn activations_at_the_ends() {
+        let pool = Pool::new(NonZeroUsize::MIN);
+        for activation in [Activation::Silu, Activation::Gelu, Activation::GeluTanh] {
+            let mut x = [-1e30, 1e30, f32::NAN, 0.0];
+            activate(&pool, activation, &mut x);
+            assert!(x[2].is_nan());
+            assert_eq!([x[0], x[1], x[3]], [0.0, 1e30, 0.0], "{activation:?}");
+        }
+    }
+
+    #[test]
+    fn norms_are_those_of_f64() {
+        let (weight_layout, bias_layout) = [WeightDtype::F32, WeightDtype::Bf16]
+            .map(|dtype| MatrixLayout::new(Storage::Plain(dtype), 1, 700).unwrap())
+            .into();
+        let values: Vec<f32> = (0..700u16).map(|i| bf16::from_f32((f32::from(i) * 0.3).cos()).to_f32()).collect();
+        let f32s: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).chain([0; 64]).collect();
+        let bf16s: Vec<u8> = values.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).chain([0; 64]).collect();
+        let x: Vec<f32> = (0..60 * 700u16).map(|i| (f32::from(i) * 0.7).sin() + 0.5).collect();
+        for (kind, has_bias) in [(NormKind::Rms, false), (NormKind::RmsPlusOne, false), (NormKind::Layer, true)] {
+            let bias = has_bias.then(|| Matrix::new(&bias_layout, &bf16s));
+            let affine = Affine::new(Matrix::new(&weight_layout, &f32s), bias);
+            let norm = Norm { kind, epsilon: 1e-5 };
+            for isa in Isa::available() {
+                let mut ours = x.clone();
+                norm.apply(&Pool::new(NonZeroUsize::MIN.saturating_add(1)).with_isa(isa), &mut ours, &affine);
+                for (x, ours) in x.chunks(700).zip(ours.chunks(700)) {
+                    let x: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
+                    let mean = if kind == NormKind::Layer { x.iter().sum::<f64>() / 700.0 } else { 0.0 };
+                    let square = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / 700.0;
+                    for ((x, weight), ours) in x.iter().zip(&values).zip(ours) {
+                        let weight = f64::from(*weight);
+                        let factor = if kind == NormKind::RmsPlusOne { weight + 1.0 } else { weight };
+                        let bias = if has_bias { weight } else { 0.0 };
+                        let exact = (x - mean) / (square + 1e-5).sqrt() * factor + bias;
+                        assert!((f64::from(*ours) - exact).abs() < 1e-5, "{kind:?} {isa:?}: {ours} {exact}");
+                    }
+                }
+            }
         }
     }
 

@@ -9,6 +9,7 @@ use std::cell::UnsafeCell;
 use std::marker::PhantomData;
 use std::mem::transmute;
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::slice::from_raw_parts_mut;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -155,6 +156,26 @@ impl Pool {
         self.columns_of(&mut [Table { values, stride }], width, |_, index, columns| task(index, columns));
     }
 
+    /// Runs `task` with tiles of `width` columns and `height` tokens of a table, those at its ends
+    /// smaller, and their numbers across and down.
+    pub fn tiles(&self, table: Table, width: usize, height: usize, task: impl Fn(usize, usize, Columns) + Sync) {
+        let Table { values, stride } = table;
+        let (tokens, across) = (values.len() / stride, stride.div_ceil(width));
+        let whole = Parts::of(values);
+        self.run(across * tokens.div_ceil(height), |index| {
+            let (column, row) = (index % across, index / across);
+            let (start, first) = (column * width, row * height);
+            let columns = Columns {
+                whole,
+                stride,
+                start,
+                width: width.min(stride - start),
+                tokens: first..tokens.min(first + height),
+            };
+            task(column, row, columns);
+        });
+    }
+
     /// As [`Pool::columns`], over several tables in one region; `task` is given the number of the table first.
     pub fn columns_of(&self, tables: &mut [Table], width: usize, task: impl Fn(usize, usize, Columns) + Sync) {
         let wholes: Vec<_> = tables.iter_mut().map(|table| (Parts::of(table.values), table.stride)).collect();
@@ -164,7 +185,8 @@ impl Pool {
                 let here = stride.div_ceil(width);
                 if index < here {
                     let start = index * width;
-                    let columns = Columns { whole, stride, start, width: width.min(stride - start) };
+                    let tokens = 0..whole.len / stride;
+                    let columns = Columns { whole, stride, start, width: width.min(stride - start), tokens };
                     return task(at, index, columns);
                 }
                 index -= here;
@@ -289,12 +311,13 @@ pub struct Table<'a> {
     pub stride: usize,
 }
 
-/// Some columns of a [`Table`], which one task has for itself.
+/// Some columns of a [`Table`], of all its tokens or of some, which one task has for itself.
 pub struct Columns<'a> {
     whole: Parts<'a, f32>,
     stride: usize,
     start: usize,
     width: usize,
+    tokens: Range<usize>,
 }
 
 impl Columns<'_> {
@@ -308,12 +331,18 @@ impl Columns<'_> {
         self.width
     }
 
+    /// The tokens that there are.
+    pub fn tokens(&self) -> Range<usize> {
+        self.tokens.clone()
+    }
+
     /// The columns' values of a token.
     ///
     /// # Panics
     /// There is no such token.
     pub fn row(&mut self, token: usize) -> &mut [f32] {
-        // SAFETY: `columns_of` gives every column to one task only, and `self` is borrowed while the row is.
+        assert!(self.tokens.contains(&token), "token {token} is beyond {:?}", self.tokens);
+        // SAFETY: every value is in the columns of one task only, and `self` is borrowed while the row is.
         unsafe { self.whole.part(token * self.stride + self.start, self.width) }
     }
 }
@@ -424,6 +453,20 @@ mod tests {
         let mut values = [0.0; 6];
         pool(2).columns(&mut values, 3, 2, |index, mut columns| columns.row(1).fill(index as f32 + 1.0));
         assert_eq!(values, [0.0, 0.0, 0.0, 1.0, 1.0, 2.0]);
+    }
+
+    #[test]
+    fn tiles_cover_a_table_once() {
+        let (tokens, stride, width, height) = (5, 7, 3, 2);
+        let mut values = vec![0.0; tokens * stride];
+        pool(3).tiles(Table { values: &mut values, stride }, width, height, |across, down, mut tile| {
+            for token in tile.tokens() {
+                tile.row(token).iter_mut().for_each(|value| *value += (10 * down + across + 1) as f32);
+            }
+        });
+        for (at, value) in values.iter().enumerate() {
+            assert_eq!(*value, (at / stride / height * 10 + at % stride / width + 1) as f32);
+        }
     }
 
     #[test]
