@@ -14,7 +14,7 @@ use evenkeel::bytes::Bytes;
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device::DeviceId;
 use evenkeel::generate::GenerateOptions;
-use evenkeel::loader::{DEFAULT_SHARD_SIZE, LoadEvent, LoadOptions, SaveOptions, save_quantized};
+use evenkeel::loader::{DEFAULT_SHARD_SIZE, LoadEvent, LoadOptions, SaveFormat, SaveOptions, save_quantized};
 use evenkeel::plan::Plan;
 use evenkeel::quant::{KvDtype, Scheme, WeightDtype};
 use fake_cuda::FakeCuda;
@@ -93,7 +93,13 @@ fn what_is_packed_already_is_what_a_gpu_packs() {
     for scheme in [Scheme::Int8, Scheme::Int4, Scheme::Nl4] {
         let directory = tempfile::tempdir().unwrap();
         let output = &directory.path().join("model");
-        let save = SaveOptions { scheme, output, shard_size: DEFAULT_SHARD_SIZE, cancel: &NEVER };
+        let save = SaveOptions {
+            scheme,
+            format: SaveFormat::Evenkeel,
+            output,
+            shard_size: DEFAULT_SHARD_SIZE,
+            cancel: &NEVER,
+        };
         save_quantized(&original, &save, |_| ()).unwrap();
         let packed = Checkpoint::open(output).unwrap();
         let run = |checkpoint: &Checkpoint| {
