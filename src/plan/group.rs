@@ -19,7 +19,7 @@ pub struct Group<'a> {
 
 /// A weight of the embedding or the head counts as so many of a block. In int4, the tied embedding
 /// of ferris-7m adds 0.016 to the logarithm of its perplexity, and all blocks, of six times as many
-/// weights, add 0.025; within the blocks, what a projection adds goes with its weights.
+/// weights, add 0.025; within the blocks, what a projection adds goes roughly with its weights.
 const OUTER: f64 = 2.0;
 
 impl Group<'_> {
