@@ -1,5 +1,5 @@
 //! How fast the GPU's kernels are: products of one token and of many, with tensor cores and without,
-//! and quantizing.
+//! a block's products in one launch, quantizing, and one token's attention.
 //! Without a GPU nothing is measured.
 #![allow(clippy::print_stdout, reason = "says why nothing is measured")]
 
@@ -7,9 +7,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use evenkeel::backend::cuda::{Affine, DeviceMatrix, Gpu, Output, Region};
+use evenkeel::backend::cuda::{Affine, Attention, Cache, DeviceMatrix, Gpu, Output, Region};
 use evenkeel::bytes::Bytes;
-use evenkeel::quant::{MatrixLayout, Storage, WeightDtype};
+use evenkeel::model_config::Activation;
+use evenkeel::plan::memory::{CudaAttention, KvLayout};
+use evenkeel::quant::{KvDtype, MatrixLayout, Storage, WeightDtype};
 
 /// Zeros: what the kernels do does not depend on the numbers, but a GPU's clock may.
 fn zeros(gpu: &Arc<Gpu>, len: usize) -> Region {
@@ -78,5 +80,72 @@ fn kernels(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, kernels);
+/// Products of a block of Llama-3-8B that share a launch, for one token.
+fn launches(criterion: &mut Criterion) {
+    let Ok(gpu) = Gpu::open(0) else { return };
+    let mut group = criterion.benchmark_group("gpu");
+    let (cols, wide) = (4096, 14_336);
+    let (x, y) = (zeros(&gpu, 2 * cols), zeros(&gpu, 2 * wide));
+    for (name, storage) in [("int8", Storage::Int8), ("int4", Storage::Int4)] {
+        let matrices = [4096, 1024, 1024, wide, wide].map(|rows| {
+            let layout = MatrixLayout::new(storage, rows, cols).expect("a size");
+            let size = layout.size().as_usize().expect("a size");
+            DeviceMatrix::new(layout, zeros(&gpu, size))
+        });
+        let [query, key, value, gate, up] = matrices.each_ref().map(|matrix| Affine::new(matrix, None));
+        let bytes = |matrices: &[DeviceMatrix]| matrices.iter().map(|matrix| matrix.layout().size().0).sum();
+        group.throughput(Throughput::Bytes(bytes(&matrices[..3])));
+        group.bench_function(format!("{name} queries, keys and values, 1 token"), |bencher| {
+            let parts = [(&query, &y), (&key, &y), (&value, &y)];
+            bencher.iter_custom(|count| time(&gpu, count, || gpu.matmuls(&parts, &x, 1).expect("a launch")));
+        });
+        group.throughput(Throughput::Bytes(bytes(&matrices[3..])));
+        group.bench_function(format!("{name} gate and up, 1 token"), |bencher| {
+            bencher.iter_custom(|count| {
+                time(&gpu, count, || {
+                    gpu.gated(Activation::Silu, Some(&gate), &up, &x, 1, [&y, &y]).expect("a launch");
+                })
+            });
+        });
+    }
+}
+
+/// One token of Llama-3-8B behind many; the throughput is that of the cache.
+fn attention(criterion: &mut Criterion) {
+    let Ok(gpu) = Gpu::open(0) else { return };
+    let mut group = criterion.benchmark_group("gpu");
+    let (heads, kv_heads, head_dim) = (32, 8, 128);
+    for context in [8192, 131_072] {
+        let shape = Attention {
+            heads,
+            kv_heads,
+            head_dim,
+            context,
+            position: context - 1,
+            tokens: 1,
+            window: 0,
+            scale: 0.1,
+            softcap: 0.0,
+        };
+        let scratch = CudaAttention::scratch(heads, kv_heads, head_dim, 1, context).map(|len| zeros(&gpu, len));
+        let (query, out) = (zeros(&gpu, heads * head_dim * 2), zeros(&gpu, heads * head_dim * 2));
+        for dtype in [KvDtype::F16, KvDtype::Int8] {
+            let vectors = kv_heads * context;
+            let layout =
+                KvLayout { dtype, codes: vectors * dtype.code_bytes(head_dim), scales: vectors * dtype.scale_bytes() };
+            let bytes = layout.bytes().as_usize().expect("a size");
+            let cache = Cache::new(layout, &[zeros(&gpu, bytes), zeros(&gpu, bytes)]);
+            group.throughput(Throughput::Bytes(2 * bytes as u64));
+            group.bench_function(format!("attention over {context} keys in {dtype}"), |bencher| {
+                bencher.iter_custom(|count| {
+                    time(&gpu, count, || {
+                        gpu.attend(&shape, &query, &cache, &out, scratch.each_ref()).expect("a launch");
+                    })
+                });
+            });
+        }
+    }
+}
+
+criterion_group!(benches, kernels, launches, attention);
 criterion_main!(benches);

@@ -34,7 +34,7 @@ fn main() {
     println!("weights  int8   int4  (bar)  nl4  (bar)");
     for (distribution, int4_bar, nl4_bar) in weights::DISTRIBUTIONS {
         let matrix = weights::matrix(distribution, ROWS, COLS);
-        let error = |storage| weights::relative_error(storage, ROWS, COLS, &matrix);
+        let error = |storage| weights::relative_error(storage, COLS, &matrix);
         let [int8, int4, nl4] = [Storage::Int8, Storage::Int4, Storage::Nl4].map(error);
         println!("{distribution:<8} {int8:.2}  {int4:>5.2}  {int4_bar:>5}  {nl4:.2}  {nl4_bar:>4}");
         assert!(int4 <= int4_bar && nl4 <= nl4_bar, "{distribution} is beyond its bar");

@@ -94,7 +94,7 @@ fn generate_shows_stats_on_standard_error() {
     let output = generate(&["--prompt", "A trait object", "--max-new-tokens", "5", "--stats", "--quantize", "int8"]);
     let stats = stderr(&output);
     let names: Vec<_> = stats.lines().filter_map(|line| line.split_whitespace().next()).collect();
-    assert_eq!(names, ["load", "prefill", "decode", "cpu"], "{stats}");
+    assert_eq!(names, ["load", "waited", "prefill", "decode", "cpu"], "{stats}");
 }
 
 #[test]
@@ -237,7 +237,7 @@ fn a_map_is_written_checked_and_loaded() {
         "--context",
         "256",
         "--max-memory",
-        "cpu=17MiB,disk=1GiB",
+        "cpu=16896KiB,disk=1GiB",
         "--output",
         map,
     ];

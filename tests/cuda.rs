@@ -107,6 +107,31 @@ fn what_is_packed_already_is_what_a_gpu_packs() {
 }
 
 #[test]
+fn a_token_takes_these_launches() {
+    let Some((fake, _turn)) = fake_cuda::load(GPUS) else { return };
+    // For each block, and beside them: the embedding and its positions, the last norm, and the head, whose
+    // input is made f16.
+    for (name, each_block, beside) in [
+        ("parity/llama", 8, 4),
+        ("parity/phi3", 8, 4),
+        ("parity/gpt2", 8, 5),
+        ("parity/gemma2", 10, 4),
+        ("parity/qwen3", 10, 4),
+    ] {
+        let checkpoint = Checkpoint::open(fixture(name)).unwrap();
+        for scheme in [Scheme::None, Scheme::Int4] {
+            let plan = plan(&checkpoint, scheme, &map(&checkpoint, &["cuda:0"]), Some(64));
+            let mut model = load(&plan, &checkpoint, false).unwrap();
+            let before = fake.stat("launches", 0);
+            logits(&mut model, &[1]);
+            let launches = fake.stat("launches", 0) - before;
+            let blocks = checkpoint.config.layers.len() as u64;
+            assert_eq!(launches, each_block * blocks + beside, "{name} {scheme}: {blocks} blocks");
+        }
+    }
+}
+
+#[test]
 fn the_peak_of_every_gpu_is_the_planned_one() {
     let Some((fake, _turn)) = fake_cuda::load(GPUS) else { return };
     for name in ["ferris-7m", "parity/gemma2", "parity/gpt2", "parity/qwen3_moe"] {

@@ -21,7 +21,7 @@ fn weights_keep_what_the_search_promises() {
     for (distribution, int4, nl4) in weights::DISTRIBUTIONS {
         let matrix = weights::matrix(distribution, rows, cols);
         for (storage, bar) in [(Storage::Int4, int4), (Storage::Nl4, nl4)] {
-            let error = weights::relative_error(storage, rows, cols, &matrix);
+            let error = weights::relative_error(storage, cols, &matrix);
             println!("{distribution} {storage:?}: {error:.2}e-3");
             // So small a matrix is a few percent from a large one.
             assert!(error <= 1.03 * bar, "{distribution} {storage:?}: {error}");

@@ -38,7 +38,7 @@ pub enum Command {
     Generate(Box<GenerateArguments>),
     /// Measure how well a model predicts a text, and what a scheme costs.
     Perplexity(Box<PerplexityArguments>),
-    /// Show what would go where, and whether it fits; reads no weights.
+    /// Show what would go where, and whether it fits; reads no weights, or a few rows of them.
     Plan(Box<PlanArguments>),
     /// Write a checkpoint whose weights are quantized, which loads faster.
     Quantize(Box<QuantizeArguments>),
@@ -98,7 +98,9 @@ impl ModelArguments {
 #[command(next_help_heading = "Placement")]
 pub struct PlacementArguments {
     /// `none`, `int8`, `int4` or `nl4` for the whole model, where the last two keep embedding and head in int8;
-    /// `auto` for the most bits that fit without leaving the GPUs [default: the map's, or none].
+    /// `auto` for the most bits that fit without leaving the GPUs: where only int4 does, projections of a
+    /// checkpoint in a local directory get more as far as there is room, by the error that is measured on a few rows
+    /// of each [default: the map's, or none].
     #[arg(long, value_name = "SCHEME")]
     pub quantize: Option<Quantize>,
     /// The type of the KV cache's elements: `f32`, `f16`, `bf16` or `int8` [default: the map's, or f16].
@@ -172,7 +174,7 @@ pub struct GenerateArguments {
     /// `text`, or JSON Lines: an object for each token, then a summary.
     #[arg(long, value_enum, value_name = "FORMAT", default_value_t = Format::Text, help_heading = "Output")]
     pub format: Format,
-    /// Show load time, tokens per second, and planned and measured memory on standard error.
+    /// Show load time and where it went, tokens per second, and planned and measured memory on standard error.
     #[arg(long, help_heading = "Output")]
     pub stats: bool,
 }
@@ -285,6 +287,7 @@ pub struct QuantizeArguments {
 }
 
 #[derive(Debug, Args)]
+#[expect(clippy::struct_excessive_bools, reason = "flags are independent of each other")]
 pub struct PlanArguments {
     #[command(flatten)]
     pub model: ModelArguments,
@@ -303,6 +306,10 @@ pub struct PlanArguments {
     /// Plan for the most sequences at once that fit without leaving the GPUs for them.
     #[arg(long, conflicts_with = "batch", help_heading = "Placement")]
     pub max_batch: bool,
+    /// Show bits a weight and the relative error of each kind of module, which is measured on a few rows of the
+    /// weights where these are in a local directory.
+    #[arg(long, short, help_heading = "Output")]
+    pub verbose: bool,
     /// Write the plan as a device map.
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub output: Option<PathBuf>,

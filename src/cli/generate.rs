@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use evenkeel::bytes::{Bytes, MIB};
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::generate::{ChatTemplate, Finish, GenerateOptions, GenerateReport, Message, Sampling};
-use evenkeel::loader::{LoadReport, Model};
+use evenkeel::loader::{LoadReport, LoadTimes, Model};
 use evenkeel::{Error, ErrorKind, Result, fs};
 use serde::Serialize;
 
@@ -174,6 +174,10 @@ impl Printer {
         let rate = |count: usize, seconds: f64| if seconds > 0.0 { count as f64 / seconds } else { 0.0 };
         let gigabytes = loaded.read.0 as f64 / 1e9 / loaded.seconds;
         self.note(&format!("load      {} in {:.2} s, {gigabytes:.2} GB/s", loaded.read, loaded.seconds));
+        let LoadTimes { read, pack, gpus } = loaded.times;
+        self.note(&format!(
+            "          waited {read:.2} s for reading, {gpus:.2} s for GPUs; packed {pack:.2} s on the CPU"
+        ));
         let (prompt, new) = (generated.prompt_tokens, generated.generated_tokens);
         self.note(&format!("prefill   {prompt} tokens, {:.1} tok/s", rate(prompt, generated.prefill_seconds)));
         // The first token comes with the prefill.

@@ -163,6 +163,7 @@ impl PlacementArguments {
             device_map: file.map(DeviceMap::open).transpose()?,
             any_model: self.any_model,
             strategy: self.placement,
+            kinds: false,
         })
     }
 

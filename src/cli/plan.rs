@@ -15,6 +15,7 @@ use super::{Exit, Outcome};
 pub fn run(arguments: &PlanArguments, environment: &Environment, printer: &Printer) -> Outcome {
     let mut options = arguments.placement.options(arguments.check.as_deref())?;
     options.batch = arguments.batch;
+    options.kinds = arguments.verbose;
     let inventory = if arguments.device.is_empty() {
         let mut inventory = Inventory::this_machine(&arguments.placement.offload_directory(environment))?;
         inventory.measure_bandwidth();

@@ -4,10 +4,11 @@ use std::collections::VecDeque;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use super::arenas::Arenas;
 use super::reader::{self, Slab, SlabBuffer};
-use super::{LoadEvent, LoadOptions};
+use super::{LoadEvent, LoadOptions, LoadTimes};
 use crate::backend::cuda::InFlight;
 use crate::bytes::Bytes;
 use crate::checkpoint::Checkpoint;
@@ -16,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::plan::memory::{HostStaging, Placed, STAGING_SLABS};
 use crate::quant::{PackedRows, QuantizeError, Storage, quantize_rows};
 
-/// Slabs that may be on their way to GPUs; the reader has the others.
+/// Slabs that may be on their way to GPUs; the readers have the others.
 const IN_FLIGHT: usize = STAGING_SLABS / 2;
 
 /// A slab on its way to the GPU that its weight is placed on.
@@ -27,7 +28,8 @@ struct Sent {
     slab: InFlight,
 }
 
-/// Reads every weight, packs it and puts it in place. Returns the bytes of the staging ring.
+/// Reads every weight, packs it and puts it in place. Returns the bytes of the staging ring, and what was
+/// waited for.
 ///
 /// # Errors
 /// A shard or the scratch file cannot be read or written, a weight cannot be packed, a GPU
@@ -40,7 +42,7 @@ pub fn fill(
     staging: HostStaging,
     options: &LoadOptions,
     on_event: &mut impl FnMut(LoadEvent),
-) -> Result<Bytes> {
+) -> Result<(Bytes, LoadTimes)> {
     let buffer = |_| match arenas.gpus.values().next() {
         Some(arenas) => arenas.gpu.allocate_pinned(staging.slab).map(SlabBuffer::Pinned),
         None => Ok(SlabBuffer::Heap(vec![0; staging.slab])),
@@ -48,13 +50,14 @@ pub fn fill(
     let buffers = (0..STAGING_SLABS).map(buffer).collect::<Result<Vec<_>>>()?;
     let mut packed = PackedRows::default();
     let mut most_packed = Bytes::ZERO;
+    let mut times = LoadTimes::default();
     let mut sent: VecDeque<Sent> = VecDeque::new();
     let mut put = |weight: usize, len: usize| {
         let target = &placed[weight];
         let bytes = Bytes(len as u64);
         on_event(LoadEvent::Placed { module: &target.weight.parameter.module, device: target.device, bytes });
     };
-    reader::read(checkpoint, directory, placed, buffers, staging.transposed, |slab, back| {
+    let waited = reader::read(checkpoint, directory, placed, buffers, staging.transposed, |slab, back| {
         if options.cancel.load(Ordering::Relaxed) {
             return Err(Error::interrupted());
         }
@@ -73,10 +76,15 @@ pub fn fill(
                 }
                 let Some(first) = sent.pop_front() else { return Ok(()) };
                 put(first.weight, first.len);
-                receive(arenas, placed, first)?
+                let start = Instant::now();
+                let buffer = receive(arenas, placed, first)?;
+                times.gpus += start.elapsed().as_secs_f64();
+                buffer
             }
             (buffer, _) => {
+                let start = Instant::now();
                 most_packed = most_packed.max(pack(arenas, target, row, &buffer[..len], &mut packed, options)?);
+                times.pack += start.elapsed().as_secs_f64();
                 put(weight, len);
                 buffer
             }
@@ -85,14 +93,17 @@ pub fn fill(
         let _ = back.send(buffer);
         Ok(())
     })?;
+    let start = Instant::now();
     for slab in sent {
         put(slab.weight, slab.len);
         receive(arenas, placed, slab)?;
     }
+    times.gpus += start.elapsed().as_secs_f64();
+    times.read = waited.as_secs_f64();
     for gpu in arenas.gpus.values_mut() {
         gpu.upload = None;
     }
-    Ok(staging.ring() + most_packed)
+    Ok((staging.ring() + most_packed, times))
 }
 
 /// Waits for a slab on its way to a GPU and gives its buffer back.

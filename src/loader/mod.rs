@@ -1,7 +1,7 @@
 //! Carries out a plan: reads each shard once, quantizes on the way, and puts
 //! every matrix where the plan has it.
 //!
-//! A reader thread fills a small ring of slabs of whole rows; the pool
+//! Threads fill a small ring of slabs of whole rows; the pool
 //! quantizes each slab and its packed rows go straight to their place in the
 //! arena, in memory or in a scratch file. What goes to a GPU is copied there as
 //! it is, and packed there. No tensor is ever held whole.
@@ -73,8 +73,22 @@ pub struct LoadReport {
     pub read: Bytes,
     /// Wall time.
     pub seconds: f64,
+    /// Where it went.
+    pub times: LoadTimes,
     /// Bytes that were really taken of each device, beside the plan's.
     pub devices: Vec<MeasuredDevice>,
+}
+
+/// Seconds of a load, of its wall time; what is left went into opening devices, taking memory, and
+/// building the model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct LoadTimes {
+    /// Waiting for bytes of shards.
+    pub read: f64,
+    /// Packing rows on the CPU, and putting them into memory or onto the disk.
+    pub pack: f64,
+    /// Waiting for GPUs to copy and to pack.
+    pub gpus: f64,
 }
 
 /// Planned and measured bytes of a device.
@@ -129,12 +143,13 @@ impl Plan {
         let read: Bytes = placed.iter().map(|p| p.weight.tensor.size()).sum();
         let mut arenas = Arenas::take(self, &checkpoint.config, &placed, staging, options)?;
         on_event(LoadEvent::Started { bytes: read });
-        let staged = fill::fill(&mut arenas, checkpoint, directory, &placed, staging, options, &mut on_event)?;
+        let (staged, times) = fill::fill(&mut arenas, checkpoint, directory, &placed, staging, options, &mut on_event)?;
         let (pipeline, mut measured) = build::build(self, checkpoint, &tree, &placed, arenas, options)?;
         *measured.entry(DeviceId::Cpu).or_default() += staged;
         let report = LoadReport {
             read,
             seconds: start.elapsed().max(Duration::from_nanos(1)).as_secs_f64(),
+            times,
             devices: self
                 .devices
                 .iter()

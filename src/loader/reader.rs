@@ -1,18 +1,29 @@
-//! A thread that reads shards in slabs of whole rows, ahead of the work on them.
+//! Threads that read shards in slabs of whole rows, ahead of the work on them.
+//!
+//! Each takes the next slab and an empty buffer for it; what they have read is visited in the order in
+//! which slabs were taken. Devices take turns, by the share of their bytes that was read: all of
+//! them are fed until the end.
 
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{File, Metadata};
 use std::ops::{Deref, DerefMut};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::architecture::Weight;
 use crate::backend::cuda::Pinned;
 use crate::bytes::Bytes;
 use crate::checkpoint::Checkpoint;
+use crate::device::DeviceId;
 use crate::error::{Error, Result};
 use crate::fs;
 use crate::plan::memory::Placed;
+
+/// The most threads that read: a copy from the page cache takes the time of several.
+const READERS: usize = 4;
 
 /// Host memory that a slab is read into.
 pub enum SlabBuffer {
@@ -57,7 +68,8 @@ pub struct Slab {
 /// Reads `placed`, which is sorted by shard and offset, and calls `visit` with
 /// each slab in turn, and with the way that buffers go back. `visit` may keep
 /// some of the buffers, but not all. `transposed` bytes are taken for rows of
-/// tensors that are stored the other way round.
+/// tensors that are stored the other way round. Gives the time that
+/// was spent waiting for slabs.
 ///
 /// # Errors
 /// A shard cannot be read or has changed since its header was, or `visit` fails.
@@ -68,69 +80,157 @@ pub fn read(
     buffers: Vec<SlabBuffer>,
     transposed: usize,
     mut visit: impl FnMut(Slab, &SyncSender<SlabBuffer>) -> Result<()>,
-) -> Result<()> {
-    let (filled_out, filled_in) = sync_channel::<Result<Slab>>(buffers.len());
-    let (empty_out, empty_in) = sync_channel::<SlabBuffer>(buffers.len());
+) -> Result<Duration> {
+    let jobs = jobs(placed, buffers.first().map_or(0, |buffer| buffer.len()));
+    let mut left: HashMap<usize, usize> = HashMap::new();
+    for job in &jobs {
+        *left.entry(placed[job.weight].weight.tensor.shard).or_default() += 1;
+    }
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(READERS).min(buffers.len());
+    let (filled_out, filled_in) = sync_channel::<Filled>(buffers.len());
+    let (empty_out, empty) = sync_channel(buffers.len());
     for buffer in buffers {
         // The channel has room for all slabs, and its other end is alive.
         let _ = empty_out.send(buffer);
     }
+    let queue = Queue { next: 0, empty, shards: HashMap::new(), left: left.clone() };
+    let (queue, gathered) = (Mutex::new(queue), Mutex::new(vec![0; transposed]));
+    let reader = &Reader { checkpoint, directory, placed, jobs: &jobs, queue, gathered };
     // Both ends that the visitor holds are dropped with its closure, so that
-    // a reader that waits ends where the visitor fails.
+    // readers that wait end where the visitor fails.
     std::thread::scope(move |scope| {
-        scope.spawn(move || {
-            let mut gathered = vec![0; transposed];
-            if let Err(error) = read_ahead(checkpoint, directory, placed, &empty_in, &filled_out, &mut gathered) {
-                // Nobody listens where the visitor has failed already.
-                let _ = filled_out.send(Err(error));
-            }
-        });
-        for slab in filled_in {
-            visit(slab?, &empty_out)?;
+        for _ in 0..threads {
+            let filled = filled_out.clone();
+            scope.spawn(move || reader.run(&filled));
         }
-        Ok(())
+        drop(filled_out);
+        let mut early: BTreeMap<_, _> = BTreeMap::new();
+        let mut waited = Duration::ZERO;
+        for at in 0..reader.jobs.len() {
+            let start = Instant::now();
+            let slab = loop {
+                if let Some(slab) = early.remove(&at) {
+                    break slab;
+                }
+                // No reader is left before all is read, unless one has panicked, as the scope will.
+                let Ok((at, slab)) = filled_in.recv() else { return Ok(waited) };
+                early.insert(at, slab);
+            };
+            waited += start.elapsed();
+            let (slab, shard) = slab?;
+            visit(slab, &empty_out)?;
+            let left = left.entry(shard.index).or_default();
+            *left -= 1;
+            if *left == 0 {
+                shard.check_unchanged()?;
+            }
+        }
+        Ok(waited)
     })
 }
 
-fn read_ahead(
-    checkpoint: &Checkpoint,
-    directory: &Path,
-    placed: &[Placed],
-    empty: &Receiver<SlabBuffer>,
-    filled: &SyncSender<Result<Slab>>,
-    gathered: &mut [u8],
-) -> Result<()> {
-    let mut open: Option<Shard> = None;
-    for (at, target) in placed.iter().enumerate() {
-        let tensor = &target.weight.tensor;
-        let shard = match open.take() {
-            Some(shard) if shard.index == tensor.shard => shard,
-            finished => {
-                finished.map_or(Ok(()), |shard| shard.check_unchanged())?;
-                Shard::open(checkpoint, directory, tensor.shard)?
-            }
-        };
-        let (row_bytes, all_rows) = (target.weight.row_bytes(), target.weight.data_rows());
-        let mut row = 0;
-        while row < all_rows {
-            let Ok(mut buffer) = empty.recv() else {
-                return Ok(());
-            };
-            let rows = (buffer.len() / row_bytes).min(all_rows - row);
-            let len = rows * row_bytes;
-            if target.weight.is_transposed() {
-                shard.read_transposed(&mut buffer[..len], &target.weight, row, &mut gathered[..len])?;
-            } else {
-                shard.read(&mut buffer[..len], tensor.range.start + (row * row_bytes) as u64)?;
-            }
-            if filled.send(Ok(Slab { weight: at, row, len, buffer })).is_err() {
-                return Ok(());
-            }
-            row += rows;
-        }
-        open = Some(shard);
+/// The place of a slab in the order, and the slab with the shard that it is of.
+type Filled = (usize, Result<(Slab, Arc<Shard>)>);
+
+/// Rows of a weight that are read at once.
+struct Job {
+    weight: usize,
+    row: usize,
+    rows: usize,
+}
+
+/// All rows in slabs of at most `slab` bytes, in the order in which they are read.
+fn jobs(placed: &[Placed], slab: usize) -> Vec<Job> {
+    let size = |target: &Placed| target.weight.tensor.size().0;
+    let mut sizes: BTreeMap<DeviceId, u64> = BTreeMap::new();
+    for target in placed {
+        *sizes.entry(target.device).or_default() += size(target);
     }
-    open.map_or(Ok(()), |shard| shard.check_unchanged())
+    let mut ends = BTreeMap::<DeviceId, u64>::new();
+    let mut jobs = Vec::new();
+    for (weight, target) in placed.iter().enumerate() {
+        let (row_bytes, all_rows) = (target.weight.row_bytes(), target.weight.data_rows());
+        let end = ends.entry(target.device).or_default();
+        for row in (0..all_rows).step_by((slab / row_bytes).max(1)) {
+            let rows = (slab / row_bytes).min(all_rows - row);
+            let share = (*end + (row * row_bytes) as u64) as f64 / sizes[&target.device] as f64;
+            jobs.push((share, Job { weight, row, rows }));
+        }
+        *end += size(target);
+    }
+    // Equal shares stay in the order of the shards.
+    jobs.sort_by(|(a, _), (b, _)| a.total_cmp(b));
+    jobs.into_iter().map(|(_, job)| job).collect()
+}
+
+/// What is left to read.
+struct Queue {
+    next: usize,
+    empty: Receiver<SlabBuffer>,
+    /// Those that are open, for as long as slabs of them are left.
+    shards: HashMap<usize, Arc<Shard>>,
+    left: HashMap<usize, usize>,
+}
+
+struct Reader<'a> {
+    checkpoint: &'a Checkpoint,
+    directory: &'a Path,
+    placed: &'a [Placed<'a>],
+    jobs: &'a [Job],
+    queue: Mutex<Queue>,
+    gathered: Mutex<Vec<u8>>,
+}
+
+impl Reader<'_> {
+    /// Reads slab after slab, until none is left or nobody listens.
+    fn run(&self, filled: &SyncSender<Filled>) {
+        loop {
+            // Whoever waits for a buffer keeps the queue: buffers go to slabs in order, so that the one
+            // that is visited next never waits for a buffer that a later one has.
+            let mut queue = lock(&self.queue);
+            let at = queue.next;
+            let Some(job) = self.jobs.get(at) else { return };
+            let Ok(buffer) = queue.empty.recv() else { return };
+            queue.next += 1;
+            let shard = self.shard(&mut queue, self.placed[job.weight].weight.tensor.shard);
+            drop(queue);
+            let slab = shard.and_then(|shard| Ok((self.fill(job, buffer, &shard)?, shard)));
+            let failed = slab.is_err();
+            if filled.send((at, slab)).is_err() || failed {
+                return;
+            }
+        }
+    }
+
+    /// The shard at `index`, for one more slab of it.
+    fn shard(&self, queue: &mut Queue, index: usize) -> Result<Arc<Shard>> {
+        let shard = match queue.shards.remove(&index) {
+            Some(shard) => shard,
+            None => Arc::new(Shard::open(self.checkpoint, self.directory, index)?),
+        };
+        let left = queue.left.entry(index).or_default();
+        *left -= 1;
+        if *left > 0 {
+            queue.shards.insert(index, Arc::clone(&shard));
+        }
+        Ok(shard)
+    }
+
+    fn fill(&self, job: &Job, mut buffer: SlabBuffer, shard: &Shard) -> Result<Slab> {
+        let (weight, row) = (&self.placed[job.weight].weight, job.row);
+        let len = job.rows * weight.row_bytes();
+        if weight.is_transposed() {
+            shard.read_transposed(&mut buffer[..len], weight, row, &mut lock(&self.gathered)[..len])?;
+        } else {
+            shard.read(&mut buffer[..len], weight.tensor.range.start + (row * weight.row_bytes()) as u64)?;
+        }
+        Ok(Slab { weight: job.weight, row, len, buffer })
+    }
+}
+
+/// The lock, though a thread that had it may have panicked: then the load ends with that.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A shard that is open, as it was when it was opened.
@@ -204,7 +304,6 @@ fn transpose<const N: usize>(from: &[u8], rows: usize, to: &mut [u8]) {
 mod tests {
     use super::*;
     use crate::architecture::ModuleTree;
-    use crate::device::DeviceId;
     use crate::plan::memory::lay_out;
     use crate::quant::{QuantizeRules, Scheme};
 
@@ -240,6 +339,34 @@ mod tests {
                     .collect();
                 assert!(rows == wanted, "{} in slabs of {slab}", parameter.tensor());
             }
+        }
+    }
+    #[test]
+    fn devices_take_turns_and_each_reads_in_the_order_of_its_shards() {
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/parity/llama");
+        let checkpoint = Checkpoint::open(&directory).unwrap();
+        let tree = ModuleTree::new(&checkpoint.config);
+        let weights = tree.resolve(&checkpoint).unwrap();
+        let half = tree.modules.len() / 2;
+        let devices: Vec<_> =
+            (0..tree.modules.len()).map(|at| if at < half { DeviceId::Cuda(0) } else { DeviceId::Cuda(1) }).collect();
+        let mut placed = lay_out(&weights, &devices, &QuantizeRules::whole_model(Scheme::None)).unwrap();
+        placed.sort_by_key(|placed| (placed.weight.tensor.shard, placed.weight.tensor.range.start));
+        let slab = 2000;
+        let jobs = jobs(&placed, slab);
+        let bytes = |job: &Job| (job.rows * placed[job.weight].weight.row_bytes()) as f64;
+        let total = |device| -> f64 { jobs.iter().filter(|job| placed[job.weight].device == device).map(bytes).sum() };
+        let totals = [DeviceId::Cuda(0), DeviceId::Cuda(1)].map(total);
+        assert_eq!(totals[0] + totals[1], placed.iter().map(|p| p.weight.tensor.size().0 as f64).sum::<f64>());
+        let mut seen = [0.0; 2];
+        let mut last = [(0, 0); 2];
+        for job in &jobs {
+            let at = usize::from(placed[job.weight].device == DeviceId::Cuda(1));
+            assert!((job.weight, job.row) >= last[at]);
+            last[at] = (job.weight, job.row);
+            seen[at] += bytes(job);
+            let ahead = (seen[0] / totals[0] - seen[1] / totals[1]).abs();
+            assert!(ahead <= 2.0 * slab as f64 / totals[0].min(totals[1]), "{ahead}");
         }
     }
 }

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::{DevicePlan, Plan, PlanOptions, Quantize, Speed, Strategy, Subject};
+use super::{DevicePlan, Plan, PlanOptions, Quantize, Speed, Strategy, Subject, mixed};
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::error::Result;
@@ -17,6 +17,8 @@ pub struct Outline {
     pub placement: Strategy,
     /// The scheme of most modules.
     pub scheme: Scheme,
+    /// Whether each projection has its own.
+    pub is_mixed: bool,
     /// Whether every device has room.
     pub fits: bool,
     /// All that it takes, over all devices.
@@ -38,6 +40,7 @@ impl Outline {
         Self {
             placement,
             scheme: plan.quantize.scheme(""),
+            is_mixed: false,
             fits: plan.fits(),
             total: plan.total(),
             gpus: gpus().count(),
@@ -85,6 +88,27 @@ pub fn decide_scheme(subject: &Subject, options: &PlanOptions) -> Result<(PlanOp
     let best = outlines.iter().filter(|outline| outline.fits).min_by_key(|outline| outline.off_gpus);
     let scheme = best.or(outlines.last()).map_or(Scheme::None, |outline| outline.scheme);
     Ok((with(scheme), outlines))
+}
+
+/// Options in which the schemes are decided, and their plan. Where the fewest bits were decided on,
+/// the rest of the room goes to the projections that lose the most by them.
+pub fn with_scheme(subject: &Subject, options: &PlanOptions) -> Result<(PlanOptions, Plan)> {
+    let (decided, mut schemes) = decide_scheme(subject, options)?;
+    let mut plan = subject.plan(&decided)?;
+    let has_fewest_bits =
+        schemes.last().is_some_and(|outline| outline.fits && decided.quantize == Some(outline.scheme.into()));
+    let mixed = if has_fewest_bits { mixed::refine(subject, &decided, &plan)? } else { None };
+    let decided = match mixed {
+        Some((options, mixed)) => {
+            schemes.push(Outline { is_mixed: true, ..Outline::of(&mixed, options.strategy) });
+            plan = mixed;
+            options
+        }
+        None => decided,
+    };
+    plan.is_unmeasured = has_fewest_bits && subject.checkpoint.directory.is_none();
+    plan.schemes = schemes;
+    Ok((decided, plan))
 }
 
 /// The outline of every strategy for the same model and machine, that of the

@@ -17,9 +17,9 @@ const CUDA_CONTEXT: Bytes = Bytes(330 * MIB);
 /// Every buffer of a GPU starts on a multiple of this many bytes.
 const CUDA_ALIGNMENT: u64 = 256;
 /// Bytes of a slab of the host's staging ring, unless a single row is longer.
-const SLAB: u64 = 4 * MIB;
+const SLAB: u64 = 2 * MIB;
 /// Slabs in the host's staging ring.
-pub const STAGING_SLABS: usize = 4;
+pub const STAGING_SLABS: usize = 8;
 /// Bytes of a group of quantized activations on the CPU: its codes, its scale and their sum.
 pub const ACTIVATION_GROUP: usize = GROUP_SIZE + 2 * size_of::<u32>();
 /// No single allocation may be planned beyond this.
@@ -177,14 +177,53 @@ pub fn workspace(config: &ModelConfig, context: usize, device: DeviceId) -> Byte
     }
 }
 
+/// How a GPU shares out attention over the keys that are cached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CudaAttention {
+    /// Query heads that a block of threads takes, all of one key-value head.
+    pub heads: usize,
+    /// Blocks of heads.
+    pub blocks: usize,
+    /// Parts of the keys, each a block of threads for every token and block of heads.
+    pub parts: usize,
+}
+
+impl CudaAttention {
+    /// For `tokens` tokens of which the last sees `keys` keys: so many parts that one token over
+    /// many keys fills a GPU, and none so short that adding them up is what takes the time.
+    pub fn new(heads: usize, kv_heads: usize, tokens: usize, keys: usize) -> Self {
+        const BLOCKS: usize = 1024;
+        const SHORTEST: usize = 256;
+        let sharing = heads / kv_heads;
+        let of_a_block = if sharing > 1 { 4 } else { 1 };
+        let blocks = kv_heads * sharing.div_ceil(of_a_block);
+        let parts = (BLOCKS / (tokens * blocks)).min(keys.div_ceil(SHORTEST)).max(1);
+        Self { heads: of_a_block, blocks, parts }
+    }
+
+    /// Bytes of what the parts leave and of the counts of those that are done, for at most `tokens` tokens
+    /// under `context`: sums, the largest score and the total of each, f32, and a u32 for each count.
+    pub fn scratch(heads: usize, kv_heads: usize, head_dim: usize, tokens: usize, context: usize) -> [usize; 2] {
+        let most = |bytes: &dyn Fn(usize, Self) -> usize| {
+            let each = (1..=tokens).map(|tokens| (tokens, Self::new(heads, kv_heads, tokens, context)));
+            each.filter(|(_, shares)| shares.parts > 1).map(|(tokens, shares)| bytes(tokens, shares)).max().unwrap_or(0)
+        };
+        let row = (head_dim + 2) * size_of::<f32>();
+        [
+            most(&|tokens, shares| tokens * heads * shares.parts * row),
+            most(&|tokens, shares| tokens * shares.blocks * size_of::<u32>()),
+        ]
+    }
+}
+
 /// Number of buffers in a GPU's workspace.
-pub const CUDA_BUFFERS: usize = 16;
+pub const CUDA_BUFFERS: usize = 18;
 
 /// The buffers of a GPU's workspace: the hidden state and the normalized one;
 /// queries, keys, values and what attention gives; gate and up; what a half of
 /// a block gives where that is not added at once; the experts' scores, the
 /// inputs and the outputs of one, its tokens and their weights; logits, tokens,
-/// and the frequencies of all ropes. Tokens are u32; normalized states, queries
+/// the frequencies of all ropes, and what parts of attention leave, and how many are done. Tokens are u32; normalized states, queries
 /// to up, and the experts' inputs f16; all others f32.
 pub fn cuda_workspace(config: &ModelConfig, context: usize) -> [Bytes; CUDA_BUFFERS] {
     const HALF: usize = 2;
@@ -194,6 +233,8 @@ pub fn cuda_workspace(config: &ModelConfig, context: usize) -> [Bytes; CUDA_BUFF
     let norms_outputs = roles().any(|role| matches!(role, Role::AttentionOutputNorm | Role::FeedForwardOutputNorm));
     let routed =
         if layout.routes > 0 { config.experts.map_or(0, |experts| layout.tokens * experts.per_token) } else { 0 };
+    let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
+    let [parts, arrivals] = CudaAttention::scratch(heads, kv_heads, config.head_dim, layout.tokens, context);
     let rotated: usize = config.ropes.iter().map(|rope| rope.rotary_dim / 2).sum();
     [
         layout.normed * WORD,
@@ -212,6 +253,8 @@ pub fn cuda_workspace(config: &ModelConfig, context: usize) -> [Bytes; CUDA_BUFF
         config.vocab_size * WORD,
         layout.tokens * WORD,
         rotated * WORD,
+        parts,
+        arrivals,
     ]
     .map(cuda_aligned)
 }
@@ -248,11 +291,11 @@ pub struct HostStaging {
 }
 
 impl HostStaging {
-    /// A ring for `weights`: slabs of 4 MiB, or of the longest row, or of the largest tensor where all are smaller.
+    /// A ring for `weights`: slabs of 2 MiB, or of the longest row, or of half the largest tensor where that is less.
     pub fn new(weights: &[Weight], rules: &QuantizeRules) -> Self {
         let longest_row = weights.iter().map(Weight::row_bytes).max().unwrap_or(0);
         let largest = weights.iter().map(|weight| weight.tensor.size().0).max().unwrap_or(0);
-        let slab = usize::try_from(SLAB.min(largest)).unwrap_or(usize::MAX).max(longest_row);
+        let slab = usize::try_from(SLAB.min(largest.div_ceil(2))).unwrap_or(usize::MAX).max(longest_row);
         let packed = weights
             .iter()
             .filter_map(|weight| {

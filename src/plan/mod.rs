@@ -1,18 +1,24 @@
-//! What goes where, and what it takes: a [`Plan`] made from headers alone.
+//! What goes where, and what it takes: a [`Plan`] made from headers alone, but where schemes are
+//! chosen by the error that is measured on a few rows of weights.
 //!
 //! `plan` prints it and `generate` carries it out; both make it here.
 
 mod alternatives;
 mod device_plan;
 mod fastest;
+mod group;
 pub mod hf;
 mod inventory;
+mod kinds;
+mod knapsack;
 pub mod memory;
+mod mixed;
 mod options;
 mod picture;
 pub mod placement;
 mod remedies;
 mod report;
+mod sample;
 mod speed;
 mod strategy;
 mod subject;
@@ -32,6 +38,7 @@ pub use alternatives::Outline;
 pub use device_plan::{DevicePlan, PlannedModule};
 pub use fastest::fastest;
 pub use inventory::{Device, Inventory};
+pub use kinds::KindReport;
 pub use options::{DEFAULT_CONTEXT, DEFAULT_RESERVE, PlanOptions, Quantize};
 pub use remedies::{Change, Remedy};
 pub use speed::{Bandwidth, Pace, ParseBandwidthError, Speed};
@@ -68,8 +75,12 @@ pub struct Plan {
     pub speed: Option<Speed>,
     /// What each way to place the model gives, the chosen one first; none where a map decides.
     pub placements: Vec<Outline>,
-    /// What each scheme gives, where the scheme was to be chosen; the most bits first.
+    /// What each scheme gives, where the scheme was to be chosen; the most bits first, a mixture last.
     pub schemes: Vec<Outline>,
+    /// Whether projections have no schemes of their own because the weights are not in a local directory.
+    pub is_unmeasured: bool,
+    /// Bits and measured error of each kind of module, where that was asked for.
+    pub kinds: Vec<KindReport>,
     /// GPUs of this machine that are too old, or whose driver is.
     pub idle: Vec<Device>,
     /// What would fit, where this does not; cheapest in quality first.
@@ -87,10 +98,11 @@ impl Plan {
     pub fn new(checkpoint: &Checkpoint, inventory: &Inventory, options: &PlanOptions) -> Result<Self> {
         let tree = ModuleTree::new(&checkpoint.config);
         let subject = Subject::new(checkpoint, inventory, &tree)?;
-        let (options, schemes) = alternatives::decide_scheme(&subject, options)?;
-        let mut plan = subject.plan(&options)?;
-        plan.schemes = schemes;
+        let (options, mut plan) = alternatives::with_scheme(&subject, options)?;
         plan.placements = alternatives::placements(&subject, &options, &plan);
+        if options.kinds {
+            plan.kinds = kinds::report(&subject, &plan.quantize)?;
+        }
         if !plan.fits() {
             plan.remedies = remedies::find(&subject, &options, &plan);
         }

@@ -13,6 +13,8 @@ use crate::quant::{KvDtype, QuantizeRules, Scheme};
 
 /// Bytes of every device that a plan leaves free, unless told otherwise.
 pub const DEFAULT_RESERVE: Bytes = Bytes(512 * MIB);
+/// Rules that are still listed one by one.
+const MOST_RULES: usize = 5;
 /// The longest context that is planned unless a longer one is asked for.
 pub const DEFAULT_CONTEXT: usize = 4096;
 
@@ -37,13 +39,17 @@ pub struct PlanOptions {
     pub any_model: bool,
     /// How modules are placed automatically.
     pub strategy: Strategy,
+    /// Whether the plan lists the bits and the measured error of each kind of module.
+    pub kinds: bool,
 }
 
 /// How the schemes are chosen.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Quantize {
     /// One scheme for the whole model: that of the most bits with which no
-    /// more leaves the GPUs than must.
+    /// more leaves the GPUs than must. Where that is the one of the fewest bits, and the
+    /// checkpoint is in a local directory, projections get more bits as far as there is room,
+    /// so that the error that is measured on a few rows of each is the least.
     Auto,
     /// As these rules say.
     Rules(QuantizeRules),
@@ -69,11 +75,15 @@ impl FromStr for Quantize {
 }
 
 impl fmt::Display for Quantize {
-    /// `auto`, or the rules with those of single modules behind that of the whole model.
+    /// `auto`, or the rules with those of single modules behind that of the whole model; of many the number.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Auto => f.write_str("auto"),
             Self::Rules(rules) => {
+                let count = rules.iter().count();
+                if count > MOST_RULES {
+                    return write!(f, "mixed by {count} rules");
+                }
                 for (at, (path, scheme)) in rules.iter().enumerate() {
                     let (comma, space) = (if at == 0 { "" } else { ", " }, if path.is_empty() { "" } else { " " });
                     write!(f, "{comma}{path}{space}{scheme}")?;

@@ -164,14 +164,20 @@ impl Plan {
                 device.id
             )?;
         }
+        let is_mixed = self.schemes.iter().any(|outline| outline.is_mixed);
         for (at, outline) in self.schemes.iter().enumerate() {
-            let chosen = if outline.scheme == self.quantize.scheme("") { "*" } else { " " };
-            let (scheme, total) = (outline.scheme, outline.total);
+            let is_chosen = outline.is_mixed == is_mixed && outline.scheme == self.quantize.scheme("");
+            let (chosen, total) = (if is_chosen { "*" } else { " " }, outline.total);
+            let scheme = if outline.is_mixed { "mixed" } else { outline.scheme.name() };
             writeln!(f, "{}{chosen} {scheme:<5} {total:>9}  {outline}", label(at, "quantize"))?;
+        }
+        if self.is_unmeasured {
+            writeln!(f, "            one scheme for all: only weights in a local directory are measured")?;
         }
         for (at, outline) in self.placements.iter().enumerate() {
             writeln!(f, "{}{:<17}  {outline}", label(at, "placed"), outline.placement)?;
         }
+        f.write_str(&self.kinds_table())?;
         if let Some(Speed { at_first, at_last }) = self.speed.filter(|_| self.fits()) {
             writeln!(
                 f,
@@ -223,7 +229,7 @@ fn count(number: u64) -> String {
 }
 
 /// Rows of cells: the first column to the left, the others to the right.
-fn table(rows: &[Vec<String>]) -> String {
+pub(super) fn table(rows: &[Vec<String>]) -> String {
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let widths: Vec<_> = (0..rows.first().map_or(0, Vec::len)).map(width).collect();
     let mut text = String::new();

@@ -31,23 +31,30 @@ impl<'a> Subject<'a> {
 
     /// The plan under `options`, in which `auto` has been decided; without alternatives and remedies.
     pub fn plan(&self, options: &PlanOptions) -> Result<Plan> {
-        let Self { checkpoint, inventory, tree, weights } = self;
+        let Self { checkpoint, tree, weights, .. } = self;
         let config = &checkpoint.config;
         check_model(options, checkpoint)?;
         let conditions = Conditions::of(checkpoint, tree.embedding(), options)?;
-        let Conditions { context, batch, kv_cache, .. } = conditions;
         if let Some((path, _)) = conditions.quantize.iter().find(|(path, _)| !tree.names(path)) {
             return Err(Error::input(format!("`quantize` names unknown module `{path}`")));
         }
         let sizes = module_sizes(config, tree, weights, &conditions.quantize)?;
+        self.place(options, &conditions, &sizes)
+    }
+
+    /// The plan whose modules take `sizes`.
+    pub fn place(&self, options: &PlanOptions, conditions: &Conditions, sizes: &[Size]) -> Result<Plan> {
+        let Self { checkpoint, inventory, tree, weights } = self;
+        let config = &checkpoint.config;
+        let Conditions { context, batch, kv_cache, .. } = *conditions;
         let kv = KvLayout::new(config, context, batch, kv_cache).ok_or_else(|| too_large("the KV cache"))?;
         let staging = memory::HostStaging::new(weights, &conditions.quantize);
-        let empty = |device| DevicePlan::empty(device, &conditions, config, staging);
+        let empty = |device| DevicePlan::empty(device, conditions, config, staging);
         let mut devices: Vec<DevicePlan> = inventory.devices.iter().map(empty).collect();
         let mut modules: Vec<PlannedModule> = tree
             .modules
             .iter()
-            .zip(&sizes)
+            .zip(sizes)
             .map(|(module, size)| PlannedModule {
                 path: module.path.clone(),
                 device: DeviceId::Cpu,
@@ -60,7 +67,7 @@ impl<'a> Subject<'a> {
         let placement = match &options.device_map {
             Some(map) => map.resolve(tree)?,
             None => match options.strategy.transformers() {
-                Some(mode) => as_transformers(self, &conditions, mode)?,
+                Some(mode) => as_transformers(self, conditions, mode)?,
                 None => automatic(tree, &modules, &devices, options.strategy)?,
             },
         };
@@ -76,17 +83,19 @@ impl<'a> Subject<'a> {
             architecture: config.family.architecture.to_owned(),
             parameters: weights.iter().map(|weight| (weight.parameter.rows * weight.parameter.cols) as u64).sum(),
             dtype: config.dtype.clone(),
-            quantize: conditions.quantize,
+            quantize: conditions.quantize.clone(),
             context,
             longest_context: config.max_position_embeddings,
             batch,
             kv_cache,
-            max_memory: conditions.max_memory,
+            max_memory: conditions.max_memory.clone(),
             speed: Speed::predict(&devices, &modules, batch),
             modules,
             devices,
             placements: Vec::new(),
             schemes: Vec::new(),
+            is_unmeasured: false,
+            kinds: Vec::new(),
             idle: inventory.idle.clone(),
             remedies: Vec::new(),
         })
@@ -97,16 +106,14 @@ fn too_large(what: &str) -> Error {
     Error::input(format!("{what} is too large to plan for"))
 }
 
-/// What a module's weights take, and what a token reads of them.
+/// What weights take, and what a token reads of them.
 #[derive(Clone, Copy, Default)]
-struct Size {
-    packed: Bytes,
-    read: Bytes,
+pub struct Size {
+    pub packed: Bytes,
+    pub read: Bytes,
 }
 
-/// The size of every module: a token reads a row of the embedding, the experts
-/// that it is sent to, and all of anything else; where the head is the
-/// embedding, all of that.
+/// The size of every module; where the head is the embedding, a token reads all of that.
 fn module_sizes(
     config: &ModelConfig,
     tree: &ModuleTree,
@@ -117,15 +124,8 @@ fn module_sizes(
     let one_device = vec![DeviceId::Cpu; tree.modules.len()];
     for placed in memory::lay_out(weights, &one_device, rules)? {
         let size = &mut sizes[placed.weight.module];
-        let packed = placed.layout.size();
-        size.packed += packed;
-        size.read += match (placed.weight.parameter.role, config.experts) {
-            (Role::Embedding | Role::Positions, _) => Bytes::ZERO,
-            (Role::ExpertGate(_) | Role::ExpertUp(_) | Role::ExpertDown(_), Some(experts)) => {
-                Bytes(packed.0 / experts.count as u64 * experts.per_token as u64)
-            }
-            _ => packed,
-        };
+        let Size { packed, read } = weight_size(config, &placed.weight, placed.layout.size());
+        *size = Size { packed: size.packed + packed, read: size.read + read };
     }
     if tree.tied
         && let Some(embedding) = sizes.first().map(|size| size.packed)
@@ -134,6 +134,19 @@ fn module_sizes(
         head.read = embedding;
     }
     Ok(sizes)
+}
+
+/// The size of a weight that takes `packed`: a token reads a row of the embedding, the experts
+/// that it is sent to, and all of anything else.
+pub fn weight_size(config: &ModelConfig, weight: &Weight, packed: Bytes) -> Size {
+    let read = match (weight.parameter.role, config.experts) {
+        (Role::Embedding | Role::Positions, _) => Bytes::ZERO,
+        (Role::ExpertGate(_) | Role::ExpertUp(_) | Role::ExpertDown(_), Some(experts)) => {
+            Bytes(packed.0 / experts.count as u64 * experts.per_token as u64)
+        }
+        _ => packed,
+    };
+    Size { packed, read }
 }
 
 fn automatic(

@@ -10,7 +10,7 @@ use super::GROUP_SIZE;
 use super::quantize::{SHIFT, low_byte, round_i8};
 
 /// Groups that are searched side by side.
-const LANES: usize = 8;
+const LANES: usize = 32;
 /// Sums over a group: terms k, k + 8, k + 16 and k + 24 are added first, then these sums in order of k.
 const PARTS: usize = 8;
 
@@ -42,16 +42,19 @@ impl Levels for Int4 {
     /// the minus side has more is used.
     const DIVISORS: usize = 20;
 
+    #[inline(always)]
     fn divisor(candidate: usize) -> f32 {
         const FIRST: f32 = -10.47;
         const LAST: f32 = -6.2;
         FIRST + (LAST - FIRST) * candidate as f32 / (Self::DIVISORS - 1) as f32
     }
 
+    #[inline(always)]
     fn nearest(x: f32) -> f32 {
         (x.clamp(-8.0, 7.0) + SHIFT) - SHIFT
     }
 
+    #[inline(always)]
     fn code(x: f32) -> u8 {
         low_byte(x.clamp(-8.0, 7.0)).wrapping_add(8)
     }
@@ -59,6 +62,7 @@ impl Levels for Int4 {
 
 /// Packs a row whose scales are [`search`]ed for. Returns the row's scale, or
 /// the scale that f16 cannot hold.
+#[inline(always)]
 pub fn pack_row<L: Levels>(values: &[f32], codes: &mut [u8], sub_scales: &mut [u8]) -> Result<f16, f32> {
     let groups = values.as_chunks::<GROUP_SIZE>().0;
     let mut scales = vec![0.0; groups.len()];
@@ -100,6 +104,7 @@ fn row_scale(scales: &[f32]) -> Result<f16, f32> {
 }
 
 /// At most [`LANES`] groups; zeros where there are fewer.
+#[inline(always)]
 fn side_by_side(groups: &[[f32; GROUP_SIZE]]) -> Block {
     let mut block = [[0.0; LANES]; GROUP_SIZE];
     for (lane, group) in groups.iter().enumerate() {
@@ -112,6 +117,7 @@ fn side_by_side(groups: &[[f32; GROUP_SIZE]]) -> Block {
 
 /// The scale of each group with the least squared error: a few divisors of the
 /// extreme element, each refitted by least squares to the codes that it gives.
+#[inline(always)]
 fn search<L: Levels>(block: &Block) -> Lanes {
     let mut extreme = [0.0f32; LANES];
     for column in block {
@@ -139,6 +145,7 @@ fn search<L: Levels>(block: &Block) -> Lanes {
 }
 
 /// The sub-scale of each group: `scale / factor` rounded, or a neighbour of that which has a smaller error.
+#[inline(always)]
 fn sub_scales_of<L: Levels>(block: &Block, scales: &[f32], factor: f32) -> [i8; LANES] {
     let mut rounded = [0i8; LANES];
     for (rounded, scale) in rounded.iter_mut().zip(scales) {
@@ -159,7 +166,7 @@ fn sub_scales_of<L: Levels>(block: &Block, scales: &[f32], factor: f32) -> [i8; 
 }
 
 /// The squared error of each group at its scale; 0 makes every weight 0.
-#[inline]
+#[inline(always)]
 fn squared_error<L: Levels>(block: &Block, scale: &Lanes) -> Lanes {
     let inverse = lanes(|i| if scale[i] == 0.0 { 0.0 } else { 1.0 / scale[i] });
     let [error] = sums(block, |i, value| {
@@ -170,29 +177,28 @@ fn squared_error<L: Levels>(block: &Block, scale: &Lanes) -> Lanes {
 }
 
 /// `Σ terms(value)` over each group.
-#[inline]
+#[inline(always)]
 fn sums<const N: usize>(block: &Block, terms: impl Fn(usize, f32) -> [f32; N]) -> [Lanes; N] {
     let mut totals = [[0.0; LANES]; N];
     for first in 0..PARTS {
-        let mut part = [[0.0; LANES]; N];
-        for column in block[first..].iter().step_by(PARTS) {
-            for i in 0..LANES {
+        let columns: [&Lanes; GROUP_SIZE / PARTS] = std::array::from_fn(|k| &block[first + k * PARTS]);
+        for i in 0..LANES {
+            let mut part = [0.0; N];
+            for column in columns {
                 let terms = terms(i, column[i]);
                 for n in 0..N {
-                    part[n][i] += terms[n];
+                    part[n] += terms[n];
                 }
             }
-        }
-        for n in 0..N {
-            for i in 0..LANES {
-                totals[n][i] += part[n][i];
+            for n in 0..N {
+                totals[n][i] += part[n];
             }
         }
     }
     totals
 }
 
-#[inline]
+#[inline(always)]
 fn lanes(value: impl Fn(usize) -> f32) -> Lanes {
     std::array::from_fn(value)
 }

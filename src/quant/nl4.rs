@@ -11,42 +11,25 @@ pub const NL4_LEVELS: [i8; 16] = [-125, -101, -81, -64, -48, -35, -22, -10, 1, 1
 /// What a level of 1 stands for.
 pub const NL4_UNIT: f32 = 1.0 / 16.0;
 
-/// Steps of half a sixteenth: between two of them the nearest level is the same.
-const STEPS: usize = 512;
-/// The code of the nearest level for every step from −128 sixteenths on.
-const CODES: [u8; STEPS] = codes();
-/// The same as levels.
-const NEAREST: [f32; STEPS] = {
-    let (mut nearest, mut step) = ([0.0; STEPS], 0);
-    while step < STEPS {
-        nearest[step] = NL4_LEVELS[CODES[step] as usize] as f32 * NL4_UNIT;
-        step += 1;
+/// Half sixteenths above −128 sixteenths from which on level q + 1 is nearer than level q.
+const NEARER: [f32; 15] = {
+    let (mut nearer, mut code) = ([0.0; 15], 0);
+    while code < 15 {
+        nearer[code] = (256 + NL4_LEVELS[code] as i16 + NL4_LEVELS[code + 1] as i16) as f32;
+        code += 1;
     }
-    nearest
+    nearer
 };
 
-#[expect(clippy::cast_possible_truncation, clippy::cast_possible_wrap, reason = "numbers up to 512")]
-const fn codes() -> [u8; STEPS] {
-    let (mut codes, mut step) = ([0; STEPS], 0);
-    while step < STEPS {
-        // The middle of the step in quarters of a sixteenth: an odd number, so it is as near to no two levels.
-        let middle = 2 * (step as i32 - STEPS as i32 / 2) + 1;
-        let mut code = 0;
-        while code < 15 && middle > 2 * (NL4_LEVELS[code as usize] as i32 + NL4_LEVELS[code as usize + 1] as i32) {
-            code += 1;
-        }
-        codes[step] = code;
-        step += 1;
+/// `of(q)` of the level q that is nearest to `x`, a multiple of a group's scale. A choice for
+/// every level: in a table, values would be looked up one at a time.
+#[inline(always)]
+fn nearest<T: Copy>(x: f32, of: impl Fn(usize) -> T) -> T {
+    let (steps, mut nearest) = (x * 32.0 + 256.0, of(0));
+    for (code, nearer) in NEARER.into_iter().enumerate() {
+        nearest = if steps >= nearer { of(code + 1) } else { nearest };
     }
-    codes
-}
-
-/// The step that `x`, a multiple of a group's scale, lies in.
-fn step(x: f32) -> usize {
-    const LAST: f32 = (STEPS - 1) as f32;
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to 511")]
-    let step = (x * 32.0 + 256.0).clamp(0.0, LAST) as usize;
-    step
+    nearest
 }
 
 /// The levels of `nl4`.
@@ -56,6 +39,7 @@ impl Levels for Nl4 {
     /// Of either sign, for the levels are not symmetric, from 6.25 to 9.77 in size.
     const DIVISORS: usize = 24;
 
+    #[inline(always)]
     fn divisor(candidate: usize) -> f32 {
         const SMALLEST: f32 = 6.25;
         const LARGEST: f32 = 9.766;
@@ -63,12 +47,14 @@ impl Levels for Nl4 {
         if candidate.is_multiple_of(2) { -size } else { size }
     }
 
+    #[inline(always)]
     fn nearest(x: f32) -> f32 {
-        NEAREST[step(x)]
+        nearest(x, |code| f32::from(NL4_LEVELS[code]) * NL4_UNIT)
     }
 
+    #[inline(always)]
     fn code(x: f32) -> u8 {
-        CODES[step(x)]
+        nearest(x, |code| code.to_le_bytes()[0])
     }
 }
 

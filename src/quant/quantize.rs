@@ -4,8 +4,9 @@ use rayon::prelude::*;
 
 use super::groups::{self, Int4};
 use super::nl4::Nl4;
-use super::{GROUP_SIZE, MatrixLayout, Storage};
+use super::{GROUP_SIZE, MatrixLayout, Storage, WeightDtype};
 use crate::bytes::Bytes;
+use crate::simd::{Isa, vectorized};
 
 /// Weights that cannot be quantized; rows and columns are the slab's.
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
@@ -57,6 +58,20 @@ impl PackedRows {
         ]
     }
 
+    /// All rows of `layout` as one matrix.
+    ///
+    /// # Panics
+    /// It has more rows than are packed.
+    pub fn matrix(&self, layout: &MatrixLayout) -> Vec<u8> {
+        // As many bytes are packed.
+        let offset = |at: u64| usize::try_from(at).unwrap_or(usize::MAX);
+        let mut bytes = vec![0; offset(layout.size().0)];
+        for (at, section) in self.sections(layout, 0) {
+            bytes[offset(at)..][..section.len()].copy_from_slice(section);
+        }
+        bytes
+    }
+
     /// Room for `rows` rows of `layout`.
     fn resize(&mut self, layout: &MatrixLayout, rows: usize) {
         self.codes.resize(rows * layout.code_row, 0);
@@ -75,7 +90,7 @@ impl PackedRows {
 /// `layout` is of plain storage, which is copied and not quantized.
 pub fn quantize_rows(
     layout: &MatrixLayout,
-    dtype: super::WeightDtype,
+    dtype: WeightDtype,
     weights: &[u8],
     packed: &mut PackedRows,
 ) -> Result<(), QuantizeError> {
@@ -87,6 +102,7 @@ pub fn quantize_rows(
         0 => (0..rows).map(|_| Default::default()).collect(),
         row => packed.sub_scales.chunks_mut(row).collect(),
     };
+    let isa = Isa::best();
     let first_error = packed
         .codes
         .par_chunks_mut(layout.code_row)
@@ -97,28 +113,44 @@ pub fn quantize_rows(
         .map_init(
             || vec![0.0; layout.padded_cols],
             |values, (row, (((codes, scale), sub_scales), bytes))| {
-                dtype.decode(bytes, &mut values[..layout.cols]);
-                let absmax = absmax(values);
-                if !absmax.is_finite()
-                    && let Some(col) = values.iter().position(|value| !value.is_finite())
-                {
-                    return Err(QuantizeError::NotFinite { row, col, value: values[col] });
-                }
-                let factor = match layout.storage {
-                    Storage::Int4 => groups::pack_row::<Int4>(values, codes, sub_scales),
-                    Storage::Nl4 => groups::pack_row::<Nl4>(values, codes, sub_scales),
-                    Storage::Int8 | Storage::Plain(_) => {
-                        scale.copy_from_slice(&int8_row(values, absmax, codes).to_le_bytes());
-                        return Ok(());
-                    }
-                };
-                let factor = factor.map_err(|scale| QuantizeError::ScaleOverflow { row, scale })?;
-                scale.copy_from_slice(&factor.to_le_bytes());
-                Ok(())
+                pack_row(isa, layout, dtype, bytes, row, values, codes, sub_scales, scale)
             },
         )
         .find_first(Result::is_err);
     first_error.unwrap_or(Ok(()))
+}
+
+vectorized! {
+    /// Packs the weights of `row`, which `values` has room for, into its part of each section.
+    fn pack_row(
+        layout: &MatrixLayout,
+        dtype: WeightDtype,
+        weights: &[u8],
+        row: usize,
+        values: &mut [f32],
+        codes: &mut [u8],
+        sub_scales: &mut [u8],
+        scale: &mut [u8],
+    ) -> Result<(), QuantizeError> {
+        dtype.decode(weights, &mut values[..layout.cols]);
+        let absmax = absmax(values);
+        if !absmax.is_finite()
+            && let Some(col) = values.iter().position(|value| !value.is_finite())
+        {
+            return Err(QuantizeError::NotFinite { row, col, value: values[col] });
+        }
+        let factor = match layout.storage {
+            Storage::Int4 => groups::pack_row::<Int4>(values, codes, sub_scales),
+            Storage::Nl4 => groups::pack_row::<Nl4>(values, codes, sub_scales),
+            Storage::Int8 | Storage::Plain(_) => {
+                scale.copy_from_slice(&int8_row(values, absmax, codes).to_le_bytes());
+                return Ok(());
+            }
+        };
+        let factor = factor.map_err(|scale| QuantizeError::ScaleOverflow { row, scale })?;
+        scale.copy_from_slice(&factor.to_le_bytes());
+        Ok(())
+    }
 }
 
 /// The largest magnitude; not finite where a value is not. Magnitudes compare
@@ -130,6 +162,7 @@ fn absmax(values: &[f32]) -> f32 {
 }
 
 /// A row to int8: `scale = absmax / 127`, `q = round(w / scale)`. Returns the scale, 1 for a row of zeros.
+#[inline(always)]
 fn int8_row(values: &[f32], absmax: f32, codes: &mut [u8]) -> f32 {
     let scale = if absmax > 0.0 { absmax / 127.0 } else { 1.0 };
     // A scale below the smallest normal number would lose its digits; weights there are zero to any purpose.
@@ -200,14 +233,7 @@ mod tests {
         let bytes: Vec<u8> = weights.iter().flat_map(|w| w.to_le_bytes()).collect();
         let mut packed = PackedRows::default();
         quantize_rows(&layout, WeightDtype::F32, &bytes, &mut packed)?;
-        let mut matrix = vec![0; layout.size().as_usize().unwrap()];
-        for (at, section) in [
-            (layout.codes_at(0), &packed.codes),
-            (layout.sub_scales_at(0), &packed.sub_scales),
-            (layout.scales_at(0), &packed.scales),
-        ] {
-            matrix[at as usize..at as usize + section.len()].copy_from_slice(section);
-        }
+        let matrix = packed.matrix(&layout);
         let matrix = Matrix::new(&layout, &matrix);
         let mut values = vec![0.0; rows * cols];
         for (row, values) in values.chunks_mut(cols).enumerate() {
@@ -283,6 +309,26 @@ mod tests {
             run(WeightDtype::Bf16, weights.iter().flat_map(|w| bf16::from_f32(*w).to_le_bytes()).collect())
         );
         assert_eq!(f32s, run(WeightDtype::F16, weights.iter().flat_map(|w| f16::from_f32(*w).to_le_bytes()).collect()));
+    }
+
+    #[test]
+    fn every_processor_packs_the_same_bytes() {
+        let weights: Vec<u8> =
+            (0..3000u16).flat_map(|k| bf16::from_f32((f32::from(k) * 0.37).sin()).to_le_bytes()).collect();
+        for storage in PACKED {
+            let layout = MatrixLayout::new(storage, 1, 3000).unwrap();
+            let pack = |isa| {
+                let mut packed = PackedRows::default();
+                packed.resize(&layout, 1);
+                let PackedRows { codes, sub_scales, scales } = &mut packed;
+                let values = &mut vec![0.0; layout.padded_cols];
+                pack_row(isa, &layout, WeightDtype::Bf16, &weights, 0, values, codes, sub_scales, scales).unwrap();
+                (packed.codes, packed.sub_scales, packed.scales)
+            };
+            for isa in Isa::available() {
+                assert_eq!(pack(isa), pack(Isa::PORTABLE), "{storage:?} {isa:?}");
+            }
+        }
     }
 
     proptest! {

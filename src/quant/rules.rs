@@ -1,16 +1,18 @@
 //! Which module is stored in which scheme.
 
+use std::collections::HashMap;
+
 use serde::{Serialize, Serializer};
 
 use super::Scheme;
 use crate::error::{Error, Result};
 use crate::model_config::ModelConfig;
-use crate::module_path::longest_prefix;
 
 /// Module paths and their schemes; the longest path that contains a module decides.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QuantizeRules {
     rules: Vec<(String, Scheme)>,
+    by_path: HashMap<String, Scheme>,
     /// The embedding's path is Llama's, whatever the model's own is.
     is_for_any_model: bool,
 }
@@ -26,12 +28,28 @@ impl QuantizeRules {
         if has_four_bits {
             rules.extend([EMBEDDING, "lm_head"].map(|path| (path.to_owned(), Scheme::Int8)));
         }
-        Self { rules, is_for_any_model: has_four_bits }
+        Self { is_for_any_model: has_four_bits, ..Self::new(rules) }
     }
 
     /// Rules as a map lists them.
     pub fn new(rules: Vec<(String, Scheme)>) -> Self {
-        Self { rules, is_for_any_model: false }
+        Self { by_path: rules.iter().cloned().collect(), rules, is_for_any_model: false }
+    }
+
+    /// The fewest rules that give each of `schemes`, which are of paths none of which contains another.
+    pub fn shortest(schemes: &[(&str, Scheme)]) -> Self {
+        let mut root = Node::default();
+        for (path, scheme) in schemes {
+            let mut node = &mut root;
+            for (at, _) in path.match_indices('.').chain([(path.len(), "")]) {
+                node = node.child(&path[..at]);
+            }
+            node.scheme = Some(*scheme);
+        }
+        root.count();
+        let mut rules = vec![(String::new(), root.best())];
+        root.list(root.best(), &mut rules);
+        Self::new(rules)
     }
 
     /// The rules that the weights of a checkpoint are packed by; `None` where they are not packed.
@@ -55,7 +73,7 @@ impl QuantizeRules {
         {
             path.clone_into(rule);
         }
-        Self { is_for_any_model: false, ..self }
+        Self::new(self.rules)
     }
 
     /// The rules in their order.
@@ -65,8 +83,68 @@ impl QuantizeRules {
 
     /// The scheme of the module at `path`; `none` where no rule contains it.
     pub fn scheme(&self, path: &str) -> Scheme {
-        let rules = self.rules.iter().map(|(rule, _)| rule.as_str());
-        longest_prefix(rules, path).map_or(Scheme::None, |at| self.rules[at].1)
+        let mut prefix = path;
+        loop {
+            match self.by_path.get(prefix) {
+                Some(scheme) => return *scheme,
+                None if prefix.is_empty() => return Scheme::None,
+                None => prefix = prefix.rfind('.').map_or("", |end| &prefix[..end]),
+            }
+        }
+    }
+}
+
+/// A path, those under it, and how many rules they take.
+#[derive(Default)]
+struct Node<'a> {
+    scheme: Option<Scheme>,
+    children: Vec<(&'a str, Node<'a>)>,
+    /// Rules for all under it, where the rule that holds for it names each of [`Scheme::ALL`].
+    rules: [usize; Scheme::ALL.len()],
+}
+
+impl<'a> Node<'a> {
+    fn child(&mut self, path: &'a str) -> &mut Self {
+        let at = self.children.iter().position(|(known, _)| *known == path).unwrap_or_else(|| {
+            self.children.push((path, Self::default()));
+            self.children.len() - 1
+        });
+        &mut self.children[at].1
+    }
+
+    fn count(&mut self) {
+        self.children.iter_mut().for_each(|(_, child)| child.count());
+        let under = |at: usize, scheme| match self.scheme {
+            Some(own) => usize::from(own != scheme),
+            None => self.children.iter().map(|(_, child)| child.rules[at].min(child.rules[child.best_at()] + 1)).sum(),
+        };
+        self.rules = std::array::from_fn(|at| under(at, Scheme::ALL[at]));
+    }
+
+    /// The position of the scheme under which the fewest rules are needed; of several, that of the fewest bits.
+    fn best_at(&self) -> usize {
+        (0..self.rules.len()).rev().min_by_key(|at| self.rules[*at]).unwrap_or(0)
+    }
+
+    fn best(&self) -> Scheme {
+        self.scheme.unwrap_or(Scheme::ALL[self.best_at()])
+    }
+
+    /// Adds the rules for all under it, where a rule for it names `scheme`.
+    fn list(&self, scheme: Scheme, rules: &mut Vec<(String, Scheme)>) {
+        let at = Scheme::ALL.iter().position(|known| *known == scheme).unwrap_or(0);
+        for (path, child) in &self.children {
+            let keeps = if child.scheme.is_some() {
+                child.rules[at] == 0
+            } else {
+                child.rules[at] <= child.rules[child.best_at()] + 1
+            };
+            let own = if keeps { scheme } else { child.best() };
+            if !keeps {
+                rules.push(((*path).to_owned(), own));
+            }
+            child.list(own, rules);
+        }
     }
 }
 
@@ -79,6 +157,30 @@ impl Serialize for QuantizeRules {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_shortest_rules_give_every_scheme() {
+        let schemes = |text: &'static str| -> Vec<(&str, Scheme)> {
+            text.split_whitespace()
+                .map(|pair| pair.split_once('=').unwrap())
+                .map(|(path, scheme)| (path, scheme.parse().unwrap()))
+                .collect()
+        };
+        for (given, wanted) in [
+            ("e=int8 m.0.q=int4 m.0.k=int4 m.1.q=int4", "=int4 e=int8"),
+            ("e=int4 m.0.q=int8 m.0.k=int8 m.1.q=int4 m.1.k=int4 m.1.v=int4", "=int4 m.0=int8"),
+            ("m.0.q=int8 m.0.k=int8 m.0.v=none m.1.q=int4 m.1.k=int4 m.1.v=int4", "=int4 m.0=int8 m.0.v=none"),
+            ("m.1.q=int8 m.10.q=int4 h=int4", "=int4 m.1.q=int8"),
+            ("h=none", "=none"),
+        ] {
+            let rules = QuantizeRules::shortest(&schemes(given));
+            let listed: Vec<_> = rules.iter().map(|(path, scheme)| format!("{path}={scheme}")).collect();
+            assert_eq!(listed.join(" "), wanted, "{given}");
+            for (path, scheme) in schemes(given) {
+                assert_eq!(rules.scheme(path), scheme, "{given}: {path} by {listed:?}");
+            }
+        }
+    }
 
     #[test]
     fn the_longest_rule_decides() {

@@ -157,10 +157,12 @@ static inline T atomic_rmw(T* p, F f) {
     return old;
 }
 }  // namespace fk
-template <class T, class U> static inline T atomicMin(T* p, U v) { return fk::atomic_rmw(p, [=](T o) { return o < T(v) ? o : T(v); }); }
+template <class T, class U> static inline T atomicAdd(T* p, U v) { return fk::atomic_rmw(p, [=](T o) { return T(o + v); }); }
+static inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 // ---- loads, bits, integers ---------------------------------------------------------------------
 template <class T> static inline T __ldg(const T* p) { return *p; }
+template <class T> static inline T __ldcg(const T* p) { return *p; }
 namespace fk {
 template <class To, class From>
 static inline To bits(From f) {

@@ -7,7 +7,8 @@
 #include "../../src/backend/cuda/kernels/quantize.cu"
 
 FAKE_CUDA_KERNEL(activate);
-FAKE_CUDA_KERNEL(attend);
+FAKE_CUDA_KERNEL(attend_1);
+FAKE_CUDA_KERNEL(attend_4);
 FAKE_CUDA_KERNEL(embed);
 FAKE_CUDA_KERNEL(few_bf16);
 FAKE_CUDA_KERNEL(few_f16);

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use evenkeel::backend::cuda::{Affine, Attention, Cache, DeviceMatrix, Gpu, Norm, Output, Region};
 use evenkeel::bytes::Bytes;
 use evenkeel::model_config::{Activation, NormKind};
-use evenkeel::plan::memory::KvLayout;
+use evenkeel::plan::memory::{CudaAttention, KvLayout};
 use evenkeel::quant::{KvDtype, Matrix, MatrixLayout, PackedRows, Storage, WeightDtype, quantize_rows, reference};
 use half::{bf16, f16};
 
@@ -23,6 +23,8 @@ macro_rules! every_case {
             nan_and_what_overflows_stay_with_their_token
             norms_equal_the_reference
             products_equal_the_reference
+            products_in_one_launch_are_those_of_each
+            gates_are_applied_to_what_up_gives
             quantizing_is_bit_for_bit_the_hosts
             rotation_equals_the_reference
             the_best_logits_are_found
@@ -283,6 +285,68 @@ pub fn products_equal_the_reference(gpu: &Arc<Gpu>) {
     }
 }
 
+/// A matrix of random weights and a bias, on the GPU.
+fn random_affine(gpu: &Arc<Gpu>, storage: Storage, rows: usize, cols: usize, seed: u64) -> [DeviceMatrix; 2] {
+    let layout = MatrixLayout::new(storage, rows, cols).unwrap();
+    let bytes = packed(&layout, &random(rows * cols, seed));
+    [DeviceMatrix::new(layout, upload(gpu, &bytes)), vector(gpu, WeightDtype::F32, &random(rows, seed + 100))]
+}
+
+pub fn products_in_one_launch_are_those_of_each(gpu: &Arc<Gpu>) {
+    for storages in STORAGES.map(|storage| [storage; 3]).into_iter().chain([
+        [Storage::Int4, Storage::Int4, Storage::Int8],
+        [Storage::Nl4, Storage::Plain(WeightDtype::Bf16), Storage::Int4],
+    ]) {
+        for (rows, cols, tokens) in [([40, 7, 16], 72, 1), ([64, 130, 9], 100, 5), ([3, 65, 128], 33, 70)] {
+            let x = halves(gpu, &random(tokens * cols, 5));
+            let matrices: Vec<_> =
+                (0..3).map(|at| random_affine(gpu, storages[at], rows[at], cols, 30 + at as u64)).collect();
+            let affines: Vec<_> = matrices.iter().map(|[weight, bias]| Affine::new(weight, Some(bias))).collect();
+            let outputs = || rows.map(|rows| buffer(gpu, tokens * rows * 2));
+            let (together, alone) = (outputs(), outputs());
+            let parts: Vec<_> = affines.iter().zip(&together).collect();
+            gpu.matmuls(&parts, &x, tokens).unwrap();
+            for ((affine, y), together) in affines.iter().zip(&alone).zip(&together) {
+                gpu.matmul(affine, &x, tokens, y, Output::F16, 1.0).unwrap();
+                let (y, together) = (download(y, WeightDtype::F16), download(together, WeightDtype::F16));
+                assert_eq!(together, y, "{storages:?}, {} rows of {cols}, {tokens} tokens", affine.rows());
+            }
+        }
+    }
+}
+
+pub fn gates_are_applied_to_what_up_gives(gpu: &Arc<Gpu>) {
+    let pairs = STORAGES.map(|storage| [storage; 2]).into_iter().chain([[Storage::Int8, Storage::Nl4]]);
+    for [gate_storage, up_storage] in pairs {
+        for (rows, cols, tokens) in [(1, 33, 1), (40, 72, 3), (17, 100, 8), (70, 40, 9), (130, 33, 66)] {
+            let what = format!("{gate_storage:?} and {up_storage:?}, {rows}×{cols}, {tokens} tokens");
+            let x = halves(gpu, &random(tokens * cols, 5));
+            let [gate, gate_bias] = random_affine(gpu, gate_storage, rows, cols, 40);
+            let [up, up_bias] = random_affine(gpu, up_storage, rows, cols, 41);
+            let (gate, up) = (Affine::new(&gate, Some(&gate_bias)), Affine::new(&up, Some(&up_bias)));
+            let [of_gate, of_up] = [&gate, &up].map(|affine| {
+                let y = buffer(gpu, tokens * rows * 4);
+                gpu.matmul(affine, &x, tokens, &y, Output::F32, 1.0).unwrap();
+                download(&y, WeightDtype::F32)
+            });
+            let silu = |x: f32| f64::from(x) / (1.0 + (-f64::from(x)).exp());
+            for has_gate in [true, false] {
+                let exact: Vec<f64> = of_gate
+                    .iter()
+                    .zip(&of_up)
+                    .map(|(gate, up)| if has_gate { silu(*gate) * f64::from(*up) } else { silu(*up) })
+                    .collect();
+                let (y, apart) = (buffer(gpu, tokens * rows * 2), buffer(gpu, tokens * rows * 2));
+                let gate = has_gate.then_some(&gate);
+                gpu.gated(Activation::Silu, gate, &up, &x, tokens, [&y, &apart]).unwrap();
+                // Where both are multiplied apart, they are rounded to f16 between.
+                let tolerance = if gate_storage == up_storage { 1e-5 } else { 0.02 };
+                near(&what, &download(&y, WeightDtype::F16), &exact, tolerance, Output::F16);
+            }
+        }
+    }
+}
+
 pub fn nan_and_what_overflows_stay_with_their_token(gpu: &Arc<Gpu>) {
     for storage in STORAGES {
         for (rows, cols, tokens) in [(17, 40, 4), (17, 40, 12)] {
@@ -453,6 +517,10 @@ pub fn attention_equals_the_reference(gpu: &Arc<Gpu>) {
         (4, 1, 8, 2, 9, 3, 5.0),
         (1, 1, 256, 127, 2, 0, 0.0),
         (1, 1, 512, 5, 1, 0, 0.0),
+        (10, 2, 24, 700, 1, 0, 0.0),
+        (4, 2, 16, 1500, 3, 900, 20.0),
+        (3, 3, 130, 2100, 1, 0, 0.0),
+        (2, 1, 4, 300, 280, 0, 0.0),
     ] {
         let context = position + tokens + 3;
         let scale = 1.0 / (head_dim as f32).sqrt();
@@ -460,12 +528,18 @@ pub fn attention_equals_the_reference(gpu: &Arc<Gpu>) {
         let random_cache =
             |seed| random(kv_heads * context * head_dim, seed).iter().map(|v| v * 2.0).collect::<Vec<_>>();
         let query = rounded(&random(tokens * heads * head_dim, 13));
+        let [parts, arrivals] =
+            CudaAttention::scratch(heads, kv_heads, head_dim, tokens, context).map(|len| buffer(gpu, len));
+        arrivals.clear().unwrap();
         for dtype in KvDtype::ALL {
             let cache = TestCache::new(gpu, dtype, head_dim, [&random_cache(14), &random_cache(15)]);
-            let out = buffer(gpu, tokens * heads * head_dim * 2);
-            gpu.attend(&shape, &halves(gpu, &query), &cache.cache(), &out).unwrap();
             let exact = attention(&shape, &query, &cache.stored[0], &cache.stored[1]);
-            near(&format!("{shape:?} {dtype}"), &download(&out, WeightDtype::F16), &exact, 1e-5, Output::F16);
+            // A step leaves the counts as the next one needs them.
+            for _ in 0..2 {
+                let out = buffer(gpu, tokens * heads * head_dim * 2);
+                gpu.attend(&shape, &halves(gpu, &query), &cache.cache(), &out, [&parts, &arrivals]).unwrap();
+                near(&format!("{shape:?} {dtype}"), &download(&out, WeightDtype::F16), &exact, 1e-5, Output::F16);
+            }
         }
     }
 }

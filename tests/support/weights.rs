@@ -1,6 +1,6 @@
 //! Seeded matrices that are distributed as weights are, and what a scheme makes of them.
 
-use evenkeel::quant::{Matrix, MatrixLayout, PackedRows, Storage, WeightDtype, quantize_rows};
+use evenkeel::quant::{Storage, WeightDtype, squared_error};
 
 /// Distributions, with the bars of the relative squared error in thousandths for int4 and nl4.
 pub const DISTRIBUTIONS: [(&str, f64, f64); 3] = [("gauss", 7.3, 5.9), ("t5", 11.3, 7.8), ("laplace", 11.2, 7.7)];
@@ -52,28 +52,7 @@ pub fn matrix(distribution: &str, rows: usize, cols: usize) -> Vec<u8> {
 }
 
 /// The squared error of `storage` over the squared weights, in thousandths.
-pub fn relative_error(storage: Storage, rows: usize, cols: usize, weights: &[u8]) -> f64 {
-    let layout = MatrixLayout::new(storage, rows, cols).unwrap();
-    let mut packed = PackedRows::default();
-    quantize_rows(&layout, WeightDtype::F32, weights, &mut packed).unwrap();
-    let mut bytes = vec![0; layout.size().as_usize().unwrap()];
-    for (at, section) in [
-        (layout.codes_at(0), &packed.codes),
-        (layout.sub_scales_at(0), &packed.sub_scales),
-        (layout.scales_at(0), &packed.scales),
-    ] {
-        bytes[usize::try_from(at).unwrap()..][..section.len()].copy_from_slice(section);
-    }
-    let matrix = Matrix::new(&layout, &bytes);
-    let (mut exact, mut values) = (vec![0.0; cols], vec![0.0; cols]);
-    let (mut error, mut norm) = (0.0, 0.0);
-    for (row, bytes) in weights.chunks(cols * 4).enumerate() {
-        WeightDtype::F32.decode(bytes, &mut exact);
-        matrix.dequantize_row(row, &mut values);
-        for (exact, value) in exact.iter().zip(&values) {
-            error += f64::from(exact - value).powi(2);
-            norm += f64::from(*exact).powi(2);
-        }
-    }
+pub fn relative_error(storage: Storage, cols: usize, weights: &[u8]) -> f64 {
+    let (error, norm) = squared_error(storage, WeightDtype::F32, cols, weights).unwrap();
     1000.0 * error / norm
 }

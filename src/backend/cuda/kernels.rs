@@ -35,7 +35,7 @@ macro_rules! module {
 
 /// All files.
 pub(super) const MODULES: &[Module] = &[
-    module!("attention", NEEDED_CAPABILITY, ["attend", "rotate_and_store"]),
+    module!("attention", NEEDED_CAPABILITY, ["attend_1", "attend_4", "rotate_and_store"]),
     module!("elementwise", NEEDED_CAPABILITY, ["activate", "embed", "gather", "scatter_add", "top_k"]),
     module!(
         "matmul",
@@ -67,10 +67,12 @@ pub(super) const MODULES: &[Module] = &[
 /// The most tokens that take the kernels which read each weight once, `few_…` and `mma_few_…`.
 const FEW: usize = 8;
 /// Rows of a block of these: without tensor cores, and with them.
-const FEW_ROWS: usize = 8;
-const MMA_FEW_ROWS: usize = 16;
+const FEW_SLOTS: usize = 8;
+const MMA_FEW_SLOTS: usize = 16;
 /// Rows and tokens of a block of the others.
 const TILE: usize = 64;
+/// The most matrices that one launch multiplies.
+const MATRICES: usize = 3;
 
 fn dtype_number(dtype: WeightDtype) -> i32 {
     match dtype {
@@ -86,6 +88,14 @@ fn storage_number(storage: Storage) -> i32 {
         Storage::Int8 => 3,
         Storage::Int4 => 4,
         Storage::Nl4 => 5,
+    }
+}
+
+fn activation_number(activation: Activation) -> i32 {
+    match activation {
+        Activation::Silu => 0,
+        Activation::GeluTanh => 1,
+        Activation::Gelu => 2,
     }
 }
 
@@ -159,43 +169,113 @@ impl Gpu {
         output: Output,
         factor: f32,
     ) -> Result<()> {
-        let (matrix, rows, cols) = (affine.weight, affine.rows(), affine.cols());
+        self.product(&[(affine, y)], x, tokens, output, factor, None)
+    }
+
+    /// [`Gpu::matmul`] of the same `x` into f16 for several matrices, in one launch where their storage is one.
+    ///
+    /// # Errors
+    /// The driver fails.
+    ///
+    /// # Panics
+    /// A region is shorter than the shapes say.
+    pub fn matmuls(&self, parts: &[(&Affine, &Region)], x: &Region, tokens: usize) -> Result<()> {
+        let storage = |part: &(&Affine, &Region)| part.0.weight.layout.storage;
+        let mut launches = parts.chunk_by(|a, b| storage(a) == storage(b)).flat_map(|same| same.chunks(MATRICES));
+        launches.try_for_each(|parts| self.product(parts, x, tokens, Output::F16, 1.0, None))
+    }
+
+    /// `y = activation(gate(x)) · up(x)`, or without a gate `activation(up(x))`, in f16. Where gate and up
+    /// differ in storage, `apart` holds what up gives.
+    ///
+    /// # Errors
+    /// The driver fails.
+    ///
+    /// # Panics
+    /// A region is shorter than the shapes say.
+    pub fn gated(
+        &self,
+        activation: Activation,
+        gate: Option<&Affine>,
+        up: &Affine,
+        x: &Region,
+        tokens: usize,
+        [y, apart]: [&Region; 2],
+    ) -> Result<()> {
+        match gate {
+            Some(gate) if gate.weight.layout.storage != up.weight.layout.storage => {
+                self.matmuls(&[(gate, y), (up, apart)], x, tokens)?;
+                self.activate(activation, y, Some(apart), tokens * up.rows())
+            }
+            Some(gate) => self.product(&[(gate, y), (up, y)], x, tokens, Output::F16, 1.0, Some(activation)),
+            None => self.product(&[(up, y)], x, tokens, Output::F16, 1.0, Some(activation)),
+        }
+    }
+
+    /// A launch of matrices of one storage; with an activation, of one, or of gate and up.
+    fn product(
+        &self,
+        parts: &[(&Affine, &Region)],
+        x: &Region,
+        tokens: usize,
+        output: Output,
+        factor: f32,
+        activation: Option<Activation>,
+    ) -> Result<()> {
+        let (cols, storage) = (parts[0].0.cols(), parts[0].0.weight.layout.storage);
+        assert!(parts.len() <= MATRICES, "more matrices than a launch takes");
+        assert!(parts.iter().all(|(affine, _)| affine.cols() == cols && affine.weight.layout.storage == storage));
         holds(x, tokens * cols, HALF);
-        holds(y, tokens * rows, output.size());
         let mma = self.capability >= TENSOR_CORES;
-        let (names, few_rows, many_threads) = match matrix.layout.storage {
-            Storage::Plain(WeightDtype::Bf16) => (["few_bf16", "many_bf16"], FEW_ROWS, 256),
-            Storage::Plain(WeightDtype::F16) => (["few_f16", "many_f16"], FEW_ROWS, 256),
-            Storage::Plain(WeightDtype::F32) => (["few_f32", "many_f32"], FEW_ROWS, 256),
-            Storage::Int8 if mma => (["mma_few_int8", "mma_many_int8"], MMA_FEW_ROWS, 128),
-            Storage::Int4 if mma => (["mma_few_int4", "mma_many_int4"], MMA_FEW_ROWS, 128),
-            Storage::Nl4 if mma => (["mma_few_nl4", "mma_many_nl4"], MMA_FEW_ROWS, 128),
-            Storage::Int8 => (["few_int8", "many_int8"], FEW_ROWS, 256),
-            Storage::Int4 => (["few_int4", "many_int4"], FEW_ROWS, 256),
-            Storage::Nl4 => (["few_nl4", "many_nl4"], FEW_ROWS, 256),
+        let (names, few_slots, many_threads) = match storage {
+            Storage::Plain(WeightDtype::Bf16) => (["few_bf16", "many_bf16"], FEW_SLOTS, 256),
+            Storage::Plain(WeightDtype::F16) => (["few_f16", "many_f16"], FEW_SLOTS, 256),
+            Storage::Plain(WeightDtype::F32) => (["few_f32", "many_f32"], FEW_SLOTS, 256),
+            Storage::Int8 if mma => (["mma_few_int8", "mma_many_int8"], MMA_FEW_SLOTS, 128),
+            Storage::Int4 if mma => (["mma_few_int4", "mma_many_int4"], MMA_FEW_SLOTS, 128),
+            Storage::Nl4 if mma => (["mma_few_nl4", "mma_many_nl4"], MMA_FEW_SLOTS, 128),
+            Storage::Int8 => (["few_int8", "many_int8"], FEW_SLOTS, 256),
+            Storage::Int4 => (["few_int4", "many_int4"], FEW_SLOTS, 256),
+            Storage::Nl4 => (["few_nl4", "many_nl4"], FEW_SLOTS, 256),
         };
-        let (kernel, grid, threads) = if tokens <= FEW {
-            (names[0], (rows.div_ceil(few_rows), 1), 256)
+        let (kernel, slots, tiles, threads) = if tokens <= FEW {
+            (names[0], few_slots, 1, 256)
         } else {
-            (names[1], (rows.div_ceil(TILE), tokens.div_ceil(TILE)), many_threads)
+            (names[1], TILE, tokens.div_ceil(TILE), many_threads)
         };
-        let [codes, sub_scales, scales] = matrix.sections(affine.rows.start);
-        let (bias, bias_dtype) = vector(affine.bias, affine.rows.clone());
-        let arguments = [
-            pointer(codes.as_ref()),
-            pointer(sub_scales.as_ref()),
-            pointer(scales.as_ref()),
-            int(rows),
+        let blocks = match (activation, parts) {
+            (Some(_), [(gate, _), (up, _)]) => {
+                assert!(gate.rows() == up.rows(), "a gate of another size");
+                gate.rows().div_ceil(slots / 2)
+            }
+            _ => parts.iter().map(|(affine, _)| affine.rows().div_ceil(slots)).sum(),
+        };
+        let given: Vec<_> = parts
+            .iter()
+            .map(|(affine, y)| {
+                holds(y, tokens * affine.rows(), output.size());
+                let sections = affine.weight.sections(affine.rows.start);
+                (sections, affine.rows(), vector(affine.bias, affine.rows.clone()), *y)
+            })
+            .collect();
+        let mut arguments = Vec::new();
+        for ([codes, sub_scales, scales], rows, (bias, bias_dtype), y) in &given {
+            arguments.extend([codes, sub_scales, scales].map(|section| pointer(section.as_ref())));
+            arguments.extend([int(*rows), pointer(bias.as_ref()), *bias_dtype, Argument::Region(y)]);
+        }
+        let (null, zero) = (Argument::Null, Argument::I32(0));
+        for _ in given.len()..MATRICES {
+            arguments.extend([null, null, null, zero, null, zero, null]);
+        }
+        arguments.extend([
             int(cols),
             Argument::Region(x),
             int(tokens),
-            pointer(bias.as_ref()),
-            bias_dtype,
-            Argument::Region(y),
             Argument::I32(output as i32),
             Argument::F32(factor),
-        ];
-        self.launch(kernel, grid, threads, &arguments)
+            Argument::I32(activation.map_or(-1, activation_number)),
+        ]);
+        self.launch(kernel, (blocks, tiles), threads, &arguments)
     }
 
     /// `factor` times a norm of `rows` rows of `dtype` in `x`; without one, times the rows as they are.
@@ -281,18 +361,35 @@ impl Gpu {
         self.launch("rotate_and_store", grid, 128, &[&regions[..], &cache.arguments(), &numbers].concat())
     }
 
-    /// Attention of `query` over the cache, into `out`.
+    /// Attention of `query` over the cache, into `out`. `scratch` is as long as [`CudaAttention::scratch`]
+    /// says; its second region holds zeros.
     ///
     /// # Errors
     /// The driver fails.
     ///
     /// # Panics
     /// A region is shorter than the shapes say.
-    pub fn attend(&self, shape: &Attention, query: &Region, cache: &Cache, out: &Region) -> Result<()> {
+    pub fn attend(
+        &self,
+        shape: &Attention,
+        query: &Region,
+        cache: &Cache,
+        out: &Region,
+        [parts, arrivals]: [&Region; 2],
+    ) -> Result<()> {
         shape.check(query, cache);
         holds(out, shape.tokens * shape.heads * shape.head_dim, HALF);
+        let shares = shape.shares();
+        let is_split = shares.parts > 1;
+        if is_split {
+            holds(parts, shape.tokens * shape.heads * shares.parts * (shape.head_dim + 2), FLOAT);
+            holds(arrivals, shape.tokens * shares.blocks, size_of::<u32>());
+        }
         let numbers = [
             Argument::Region(out),
+            pointer(is_split.then_some(parts)),
+            pointer(is_split.then_some(arrivals)),
+            int(shares.parts),
             int(shape.heads),
             int(shape.kv_heads),
             int(shape.head_dim),
@@ -302,8 +399,9 @@ impl Gpu {
             Argument::F32(shape.scale),
             Argument::F32(shape.softcap),
         ];
-        let grid = (shape.tokens, shape.heads);
-        self.launch("attend", grid, 128, &[&[Argument::Region(query)][..], &cache.arguments(), &numbers].concat())
+        let kernel = if shares.heads == 1 { "attend_1" } else { "attend_4" };
+        let grid = (shape.tokens * shares.parts, shares.blocks);
+        self.launch(kernel, grid, 128, &[&[Argument::Region(query)][..], &cache.arguments(), &numbers].concat())
     }
 
     /// `scale` times the rows of `matrix` that the u32 in `tokens` name, into f32 or onto it.
@@ -344,12 +442,7 @@ impl Gpu {
             holds(region, count, HALF);
         }
         let up = up.map_or(Argument::Null, Argument::Region);
-        let kind = match activation {
-            Activation::Silu => 0,
-            Activation::GeluTanh => 1,
-            Activation::Gelu => 2,
-        };
-        let arguments = [Argument::Region(gate), up, int(count), Argument::I32(kind)];
+        let arguments = [Argument::Region(gate), up, int(count), Argument::I32(activation_number(activation))];
         self.launch("activate", (count.div_ceil(256), 1), 256, &arguments)
     }
 

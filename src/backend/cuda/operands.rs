@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::driver::{Argument, Region};
 use crate::model_config::NormKind;
-use crate::plan::memory::KvLayout;
+use crate::plan::memory::{CudaAttention, KvLayout};
 use crate::quant::{KvDtype, MatrixLayout};
 
 /// The widest head that a kernel takes.
@@ -174,6 +174,11 @@ pub struct Attention {
 }
 
 impl Attention {
+    /// How its keys are shared out.
+    pub(super) fn shares(&self) -> CudaAttention {
+        CudaAttention::new(self.heads, self.kv_heads, self.tokens, self.position + self.tokens)
+    }
+
     pub(super) fn check(&self, query: &Region, cache: &Cache) {
         assert!(self.position + self.tokens <= self.context, "more tokens than the cache holds");
         assert!(self.head_dim <= MAX_HEAD_DIM, "a head that is too wide");

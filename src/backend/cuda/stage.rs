@@ -61,6 +61,8 @@ pub struct Workspace {
     tokens: Region,
     /// The frequencies of each rope.
     frequencies: Vec<Region>,
+    parts: Region,
+    arrivals: Region,
 }
 
 impl Workspace {
@@ -81,7 +83,8 @@ impl Workspace {
             unreachable!("an arena has a region for every size")
         };
         let [hidden, normed, query, key, value, attended, gate, up, rest @ ..] = regions;
-        let [branch, routes, gathered, expert, shares, logits, tokens, table] = rest;
+        let [branch, routes, gathered, expert, shares, logits, tokens, table, parts, arrivals] = rest;
+        arrivals.clear()?;
         let mut end = 0;
         let frequencies = config.ropes.iter().map(|rope| {
             let frequencies = rope.frequencies(context);
@@ -107,6 +110,8 @@ impl Workspace {
             shares,
             logits,
             tokens,
+            parts,
+            arrivals,
         })
     }
 }
@@ -190,9 +195,7 @@ impl CudaStage {
                 .map(|rows| fused.clone().slice(rows)),
             None => [Role::Query, Role::Key, Role::Value].map(|role| parameters.of(role)),
         };
-        for (affine, out) in [(&query, &w.query), (&key, &w.key), (&value, &w.value)] {
-            gpu.matmul(affine, &w.normed, tokens, out, Output::F16, 1.0)?;
-        }
+        gpu.matmuls(&[(&query, &w.query), (&key, &w.key), (&value, &w.value)], &w.normed, tokens)?;
         for (role, x, width) in [(Role::QueryNorm, &w.query, queries), (Role::KeyNorm, &w.key, keys)] {
             if let Some(norm) = parameters.find(role).map(|affine| self.with(affine)) {
                 let cols = norm.affine.cols();
@@ -216,7 +219,7 @@ impl CudaStage {
         let factor = rope.map_or(1.0, |(_, factor)| factor as f32);
         let vectors = [&w.query, &w.key, &w.value];
         gpu.rotate_and_store(&shape, vectors, &block.cache, rope.map(|(frequencies, _)| frequencies), factor)?;
-        gpu.attend(&shape, &w.query, &block.cache, &w.attended)?;
+        gpu.attend(&shape, &w.query, &block.cache, &w.attended, [&w.parts, &w.arrivals])?;
         branch.matmul(&parameters.of(Role::Output), &w.attended, tokens)
     }
 
@@ -226,18 +229,8 @@ impl CudaStage {
             Some(fused) => (Some(fused.clone().slice(0..width)), fused.slice(width..2 * width)),
             None => (block.parameters.find(Role::Gate), block.parameters.of(Role::Up)),
         };
-        self.gated(gate.as_ref(), &up, &w.normed, tokens)?;
+        w.gpu.gated(self.config.activation, gate.as_ref(), &up, &w.normed, tokens, [&w.gate, &w.up])?;
         branch.matmul(&block.parameters.of(Role::Down), &w.gate, tokens)
-    }
-
-    /// `gate = activation(gate(x)) · up(x)`, or without a gate `activation(up(x))`.
-    fn gated(&self, gate: Option<&Affine>, up: &Affine, x: &Region, tokens: usize) -> Result<()> {
-        let w = &*self.workspace;
-        w.gpu.matmul(gate.unwrap_or(up), x, tokens, &w.gate, Output::F16, 1.0)?;
-        if gate.is_some() {
-            w.gpu.matmul(up, x, tokens, &w.up, Output::F16, 1.0)?;
-        }
-        w.gpu.activate(self.config.activation, &w.gate, gate.map(|_| &w.up), tokens * up.rows())
     }
 
     /// The weighted sum of what each token's experts give. The host reads the scores and says which
@@ -273,7 +266,8 @@ impl CudaStage {
                 let weights = w.shares.part((total + start) * WORD, count * WORD);
                 gpu.gather(&w.normed, &indices, hidden, &w.gathered)?;
                 let gate = parameters.of(Role::ExpertGate(expert));
-                self.gated(Some(&gate), &parameters.of(Role::ExpertUp(expert)), &w.gathered, count)?;
+                let up = parameters.of(Role::ExpertUp(expert));
+                gpu.gated(self.config.activation, Some(&gate), &up, &w.gathered, count, [&w.gate, &w.up])?;
                 let down = parameters.of(Role::ExpertDown(expert));
                 gpu.matmul(&down, &w.gate, count, &w.expert, Output::F32, 1.0)?;
                 gpu.scatter_add(&w.expert, &indices, &weights, hidden, branch.target)?;

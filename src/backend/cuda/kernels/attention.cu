@@ -56,58 +56,164 @@ KERNEL(128) rotate_and_store(__half* query, const __half* key, const __half* val
     }
 }
 
+// Columns d to d + 7 of a vector of the cache; zero from `head_dim` on.
+__device__ __forceinline__ void load8_kv(const byte* cache, int dtype, size_t start, int d, int head_dim, float* out) {
+    if (head_dim % 8 != 0) {
+        for (int i = 0; i < 8; i++) out[i] = d + i < head_dim ? load_kv(cache, dtype, start + d + i) : 0.0f;
+    } else if (dtype == INT8) {
+        uint2 raw = *(const uint2*)(cache + start + d);
+        for (int i = 0; i < 8; i++) out[i] = (float)((const signed char*)&raw)[i];
+    } else if (dtype == F32) {
+        for (int i = 0; i < 8; i += 4) *(float4*)(out + i) = *(const float4*)((const float*)cache + start + d + i);
+    } else {
+        uint4 raw = *(const uint4*)((const unsigned short*)cache + start + d);
+        for (int i = 0; i < 8; i++) out[i] = load(&raw, dtype, i);
+    }
+}
+
 // out = softmax(cap(scale * q.k)) . v over the keys up to the query's own position, the last `window`
 // of them if window is not 0; cap(s) = softcap * tanh(s / softcap) if softcap is not 0. Query head h
-// reads key-value head h * kv_heads / heads. The softmax runs along with the keys, 128 at a time, in f32.
-// Launch: 128 threads, grid (tokens, heads).
-KERNEL(128) attend(const __half* query, const byte* keys, const float* key_scales, const byte* values, const float* value_scales, int kv_dtype, __half* out,
-                   int heads, int kv_heads, int head_dim, int context, int position, int window, float scale, float softcap) {
-    __shared__ float q[MAX_HEAD], weights[SPAN], scratch[4];
-    int token = blockIdx.x, head = blockIdx.y, at = position + token;
-    size_t row = ((size_t)token * heads + head) * head_dim;
-    size_t first_slot = (size_t)(head * kv_heads / heads) * context;
-    for (int d = threadIdx.x; d < head_dim; d += blockDim.x) q[d] = __half2float(query[row + d]) * scale;
-    float sums[MAX_HEAD / SPAN] = {};
-    float largest = __uint_as_float(0xff800000u), total = 0.0f;
-    int first = window && at + 1 > window ? at + 1 - window : 0;
+// reads key-value head h * kv_heads / heads. A block takes HEADS query heads of one key-value head, which
+// share what it reads of the cache, and one of `splits` parts of the keys; its softmax runs along with
+// them, 128 at a time, in f32. Where there are several parts, each leaves its sums, its largest score and
+// its total in `parts`, f32 [tokens][heads][splits][head_dim + 2], and the last to finish, by the count in
+// `arrivals`, u32 [tokens][blocks of heads], adds them up; it leaves the count at zero, as it has to be.
+// Launch: 128 threads, grid (tokens * splits, blocks of heads: kv_heads * (heads / kv_heads / HEADS, rounded up)).
+struct Attention {
+    const __half* query;
+    const byte* keys;
+    const float* key_scales;
+    const byte* values;
+    const float* value_scales;
+    int kv_dtype;
+    __half* out;
+    float* parts;
+    unsigned* arrivals;
+    int splits, heads, kv_heads, head_dim, context, position, window;
+    float scale, softcap;
+};
+
+template <int HEADS>
+__device__ __forceinline__ void attend(const Attention& a) {
+    __shared__ __align__(16) float q[HEADS][MAX_HEAD];
+    __shared__ float weights[HEADS][SPAN], scratch[HEADS][SPAN / 32];
+    __shared__ bool is_last;
+    int head_dim = a.head_dim, kv_dtype = a.kv_dtype, sharing = a.heads / a.kv_heads, blocks = (sharing + HEADS - 1) / HEADS;
+    int token = blockIdx.x / a.splits, split = blockIdx.x % a.splits, kv_head = blockIdx.y / blocks;
+    int first_head = blockIdx.y % blocks * HEADS, count = min(HEADS, sharing - first_head);
+    size_t first_row = (size_t)token * a.heads + kv_head * sharing + first_head, first_slot = (size_t)kv_head * a.context;
+    const float least = __uint_as_float(0xff800000u);
+    for (int d = threadIdx.x; d < MAX_HEAD; d += blockDim.x)
+        for (int h = 0; h < HEADS; h++) q[h][d] = h < count && d < head_dim ? __half2float(a.query[(first_row + h) * head_dim + d]) * a.scale : 0.0f;
+    float sums[HEADS][MAX_HEAD / SPAN] = {}, largest[HEADS], total[HEADS] = {};
+    for (int h = 0; h < HEADS; h++) largest[h] = least;
+    int behind = a.position + token + 1, first = a.window && behind > a.window ? behind - a.window : 0;
+    int length = ((behind - first + a.splits - 1) / a.splits + SPAN - 1) / SPAN * SPAN;
+    int start = first + split * length, end = min(behind, start + length);
     __syncthreads();
-    for (int start = first; start <= at; start += SPAN) {
-        int count = min(SPAN, at + 1 - start);
+    for (; start < end; start += SPAN) {
+        int keys = min(SPAN, end - start);
+        bool is_mine = (int)threadIdx.x < keys;
         size_t slot = first_slot + start + threadIdx.x;
-        float score = __uint_as_float(0xff800000u);
-        if ((int)threadIdx.x < count) {
-            score = 0.0f;
-            if (kv_dtype == F16) {
+        float scores[HEADS] = {};
+        if (is_mine)
+            for (int d = 0; d < head_dim; d += 8) {
                 float piece[8];
-                for (int d = 0; d < head_dim; d += 8) {
-                    load8_half((const __half*)keys + slot * head_dim, d, head_dim, piece);
-                    for (int i = 0; i < 8 && d + i < head_dim; i++) score = fmaf(q[d + i], piece[i], score);
-                }
-            } else {
-                for (int d = 0; d < head_dim; d++) score = fmaf(q[d], load_kv(keys, kv_dtype, slot * head_dim + d), score);
+                load8_kv(a.keys, kv_dtype, slot * head_dim, d, head_dim, piece);
+#pragma unroll
+                for (int h = 0; h < HEADS; h++)
+                    for (int i = 0; i < 8; i++) scores[h] = fmaf(q[h][d + i], piece[i], scores[h]);
             }
-            if (kv_dtype == INT8) score *= key_scales[slot];
-            if (softcap != 0.0f) score = softcap * tanhf(score / softcap);
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) {
+            if (kv_dtype == INT8 && is_mine) scores[h] *= a.key_scales[slot];
+            if (a.softcap != 0.0f) scores[h] = a.softcap * tanhf(scores[h] / a.softcap);
+            if (!is_mine) scores[h] = least;
+            float most = warp_max(scores[h]);
+            if (threadIdx.x % 32 == 0) scratch[h][threadIdx.x / 32] = most;
         }
-        float before = largest;
-        largest = fmaxf(largest, block_max(score, scratch));
-        float rescale = expf(before - largest), weight = expf(score - largest);
-        total = total * rescale + block_sum(weight, scratch);
-        weights[threadIdx.x] = kv_dtype == INT8 && (int)threadIdx.x < count ? weight * value_scales[slot] : weight;
+        __syncthreads();
+        float value_scale = kv_dtype == INT8 && is_mine ? a.value_scales[slot] : 1.0f;
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) {
+            float before = largest[h];
+            for (int i = 0; i < SPAN / 32; i++) largest[h] = fmaxf(largest[h], scratch[h][i]);
+            float rescale = expf(before - largest[h]), weight = expf(scores[h] - largest[h]);
+            total[h] = total[h] * rescale + weight;
+            weights[h][threadIdx.x] = weight * value_scale;
+            for (int part = 0; part < MAX_HEAD / SPAN; part++) sums[h][part] *= rescale;
+        }
         __syncthreads();
 #pragma unroll
         for (int part = 0; part < MAX_HEAD / SPAN; part++) {
             int d = part * SPAN + threadIdx.x;
             if (d >= head_dim) break;
-            float sum = sums[part] * rescale;
-            for (int i = 0; i < count; i++) sum = fmaf(weights[i], load_kv(values, kv_dtype, (first_slot + start + i) * head_dim + d), sum);
-            sums[part] = sum;
+#pragma unroll 4
+            for (int i = 0; i < keys; i++) {
+                float value = load_kv(a.values, kv_dtype, (first_slot + start + i) * head_dim + d);
+#pragma unroll
+                for (int h = 0; h < HEADS; h++) sums[h][part] = fmaf(weights[h][i], value, sums[h][part]);
+            }
         }
         __syncthreads();
     }
 #pragma unroll
-    for (int part = 0; part < MAX_HEAD / SPAN; part++) {
-        int d = part * SPAN + threadIdx.x;
-        if (d < head_dim) out[row + d] = to_half(sums[part] / total);
+    for (int h = 0; h < HEADS; h++) total[h] = block_sum(total[h], scratch[0]);
+    if (a.splits > 1) {
+        int width = head_dim + 2;
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) {
+            if (h >= count) break;
+            float* mine = a.parts + ((first_row + h) * a.splits + split) * width;
+#pragma unroll
+            for (int part = 0; part < MAX_HEAD / SPAN; part++)
+                if (part * SPAN + (int)threadIdx.x < head_dim) mine[part * SPAN + threadIdx.x] = sums[h][part];
+            if (threadIdx.x == 0) mine[head_dim] = largest[h], mine[head_dim + 1] = total[h];
+        }
+        __threadfence();
+        __syncthreads();
+        unsigned* arrived = &a.arrivals[(size_t)token * gridDim.y + blockIdx.y];
+        if (threadIdx.x == 0) is_last = atomicAdd(arrived, 1u) == (unsigned)a.splits - 1;
+        __syncthreads();
+        if (!is_last) return;
+        __threadfence();
+        if (threadIdx.x == 0) *arrived = 0;
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) {
+            if (h >= count) break;
+            const float* all = a.parts + (first_row + h) * a.splits * width;
+            float most = least;
+            for (int i = 0; i < a.splits; i++) most = fmaxf(most, __ldcg(all + i * width + head_dim));
+            total[h] = 0.0f;
+            for (int part = 0; part < MAX_HEAD / SPAN; part++) sums[h][part] = 0.0f;
+            for (int i = 0; i < a.splits; i++) {
+                float share = expf(__ldcg(all + i * width + head_dim) - most);
+                total[h] = fmaf(share, __ldcg(all + i * width + head_dim + 1), total[h]);
+#pragma unroll
+                for (int part = 0; part < MAX_HEAD / SPAN; part++) {
+                    int d = part * SPAN + threadIdx.x;
+                    if (d < head_dim) sums[h][part] = fmaf(share, __ldcg(all + i * width + d), sums[h][part]);
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) {
+        if (h >= count) break;
+#pragma unroll
+        for (int part = 0; part < MAX_HEAD / SPAN; part++) {
+            int d = part * SPAN + threadIdx.x;
+            if (d < head_dim) a.out[(first_row + h) * head_dim + d] = to_half(sums[h][part] / total[h]);
+        }
     }
 }
+
+#define ATTEND(heads_of_a_block)                                                                                                                        \
+    KERNEL(128) attend_##heads_of_a_block(const __half* query, const byte* keys, const float* key_scales, const byte* values, const float* value_scales, \
+                                          int kv_dtype, __half* out, float* parts, unsigned* arrivals, int splits, int heads, int kv_heads,             \
+                                          int head_dim, int context, int position, int window, float scale, float softcap) {                           \
+        attend<heads_of_a_block>({query, keys, key_scales, values, value_scales, kv_dtype, out, parts, arrivals, splits, heads, kv_heads, head_dim,     \
+                                  context, position, window, scale, softcap});                                                                         \
+    }
+ATTEND(1)
+ATTEND(4)

@@ -66,6 +66,16 @@ __device__ __forceinline__ unsigned nl4_levels(unsigned codes) {
 #define NL4_ZERO 128
 #define NL4_UNIT 0.0625f
 
+enum { NO_ACTIVATION = -1, SILU = 0, GELU_TANH = 1, GELU = 2 };
+
+//   SILU: x / (1 + exp(-x))   GELU: x * (1 + erf(x / sqrt(2))) / 2
+//   GELU_TANH: x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2
+__device__ __forceinline__ float activated(int kind, float x) {
+    if (kind == SILU) return x / (1.0f + expf(-x));
+    if (kind == GELU_TANH) return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+    return 0.5f * x * (1.0f + erff(x * 0.70710678f));
+}
+
 __device__ __forceinline__ float warp_sum(float v) {
     for (int step = 16; step > 0; step >>= 1) v += __shfl_xor_sync(0xffffffffu, v, step);
     return v;

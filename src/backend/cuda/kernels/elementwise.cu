@@ -25,19 +25,12 @@ KERNEL(256) embed(const unsigned* tokens, const void* codes, const signed char* 
     }
 }
 
-enum { SILU = 0, GELU_TANH = 1, GELU = 2 };
-
 // gate = activation(gate) * up, f16 [count]; up may be null, which multiplies by nothing.
-//   SILU: x / (1 + exp(-x))   GELU: x * (1 + erf(x / sqrt(2))) / 2
-//   GELU_TANH: x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2
 // Launch: 256 threads, a block for every 256 elements.
 KERNEL(256) activate(__half* gate, const __half* up, int count, int kind) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= count) return;
-    float x = __half2float(gate[i]);
-    if (kind == SILU) x = x / (1.0f + expf(-x));
-    else if (kind == GELU_TANH) x = 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
-    else x = 0.5f * x * (1.0f + erff(x * 0.70710678f));
+    float x = activated(kind, __half2float(gate[i]));
     gate[i] = to_half(up ? x * __half2float(up[i]) : x);
 }
 

@@ -1,32 +1,22 @@
-// y[t][n] = factor * (sum_k x[t][k] * w[n][k] + bias[n]), accumulated in f32.
-//
-// w: a matrix in the canonical packing of quant/layout.rs, [rows][cols]; storage by the kernel's name.
-// x: f16 [tokens][cols]. bias: [rows] of bias_dtype, or null. y: [tokens][rows], written as `output`
-// says. sub_scales and scales are null where the storage has none.
+// Matrix products without tensor cores; see product.cuh.
 //
 // few_<storage>: 1 to 8 tokens. A warp takes a row: each weight is read once for all tokens.
 //   Launch: 256 threads, a block for every 8 rows.
 // many_<storage>: any number of tokens. A block takes 64 rows and 64 tokens in steps of 32 columns
 //   through shared memory; a thread sums 4 by 4.
 //   Launch: 256 threads, grid (rows / 64, tokens / 64), rounded up.
-#include "common.cuh"
+#include "product.cuh"
 
 #define FEW 8
+#define FEW_SLOTS 8
 #define TILE 64
 #define STEP 32
-
-struct Weights {
-    const void* codes;
-    const signed char* sub_scales;
-    const void* scales;
-    int cols;
-};
 
 // A storage reads eight columns of a row from column k on, a multiple of eight (zero from column
 // `cols` on), and gives the row's scale.
 struct Int8 {
-    static __device__ __forceinline__ void load8(const Weights& w, size_t row, int k, float* out) {
-        int padded = (w.cols + 31) / 32 * 32;
+    static __device__ __forceinline__ void load8(const Matrix& w, int cols, size_t row, int k, float* out) {
+        int padded = (cols + 31) / 32 * 32;
         if (k >= padded) {
             for (int i = 0; i < 8; i++) out[i] = 0.0f;
             return;
@@ -35,12 +25,12 @@ struct Int8 {
         const signed char* codes = (const signed char*)&raw;
         for (int i = 0; i < 8; i++) out[i] = (float)codes[i];
     }
-    static __device__ __forceinline__ float scale(const Weights& w, size_t row) { return ((const float*)w.scales)[row]; }
+    static __device__ __forceinline__ float scale(const Matrix& w, size_t row) { return ((const float*)w.scales)[row]; }
 };
 
 struct Int4 {
-    static __device__ __forceinline__ void load8(const Weights& w, size_t row, int k, float* out) {
-        int groups = (w.cols + 31) / 32, group = k / 32;
+    static __device__ __forceinline__ void load8(const Matrix& w, int cols, size_t row, int k, float* out) {
+        int groups = (cols + 31) / 32, group = k / 32;
         if (group >= groups) {
             for (int i = 0; i < 8; i++) out[i] = 0.0f;
             return;
@@ -51,12 +41,12 @@ struct Int4 {
         int shift = k % 32 < 16 ? 0 : 4;
         for (int i = 0; i < 8; i++) out[i] = sub_scale * (float)((int)(bytes[i] >> shift & 15) - 8);
     }
-    static __device__ __forceinline__ float scale(const Weights& w, size_t row) { return __half2float(((const __half*)w.scales)[row]); }
+    static __device__ __forceinline__ float scale(const Matrix& w, size_t row) { return __half2float(((const __half*)w.scales)[row]); }
 };
 
 struct Nl4 {
-    static __device__ __forceinline__ void load8(const Weights& w, size_t row, int k, float* out) {
-        int groups = (w.cols + 31) / 32, group = k / 32;
+    static __device__ __forceinline__ void load8(const Matrix& w, int cols, size_t row, int k, float* out) {
+        int groups = (cols + 31) / 32, group = k / 32;
         if (group >= groups) {
             for (int i = 0; i < 8; i++) out[i] = 0.0f;
             return;
@@ -71,64 +61,66 @@ struct Nl4 {
             out[i + 1] = sub_scale * (float)((int)(levels >> 16 & 255) - NL4_ZERO);
         }
     }
-    static __device__ __forceinline__ float scale(const Weights& w, size_t row) { return __half2float(((const __half*)w.scales)[row]) * NL4_UNIT; }
+    static __device__ __forceinline__ float scale(const Matrix& w, size_t row) { return __half2float(((const __half*)w.scales)[row]) * NL4_UNIT; }
 };
 
 template <int DTYPE>
 struct Plain {
-    static __device__ __forceinline__ void load8(const Weights& w, size_t row, int k, float* out) {
-        if (DTYPE != F32 && w.cols % 8 == 0 && k < w.cols) {
-            uint4 raw = *(const uint4*)((const unsigned short*)w.codes + row * w.cols + k);
+    static __device__ __forceinline__ void load8(const Matrix& w, int cols, size_t row, int k, float* out) {
+        if (DTYPE != F32 && cols % 8 == 0 && k < cols) {
+            uint4 raw = *(const uint4*)((const unsigned short*)w.codes + row * cols + k);
             for (int i = 0; i < 8; i++) out[i] = load(&raw, DTYPE, i);
         } else {
-            for (int i = 0; i < 8; i++) out[i] = k + i < w.cols ? load(w.codes, DTYPE, row * w.cols + k + i) : 0.0f;
+            for (int i = 0; i < 8; i++) out[i] = k + i < cols ? load(w.codes, DTYPE, row * cols + k + i) : 0.0f;
         }
     }
-    static __device__ __forceinline__ float scale(const Weights&, size_t) { return 1.0f; }
+    static __device__ __forceinline__ float scale(const Matrix&, size_t) { return 1.0f; }
 };
 
 template <class Storage>
-__device__ __forceinline__ void few(const Weights& w, const __half* x, const void* bias, int bias_dtype, void* y, int output, float factor, int rows, int tokens) {
-    int lane = threadIdx.x % 32;
-    size_t row = (size_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    if (row >= rows) return;
+__device__ __forceinline__ void few(const Product& p) {
+    __shared__ float shared[FEW][FEW_SLOTS];
+    int lane = threadIdx.x % 32, slot = threadIdx.x / 32, row = row_of<FEW_SLOTS / 2>(p, slot);
+    Matrix w = p.first;
+    if (slot >= FEW_SLOTS / 2) w = p.second;
     float sums[FEW] = {};
-    for (int k = lane * 8; k < w.cols; k += 32 * 8) {
+    for (int k = lane * 8; row < w.rows && k < p.cols; k += 32 * 8) {
         float weights[8], values[8];
-        Storage::load8(w, row, k, weights);
+        Storage::load8(w, p.cols, row, k, weights);
 #pragma unroll
         for (int t = 0; t < FEW; t++) {
-            if (t >= tokens) break;
-            load8_half(x + (size_t)t * w.cols, k, w.cols, values);
+            if (t >= p.tokens) break;
+            load8_half(p.x + (size_t)t * p.cols, k, p.cols, values);
             for (int i = 0; i < 8; i++) sums[t] = fmaf(weights[i], values[i], sums[t]);
         }
     }
-    float mine = 0.0f;
 #pragma unroll
     for (int t = 0; t < FEW; t++) {
-        if (t >= tokens) break;
+        if (t >= p.tokens) break;
         float sum = warp_sum(sums[t]);
-        if (lane == t) mine = sum;
+        if (lane == t) shared[t][slot] = sum;
     }
-    if (lane >= tokens) return;
-    float shift = bias ? load(bias, bias_dtype, row) : 0.0f;
-    store(y, output, (size_t)lane * rows + row, factor * fmaf(mine, Storage::scale(w, row), shift));
+    __syncthreads();
+    int at = threadIdx.x % FEW_SLOTS, token = threadIdx.x / FEW_SLOTS;
+    if (at < results(p, FEW_SLOTS) && token < p.tokens) finish<Storage, FEW_SLOTS / 2>(p, at, token, shared[token]);
 }
 
 template <class Storage>
-__device__ __forceinline__ void many(const Weights& w, const __half* x, const void* bias, int bias_dtype, void* y, int output, float factor, int rows, int tokens) {
+__device__ __forceinline__ void many(const Product& p) {
     __shared__ __align__(16) float shared[2][STEP][TILE + 4];
     auto weights = shared[0], values = shared[1];
-    int first_row = blockIdx.x * TILE, first_token = blockIdx.y * TILE;
-    int loaded = threadIdx.x / 4, part = threadIdx.x % 4 * 8;
+    int first_token = blockIdx.y * TILE;
+    int loaded = threadIdx.x / 4, part = threadIdx.x % 4 * 8, row = row_of<TILE / 2>(p, loaded);
+    Matrix w = p.first;
+    if (loaded >= TILE / 2) w = p.second;
     int my_row = threadIdx.x % 16 * 4, my_token = threadIdx.x / 16 * 4;
     float sums[4][4] = {};
-    for (int k = 0; k < w.cols; k += STEP) {
+    for (int k = 0; k < p.cols; k += STEP) {
         float piece[8] = {};
-        if (first_row + loaded < rows) Storage::load8(w, first_row + loaded, k + part, piece);
+        if (row < w.rows) Storage::load8(w, p.cols, row, k + part, piece);
         for (int i = 0; i < 8; i++) weights[part + i][loaded] = piece[i];
         for (int i = 0; i < 8; i++) piece[i] = 0.0f;
-        if (first_token + loaded < tokens) load8_half(x + (size_t)(first_token + loaded) * w.cols, k + part, w.cols, piece);
+        if (first_token + loaded < p.tokens) load8_half(p.x + (size_t)(first_token + loaded) * p.cols, k + part, p.cols, piece);
         for (int i = 0; i < 8; i++) values[part + i][loaded] = piece[i];
         __syncthreads();
 #pragma unroll 4
@@ -149,23 +141,14 @@ __device__ __forceinline__ void many(const Weights& w, const __half* x, const vo
 #pragma unroll
         for (int r = 0; r < 4; r++) tile[(my_token + t) * TILE + my_row + r] = sums[t][r];
     __syncthreads();
-    int row = first_row + threadIdx.x % TILE;
-    if (row >= rows) return;
-    float scale = Storage::scale(w, row), shift = bias ? load(bias, bias_dtype, row) : 0.0f;
+    int width = results(p, TILE), at = threadIdx.x % width;
 #pragma unroll 1
-    for (int t = threadIdx.x / TILE; t < TILE && first_token + t < tokens; t += 256 / TILE)
-        store(y, output, (size_t)(first_token + t) * rows + row, factor * fmaf(tile[t * TILE + threadIdx.x % TILE], scale, shift));
+    for (int t = threadIdx.x / width; t < TILE && first_token + t < p.tokens; t += 256 / width) finish<Storage, TILE / 2>(p, at, first_token + t, tile + t * TILE);
 }
 
-#define MATMUL(name, storage)                                                                                              \
-    KERNEL(256) few_##name(const void* codes, const signed char* sub_scales, const void* scales, int rows, int cols,        \
-                           const __half* x, int tokens, const void* bias, int bias_dtype, void* y, int output, float factor) {           \
-        few<storage>({codes, sub_scales, scales, cols}, x, bias, bias_dtype, y, output, factor, rows, tokens);                     \
-    }                                                                                                                      \
-    KERNEL(256) many_##name(const void* codes, const signed char* sub_scales, const void* scales, int rows, int cols,       \
-                            const __half* x, int tokens, const void* bias, int bias_dtype, void* y, int output, float factor) {          \
-        many<storage>({codes, sub_scales, scales, cols}, x, bias, bias_dtype, y, output, factor, rows, tokens);                    \
-    }
+#define MATMUL(name, storage)                              \
+    PRODUCT(256, FEW_SLOTS, few_##name, few<storage>) \
+    PRODUCT(256, TILE, many_##name, many<storage>)
 MATMUL(bf16, Plain<BF16>)
 MATMUL(f16, Plain<F16>)
 MATMUL(f32, Plain<F32>)

@@ -1,5 +1,5 @@
-// The product of matmul.cu by tensor cores, for int8, int4 and nl4 weights: Yᵀ = W · Xᵀ. For compute
-// capability 8.0 and higher. Arguments as there.
+// Matrix products by tensor cores, for int8, int4 and nl4 weights: Yᵀ = W · Xᵀ; see product.cuh. For
+// compute capability 8.0 and higher.
 //
 // An mma multiplies 16 rows by 8 tokens over 16 columns. Which column stands in which of the 16 slots
 // is free as long as weights and activations agree, so that weights are read as they are packed: lane
@@ -18,11 +18,13 @@
 // mma_many_<storage>: any number of tokens. A block takes 64 rows and 64 tokens in steps of 128
 //   columns, a warp 16 of the rows: it dequantizes a weight once for all tokens.
 //   Launch: 128 threads, grid (rows / 64, tokens / 64), rounded up.
-#include "common.cuh"
+#include "product.cuh"
 
 #define WARPS 8
+#define SLOTS 16
 #define AHEAD 2
 #define SLICE_UNITS 2048
+#define MANY_SLOTS 64
 #define TOKENS 64
 #define STEP_COLS 128
 
@@ -43,20 +45,6 @@ template <int N>
 __device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 #endif
 
-struct Product {
-    const void* codes;
-    const signed char* sub_scales;
-    const void* scales;
-    int rows, cols;
-    const __half* x;
-    int tokens;
-    const void* bias;
-    int bias_dtype;
-    void* y;
-    int output;
-    float factor;
-};
-
 // What a lane loads of one row.
 struct Piece {
     uint4 codes;
@@ -75,10 +63,10 @@ __device__ __forceinline__ unsigned subtract(unsigned a, unsigned b) {
 // them: those of half `step` of a unit, to two words. Weights are the sum of PARTS of such words.
 struct MmaInt8 {
     enum { COLS = 16, UNITS = COLS / 8, CHUNK = 4 * COLS, PARTS = 1 };
-    static __device__ __forceinline__ Piece load(const Product& p, int row, int k) {
-        int padded = (p.cols + 31) / 32 * 32;
-        if (row >= p.rows || k >= padded) return {{0, 0, 0, 0}, 0};
-        return {__ldg((const uint4*)((const signed char*)p.codes + (size_t)row * padded + k)), 0};
+    static __device__ __forceinline__ Piece load(const Matrix& w, int cols, int row, int k) {
+        int padded = (cols + 31) / 32 * 32;
+        if (row >= w.rows || k >= padded) return {{0, 0, 0, 0}, 0};
+        return {__ldg((const uint4*)((const signed char*)w.codes + (size_t)row * padded + k)), 0};
     }
     static __device__ __forceinline__ void dequantize(const Piece& piece, int, int unit, int step, unsigned& low, unsigned& high) {
         unsigned codes = word(piece.codes, 2 * unit + step) ^ 0x80808080;
@@ -86,16 +74,16 @@ struct MmaInt8 {
         low = subtract(__byte_perm(codes, 0x64646464, 0x4140), 0x64806480);
         high = subtract(__byte_perm(codes, 0x64646464, 0x4342), 0x64806480);
     }
-    static __device__ __forceinline__ float scale(const Product& p, int row) { return ((const float*)p.scales)[row]; }
+    static __device__ __forceinline__ float scale(const Matrix& w, int row) { return ((const float*)w.scales)[row]; }
 };
 
 struct MmaInt4 {
     enum { COLS = 32, UNITS = COLS / 8, CHUNK = 4 * COLS, PARTS = 1 };
-    static __device__ __forceinline__ Piece load(const Product& p, int row, int k) {
-        int groups = (p.cols + 31) / 32, group = k / 32;
-        if (row >= p.rows || group >= groups) return {{0, 0, 0, 0}, 0};
+    static __device__ __forceinline__ Piece load(const Matrix& w, int cols, int row, int k) {
+        int groups = (cols + 31) / 32, group = k / 32;
+        if (row >= w.rows || group >= groups) return {{0, 0, 0, 0}, 0};
         size_t at = (size_t)row * groups + group;
-        return {__ldg((const uint4*)p.codes + at), __ldg(p.sub_scales + at)};
+        return {__ldg((const uint4*)w.codes + at), __ldg(w.sub_scales + at)};
     }
     static __device__ __forceinline__ void dequantize(const Piece& piece, int, int unit, int step, unsigned& low, unsigned& high) {
         // Bytes 0 and 1, then 2 and 3, stand 16 bits apart.
@@ -109,7 +97,7 @@ struct MmaInt4 {
         __half2 weights = __hmul2(*(const __half2*)&levels, sub_scale);
         return *(const unsigned*)&weights;
     }
-    static __device__ __forceinline__ float scale(const Product& p, int row) { return __half2float(((const __half*)p.scales)[row]); }
+    static __device__ __forceinline__ float scale(const Matrix& w, int row) { return __half2float(((const __half*)w.scales)[row]); }
 };
 
 struct MmaNl4 : MmaInt4 {
@@ -126,7 +114,7 @@ struct MmaNl4 : MmaInt4 {
         __half2 weights = __hmul2(*(const __half2*)&there, sub_scale);
         return *(const unsigned*)&weights;
     }
-    static __device__ __forceinline__ float scale(const Product& p, int row) { return MmaInt4::scale(p, row) * NL4_UNIT; }
+    static __device__ __forceinline__ float scale(const Matrix& w, int row) { return MmaInt4::scale(w, row) * NL4_UNIT; }
 };
 
 // A chunk of 16 rows by eight tokens a tile; a lane's units are `stride` apart in `x`. Sums as PTX
@@ -158,25 +146,24 @@ __device__ __forceinline__ uint4 unaligned_unit(const Product& p, int token, int
 
 __device__ __forceinline__ bool is_aligned(const Product& p, int token, int k) { return p.cols % 8 == 0 && token < p.tokens && k < p.cols; }
 
+// The next pieces of a lane: of slot `slot`, and of the one 8 behind it.
 template <class Storage>
-__device__ __forceinline__ void finish(const Product& p, int row, int token, float sum) {
-    float shift = p.bias ? load(p.bias, p.bias_dtype, row) : 0.0f;
-    store(p.y, p.output, (size_t)token * p.rows + row, p.factor * fmaf(sum, Storage::scale(p, row), shift));
+__device__ __forceinline__ void load_pieces(const Product& p, int slot, int k, Piece* pieces) {
+    pieces[0] = Storage::load(p.first, p.cols, row_of<8>(p, slot), k);
+    pieces[1] = Storage::load(p.second, p.cols, row_of<8>(p, slot + 8), k);
 }
 
 template <class Storage>
 __device__ __forceinline__ void mma_few(const Product& p) {
     const int chunk = Storage::CHUNK, units = Storage::UNITS;
     __shared__ __align__(16) uint4 shared[SLICE_UNITS];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first_row = blockIdx.x * 16;
-    int row = first_row + lane / 4, my_cols = lane % 4 * Storage::COLS;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, my_cols = lane % 4 * Storage::COLS;
     int slice = SLICE_UNITS * 8 / p.tokens / (WARPS * chunk) * (WARPS * chunk);
     float sums[1][4] = {};
     Piece ahead[AHEAD][2];
     int k = warp * chunk;
 #pragma unroll
-    for (int i = 0; i < AHEAD; i++)
-        for (int half = 0; half < 2; half++) ahead[i][half] = Storage::load(p, row + 8 * half, k + i * WARPS * chunk + my_cols);
+    for (int i = 0; i < AHEAD; i++) load_pieces<Storage>(p, lane / 4, k + i * WARPS * chunk + my_cols, ahead[i]);
     for (int start = 0; start < p.cols; start += slice) {
         int in_row = min(slice, (p.cols - start + chunk - 1) / chunk * chunk) / 8;
         for (int at = threadIdx.x; at < in_row * p.tokens; at += WARPS * 32) {
@@ -191,8 +178,8 @@ __device__ __forceinline__ void mma_few(const Product& p) {
             for (int half = 0; half < 2; half++) {
                 pieces[half] = ahead[0][half];
                 for (int i = 1; i < AHEAD; i++) ahead[i - 1][half] = ahead[i][half];
-                ahead[AHEAD - 1][half] = Storage::load(p, row + 8 * half, k + AHEAD * WARPS * chunk + my_cols);
             }
+            load_pieces<Storage>(p, lane / 4, k + AHEAD * WARPS * chunk + my_cols, ahead[AHEAD - 1]);
             const uint4* values = shared + (k - start) / chunk * units * p.tokens * 4 + lane;
             multiply<Storage, 1>(pieces, values, p.tokens * 4, lane < p.tokens * 4, sums);
         }
@@ -200,14 +187,13 @@ __device__ __forceinline__ void mma_few(const Product& p) {
     }
     float* partial = (float*)shared;
 #pragma unroll
-    for (int i = 0; i < 4; i++) partial[warp * 128 + (lane % 4 * 2 + i % 2) * 16 + lane / 4 + i / 2 * 8] = sums[0][i];
+    for (int i = 0; i < 4; i++) partial[warp * 128 + (lane % 4 * 2 + i % 2) * SLOTS + lane / 4 + i / 2 * 8] = sums[0][i];
     __syncthreads();
-    int token = threadIdx.x / 16;
-    row = first_row + threadIdx.x % 16;
-    if (token >= p.tokens || row >= p.rows) return;
-    float sum = 0.0f;
-    for (int i = 0; i < WARPS; i++) sum += partial[i * 128 + threadIdx.x];
-    finish<Storage>(p, row, token, sum);
+    int at = threadIdx.x % SLOTS, token = threadIdx.x / SLOTS;
+    if (token < p.tokens)
+        for (int i = 1; i < WARPS; i++) partial[threadIdx.x] += partial[i * 128 + threadIdx.x];
+    __syncthreads();
+    if (token < p.tokens && at < results(p, SLOTS)) finish<Storage, 8>(p, at, token, partial + token * SLOTS);
 }
 
 // Queues the copies of a step's activations.
@@ -231,12 +217,11 @@ template <class Storage>
 __device__ __forceinline__ void mma_many(const Product& p) {
     const int chunk = Storage::CHUNK, padded = TOKENS + 4;
     __shared__ __align__(16) uint4 shared[2][STEP_COLS / 8 * TOKENS];
-    int lane = threadIdx.x % 32, in_block = threadIdx.x / 32 * 16 + lane / 4;
-    int first_row = blockIdx.x * 64, first_token = blockIdx.y * TOKENS, row = first_row + in_block;
+    int lane = threadIdx.x % 32, slot = threadIdx.x / 32 * SLOTS + lane / 4, first_token = blockIdx.y * TOKENS;
     int my_cols = lane % 4 * Storage::COLS;
     float sums[TOKENS / 8][4] = {};
     Piece next[2];
-    for (int half = 0; half < 2; half++) next[half] = Storage::load(p, row + 8 * half, my_cols);
+    load_pieces<Storage>(p, slot, my_cols, next);
     stage<Storage>(p, first_token, 0, shared[0]);
     for (int start = 0; start < p.cols; start += STEP_COLS) {
         int current = start / STEP_COLS % 2;
@@ -250,7 +235,7 @@ __device__ __forceinline__ void mma_many(const Product& p) {
 #pragma unroll
         for (int i = 0; i < STEP_COLS / chunk; i++) {
             Piece pieces[2] = {next[0], next[1]};
-            for (int half = 0; half < 2; half++) next[half] = Storage::load(p, row + 8 * half, start + (i + 1) * chunk + my_cols);
+            load_pieces<Storage>(p, slot, start + (i + 1) * chunk + my_cols, next);
             multiply<Storage, TOKENS / 8>(pieces, shared[current] + i * Storage::UNITS * TOKENS * 4 + lane, TOKENS * 4, true, sums);
         }
         __syncthreads();
@@ -260,23 +245,16 @@ __device__ __forceinline__ void mma_many(const Product& p) {
 #pragma unroll
     for (int t = 0; t < TOKENS / 8; t++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) tile[(t * 8 + lane % 4 * 2 + i % 2) * padded + in_block + i / 2 * 8] = sums[t][i];
+        for (int i = 0; i < 4; i++) tile[(t * 8 + lane % 4 * 2 + i % 2) * padded + slot + i / 2 * 8] = sums[t][i];
     __syncthreads();
-    row = first_row + threadIdx.x % 64;
-    if (row >= p.rows) return;
+    int width = results(p, MANY_SLOTS), at = threadIdx.x % width;
 #pragma unroll 1
-    for (int t = threadIdx.x / 64; t < TOKENS && first_token + t < p.tokens; t += 2)
-        finish<Storage>(p, row, first_token + t, tile[t * padded + threadIdx.x % 64]);
+    for (int t = threadIdx.x / width; t < TOKENS && first_token + t < p.tokens; t += 128 / width) finish<Storage, 8>(p, at, first_token + t, tile + t * padded);
 }
 
-#define MMA(threads, name, kernel)                                                                                           \
-    KERNEL(threads) name(const void* codes, const signed char* sub_scales, const void* scales, int rows, int cols,            \
-                         const __half* x, int tokens, const void* bias, int bias_dtype, void* y, int output, float factor) { \
-        kernel({codes, sub_scales, scales, rows, cols, x, tokens, bias, bias_dtype, y, output, factor});                     \
-    }
-MMA(256, mma_few_int8, mma_few<MmaInt8>)
-MMA(256, mma_few_int4, mma_few<MmaInt4>)
-MMA(256, mma_few_nl4, mma_few<MmaNl4>)
-MMA(128, mma_many_int8, mma_many<MmaInt8>)
-MMA(128, mma_many_int4, mma_many<MmaInt4>)
-MMA(128, mma_many_nl4, mma_many<MmaNl4>)
+PRODUCT(256, SLOTS, mma_few_int8, mma_few<MmaInt8>)
+PRODUCT(256, SLOTS, mma_few_int4, mma_few<MmaInt4>)
+PRODUCT(256, SLOTS, mma_few_nl4, mma_few<MmaNl4>)
+PRODUCT(128, MANY_SLOTS, mma_many_int8, mma_many<MmaInt8>)
+PRODUCT(128, MANY_SLOTS, mma_many_int4, mma_many<MmaInt4>)
+PRODUCT(128, MANY_SLOTS, mma_many_nl4, mma_many<MmaNl4>)

@@ -1,0 +1,81 @@
+// What the matrix products of matmul.cu and mma.cu share: their arguments, and what becomes of a sum.
+//
+//   y[t][n] = factor * (sum_k x[t][k] * w[n][k] + bias[n]), accumulated in f32
+//
+// for up to three matrices with the same x in one launch, whose blocks stand side by side in the grid; or,
+// with an activation, activation(y) of one matrix, or activation(y of the first) * (y of the second).
+//
+// w: a matrix in the canonical packing of quant/layout.rs, [rows][cols], of the storage in the kernel's
+// name; null for none. x: f16 [tokens][cols]. bias: [rows] of bias_dtype, or null. y: [tokens][rows],
+// written as `output` says. sub_scales and scales are null where the storage has none.
+// Gate and up have as many rows and share a block: its slots for rows are half the one's, half the other's.
+#pragma once
+#include "common.cuh"
+
+struct Matrix {
+    const void* codes;
+    const signed char* sub_scales;
+    const void* scales;
+    int rows;
+    const void* bias;
+    int bias_dtype;
+    void* y;
+};
+
+struct Product {
+    // Those of the two halves of the slots; the same where there is no gate.
+    Matrix first, second;
+    bool is_gated;
+    // The block's first row.
+    int row;
+    int cols;
+    const __half* x;
+    int tokens, output;
+    float factor;
+    int activation;
+};
+
+// The part of the launch that a block with `slots` slots has.
+__device__ __forceinline__ Product part_of(const Matrix& a, const Matrix& b, const Matrix& c, int slots, int cols, const __half* x, int tokens, int output, float factor,
+                                           int activation) {
+    bool is_gated = activation != NO_ACTIVATION && b.codes;
+    int block = blockIdx.x, blocks = (a.rows + slots - 1) / slots;
+    if (is_gated) return {a, b, true, block * (slots / 2), cols, x, tokens, output, factor, activation};
+    if (block < blocks) return {a, a, false, block * slots, cols, x, tokens, output, factor, activation};
+    block -= blocks, blocks = (b.rows + slots - 1) / slots;
+    if (block < blocks) return {b, b, false, block * slots, cols, x, tokens, output, factor, activation};
+    return {c, c, false, (block - blocks) * slots, cols, x, tokens, output, factor, activation};
+}
+
+// Slots are gate's and up's in turn, HALF of each. The row of a slot:
+template <int HALF>
+__device__ __forceinline__ int row_of(const Product& p, int slot) {
+    return p.row + (p.is_gated ? slot / (2 * HALF) * HALF + slot % HALF : slot);
+}
+
+// How many rows `slots` slots give.
+__device__ __forceinline__ int results(const Product& p, int slots) { return p.is_gated ? slots / 2 : slots; }
+
+template <class Storage>
+__device__ __forceinline__ float scaled(const Product& p, const Matrix& m, int row, float sum) {
+    float shift = m.bias ? load(m.bias, m.bias_dtype, row) : 0.0f;
+    return p.factor * fmaf(sum, Storage::scale(m, row), shift);
+}
+
+// Writes the result `at` of a block's, from the sums of its slots for a token.
+template <class Storage, int HALF>
+__device__ __forceinline__ void finish(const Product& p, int at, int token, const float* sums) {
+    int row = p.row + at, slot = p.is_gated ? at / HALF * 2 * HALF + at % HALF : at;
+    if (row >= p.first.rows) return;
+    float y = scaled<Storage>(p, p.first, row, sums[slot]);
+    if (p.activation != NO_ACTIVATION) y = activated(p.activation, y);
+    if (p.is_gated) y *= scaled<Storage>(p, p.second, row, sums[slot + HALF]);
+    store(p.first.y, p.output, (size_t)token * p.first.rows + row, y);
+}
+
+#define MATRIX(i) const void *codes##i, const signed char *sub_scales##i, const void *scales##i, int rows##i, const void *bias##i, int bias_dtype##i, void *y##i
+#define GIVEN(i) {codes##i, sub_scales##i, scales##i, rows##i, bias##i, bias_dtype##i, y##i}
+#define PRODUCT(threads, slots, name, kernel)                                                                                                    \
+    KERNEL(threads) name(MATRIX(0), MATRIX(1), MATRIX(2), int cols, const __half* x, int tokens, int output, float factor, int activation) {     \
+        kernel(part_of(GIVEN(0), GIVEN(1), GIVEN(2), slots, cols, x, tokens, output, factor, activation));                                      \
+    }

@@ -1,0 +1,84 @@
+//! Bits a weight and the measured error of each kind of module.
+
+use serde::Serialize;
+
+use super::group::groups;
+use super::report::table;
+use super::sample::losses;
+use super::{Plan, Subject, memory};
+use crate::bytes::Bytes;
+use crate::error::Result;
+use crate::quant::{QuantizeRules, Scheme};
+
+/// A kind of module, such as `mlp.down_proj`: all that quantizing it means.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct KindReport {
+    /// Its path within a block; the last name of what is in none.
+    pub kind: String,
+    /// How many modules have each scheme; all experts of a block are one.
+    pub schemes: Vec<(Scheme, usize)>,
+    /// Number of weights.
+    pub parameters: u64,
+    /// Bytes of all of them, with scales and padding.
+    pub weights: Bytes,
+    /// Bits a weight.
+    pub bits: f64,
+    /// The root of the squared error over the squared weights, its mean over the modules; `None` where it was not measured.
+    pub error: Option<f64>,
+}
+
+/// Every kind in the order that the first of them runs, under `rules`.
+pub fn report(subject: &Subject, rules: &QuantizeRules) -> Result<Vec<KindReport>> {
+    let groups = groups(subject.tree, &subject.weights);
+    let losses = losses(subject.checkpoint, &groups)?;
+    let mut kinds: Vec<KindReport> = Vec::new();
+    for (at, group) in groups.iter().enumerate() {
+        let known = kinds.iter().position(|kind| kind.kind == group.kind).unwrap_or_else(|| {
+            let error = losses.as_ref().map(|_| 0.0);
+            let (kind, schemes) = (group.kind.clone(), Vec::new());
+            kinds.push(KindReport { kind, schemes, parameters: 0, weights: Bytes::ZERO, bits: 0.0, error });
+            kinds.len() - 1
+        });
+        let (kind, scheme) = (&mut kinds[known], rules.scheme(&group.path));
+        for weight in group.weights() {
+            kind.parameters += (weight.parameter.rows * weight.parameter.cols) as u64;
+            kind.weights += memory::layout(weight, rules).map_or(Bytes::ZERO, |layout| layout.size());
+        }
+        match kind.schemes.iter_mut().find(|(known, _)| *known == scheme) {
+            Some((_, count)) => *count += 1,
+            None => kind.schemes.push((scheme, 1)),
+        }
+        // Sums of squares until all are known.
+        if let (Some(sum), Some(losses)) = (&mut kind.error, &losses) {
+            *sum += losses[at].of(scheme);
+        }
+    }
+    for kind in &mut kinds {
+        let modules: usize = kind.schemes.iter().map(|(_, count)| count).sum();
+        kind.bits = kind.weights.0 as f64 * 8.0 / kind.parameters as f64;
+        kind.error = kind.error.map(|sum| (sum / modules as f64).sqrt());
+        kind.schemes.sort_by_key(|(scheme, _)| *scheme);
+    }
+    Ok(kinds)
+}
+
+impl Plan {
+    /// [`Plan::kinds`] as a table, if there are any.
+    pub(super) fn kinds_table(&self) -> String {
+        if self.kinds.is_empty() {
+            return String::new();
+        }
+        let mut rows = vec![["module", "bits a weight", "error", "scheme"].map(str::to_owned).to_vec()];
+        rows.extend(self.kinds.iter().map(|kind| {
+            let error = kind.error.map_or("-".to_owned(), |error| format!("{:.2} %", 100.0 * error));
+            let schemes = kind.schemes.iter().map(|(scheme, count)| match kind.schemes.len() {
+                1 => scheme.to_string(),
+                _ => format!("{count} {scheme}"),
+            });
+            vec![kind.kind.clone(), format!("{:.2}", kind.bits), error, schemes.collect::<Vec<_>>().join(", ")]
+        }));
+        let unmeasured = self.kinds.iter().any(|kind| kind.error.is_none());
+        let note = "the error is not measured: the weights are packed already, or not in a local directory\n";
+        format!("\n{}{}", table(&rows), if unmeasured { note } else { "" })
+    }
+}
