@@ -128,6 +128,8 @@ fn attention(criterion: &mut Criterion) {
             softcap: 0.0,
         };
         let scratch = CudaAttention::scratch(heads, kv_heads, head_dim, 1, context).map(|len| zeros(&gpu, len));
+        let position = zeros(&gpu, 4);
+        position.fill(u32::try_from(shape.position).expect("a position")).expect("a GPU that works");
         let (query, out) = (zeros(&gpu, heads * head_dim * 2), zeros(&gpu, heads * head_dim * 2));
         for dtype in [KvDtype::F16, KvDtype::Int8] {
             let vectors = kv_heads * context;
@@ -139,7 +141,7 @@ fn attention(criterion: &mut Criterion) {
             group.bench_function(format!("attention over {context} keys in {dtype}"), |bencher| {
                 bencher.iter_custom(|count| {
                     time(&gpu, count, || {
-                        gpu.attend(&shape, &query, &cache, &out, scratch.each_ref()).expect("a launch");
+                        gpu.attend(&shape, &query, &cache, &out, &position, scratch.each_ref()).expect("a launch");
                     })
                 });
             });

@@ -385,7 +385,8 @@ impl Parameter {
         }
     }
 
-    fn is_vector(&self) -> bool {
+    /// Whether it is a bias or of a norm.
+    pub fn is_vector(&self) -> bool {
         self.part == Part::Bias || self.role.is_norm()
     }
 }

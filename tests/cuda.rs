@@ -14,7 +14,7 @@ use evenkeel::bytes::Bytes;
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device::DeviceId;
 use evenkeel::generate::GenerateOptions;
-use evenkeel::loader::{DEFAULT_SHARD_SIZE, LoadEvent, LoadOptions, SaveOptions, save_quantized};
+use evenkeel::loader::{DEFAULT_SHARD_SIZE, LoadEvent, LoadOptions, SaveFormat, SaveOptions, save_quantized};
 use evenkeel::plan::Plan;
 use evenkeel::quant::{KvDtype, Scheme, WeightDtype};
 use fake_cuda::FakeCuda;
@@ -30,7 +30,7 @@ fn assert_nothing_left(fake: &FakeCuda, what: &str) {
     for device in 0..2 {
         assert_eq!(fake.stat("live_bytes", device), 0, "{what}");
     }
-    for counter in ["contexts", "streams", "events", "host_bytes"] {
+    for counter in ["contexts", "streams", "events", "graphs", "host_bytes"] {
         assert_eq!(fake.stat(counter, 0), 0, "{what}: {counter}");
     }
 }
@@ -93,7 +93,13 @@ fn what_is_packed_already_is_what_a_gpu_packs() {
     for scheme in [Scheme::Int8, Scheme::Int4, Scheme::Nl4] {
         let directory = tempfile::tempdir().unwrap();
         let output = &directory.path().join("model");
-        let save = SaveOptions { scheme, output, shard_size: DEFAULT_SHARD_SIZE, cancel: &NEVER };
+        let save = SaveOptions {
+            scheme,
+            format: SaveFormat::Evenkeel,
+            output,
+            shard_size: DEFAULT_SHARD_SIZE,
+            cancel: &NEVER,
+        };
         save_quantized(&original, &save, |_| ()).unwrap();
         let packed = Checkpoint::open(output).unwrap();
         let run = |checkpoint: &Checkpoint| {
@@ -128,6 +134,37 @@ fn a_token_takes_these_launches() {
             let blocks = checkpoint.config.layers.len() as u64;
             assert_eq!(launches, each_block * blocks + beside, "{name} {scheme}: {blocks} blocks");
         }
+    }
+}
+
+#[test]
+fn a_step_that_is_repeated_gives_what_its_launches_do() {
+    let Some((fake, _turn)) = fake_cuda::load(GPUS) else { return };
+    let tokens: Vec<u32> = (0..270).map(|at| at * 7 % 50).collect();
+    // Behind 256 tokens attention is split.
+    for (name, graphs, context) in
+        [("parity/gpt2", true, 40), ("parity/llama31", true, 270), ("parity/qwen3_moe", false, 40)]
+    {
+        let checkpoint = Checkpoint::open(fixture(name)).unwrap();
+        let run = |devices: &[&str], keep: &str| {
+            fake.set("GRAPHS", keep);
+            let plan = plan(&checkpoint, Scheme::Int8, &map(&checkpoint, devices), Some(context));
+            let mut model = load(&plan, &checkpoint, true).unwrap();
+            let before = fake.stat("graph_launches", 0);
+            model.limit_prefill_chunk(1);
+            let all = logits(&mut model, &tokens[..context]);
+            (all, fake.stat("graph_launches", 0) - before)
+        };
+        let (launched, none) = run(&["cuda:0"], "0");
+        assert_eq!(none, 0);
+        for (devices, streams) in [(&["cuda:0"][..], "eager"), (&["cuda:0", "cuda:1", "cuda:0"][..], "lazy")] {
+            fake.set("STREAMS", streams);
+            let (repeated, count) = run(devices, "1");
+            assert_eq!(repeated, launched, "{name} {streams}");
+            assert_eq!(count > 0, graphs, "{name} {streams}: {count}");
+        }
+        fake.set("STREAMS", "eager");
+        assert_nothing_left(fake, name);
     }
 }
 

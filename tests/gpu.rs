@@ -5,8 +5,10 @@ mod kernels;
 mod support;
 
 use evenkeel::backend::cuda::{Gpu, Installation};
-use support::CHECKPOINTS;
-use support::models::assert_is_transformers;
+use evenkeel::checkpoint::Checkpoint;
+use evenkeel::quant::Scheme;
+use support::models::{assert_all_near, assert_is_transformers, load, logits, map, plan};
+use support::{CHECKPOINTS, fixture};
 
 macro_rules! on_the_gpu {
     ($($case:ident)*) => {$(
@@ -27,6 +29,21 @@ fn models_over_gpus_are_transformers() {
     let second = if count > 1 { "cuda:1" } else { "cuda:0" };
     for name in CHECKPOINTS {
         assert_is_transformers(name, &[&["cuda:0"], &["cuda:0", "cpu", second, "disk", "cuda:0"]], false);
+    }
+}
+
+/// Steps of one token are launched, then captured and repeated, and captured again behind 256 tokens.
+#[test]
+#[ignore = "needs a GPU"]
+fn steps_of_one_token_give_what_a_chunk_does() {
+    let checkpoint = Checkpoint::open(fixture("parity/llama31")).unwrap();
+    let tokens: Vec<u32> = (0..270).map(|at| at * 7 % 50).collect();
+    for scheme in Scheme::ALL {
+        let plan = plan(&checkpoint, scheme, &map(&checkpoint, &["cuda:0"]), Some(tokens.len()));
+        let mut model = load(&plan, &checkpoint, false).unwrap();
+        let chunk = logits(&mut model, &tokens);
+        model.limit_prefill_chunk(1);
+        assert_all_near(scheme.name(), &logits(&mut model, &tokens), &chunk, false);
     }
 }
 

@@ -12,7 +12,7 @@ use std::sync::atomic::AtomicBool;
 use command::{evenkeel, run, run_with, stderr, stdout};
 use evenkeel::bytes::Bytes;
 use evenkeel::checkpoint::Checkpoint;
-use evenkeel::loader::{DEFAULT_SHARD_SIZE, SaveOptions, save_quantized};
+use evenkeel::loader::{DEFAULT_SHARD_SIZE, SaveFormat, SaveOptions, save_quantized};
 use evenkeel::plan::{Plan, PlanOptions, Quantize};
 use evenkeel::quant::Scheme;
 use evenkeel::{Error, ErrorKind};
@@ -25,7 +25,13 @@ fn quantized(name: &str, scheme: Scheme, shard_size: Bytes) -> (tempfile::TempDi
     let directory = tempfile::tempdir().unwrap();
     let output = directory.path().join("model");
     let checkpoint = Checkpoint::open(fixture(name)).unwrap();
-    let options = SaveOptions { scheme, output: &output, shard_size, cancel: &AtomicBool::new(false) };
+    let options = SaveOptions {
+        scheme,
+        format: SaveFormat::Evenkeel,
+        output: &output,
+        shard_size,
+        cancel: &AtomicBool::new(false),
+    };
     save_quantized(&checkpoint, &options, |_| ()).unwrap();
     (directory, output)
 }
@@ -209,6 +215,7 @@ fn it_can_be_stopped() {
     let checkpoint = Checkpoint::open(fixture("parity/llama")).unwrap();
     let options = SaveOptions {
         scheme: Scheme::Int8,
+        format: SaveFormat::Evenkeel,
         output: &directory.path().join("model"),
         shard_size: DEFAULT_SHARD_SIZE,
         cancel: &AtomicBool::new(true),

@@ -281,9 +281,20 @@ pub struct QuantizeArguments {
     /// The directory to make.
     #[arg(long, value_name = "DIRECTORY", help_heading = "Output")]
     pub output: PathBuf,
+    /// How the weights are written. `compressed-tensors` takes `int8` and `int4`, and keeps embedding and head.
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = PackedFormat::Evenkeel, help_heading = "Output")]
+    pub format: PackedFormat,
     /// The most bytes of tensors in a file, unless one is larger by itself.
     #[arg(long, value_name = "SIZE", default_value = "5GB", help_heading = "Output")]
     pub max_shard_size: Bytes,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PackedFormat {
+    /// As evenkeel loads them.
+    Evenkeel,
+    /// As vLLM and Transformers read them.
+    CompressedTensors,
 }
 
 #[derive(Debug, Args)]

@@ -1,9 +1,9 @@
 //! `evenkeel quantize`.
 
-use evenkeel::loader::{SaveOptions, save_quantized};
+use evenkeel::loader::{SaveFormat, SaveOptions, save_quantized};
 use evenkeel::plan::Quantize;
 
-use super::args::QuantizeArguments;
+use super::args::{PackedFormat, QuantizeArguments};
 use super::env::Environment;
 use super::model::{self, Need};
 use super::printer::Printer;
@@ -16,6 +16,10 @@ pub fn run(arguments: &QuantizeArguments, environment: &Environment, printer: &P
     let checkpoint = model::open(&arguments.model, Need::Weights, environment, printer)?;
     let options = SaveOptions {
         scheme: arguments.quantize,
+        format: match arguments.format {
+            PackedFormat::Evenkeel => SaveFormat::Evenkeel,
+            PackedFormat::CompressedTensors => SaveFormat::CompressedTensors,
+        },
         output: &arguments.output,
         shard_size: arguments.max_shard_size,
         cancel: &interrupted,

@@ -8,6 +8,7 @@
 
 mod arenas;
 mod build;
+mod compressed_tensors;
 mod fill;
 mod reader;
 mod save;
@@ -30,7 +31,7 @@ use crate::plan::memory::{self, HostStaging};
 use crate::tokenizer::Tokenizer;
 use arenas::Arenas;
 
-pub use save::{DEFAULT_SHARD_SIZE, SaveOptions, SaveReport, save_quantized};
+pub use save::{DEFAULT_SHARD_SIZE, SaveFormat, SaveOptions, SaveReport, save_quantized};
 
 /// What a load tells while it runs.
 #[derive(Clone, Debug)]

@@ -2,10 +2,12 @@
 //!
 //! Each packed matrix is one tensor of bytes, as [`crate::quant::MatrixLayout`]
 //! has it; what is not packed is copied. config.json gets a
-//! `quantization_config` that names the schemes. The directory appears whole or
-//! not at all.
+//! `quantization_config` that names the schemes. Or matrices are packed as
+//! [`compressed_tensors`] has it. The directory appears whole or not at all.
 
+use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -17,6 +19,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::LoadEvent;
+use super::compressed_tensors::{self, Rows};
 use super::fill::broken_weight;
 use super::reader::{self, SlabBuffer};
 use crate::architecture::ModuleTree;
@@ -46,11 +49,23 @@ const COPIED: [&str; 9] = [
 ];
 const COPY_CAP: Bytes = Bytes(256 * MIB);
 
+/// How packed weights are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SaveFormat {
+    /// As they are loaded.
+    #[default]
+    Evenkeel,
+    /// As vLLM and Transformers read them.
+    CompressedTensors,
+}
+
 /// What to write, and where.
 #[derive(Clone, Debug)]
 pub struct SaveOptions<'a> {
     /// The scheme, applied as to a whole model.
     pub scheme: Scheme,
+    /// How packed weights are written.
+    pub format: SaveFormat,
     /// The directory to make.
     pub output: &'a Path,
     /// The most bytes of tensors in a shard, unless one is larger by itself.
@@ -98,18 +113,26 @@ pub fn save_quantized(
     }
     let tree = ModuleTree::new(&checkpoint.config);
     let weights = tree.resolve(checkpoint)?;
-    let rules = QuantizeRules::whole_model(options.scheme).for_embedding(tree.embedding());
+    let rules = match options.format {
+        SaveFormat::Evenkeel => QuantizeRules::whole_model(options.scheme).for_embedding(tree.embedding()),
+        SaveFormat::CompressedTensors => compressed_tensors::rules(options.scheme, &tree, &weights)?,
+    };
     let mut placed = memory::lay_out(&weights, &vec![DeviceId::Disk; tree.modules.len()], &rules)?;
     let staging = HostStaging::new(&weights, &rules);
     placed.sort_by_key(|p| (p.weight.tensor.shard, p.weight.tensor.range.start));
     let read: Bytes = placed.iter().map(|p| p.weight.tensor.size()).sum();
 
     let output = NewDirectory::create(options.output)?;
-    let shards = shards(&placed, options.shard_size);
-    let files = write_headers(&output, &placed, &shards)?;
-    write_small_files(checkpoint, directory, &output, &rules)?;
+    let tensors: Vec<_> = placed.iter().map(|target| tensors(target, options.format)).collect();
+    let shards = shards(&tensors, options.shard_size);
+    let files = write_shards(&output, &tensors, &shards, options.format)?;
+    let quantization = match options.format {
+        SaveFormat::Evenkeel => json!({"quant_method": PACKED_METHOD, "version": PACKED_VERSION, "quantize": rules}),
+        SaveFormat::CompressedTensors => compressed_tensors::config(options.scheme, &placed),
+    };
+    write_small_files(checkpoint, directory, &output, quantization)?;
     on_event(LoadEvent::Started { bytes: read });
-    let mut packed = PackedRows::default();
+    let (mut packed, mut compressed) = (PackedRows::default(), Rows::default());
     let buffers = (0..STAGING_SLABS).map(|_| SlabBuffer::Heap(vec![0; staging.slab])).collect();
     reader::read(checkpoint, directory, &placed, buffers, staging.transposed, |slab, back| {
         if options.cancel.load(Ordering::Relaxed) {
@@ -117,18 +140,26 @@ pub fn save_quantized(
         }
         let target = &placed[slab.weight];
         let (layout, bytes) = (&target.layout, &slab.buffer[..slab.len]);
-        let (file, start) = &files[slab.weight];
-        let write = |at: u64, bytes: &[u8]| {
+        let write = |tensor: usize, at: u64, bytes: &[u8]| {
+            let (file, start) = &files[slab.weight][tensor];
             file.write_all_at(bytes, start + at).map_err(|e| Error::io("write into", options.output, e))
         };
-        match target.weight.data {
-            Storage::Plain(dtype) if target.weight.data != layout.storage => {
-                quantize_rows(layout, dtype, bytes, &mut packed).map_err(|e| broken_weight(target, slab.row, e))?;
+        let broken = |e| broken_weight(target, slab.row, e);
+        match (target.weight.data, options.format) {
+            (data, _) if data == layout.storage => write(0, (slab.row * target.weight.row_bytes()) as u64, bytes)?,
+            (Storage::Plain(dtype), SaveFormat::Evenkeel) => {
+                quantize_rows(layout, dtype, bytes, &mut packed).map_err(broken)?;
                 for (at, bytes) in packed.sections(layout, slab.row) {
-                    write(at, bytes)?;
+                    write(0, at, bytes)?;
                 }
             }
-            _ => write((slab.row * target.weight.row_bytes()) as u64, bytes)?,
+            (Storage::Plain(dtype), SaveFormat::CompressedTensors) => {
+                compressed.pack(layout, dtype, bytes).map_err(broken)?;
+                for (tensor, (at, bytes)) in compressed.sections(layout, slab.row, dtype).into_iter().enumerate() {
+                    write(tensor, at, bytes)?;
+                }
+            }
+            _ => unreachable!("what is packed already is refused"),
         }
         on_event(LoadEvent::Placed {
             module: &target.weight.parameter.module,
@@ -143,59 +174,103 @@ pub fn save_quantized(
     Ok(SaveReport {
         parameters: weights.iter().map(|weight| (weight.parameter.rows * weight.parameter.cols) as u64).sum(),
         read,
-        written: placed.iter().map(stored_size).sum(),
+        written: tensors.iter().flatten().map(|tensor| Bytes(tensor.size)).sum(),
         shards: shards.len(),
         seconds: start.elapsed().max(Duration::from_nanos(1)).as_secs_f64(),
         quantize: rules,
     })
 }
 
-/// Bytes of a weight's tensor: packed with all its padding, elements without any.
-fn stored_size(target: &Placed) -> Bytes {
-    if target.layout.storage == target.weight.data { target.weight.tensor.size() } else { target.layout.size() }
+/// A tensor of a shard.
+#[derive(Clone, Debug)]
+pub struct Stored {
+    name: String,
+    dtype: Dtype,
+    shape: Vec<u64>,
+    size: u64,
+    /// What it holds, where that is known before any weight is read.
+    content: Vec<u8>,
+}
+
+/// A shard, and where the data of a tensor begins in it.
+type Place = (Arc<File>, u64);
+
+impl Stored {
+    /// Sizes were planned, and are far below 2^63.
+    pub fn new(name: String, dtype: Dtype, shape: Vec<u64>) -> Self {
+        let size = shape.iter().product::<u64>() * dtype.bitsize() as u64 / 8;
+        Self { name, dtype, shape, size, content: Vec::new() }
+    }
+
+    /// The same, holding `content`.
+    pub fn holding(self, content: Vec<u8>) -> Self {
+        Self { content, ..self }
+    }
+}
+
+/// The tensors that a weight becomes: one of bytes where it is packed with all its padding.
+fn tensors(target: &Placed, format: SaveFormat) -> Vec<Stored> {
+    let (weight, name) = (&target.weight, target.weight.parameter.tensor());
+    if target.layout.storage == weight.data {
+        return vec![Stored::new(name, weight.tensor.dtype, weight.tensor.shape.clone())];
+    }
+    match format {
+        SaveFormat::Evenkeel => vec![Stored::new(name, Dtype::U8, vec![target.layout.size().0])],
+        SaveFormat::CompressedTensors => compressed_tensors::tensors(target).into(),
+    }
 }
 
 /// Runs of weights, each for one shard.
-fn shards<'p, 'w>(placed: &'p [Placed<'w>], limit: Bytes) -> Vec<&'p [Placed<'w>]> {
+fn shards(tensors: &[Vec<Stored>], limit: Bytes) -> Vec<Range<usize>> {
     let mut shards = Vec::new();
     let (mut first, mut size) = (0, Bytes::ZERO);
-    for (at, target) in placed.iter().enumerate() {
-        let bytes = stored_size(target);
+    for (at, tensors) in tensors.iter().enumerate() {
+        let bytes = tensors.iter().map(|tensor| Bytes(tensor.size)).sum();
         if at > first && size + bytes > limit {
-            shards.push(&placed[first..at]);
+            shards.push(first..at);
             (first, size) = (at, Bytes::ZERO);
         }
         size += bytes;
     }
-    shards.push(&placed[first..]);
+    shards.push(first..tensors.len());
     shards
 }
 
 /// Makes the shards with their headers, and the index where there are several.
-/// Returns the file of each weight and where its data begins there.
-fn write_headers(output: &NewDirectory, placed: &[Placed], shards: &[&[Placed]]) -> Result<Vec<(Arc<File>, u64)>> {
-    let mut files = Vec::with_capacity(placed.len());
+/// Returns the file of each tensor of each weight and where its data begins there.
+fn write_shards(
+    output: &NewDirectory,
+    tensors: &[Vec<Stored>],
+    shards: &[Range<usize>],
+    format: SaveFormat,
+) -> Result<Vec<Vec<Place>>> {
+    let mut files = Vec::with_capacity(tensors.len());
     let mut weight_map = Map::new();
     for (at, shard) in shards.iter().enumerate() {
         let name = match shards.len() {
             1 => SINGLE_FILE.to_owned(),
             count => format!("model-{:05}-of-{count:05}.safetensors", at + 1),
         };
-        let mut header = Map::from_iter([("__metadata__".to_owned(), json!({"format": PACKED_METHOD}))]);
-        let (mut end, mut starts) = (0u64, Vec::with_capacity(shard.len()));
-        for target in *shard {
-            let weight = &target.weight;
-            let (start, size) = (end, stored_size(target).0);
-            // Sizes were planned, and their sum is far below 2^63.
+        let (method, mut order) = (
+            if format == SaveFormat::Evenkeel { PACKED_METHOD } else { "pt" },
+            shard
+                .clone()
+                .flat_map(|weight| (0..tensors[weight].len()).map(move |part| (weight, part)))
+                .collect::<Vec<_>>(),
+        );
+        if format == SaveFormat::CompressedTensors {
+            // Each then stands on a multiple of its elements' size; what we pack is a multiple of all.
+            order.sort_by_key(|(weight, part)| std::cmp::Reverse(tensors[*weight][*part].dtype.bitsize()));
+        }
+        let mut header = Map::from_iter([("__metadata__".to_owned(), json!({"format": method}))]);
+        let (mut end, mut starts) = (0u64, BTreeMap::new());
+        for (weight, part) in order {
+            let Stored { name: tensor, dtype, shape, size, .. } = &tensors[weight][part];
+            starts.insert((weight, part), end);
+            let entry = json!({"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]});
+            header.insert(tensor.clone(), entry);
+            weight_map.insert(tensor.clone(), name.clone().into());
             end += size;
-            let (dtype, shape) = match target.layout.storage {
-                Storage::Plain(_) => (weight.tensor.dtype, weight.tensor.shape.clone()),
-                Storage::Int8 | Storage::Int4 | Storage::Nl4 => (Dtype::U8, vec![size]),
-            };
-            let entry = json!({"dtype": dtype, "shape": shape, "data_offsets": [start, end]});
-            header.insert(weight.parameter.tensor(), entry);
-            weight_map.insert(weight.parameter.tensor(), name.clone().into());
-            starts.push(start);
         }
         let mut header = Value::Object(header).to_string().into_bytes();
         // Data begins on a multiple of the layout's alignment; JSON may end in spaces.
@@ -204,11 +279,19 @@ fn write_headers(output: &NewDirectory, placed: &[Placed], shards: &[&[Placed]])
         let data = (size_of::<u64>() + length) as u64;
         let file = Arc::new(output.file(&name, Bytes(data + end))?);
         let bytes = [&(length as u64).to_le_bytes()[..], &header].concat();
-        file.write_all_at(&bytes, 0).map_err(|e| Error::io("write", name.as_ref(), e))?;
-        files.extend(starts.into_iter().map(|start| (Arc::clone(&file), data + start)));
+        let write = |at, bytes: &[u8]| file.write_all_at(bytes, at).map_err(|e| Error::io("write", name.as_ref(), e));
+        write(0, &bytes)?;
+        for weight in shard.clone() {
+            let place = |part| (Arc::clone(&file), data + starts[&(weight, part)]);
+            let places: Vec<_> = (0..tensors[weight].len()).map(place).collect();
+            for (tensor, (_, start)) in tensors[weight].iter().zip(&places) {
+                write(*start, &tensor.content)?;
+            }
+            files.push(places);
+        }
     }
     if shards.len() > 1 {
-        let total: Bytes = placed.iter().map(stored_size).sum();
+        let total: Bytes = tensors.iter().flatten().map(|tensor| Bytes(tensor.size)).sum();
         let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
         output.write(index::FILE, format!("{index:#}\n").as_bytes())?;
     }
@@ -219,13 +302,12 @@ fn write_small_files(
     checkpoint: &Checkpoint,
     directory: &Path,
     output: &NewDirectory,
-    rules: &QuantizeRules,
+    quantization: Value,
 ) -> Result<()> {
     let read = |name: &str| fs::read_capped(&fs::confined(directory, name)?, COPY_CAP);
     let changed = || Error::input(format!("config.json of `{}` has changed", checkpoint.name));
     let config = serde_json::from_slice(&read(model_config::FILE)?).map_err(|e| changed().caused_by(e))?;
     let Value::Object(mut config) = config else { return Err(changed()) };
-    let quantization = json!({"quant_method": PACKED_METHOD, "version": PACKED_VERSION, "quantize": rules});
     config.insert("quantization_config".to_owned(), quantization);
     output.write(model_config::FILE, format!("{:#}\n", Value::Object(config)).as_bytes())?;
     for name in COPIED {

@@ -217,13 +217,13 @@ impl CudaAttention {
 }
 
 /// Number of buffers in a GPU's workspace.
-pub const CUDA_BUFFERS: usize = 18;
+pub const CUDA_BUFFERS: usize = 19;
 
 /// The buffers of a GPU's workspace: the hidden state and the normalized one;
 /// queries, keys, values and what attention gives; gate and up; what a half of
 /// a block gives where that is not added at once; the experts' scores, the
 /// inputs and the outputs of one, its tokens and their weights; logits, tokens,
-/// the frequencies of all ropes, and what parts of attention leave, and how many are done. Tokens are u32; normalized states, queries
+/// the frequencies of all ropes, what parts of attention leave, how many are done, and the position. Tokens are u32; normalized states, queries
 /// to up, and the experts' inputs f16; all others f32.
 pub fn cuda_workspace(config: &ModelConfig, context: usize) -> [Bytes; CUDA_BUFFERS] {
     const HALF: usize = 2;
@@ -255,6 +255,7 @@ pub fn cuda_workspace(config: &ModelConfig, context: usize) -> [Bytes; CUDA_BUFF
         rotated * WORD,
         parts,
         arrivals,
+        WORD,
     ]
     .map(cuda_aligned)
 }

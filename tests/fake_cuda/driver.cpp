@@ -22,6 +22,7 @@ Handles<Stream>& g_streams = *new Handles<Stream>;
 Handles<Event>& g_events = *new Handles<Event>;
 Handles<Module>& g_modules = *new Handles<Module>;
 Handles<Function>& g_functions = *new Handles<Function>;
+Handles<Graph>& g_graphs = *new Handles<Graph>;
 Config& g_cfg = *new Config;
 Countdown &g_fail_alloc = *new Countdown, &g_fail_launch = *new Countdown;
 std::vector<Device*>& g_devices = *new std::vector<Device*>;
@@ -79,6 +80,7 @@ static bool apply(const std::string& key, const char* v) {
     if (key == "FAIL_ALLOC") g_fail_alloc.set(v, CUDA_ERROR_OUT_OF_MEMORY);
     else if (key == "FAIL_LAUNCH") g_fail_launch.set(v, CUDA_ERROR_LAUNCH_FAILED);
     else if (key == "STREAMS") g_cfg.lazy = !strcmp(v, "lazy");
+    else if (key == "GRAPHS") g_cfg.graphs = on();
     else if (key == "QUIET") g_cfg.quiet = on();
     else if (key == "CC") g_cfg.cc = (int)(atof(v) * 10 + 0.5);
     else if (key == "DRIVER") g_cfg.driver = atoi(v);
@@ -112,7 +114,7 @@ static void init_devices() {
         g_devices.push_back(d);
     }
     for (const char* key : {"FAIL_ALLOC", "FAIL_LAUNCH", "STREAMS", "QUIET", "CC", "DRIVER", "CONTEXT_BYTES", "POISON", "REPORT", "THREADS", "SCHED",
-                            "TIMEOUT_MS", "USED"})
+                            "TIMEOUT_MS", "USED", "GRAPHS"})
         if (const char* v = getenv(("FAKE_CUDA_" + std::string(key)).c_str())) apply(key, v);
 }
 
@@ -192,6 +194,7 @@ EXPORT uint64_t fake_cuda_stat(const char* name, int device) {
     if (n == "streams") return g_streams.size();
     if (n == "events") return g_events.size();
     if (n == "modules") return g_modules.size();
+    if (n == "graphs") return g_graphs.size();
     if (bad_device(device)) return ~0ull;
     Device* d = g_devices[device];
     if (n == "charged_bytes") { std::lock_guard<std::mutex> l(d->mu); return d->charged; }

@@ -32,6 +32,8 @@ using CUdeviceptr = unsigned long long;
     X(CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES, 701, "too many resources requested for launch")                                             \
     X(CUDA_ERROR_LAUNCH_TIMEOUT, 702, "the launch timed out and was terminated")                                                      \
     X(CUDA_ERROR_MISALIGNED_ADDRESS, 716, "misaligned address") X(CUDA_ERROR_LAUNCH_FAILED, 719, "unspecified launch failure")        \
+    X(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, 900, "operation not permitted when stream is capturing")                                 \
+    X(CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, 901, "operation failed due to a previous error during capture")                          \
     X(CUDA_ERROR_NOT_SUPPORTED, 801, "operation not supported")                                                                       \
     X(CUDA_ERROR_SYSTEM_DRIVER_MISMATCH, 803, "system has unsupported display driver / cuda driver combination")                      \
     X(CUDA_ERROR_UNKNOWN, 999, "unknown error")
@@ -52,7 +54,7 @@ struct Countdown {  // "N[+][:code]": the Nth event from now fails; with +, all 
     bool hit();
 };
 struct Config {
-    bool lazy = false, quiet = false;
+    bool lazy = false, quiet = false, graphs = true;
     int cc = 86, driver = 12080;
     size_t context_bytes = 0, poison = MiB;
     std::string report;
@@ -69,10 +71,10 @@ struct Alloc {
     uint64_t id;
 };
 struct Stats {
-    std::atomic<uint64_t> live_bytes{0}, live_allocs{0}, leaked_bytes{0}, peak_bytes{0}, allocs{0}, launches{0}, h2d_bytes{0}, d2h_bytes{0}, p2p_bytes{0};
+    std::atomic<uint64_t> live_bytes{0}, live_allocs{0}, leaked_bytes{0}, peak_bytes{0}, allocs{0}, launches{0}, h2d_bytes{0}, d2h_bytes{0}, p2p_bytes{0}, graph_launches{0};
     std::vector<std::pair<const char*, std::atomic<uint64_t>*>> all() {
         return {{"live_bytes", &live_bytes}, {"live_allocs", &live_allocs}, {"leaked_bytes", &leaked_bytes}, {"peak_bytes", &peak_bytes}, {"allocs", &allocs},
-                {"launches", &launches}, {"h2d_bytes", &h2d_bytes}, {"d2h_bytes", &d2h_bytes}, {"p2p_bytes", &p2p_bytes}};
+                {"launches", &launches}, {"h2d_bytes", &h2d_bytes}, {"d2h_bytes", &d2h_bytes}, {"p2p_bytes", &p2p_bytes}, {"graph_launches", &graph_launches}};
     }
 };
 struct Device {
@@ -94,9 +96,12 @@ struct Device {
     bool in_range(uintptr_t p) const { return p - va < kDeviceVa; }
 };
 struct Op { std::function<CUresult()> run; };
+struct Graph { std::vector<Op> ops; };
 struct Stream {
     Context* ctx;
     std::deque<Op> queue;
+    std::unique_ptr<Graph> capture;  // what is submitted meanwhile, if it is kept
+    bool broken = false;             // something waited for the stream meanwhile
 };
 struct Recording { Stream* stream; bool done = false; };  // one cuEventRecord
 struct Event {
@@ -130,6 +135,7 @@ extern Handles<Stream>& g_streams;
 extern Handles<Event>& g_events;
 extern Handles<Module>& g_modules;
 extern Handles<Function>& g_functions;
+extern Handles<Graph>& g_graphs;
 extern Config& g_cfg;
 extern Countdown &g_fail_alloc, &g_fail_launch;
 extern std::vector<Device*>& g_devices;

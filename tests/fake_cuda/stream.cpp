@@ -28,6 +28,7 @@ void drain_ctx(Context* c) {
     for (Stream* s : std::set<Stream*>(c->streams)) drain(s);
 }
 CUresult submit(Stream* s, Op op) {
+    if (s->capture) return s->capture->ops.push_back(std::move(op)), CUDA_SUCCESS;
     if (!g_cfg.lazy) return exec(s->ctx, op), CUDA_SUCCESS;
     std::lock_guard<std::recursive_mutex> l(g_lazy_mu);
     s->queue.push_back(std::move(op));
@@ -66,9 +67,48 @@ API cuStreamSynchronize(void* hs) {
     NEED_CTX(c);
     Stream* s = resolve(hs);
     if (!s) return CUDA_ERROR_INVALID_HANDLE;
+    if (s->capture) return s->broken = true, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
     drain(s);
     return s->ctx->sticky;
 }
+
+// ---- graphs: what a stream was given while it was captured, in that order ------------------------
+API cuStreamBeginCapture_v2(Stream* s, unsigned) {
+    NEED_CTX(c);
+    if (!g_streams.has(s)) return CUDA_ERROR_INVALID_HANDLE;
+    if (!g_cfg.graphs) return CUDA_ERROR_NOT_SUPPORTED;
+    NEED(!s->capture);
+    s->capture = std::make_unique<Graph>();
+    s->broken = false;
+    return CUDA_SUCCESS;
+}
+API cuStreamEndCapture(Stream* s, Graph** out) {
+    NEED_CTX(c);
+    if (!g_streams.has(s)) return CUDA_ERROR_INVALID_HANDLE;
+    NEED(s->capture);
+    auto graph = std::move(s->capture);
+    *out = nullptr;
+    if (s->broken) return CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
+    *out = g_graphs.add(graph.release());
+    return CUDA_SUCCESS;
+}
+API cuGraphInstantiateWithFlags(Graph** out, Graph* graph, unsigned long long) {
+    NEED_CTX(c);
+    if (!g_graphs.has(graph)) return CUDA_ERROR_INVALID_HANDLE;
+    *out = g_graphs.add(new Graph(*graph));
+    return CUDA_SUCCESS;
+}
+API cuGraphLaunch(Graph* graph, void* hs) {
+    NEED_CTX(c);
+    Stream* s = resolve(hs);
+    if (!s || !g_graphs.has(graph)) return CUDA_ERROR_INVALID_HANDLE;
+    for (const Op& op : graph->ops)
+        if (CUresult r = submit(s, op)) return r;
+    c->dev->stats.graph_launches++;
+    return CUDA_SUCCESS;
+}
+API cuGraphDestroy(Graph* graph) { NEED_INIT(); if (!g_graphs.remove(graph)) return CUDA_ERROR_INVALID_HANDLE; delete graph; return CUDA_SUCCESS; }
+API cuGraphExecDestroy(Graph* graph) { return cuGraphDestroy(graph); }
 
 static std::mutex& g_event_mu = *new std::mutex;
 static void wait_for(const Recording& r) { while (!r.done && step(r.stream)) {} }

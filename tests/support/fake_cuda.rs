@@ -69,7 +69,7 @@ pub fn load(devices: &str) -> Option<(&'static FakeCuda, MutexGuard<'static, ()>
         fake
     });
     for (setting, default) in
-        [("FAIL_ALLOC", "0"), ("FAIL_LAUNCH", "0"), ("USED", "0"), ("STREAMS", "eager"), ("CC", "8.6")]
+        [("FAIL_ALLOC", "0"), ("FAIL_LAUNCH", "0"), ("USED", "0"), ("STREAMS", "eager"), ("GRAPHS", "1"), ("CC", "8.6")]
     {
         fake.set(setting, default);
     }

@@ -86,6 +86,13 @@ fn upload(gpu: &Arc<Gpu>, bytes: &[u8]) -> Region {
     region
 }
 
+/// A position, as kernels read it.
+fn placed(gpu: &Arc<Gpu>, position: usize) -> Region {
+    let region = buffer(gpu, 4);
+    region.fill(position as u32).unwrap();
+    region
+}
+
 fn halves(gpu: &Arc<Gpu>, values: &[f32]) -> Region {
     upload(gpu, &encode(WeightDtype::F16, values))
 }
@@ -537,7 +544,15 @@ pub fn attention_equals_the_reference(gpu: &Arc<Gpu>) {
             // A step leaves the counts as the next one needs them.
             for _ in 0..2 {
                 let out = buffer(gpu, tokens * heads * head_dim * 2);
-                gpu.attend(&shape, &halves(gpu, &query), &cache.cache(), &out, [&parts, &arrivals]).unwrap();
+                gpu.attend(
+                    &shape,
+                    &halves(gpu, &query),
+                    &cache.cache(),
+                    &out,
+                    &placed(gpu, position),
+                    [&parts, &arrivals],
+                )
+                .unwrap();
                 near(&format!("{shape:?} {dtype}"), &download(&out, WeightDtype::F16), &exact, 1e-5, Output::F16);
             }
         }
@@ -571,7 +586,8 @@ pub fn rotation_equals_the_reference(gpu: &Arc<Gpu>) {
             let cache = TestCache::new(gpu, dtype, head_dim, [&before, &before]);
             let table = (pairs > 0).then(|| floats(gpu, &frequencies));
             let inputs = [&queries, &halves(gpu, &key), &halves(gpu, &value)];
-            gpu.rotate_and_store(&shape, inputs, &cache.cache(), table.as_ref(), factor).unwrap();
+            gpu.rotate_and_store(&shape, inputs, &cache.cache(), &placed(gpu, position), table.as_ref(), factor)
+                .unwrap();
             let what = format!("{shape:?}, {pairs} pairs, {dtype}");
             near(&what, &download(&queries, WeightDtype::F16), &rotate(&query, heads), 1e-6, Output::F16);
             let stored = |rows: &[f64], unchanged: &[f32]| {

@@ -60,7 +60,7 @@ pub struct Gpu {
     context: Arc<CudaContext>,
     /// That whose kernels it runs.
     pub(super) capability: (i32, i32),
-    stream: Arc<CudaStream>,
+    pub(super) stream: Arc<CudaStream>,
     copies: Arc<CudaStream>,
     functions: HashMap<&'static str, CudaFunction>,
     /// Bytes of all buffers, now and at most.
@@ -252,7 +252,7 @@ impl Gpu {
         self.context.bind_to_thread().map_err(|e| self.failure("cannot be used", e))
     }
 
-    fn failure(&self, what: &str, error: DriverError) -> Error {
+    pub(super) fn failure(&self, what: &str, error: DriverError) -> Error {
         failure(self.id(), what, error)
     }
 }
@@ -386,6 +386,20 @@ impl Region {
         // SAFETY: the region is that long.
         let queued = unsafe { result::memset_d8_async(self.pointer(), 0, self.len, gpu.stream.cu_stream()) };
         queued.map_err(|e| gpu.failure("cannot clear memory", e))
+    }
+
+    /// Queues `word` for each u32 of the region.
+    ///
+    /// # Errors
+    /// The driver fails.
+    pub fn fill(&self, word: u32) -> Result<()> {
+        let gpu = self.gpu();
+        gpu.bind()?;
+        // SAFETY: the region is that long, and regions of words start on a multiple of their size.
+        let queued = unsafe {
+            sys::cuMemsetD32Async(self.pointer(), word, self.len / size_of::<u32>(), gpu.stream.cu_stream()).result()
+        };
+        queued.map_err(|e| gpu.failure("cannot fill memory", e))
     }
 
     /// Queues a copy of the first `len` bytes of `pinned` on the copy stream;

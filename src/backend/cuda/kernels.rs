@@ -324,7 +324,7 @@ impl Gpu {
     }
 
     /// Rotates queries and keys by their positions, and puts keys and values into the cache.
-    /// `frequencies` has an f32 for each pair that is rotated, or is not there; `factor` is that of
+    /// `position` holds that of `shape`, an i32; `frequencies` has an f32 for each pair that is rotated, or is not there; `factor` is that of
     /// cosines and sines.
     ///
     /// # Errors
@@ -337,10 +337,12 @@ impl Gpu {
         shape: &Attention,
         [query, key, value]: [&Region; 3],
         cache: &Cache,
+        position: &Region,
         frequencies: Option<&Region>,
         factor: f32,
     ) -> Result<()> {
         shape.check(query, cache);
+        holds(position, 1, size_of::<i32>());
         for region in [key, value] {
             holds(region, shape.tokens * shape.kv_heads * shape.head_dim, HALF);
         }
@@ -353,7 +355,7 @@ impl Gpu {
             int(shape.head_dim),
             int(2 * pairs),
             int(shape.context),
-            int(shape.position),
+            Argument::Region(position),
             Argument::F32(factor),
         ];
         let grid = (shape.tokens, shape.heads + 2 * shape.kv_heads);
@@ -361,7 +363,7 @@ impl Gpu {
         self.launch("rotate_and_store", grid, 128, &[&regions[..], &cache.arguments(), &numbers].concat())
     }
 
-    /// Attention of `query` over the cache, into `out`. `scratch` is as long as [`CudaAttention::scratch`]
+    /// Attention of `query` over the cache, into `out`. `position` holds that of `shape`, an i32. The scratch is as long as [`CudaAttention::scratch`]
     /// says; its second region holds zeros.
     ///
     /// # Errors
@@ -375,9 +377,11 @@ impl Gpu {
         query: &Region,
         cache: &Cache,
         out: &Region,
+        position: &Region,
         [parts, arrivals]: [&Region; 2],
     ) -> Result<()> {
         shape.check(query, cache);
+        holds(position, 1, size_of::<i32>());
         holds(out, shape.tokens * shape.heads * shape.head_dim, HALF);
         let shares = shape.shares();
         let is_split = shares.parts > 1;
@@ -394,7 +398,7 @@ impl Gpu {
             int(shape.kv_heads),
             int(shape.head_dim),
             int(shape.context),
-            int(shape.position),
+            Argument::Region(position),
             int(shape.window),
             Argument::F32(shape.scale),
             Argument::F32(shape.softcap),

@@ -5,11 +5,13 @@
 //! | --- | --- |
 //! | `driver.rs` | contexts, memory, copies, launches: all that is unsafe |
 //! | `kernels.rs` | a typed launch for each kernel of `kernels/*.cu` |
+//! | `graph.rs` | launches that are repeated in one call |
 //! | `operands.rs` | what they are given: matrices, norms, caches |
 //! | `stage.rs` | a run of modules on one GPU |
 //! | `upload.rs` | rows from the host into the canonical packing |
 
 mod driver;
+mod graph;
 mod kernels;
 mod operands;
 mod stage;

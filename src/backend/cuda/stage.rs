@@ -4,13 +4,14 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use super::graph::Graph;
 use super::{Affine, Attention, Cache, DeviceMatrix, Gpu, MAX_HEAD_DIM, Norm, Output, Region, arena};
 use crate::architecture::{Part, Role};
 use crate::backend::cpu::{route, soft_cap};
 use crate::backend::{Best, Hidden, Stage};
 use crate::error::{Error, Result};
 use crate::model_config::{Experts, Layer, ModelConfig};
-use crate::plan::memory::{self, CUDA_BUFFERS};
+use crate::plan::memory::{self, CUDA_BUFFERS, CudaAttention};
 use crate::quant::WeightDtype;
 
 /// Bytes of a u32 or an f32.
@@ -63,6 +64,7 @@ pub struct Workspace {
     frequencies: Vec<Region>,
     parts: Region,
     arrivals: Region,
+    position: Region,
 }
 
 impl Workspace {
@@ -83,7 +85,7 @@ impl Workspace {
             unreachable!("an arena has a region for every size")
         };
         let [hidden, normed, query, key, value, attended, gate, up, rest @ ..] = regions;
-        let [branch, routes, gathered, expert, shares, logits, tokens, table, parts, arrivals] = rest;
+        let [branch, routes, gathered, expert, shares, logits, tokens, table, parts, arrivals, position] = rest;
         arrivals.clear()?;
         let mut end = 0;
         let frequencies = config.ropes.iter().map(|rope| {
@@ -112,6 +114,7 @@ impl Workspace {
             tokens,
             parts,
             arrivals,
+            position,
         })
     }
 }
@@ -122,6 +125,18 @@ struct Block {
     cache: Cache,
 }
 
+/// What a step of one token through the blocks is made of.
+enum Step {
+    /// It has not run yet; the driver loads kernels at their first launch.
+    New,
+    /// It was launched one by one.
+    Launched,
+    /// Its launches were kept, for so many parts of attention.
+    Kept(usize, Graph),
+    /// Its launches cannot be kept.
+    Apart,
+}
+
 /// A run of modules that a GPU computes.
 pub struct CudaStage {
     workspace: Arc<Workspace>,
@@ -130,13 +145,14 @@ pub struct CudaStage {
     /// All that is in no block.
     parameters: Parameters,
     blocks: Vec<Block>,
+    step: Step,
 }
 
 impl CudaStage {
     /// A stage without modules, for sequences of at most `context` tokens.
     pub fn new(config: &ModelConfig, context: usize, workspace: Arc<Workspace>) -> Self {
         let config = config.clone();
-        Self { workspace, config, context, parameters: Parameters::default(), blocks: Vec::new() }
+        Self { workspace, config, context, parameters: Parameters::default(), blocks: Vec::new(), step: Step::New }
     }
 
     /// Gives the stage the parameters of a module that is no block.
@@ -218,8 +234,15 @@ impl CudaStage {
         #[expect(clippy::cast_possible_truncation, reason = "angles are f32")]
         let factor = rope.map_or(1.0, |(_, factor)| factor as f32);
         let vectors = [&w.query, &w.key, &w.value];
-        gpu.rotate_and_store(&shape, vectors, &block.cache, rope.map(|(frequencies, _)| frequencies), factor)?;
-        gpu.attend(&shape, &w.query, &block.cache, &w.attended, [&w.parts, &w.arrivals])?;
+        gpu.rotate_and_store(
+            &shape,
+            vectors,
+            &block.cache,
+            &w.position,
+            rope.map(|(frequencies, _)| frequencies),
+            factor,
+        )?;
+        gpu.attend(&shape, &w.query, &block.cache, &w.attended, &w.position, [&w.parts, &w.arrivals])?;
         branch.matmul(&parameters.of(Role::Output), &w.attended, tokens)
     }
 
@@ -353,7 +376,34 @@ impl Stage for CudaStage {
             ids.write(bytemuck::must_cast_slice(&rows))?;
             w.gpu.embed(&positions, &ids, 1.0, &states, Output::Add)?;
         }
-        self.blocks.iter().try_for_each(|block| self.run(block, &states, position, tokens))
+        // Below the context, as above.
+        #[expect(clippy::cast_possible_truncation, reason = "below 2^28")]
+        w.position.fill(position as u32)?;
+        let launch = || self.blocks.iter().try_for_each(|block| self.run(block, &states, position, tokens));
+        // The host reads the scores of experts between launches.
+        if tokens > 1 || self.blocks.iter().any(|block| block.layer.has_experts) {
+            return launch();
+        }
+        let (heads, kv_heads) = (self.config.num_attention_heads, self.config.num_key_value_heads);
+        let parts = CudaAttention::new(heads, kv_heads, tokens, position + tokens).parts;
+        self.step = match &self.step {
+            Step::Kept(kept, graph) if *kept == parts => return w.gpu.replay(graph),
+            Step::Apart => return launch(),
+            Step::New => {
+                launch()?;
+                Step::Launched
+            }
+            Step::Launched | Step::Kept(..) => {
+                if let Some(graph) = w.gpu.capture(launch) {
+                    w.gpu.replay(&graph)?;
+                    Step::Kept(parts, graph)
+                } else {
+                    launch()?;
+                    Step::Apart
+                }
+            }
+        };
+        Ok(())
     }
 
     fn norm(&mut self, hidden: &mut Hidden) -> Result<()> {

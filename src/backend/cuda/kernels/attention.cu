@@ -3,7 +3,8 @@
 // query, key, value, out: f16 [tokens][heads or kv_heads][head_dim]. keys, values: the cache of a block,
 // [kv_heads][context][head_dim] of kv_dtype, one of bf16, f16, f32 and int8; key_scales, value_scales: f32
 // [kv_heads][context] for int8, where an element is its code times its vector's scale, else not used.
-// Token t of the call stands at `position` + t. head_dim: at most 512.
+// Token t of the call stands at *position + t; it is in the GPU's memory, so that launches can be repeated
+// for the next token. head_dim: at most 512.
 #include "common.cuh"
 
 #define MAX_HEAD 512
@@ -19,9 +20,9 @@ __device__ __forceinline__ float load_kv(const byte* cache, int dtype, size_t i)
 // frequencies: f32 [rotary / 2]; rotary: even, at most head_dim; 0 rotates nothing.
 // Launch: 128 threads, grid (tokens, heads + 2 * kv_heads).
 KERNEL(128) rotate_and_store(__half* query, const __half* key, const __half* value, byte* keys, float* key_scales, byte* values, float* value_scales,
-                             int kv_dtype, const float* frequencies, int heads, int kv_heads, int head_dim, int rotary, int context, int position, float factor) {
+                             int kv_dtype, const float* frequencies, int heads, int kv_heads, int head_dim, int rotary, int context, const int* position, float factor) {
     __shared__ float vector[MAX_HEAD], scratch[4];
-    int token = blockIdx.x, head = blockIdx.y, half_width = rotary / 2, at = position + token;
+    int token = blockIdx.x, head = blockIdx.y, half_width = rotary / 2, at = *position + token;
     bool is_query = head < heads, is_key = !is_query && head < heads + kv_heads;
     if (!is_query) head = (head - heads) % kv_heads;
     const __half* from = is_query ? query + ((size_t)token * heads + head) * head_dim
@@ -211,9 +212,9 @@ __device__ __forceinline__ void attend(const Attention& a) {
 #define ATTEND(heads_of_a_block)                                                                                                                        \
     KERNEL(128) attend_##heads_of_a_block(const __half* query, const byte* keys, const float* key_scales, const byte* values, const float* value_scales, \
                                           int kv_dtype, __half* out, float* parts, unsigned* arrivals, int splits, int heads, int kv_heads,             \
-                                          int head_dim, int context, int position, int window, float scale, float softcap) {                           \
+                                          int head_dim, int context, const int* position, int window, float scale, float softcap) {                      \
         attend<heads_of_a_block>({query, keys, key_scales, values, value_scales, kv_dtype, out, parts, arrivals, splits, heads, kv_heads, head_dim,     \
-                                  context, position, window, scale, softcap});                                                                         \
+                                  context, *position, window, scale, softcap});                                                                         \
     }
 ATTEND(1)
 ATTEND(4)
