@@ -96,6 +96,7 @@ impl Sampler {
     pub fn sample(&mut self, behind: Behind) -> Result<u32> {
         let token = match behind {
             Behind::Best(token) => token,
+            Behind::Logits(logits) if self.wants_best() => largest(logits),
             Behind::Logits(logits) => {
                 self.choose(logits).map_err(|e| Error::input("no token can be sampled").caused_by(e))?
             }
@@ -119,6 +120,22 @@ impl Sampler {
             }
         })
     }
+}
+
+/// The first token with the largest logit.
+fn largest(logits: &[f32]) -> u32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    // Lanes side by side, and the position afterwards, are many times faster than one by one.
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let (whole, rest) = logits.as_chunks::<16>();
+    for logits in whole {
+        for (lane, logit) in lanes.iter_mut().zip(logits) {
+            *lane = larger(*lane, *logit);
+        }
+    }
+    let largest = lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, larger);
+    let at = logits.iter().position(|logit| *logit >= largest).unwrap_or_default();
+    u32::try_from(at).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -148,6 +165,18 @@ mod tests {
             (Sampling { min_p: Some(1.0), top_k: Some(3), ..base }, vec![1]),
         ] {
             assert_eq!(tokens(sampling.clone()), left, "{sampling:?}");
+        }
+    }
+
+    #[test]
+    fn the_first_of_the_largest() {
+        for count in [1, 5, 16, 17, 40] {
+            for at in 0..count {
+                let mut logits = vec![-2.0; count];
+                logits[at] = -1.0;
+                logits[count - 1] = -1.0;
+                assert_eq!(largest(&logits) as usize, at, "{count}");
+            }
         }
     }
 

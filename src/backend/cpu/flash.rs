@@ -172,7 +172,8 @@ fn decode(dtype: KvDtype, isa: Isa, codes: &[u8], scale: f32, values: &mut [f32]
     match dtype {
         KvDtype::Int8 => decode_int8(isa, bytemuck::must_cast_slice(codes), scale, values),
         KvDtype::Bf16 => decode_bf16(isa, bytemuck::cast_slice(codes), values),
-        KvDtype::F16 | KvDtype::F32 => dtype.decode(codes, scale, values),
+        KvDtype::F16 => decode_f16(isa, bytemuck::cast_slice(codes), values),
+        KvDtype::F32 => dtype.decode(codes, scale, values),
     }
 }
 
@@ -180,6 +181,19 @@ vectorized! {
     fn decode_int8(codes: &[i8], scale: f32, values: &mut [f32]) {
         for (value, code) in values.iter_mut().zip(codes) {
             *value = f32::from(*code) * scale;
+        }
+    }
+}
+
+vectorized! {
+    fn decode_f16(codes: &[u16], values: &mut [f32]) {
+        /// 2^112: the exponent of f32 counts from 127, that of f16 from 15.
+        const SHIFT: f32 = f32::from_bits((112 + 127) << 23);
+        for (value, code) in values.iter_mut().zip(codes) {
+            let code = u32::from(*code);
+            let magnitude = (f32::from_bits((code & 0x7fff) << 13) * SHIFT).to_bits();
+            let beyond = if code & 0x7c00 == 0x7c00 { 0x7f80_0000 } else { 0 };
+            *value = f32::from_bits(magnitude | beyond | (code & 0x8000) << 16);
         }
     }
 }
@@ -350,6 +364,32 @@ vectorized! {
         let mixed = [(); TOGETHER].map(|()| &mut each.next().unwrap_or_default()[piece.clone()]);
         if let (Some(weights), Some(rescale)) = (weights.first_chunk::<TOGETHER>(), rescale.first_chunk::<TOGETHER>()) {
             mix(tile, seen, weights.each_ref(), *rescale, mixed);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::{bf16, f16};
+
+    use super::*;
+
+    #[test]
+    fn every_half_is_its_number() {
+        let codes: Vec<u16> = (0..=u16::MAX).collect();
+        let bytes = bytemuck::cast_slice(&codes);
+        let mut values = vec![0.0; codes.len()];
+        for isa in Isa::available() {
+            let mut check = |dtype, exact: fn(u16) -> f32| {
+                decode(dtype, isa, bytes, 1.0, &mut values);
+                for (code, value) in codes.iter().zip(&values) {
+                    let exact = exact(*code);
+                    let same = value.to_bits() == exact.to_bits() || (value.is_nan() && exact.is_nan());
+                    assert!(same, "{dtype} {code:04x}: {value} for {exact}, {isa:?}");
+                }
+            };
+            check(KvDtype::F16, |code| f16::from_bits(code).to_f32());
+            check(KvDtype::Bf16, |code| bf16::from_bits(code).to_f32());
         }
     }
 }
