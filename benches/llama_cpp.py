@@ -94,7 +94,8 @@ def llama_cpp(path, tokens, new, threads):
     vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
 
     def decode(ids):
-        batch = llama.llama_batch_get_one((ctypes.c_int32 * len(ids))(*ids), len(ids))
+        ids = (ctypes.c_int32 * len(ids))(*ids)  # The batch points into it.
+        batch = llama.llama_batch_get_one(ids, len(ids))
         assert llama.llama_decode(context, batch) == 0
         logits = np.ctypeslib.as_array(llama.llama_get_logits_ith(context, -1), (vocabulary,))
         return int(logits.argmax())
@@ -165,7 +166,8 @@ def main():
         rounds = []
         for _ in range(options.rounds):
             ours = evenkeel(options.binary, packed, *size)
-            worker = [sys.executable, __file__, "--llama-cpp", gguf, "--tokens", size[0], "--new", size[1]]
+            # -P: `import llama_cpp` is to find the package, not this file.
+            worker = [sys.executable, "-P", __file__, "--llama-cpp", gguf, "--tokens", size[0], "--new", size[1]]
             worker += ["--threads", size[2]]
             output = subprocess.run([str(part) for part in worker], capture_output=True, text=True)
             if output.returncode != 0:
