@@ -176,7 +176,7 @@ impl Printer {
         self.note(&format!("load      {} in {:.2} s, {gigabytes:.2} GB/s", loaded.read, loaded.seconds));
         let LoadTimes { read, pack, gpus } = loaded.times;
         self.note(&format!(
-            "          waited {read:.2} s for reading, {gpus:.2} s for GPUs; packed {pack:.2} s on the CPU"
+            "          waited {read:.2} s for reading, {gpus:.2} s for GPUs; packed or copied for {pack:.2} s on the CPU"
         ));
         let (prompt, new) = (generated.prompt_tokens, generated.generated_tokens);
         self.note(&format!("prefill   {prompt} tokens, {:.1} tok/s", rate(prompt, generated.prefill_seconds)));

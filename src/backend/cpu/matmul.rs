@@ -11,7 +11,7 @@ use std::ops::Range;
 use super::kernels::{self, Codes, MANY, Quantized, ROWS, Row, TILE, TOKENS, plain};
 use super::pool::{Pool, Table};
 use crate::quant::{Matrix, NL4_UNIT, Storage, WeightDtype};
-use crate::simd::Isa;
+use crate::simd::{Isa, vectorized};
 
 /// Bytes of weights that a thread takes at once for one token.
 const TASK: usize = 64 << 10;
@@ -119,7 +119,7 @@ pub fn matmul<const N: usize>(pool: &Pool, x: &Activations, products: [(&Affine,
             for at in (0..width).step_by(ROWS) {
                 let tile = Tile::<ROWS>::new(affine, start + at..start + width);
                 for token in 0..x.tokens() {
-                    tile.put(&x.few(pool.isa(), &tile, token), &mut columns.row(token)[at..]);
+                    tile.put(pool.isa(), &x.few(pool.isa(), &tile, token), &mut columns.row(token)[at..]);
                 }
             }
         } else {
@@ -130,7 +130,7 @@ pub fn matmul<const N: usize>(pool: &Pool, x: &Activations, products: [(&Affine,
                 let totals = &mut totals[..TOKENS.min(x.tokens() - first)];
                 x.many(pool.isa(), &tile, first, totals);
                 for (token, totals) in (first..).zip(totals) {
-                    tile.put(totals, columns.row(token));
+                    tile.put(pool.isa(), totals, columns.row(token));
                 }
             }
         }
@@ -161,9 +161,16 @@ impl<'a, const N: usize> Tile<'a, N> {
     }
 
     /// As many of the rows' results as there is room for.
-    fn put(&self, totals: &[f32; N], y: &mut [f32]) {
-        for (i, (y, total)) in y.iter_mut().zip(totals).enumerate() {
-            *y = total * self.scales[i] + self.biases[i];
+    fn put(&self, isa: Isa, totals: &[f32; N], y: &mut [f32]) {
+        let count = N.min(y.len());
+        scale_and_add(isa, &totals[..count], &self.scales[..count], &self.biases[..count], &mut y[..count]);
+    }
+}
+
+vectorized! {
+    fn scale_and_add(totals: &[f32], scales: &[f32], biases: &[f32], y: &mut [f32]) {
+        for (y, (total, (scale, bias))) in y.iter_mut().zip(totals.iter().zip(scales.iter().zip(biases))) {
+            *y = total * scale + bias;
         }
     }
 }

@@ -4,7 +4,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Codes, PARTS, Quantized, ROWS, Row, SPAN, TILE, Token};
+use super::{Codes, PARTS, Quantized, ROWS, Row, SPAN, TILE, Token, prefetch};
 use crate::quant::GROUP_SIZE;
 use crate::simd::{Isa, Level};
 
@@ -86,10 +86,10 @@ macro_rules! kernels {
                 for first in (0..x.groups()).step_by(2) {
                     let at = first / 2 % 2;
                     if first + 2 <= x.groups() {
+                        prefetch(rows, codes.group_bytes(), first / 2 * ROWS * bytes, ROWS * bytes);
                         let (mut code_bytes, mut sub_scales) = ([[].as_slice(); ROWS], [[1; 2]; ROWS]);
                         for (i, row) in rows.iter().enumerate() {
                             code_bytes[i] = &row.codes[first / 2 * bytes..][..bytes];
-                            prefetch(code_bytes[i], ROWS * row.codes.len());
                             if codes != Codes::Int8 {
                                 sub_scales[i] = [row.sub_scales[first], row.sub_scales[first + 1]];
                             }
@@ -376,15 +376,6 @@ fn store_lanes(lanes: __m256, values: &mut [f32]) {
     let values = &mut values.as_chunks_mut::<LANES>().0[0];
     // SAFETY: a reference to as many numbers; no alignment is asked for.
     unsafe { _mm256_storeu_ps(values.as_mut_ptr(), lanes) }
-}
-
-/// Asks for what stands `ahead` bytes behind each line of `bytes`, if there is such a place.
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-fn prefetch(bytes: &[u8], ahead: usize) {
-    for line in (0..bytes.len()).step_by(64) {
-        _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(ahead + line).cast());
-    }
 }
 
 /// Sixteen bytes of each of two rows.

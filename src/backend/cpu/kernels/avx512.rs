@@ -7,7 +7,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Codes, PARTS, Quantized, ROWS, Row, SPAN, TILE, Token};
+use super::{Codes, PARTS, Quantized, ROWS, Row, SPAN, TILE, Token, prefetch};
 use crate::quant::GROUP_SIZE;
 use crate::simd::{Isa, Level};
 
@@ -123,9 +123,9 @@ fn few_of<const KIND: u8>(rows: &[Row; ROWS], x: Token) -> [f32; ROWS] {
     for at in 0..whole {
         let groups = at * PARTS..(at + 1) * PARTS;
         let (mut codes, mut sub_scales) = ([[].as_slice(); ROWS], [[1; PARTS]; ROWS]);
+        prefetch(rows, chunk / PARTS, at * ROWS * chunk, ROWS * chunk);
         for (i, row) in rows.iter().enumerate() {
             codes[i] = &row.codes[at * chunk..][..chunk];
-            prefetch(codes[i], ROWS * row.codes.len());
             if KIND != INT8 {
                 sub_scales[i] = four(&row.sub_scales[groups.clone()]);
             }
@@ -410,15 +410,6 @@ fn store_sums(sums: [__m512; VECTORS], values: &mut [f32; TILE]) {
     for (sums, values) in sums.into_iter().zip(values.as_chunks_mut::<LANES>().0) {
         // SAFETY: a reference to as many numbers.
         unsafe { _mm512_storeu_ps(values.as_mut_ptr(), sums) }
-    }
-}
-
-/// Asks for what stands `ahead` bytes behind the beginning of `bytes`, if there is such a place.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn prefetch(bytes: &[u8], ahead: usize) {
-    for line in (0..bytes.len()).step_by(64) {
-        _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(ahead + line).cast());
     }
 }
 

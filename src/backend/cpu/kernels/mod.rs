@@ -182,3 +182,28 @@ pub fn many(isa: Isa, codes: Codes, rows: &[Row; TILE], x: Quantized, totals: &m
         Level::Avx512 => avx512::many(isa, codes, rows, x, totals),
     }
 }
+
+/// Bytes that are asked for ahead of their use, unless four rows are more.
+#[cfg(target_arch = "x86_64")]
+const AHEAD: usize = 8 << 10;
+/// Bytes of a line of a processor's cache.
+#[cfg(target_arch = "x86_64")]
+const LINE: usize = 64;
+
+/// Asks for `count` bytes of the rows behind `rows`, from byte `from` of them on: in the order of
+/// memory, which is not that of use, as several rows are used at once. If there are sub-scales, one
+/// stands for `group` bytes.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "sse")]
+fn prefetch(rows: &[Row; ROWS], group: usize, from: usize, count: usize) {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    let Row { codes, sub_scales } = rows[0];
+    let from = from + AHEAD.max(ROWS * codes.len());
+    if !sub_scales.is_empty() && from / group % LINE < count / group {
+        _mm_prefetch::<_MM_HINT_T0>(sub_scales.as_ptr().wrapping_add(from / group).cast());
+    }
+    for line in (0..count).step_by(LINE) {
+        _mm_prefetch::<_MM_HINT_T0>(codes.as_ptr().wrapping_add(from + line).cast());
+    }
+}

@@ -111,6 +111,7 @@ macro_rules! kernels {
 
             use std::arch::x86_64::*;
 
+            use super::super::prefetch;
             use super::{LANES, Lanes, ROWS, Row};
             use crate::quant::WeightDtype;
 
@@ -138,6 +139,9 @@ macro_rules! kernels {
                     x_at[n] = &x[n].as_chunks::<LANES>().0[..whole];
                 }
                 for at in 0..whole {
+                    if N == 1 {
+                        prefetch(rows, 1, at * ROWS * LANES * SIZE, ROWS * LANES * SIZE);
+                    }
                     let mut weights = [[$zero(); $vectors]; ROWS];
                     for r in 0..ROWS {
                         let bytes = row_at[r][at].as_ptr().cast::<u8>();
