@@ -25,9 +25,9 @@ use crate::error::{Error, Result, printable};
 /// The Hub itself.
 pub const ENDPOINT: &str = "https://huggingface.co";
 /// The longest wait for another process that downloads the same repository.
-pub const LOCK_WAIT: Duration = Duration::from_secs(30 * 60);
+pub const LOCK_WAIT: Duration = Duration::from_mins(30);
 /// The longest wait for a rate limit while downloading.
-pub const RATE_LIMIT_WAIT: Duration = Duration::from_secs(300);
+pub const RATE_LIMIT_WAIT: Duration = Duration::from_mins(5);
 /// hf-hub looks for a token in the environment and in files when it is given
 /// none. This one cannot be a header's value, so hf-hub sends no header.
 const NO_TOKEN: &str = "\n";

@@ -540,7 +540,7 @@ fn row_17_missing_and_unexpected_tensors() {
 
 /// The exit code of `evenkeel plan`, and what it writes to standard error.
 fn run_plan(directory: &Path) -> (i32, String) {
-    const PATIENCE: Duration = Duration::from_secs(60);
+    const PATIENCE: Duration = Duration::from_mins(1);
     let mut child = Command::new(env!("CARGO_BIN_EXE_evenkeel"))
         .arg("plan")
         .arg(directory)

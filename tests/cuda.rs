@@ -15,8 +15,8 @@ use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device::DeviceId;
 use evenkeel::generate::GenerateOptions;
 use evenkeel::loader::{DEFAULT_SHARD_SIZE, LoadEvent, LoadOptions, SaveFormat, SaveOptions, save_quantized};
-use evenkeel::plan::Plan;
-use evenkeel::quant::{KvDtype, Scheme, WeightDtype};
+use evenkeel::plan::{Plan, Quantize};
+use evenkeel::quant::{KvDtype, QuantizeRules, Scheme, WeightDtype};
 use fake_cuda::FakeCuda;
 use support::broken::Broken;
 use support::models::{LOGITS, NEVER, assert_is_transformers, difference, load, logits, machine, map, options, plan};
@@ -82,6 +82,47 @@ fn where_blocks_are_and_how_buffers_and_streams_run_changes_no_bit() {
             }
         }
     }
+}
+
+#[test]
+fn projections_of_a_block_may_each_have_a_scheme() {
+    let Some((fake, _turn)) = fake_cuda::load(GPUS) else { return };
+    let mixtures = [
+        ["int8", "nl4", "none", "int4", "int8", "int4", "none"],
+        ["int4", "int8", "int8", "none", "none", "none", "int4"],
+        ["none", "int4", "nl4", "int8", "nl4", "int8", "int8"],
+    ];
+    let projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+    for name in ["parity/llama_bf16", "parity/qwen2", "parity/gemma2"] {
+        let sequence: Vec<u32> = numbers(&expected(name)["input_ids"]);
+        let checkpoint = Checkpoint::open(fixture(name)).unwrap();
+        for mixture in mixtures {
+            let schemes = projections.iter().enumerate().flat_map(|(at, projection)| {
+                let room = if at < 4 { "self_attn" } else { "mlp" };
+                let scheme = move |layer: usize| mixture[(at + layer) % mixture.len()].parse().unwrap();
+                (0..3).map(move |layer| (format!("model.layers.{layer}.{room}.{projection}"), scheme(layer)))
+            });
+            let rules = QuantizeRules::new([(String::new(), Scheme::Int8)].into_iter().chain(schemes).collect());
+            let run = |devices: &[&str]| {
+                let mut options = options(Scheme::None, &map(&checkpoint, devices), None);
+                options.quantize = Some(Quantize::Rules(rules.clone()));
+                let plan = Plan::new(&checkpoint, &machine(), &options).unwrap();
+                let mut model = load(&plan, &checkpoint, false).unwrap();
+                for device in &model.report.devices {
+                    assert_eq!(device.measured, device.planned, "{name}, {mixture:?}: {}", device.id);
+                }
+                logits(&mut model, &sequence)
+            };
+            let one = run(&["cuda:0"]);
+            assert_eq!(run(&["cuda:0", "cuda:1", "cuda:0", "cuda:1"]), one, "{name}, {mixture:?}");
+            // The CPU rounds activations to int8 where weights are quantized.
+            for (ours, theirs) in one.iter().zip(&run(&["cpu"])) {
+                let difference = difference(ours, theirs);
+                assert!(difference < 0.1, "{name}, {mixture:?}: {difference}");
+            }
+        }
+    }
+    assert_nothing_left(fake, "mixtures");
 }
 
 #[test]

@@ -20,7 +20,7 @@ use crate::error::Result;
 /// The longest wait for a rate limit where nobody can be told of it.
 pub(super) const QUIET_WAIT: Duration = Duration::from_secs(10);
 /// The wait for a rate limit where the Hub does not say how long.
-const UNSTATED_WAIT: Duration = Duration::from_secs(60);
+const UNSTATED_WAIT: Duration = Duration::from_mins(1);
 /// Attempts at a request that fails for a reason that may pass.
 const ATTEMPTS: u32 = 3;
 /// The pause before the second attempt; it doubles.

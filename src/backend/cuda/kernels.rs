@@ -363,7 +363,7 @@ impl Gpu {
         self.launch("rotate_and_store", grid, 128, &[&regions[..], &cache.arguments(), &numbers].concat())
     }
 
-    /// Attention of `query` over the cache, into `out`. `position` holds that of `shape`, an i32. The scratch is as long as [`CudaAttention::scratch`]
+    /// Attention of `query` over the cache, into `out`. `position` holds that of `shape`, an i32. The scratch is as long as [`scratch`](crate::plan::memory::CudaAttention::scratch)
     /// says; its second region holds zeros.
     ///
     /// # Errors
