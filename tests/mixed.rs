@@ -19,12 +19,14 @@ use support::{fixture, load_plan, roomy};
 
 const ERRORS: &str = ".evenkeel-errors.json";
 
-/// A copy of a fixture, beside which what is measured can be kept.
+/// A copy of a fixture, beside which what is measured can be kept, and without what was.
 fn copy(name: &str) -> (tempfile::TempDir, Checkpoint) {
     let directory = tempfile::tempdir().unwrap();
     for entry in fs::read_dir(fixture(name)).unwrap() {
         let entry = entry.unwrap();
-        fs::copy(entry.path(), directory.path().join(entry.file_name())).unwrap();
+        if entry.file_name() != ERRORS {
+            fs::copy(entry.path(), directory.path().join(entry.file_name())).unwrap();
+        }
     }
     let checkpoint = Checkpoint::open(directory.path()).unwrap();
     (directory, checkpoint)

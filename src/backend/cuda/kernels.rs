@@ -363,8 +363,8 @@ impl Gpu {
         self.launch("rotate_and_store", grid, 128, &[&regions[..], &cache.arguments(), &numbers].concat())
     }
 
-    /// Attention of `query` over the cache, into `out`. `position` holds that of `shape`, an i32. The scratch is as long as [`scratch`](crate::plan::memory::CudaAttention::scratch)
-    /// says; its second region holds zeros.
+    /// Attention of `query` over the cache, into `out`. `position` holds that of `shape`, an i32. The scratch is
+    /// as long as [`scratch`](crate::plan::memory::CudaAttention::scratch) says; its second region holds zeros.
     ///
     /// # Errors
     /// The driver fails.
