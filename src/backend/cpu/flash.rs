@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use super::attention::{Cache, Scores, Stored};
 use super::exp::{exp, tanh};
-use crate::quant::KvDtype;
+use crate::quant::{KvDtype, WeightDtype};
 use crate::simd::{Isa, vectorized};
 
 /// Keys of a block: their elements stand side by side in the cache, dimension by dimension.
@@ -171,8 +171,8 @@ fn read_values(
 fn decode(dtype: KvDtype, isa: Isa, codes: &[u8], scale: f32, values: &mut [f32]) {
     match dtype {
         KvDtype::Int8 => decode_int8(isa, bytemuck::must_cast_slice(codes), scale, values),
-        KvDtype::Bf16 => decode_bf16(isa, bytemuck::cast_slice(codes), values),
-        KvDtype::F16 => decode_f16(isa, bytemuck::cast_slice(codes), values),
+        KvDtype::Bf16 => decode_half(isa, WeightDtype::Bf16, codes, values),
+        KvDtype::F16 => decode_half(isa, WeightDtype::F16, codes, values),
         KvDtype::F32 => dtype.decode(codes, scale, values),
     }
 }
@@ -186,23 +186,8 @@ vectorized! {
 }
 
 vectorized! {
-    fn decode_f16(codes: &[u16], values: &mut [f32]) {
-        /// 2^112: the exponent of f32 counts from 127, that of f16 from 15.
-        const SHIFT: f32 = f32::from_bits((112 + 127) << 23);
-        for (value, code) in values.iter_mut().zip(codes) {
-            let code = u32::from(*code);
-            let magnitude = (f32::from_bits((code & 0x7fff) << 13) * SHIFT).to_bits();
-            let beyond = if code & 0x7c00 == 0x7c00 { 0x7f80_0000 } else { 0 };
-            *value = f32::from_bits(magnitude | beyond | (code & 0x8000) << 16);
-        }
-    }
-}
-
-vectorized! {
-    fn decode_bf16(codes: &[u16], values: &mut [f32]) {
-        for (value, code) in values.iter_mut().zip(codes) {
-            *value = f32::from_bits(u32::from(*code) << 16);
-        }
+    fn decode_half(dtype: WeightDtype, codes: &[u8], values: &mut [f32]) {
+        dtype.decode(codes, values);
     }
 }
 

@@ -311,6 +311,24 @@ mod tests {
     }
 
     #[test]
+    fn the_code_that_no_quantizer_writes_is_a_number_as_any() {
+        let layout = MatrixLayout::new(Storage::Int8, 4, 64).unwrap();
+        let mut bytes = packed(&layout, &random(4 * 64, 1));
+        bytes[..4 * 64].fill(0x80);
+        let matrix = Matrix::new(&layout, &bytes);
+        for (tokens, x) in [(1, -1.0), (1, 1.0), (6, -1.0), (6, 1.0)] {
+            let x = vec![x; tokens * 64];
+            let exact = reference::matmul(&matrix, &x, tokens);
+            for isa in Isa::available() {
+                let y = run(&Pool::of_all_cores().with_isa(isa), &Affine::new(matrix, None), &x);
+                for (ours, exact) in y.iter().zip(&exact) {
+                    assert!((f64::from(*ours) - exact).abs() < 1e-4 * exact.abs(), "{isa:?}: {ours} {exact}");
+                }
+            }
+        }
+    }
+
+    #[test]
     fn a_token_does_not_depend_on_those_beside_it() {
         for storage in STORAGES {
             let (rows, cols, tokens) = (20, 70, 6);

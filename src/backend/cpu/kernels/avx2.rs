@@ -299,11 +299,12 @@ macro_rules! kernels {
 kernels!(plain, "avx2,fma", Level::Avx2, 0, dot_plain);
 kernels!(vnni, "avx2,fma,avxvnni", Level::AvxVnni, -128, dot_vnni);
 
-/// The smaller side is made positive, because one has to be; no pair of products is beyond i16.
+/// One side has to be positive: that of the levels, which a file may hold down to −128. No pair of
+/// products is beyond i16.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn dot_plain(sums: __m256i, levels: __m256i, x: __m256i) -> __m256i {
-    let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(levels, x));
+    let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(levels), _mm256_sign_epi8(x, levels));
     _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
 }
 

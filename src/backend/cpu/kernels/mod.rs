@@ -44,7 +44,7 @@ const NIBBLES: usize = GROUP_SIZE / 2;
 /// What the codes of a row stand for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Codes {
-    /// A byte each, −127 to 127.
+    /// A byte each, −127 to 127; a file that others wrote may hold −128 too.
     Int8,
     /// Four bits each, −8 to 7 with 8 added.
     Int4,
