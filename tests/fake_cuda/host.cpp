@@ -2,7 +2,8 @@
 #include "../../src/backend/cuda/kernels/attention.cu"
 #include "../../src/backend/cuda/kernels/elementwise.cu"
 #include "../../src/backend/cuda/kernels/matmul.cu"
-#include "../../src/backend/cuda/kernels/mma.cu"
+#include "../../src/backend/cuda/kernels/mma_few.cu"
+#include "../../src/backend/cuda/kernels/mma_many.cu"
 #include "../../src/backend/cuda/kernels/norm.cu"
 #include "../../src/backend/cuda/kernels/quantize.cu"
 

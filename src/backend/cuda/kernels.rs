@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::model_config::{Activation, NormKind};
 use crate::quant::{Storage, WeightDtype};
 
-/// The first compute capability with mma.cu's tensor cores.
+/// The first compute capability whose tensor cores the kernels use.
 const TENSOR_CORES: (i32, i32) = (8, 0);
 
 /// A file of kernels.
@@ -55,11 +55,8 @@ pub(super) const MODULES: &[Module] = &[
             "many_nl4",
         ]
     ),
-    module!(
-        "mma",
-        TENSOR_CORES,
-        ["mma_few_int4", "mma_few_int8", "mma_few_nl4", "mma_many_int4", "mma_many_int8", "mma_many_nl4"]
-    ),
+    module!("mma_few", TENSOR_CORES, ["mma_few_int4", "mma_few_int8", "mma_few_nl4"]),
+    module!("mma_many", TENSOR_CORES, ["mma_many_int4", "mma_many_int8", "mma_many_nl4"]),
     module!("norm", NEEDED_CAPABILITY, ["normalize"]),
     module!("quantize", NEEDED_CAPABILITY, ["quantize_int4", "quantize_int8", "quantize_nl4"]),
 ];

@@ -1,4 +1,4 @@
-// What the matrix products of matmul.cu and mma.cu share: their arguments, and what becomes of a sum.
+// What the matrix products of matmul.cu, mma_few.cu and mma_many.cu share: their arguments, and what becomes of a sum.
 //
 //   y[t][n] = factor * (sum_k x[t][k] * w[n][k] + bias[n]), accumulated in f32
 //

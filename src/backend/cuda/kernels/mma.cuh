@@ -1,5 +1,5 @@
-// Matrix products by tensor cores, for int8, int4 and nl4 weights: Yᵀ = W · Xᵀ; see product.cuh. For
-// compute capability 8.0 and higher.
+// What mma_few.cu and mma_many.cu share: matrix products by tensor cores, for int8, int4 and nl4
+// weights: Yᵀ = W · Xᵀ; see product.cuh. For compute capability 8.0 and higher.
 //
 // An mma multiplies 16 rows by 8 tokens over 16 columns. Which column stands in which of the 16 slots
 // is free as long as weights and activations agree, so that weights are read as they are packed: lane
@@ -12,21 +12,10 @@
 //
 // Activations are in shared memory in units of eight columns, in the order [chunk][unit of a lane]
 // [token][c], so that a warp reads 512 neighbouring bytes.
-//
-// mma_few_<storage>: 1 to 8 tokens. The warps of a block share out the columns of 16 rows.
-//   Launch: 256 threads, a block for every 16 rows.
-// mma_many_<storage>: any number of tokens. A block takes 64 rows and 64 tokens in steps of 128
-//   columns, a warp 16 of the rows: it dequantizes a weight once for all tokens.
-//   Launch: 128 threads, grid (rows / 64, tokens / 64), rounded up.
+#pragma once
 #include "product.cuh"
 
-#define WARPS 8
 #define SLOTS 16
-#define AHEAD 2
-#define SLICE_UNITS 2048
-#define MANY_SLOTS 64
-#define TOKENS 64
-#define STEP_COLS 128
 
 #if defined(__CUDACC__)
 // d += a · b, the fragments as in PTX.
@@ -152,109 +141,3 @@ __device__ __forceinline__ void load_pieces(const Product& p, int slot, int k, P
     pieces[0] = Storage::load(p.first, p.cols, row_of<8>(p, slot), k);
     pieces[1] = Storage::load(p.second, p.cols, row_of<8>(p, slot + 8), k);
 }
-
-template <class Storage>
-__device__ __forceinline__ void mma_few(const Product& p) {
-    const int chunk = Storage::CHUNK, units = Storage::UNITS;
-    __shared__ __align__(16) uint4 shared[SLICE_UNITS];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, my_cols = lane % 4 * Storage::COLS;
-    int slice = SLICE_UNITS * 8 / p.tokens / (WARPS * chunk) * (WARPS * chunk);
-    float sums[1][4] = {};
-    Piece ahead[AHEAD][2];
-    int k = warp * chunk;
-#pragma unroll
-    for (int i = 0; i < AHEAD; i++) load_pieces<Storage>(p, lane / 4, k + i * WARPS * chunk + my_cols, ahead[i]);
-    for (int start = 0; start < p.cols; start += slice) {
-        int in_row = min(slice, (p.cols - start + chunk - 1) / chunk * chunk) / 8;
-        for (int at = threadIdx.x; at < in_row * p.tokens; at += WARPS * 32) {
-            int token = at / in_row, unit = at % in_row, column = start + unit * 8;
-            uint4* to = &shared[((unit / (4 * units) * units + unit % units) * p.tokens + token) * 4 + unit / units % 4];
-            *to = is_aligned(p, token, column) ? *(const uint4*)(p.x + (size_t)token * p.cols + column) : unaligned_unit(p, token, column);
-        }
-        __syncthreads();
-        for (; k < min(start + slice, p.cols); k += WARPS * chunk) {
-            Piece pieces[2];
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                pieces[half] = ahead[0][half];
-                for (int i = 1; i < AHEAD; i++) ahead[i - 1][half] = ahead[i][half];
-            }
-            load_pieces<Storage>(p, lane / 4, k + AHEAD * WARPS * chunk + my_cols, ahead[AHEAD - 1]);
-            const uint4* values = shared + (k - start) / chunk * units * p.tokens * 4 + lane;
-            multiply<Storage, 1>(pieces, values, p.tokens * 4, lane < p.tokens * 4, sums);
-        }
-        __syncthreads();
-    }
-    float* partial = (float*)shared;
-#pragma unroll
-    for (int i = 0; i < 4; i++) partial[warp * 128 + (lane % 4 * 2 + i % 2) * SLOTS + lane / 4 + i / 2 * 8] = sums[0][i];
-    __syncthreads();
-    int at = threadIdx.x % SLOTS, token = threadIdx.x / SLOTS;
-    if (token < p.tokens)
-        for (int i = 1; i < WARPS; i++) partial[threadIdx.x] += partial[i * 128 + threadIdx.x];
-    __syncthreads();
-    if (token < p.tokens && at < results(p, SLOTS)) finish<Storage, 8>(p, at, token, partial + token * SLOTS);
-}
-
-// Queues the copies of a step's activations.
-template <class Storage>
-__device__ __forceinline__ void stage(const Product& p, int first_token, int start, uint4* shared) {
-    const int units = Storage::UNITS, together = 8 / units, groups = TOKENS / together;
-#pragma unroll 2
-    for (int at = threadIdx.x; at < STEP_COLS / 8 * TOKENS; at += 128) {
-        // A warp reads all the units of a chunk of `together` tokens, and writes to all banks alike.
-        int c = at % 4, unit = at % 32 / (4 * together), group = at / 32 % groups, chunk = at / 32 / groups;
-        int in_tile = group * together + at / 4 % together, token = first_token + in_tile;
-        int k = start + chunk * Storage::CHUNK + c * Storage::COLS + unit * 8;
-        uint4* to = &shared[((chunk * units + unit) * TOKENS + in_tile) * 4 + c];
-        if (is_aligned(p, token, k)) cp_async_16(to, p.x + (size_t)token * p.cols + k);
-        else *to = unaligned_unit(p, token, k);
-    }
-    cp_async_commit();
-}
-
-template <class Storage>
-__device__ __forceinline__ void mma_many(const Product& p) {
-    const int chunk = Storage::CHUNK, padded = TOKENS + 4;
-    __shared__ __align__(16) uint4 shared[2][STEP_COLS / 8 * TOKENS];
-    int lane = threadIdx.x % 32, slot = threadIdx.x / 32 * SLOTS + lane / 4, first_token = blockIdx.y * TOKENS;
-    int my_cols = lane % 4 * Storage::COLS;
-    float sums[TOKENS / 8][4] = {};
-    Piece next[2];
-    load_pieces<Storage>(p, slot, my_cols, next);
-    stage<Storage>(p, first_token, 0, shared[0]);
-    for (int start = 0; start < p.cols; start += STEP_COLS) {
-        int current = start / STEP_COLS % 2;
-        if (start + STEP_COLS < p.cols) {
-            stage<Storage>(p, first_token, start + STEP_COLS, shared[1 - current]);
-            cp_async_wait<1>();
-        } else {
-            cp_async_wait<0>();
-        }
-        __syncthreads();
-#pragma unroll
-        for (int i = 0; i < STEP_COLS / chunk; i++) {
-            Piece pieces[2] = {next[0], next[1]};
-            load_pieces<Storage>(p, slot, start + (i + 1) * chunk + my_cols, next);
-            multiply<Storage, TOKENS / 8>(pieces, shared[current] + i * Storage::UNITS * TOKENS * 4 + lane, TOKENS * 4, true, sums);
-        }
-        __syncthreads();
-    }
-    // Through shared memory, so that neighbouring threads write neighbouring rows.
-    float* tile = (float*)shared;
-#pragma unroll
-    for (int t = 0; t < TOKENS / 8; t++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) tile[(t * 8 + lane % 4 * 2 + i % 2) * padded + slot + i / 2 * 8] = sums[t][i];
-    __syncthreads();
-    int width = results(p, MANY_SLOTS), at = threadIdx.x % width;
-#pragma unroll 1
-    for (int t = threadIdx.x / width; t < TOKENS && first_token + t < p.tokens; t += 128 / width) finish<Storage, 8>(p, at, first_token + t, tile + t * padded);
-}
-
-PRODUCT(256, SLOTS, mma_few_int8, mma_few<MmaInt8>)
-PRODUCT(256, SLOTS, mma_few_int4, mma_few<MmaInt4>)
-PRODUCT(256, SLOTS, mma_few_nl4, mma_few<MmaNl4>)
-PRODUCT(128, MANY_SLOTS, mma_many_int8, mma_many<MmaInt8>)
-PRODUCT(128, MANY_SLOTS, mma_many_int4, mma_many<MmaInt4>)
-PRODUCT(128, MANY_SLOTS, mma_many_nl4, mma_many<MmaNl4>)
