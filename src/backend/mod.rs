@@ -46,16 +46,16 @@ pub trait Stage: Send {
     ///
     /// # Errors
     /// The device failed.
-    fn best(&mut self, _hidden: &mut Hidden) -> Result<Option<Best>> {
+    fn best(&mut self, _hidden: &mut Hidden) -> Result<Option<Chosen>> {
         Ok(None)
     }
 }
 
-/// A token and its logit.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Best {
+/// A token that a device has chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Chosen {
     /// The token.
     pub token: u32,
-    /// Its logit.
-    pub logit: f32,
+    /// Whether all logits are numbers.
+    pub is_finite: bool,
 }

@@ -165,9 +165,9 @@ impl Pipeline {
         }
         self.hidden.restore(chunk);
         let is_finite =
-            found.map_or_else(|| self.logits.iter().all(|logit| logit.is_finite()), |best| best.logit.is_finite());
+            found.map_or_else(|| self.logits.iter().all(|logit| logit.is_finite()), |chosen| chosen.is_finite);
         if is_finite {
-            Ok(found.map(|best| best.token))
+            Ok(found.map(|chosen| chosen.token))
         } else {
             Err(Error::input(format!("a logit behind token {} is not a number", self.length))
                 .hint("the checkpoint's weights are broken, or overflow in this scheme; try `--quantize none`"))

@@ -216,14 +216,17 @@ impl CudaAttention {
     }
 }
 
+/// Bytes of what the blocks of threads share that choose a token on a GPU.
+pub const CHOICE: usize = 16;
+
 /// Number of buffers in a GPU's workspace.
-pub const CUDA_BUFFERS: usize = 19;
+pub const CUDA_BUFFERS: usize = 20;
 
 /// The buffers of a GPU's workspace: the hidden state and the normalized one;
 /// queries, keys, values and what attention gives; gate and up; what a half of
 /// a block gives where that is not added at once; the experts' scores, the
 /// inputs and the outputs of one, its tokens and their weights; logits, tokens,
-/// the frequencies of all ropes, what parts of attention leave, how many are done, and the position. Tokens are u32; normalized states, queries
+/// the frequencies of all ropes, what parts of attention leave, how many are done, the position, and what is shared where a token is chosen. Tokens are u32, with room for a chosen one and a flag; normalized states, queries
 /// to up, and the experts' inputs f16; all others f32.
 pub fn cuda_workspace(config: &ModelConfig, context: usize) -> [Bytes; CUDA_BUFFERS] {
     const HALF: usize = 2;
@@ -251,11 +254,12 @@ pub fn cuda_workspace(config: &ModelConfig, context: usize) -> [Bytes; CUDA_BUFF
         layout.mixed * WORD,
         2 * routed * WORD,
         config.vocab_size * WORD,
-        layout.tokens * WORD,
+        layout.tokens.max(2) * WORD,
         rotated * WORD,
         parts,
         arrivals,
         WORD,
+        CHOICE,
     ]
     .map(cuda_aligned)
 }

@@ -158,6 +158,7 @@ static inline T atomic_rmw(T* p, F f) {
 }
 }  // namespace fk
 template <class T, class U> static inline T atomicAdd(T* p, U v) { return fk::atomic_rmw(p, [=](T o) { return T(o + v); }); }
+template <class T> static inline T atomicMax(T* p, T v) { return fk::atomic_rmw(p, [=](T o) { return o < v ? v : o; }); }
 static inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 // ---- loads, bits, integers ---------------------------------------------------------------------

@@ -1,5 +1,6 @@
 // The product's kernels, compiled for the host: one line for each.
 #include "../../src/backend/cuda/kernels/attention.cu"
+#include "../../src/backend/cuda/kernels/choose.cu"
 #include "../../src/backend/cuda/kernels/elementwise.cu"
 #include "../../src/backend/cuda/kernels/matmul.cu"
 #include "../../src/backend/cuda/kernels/mma_few.cu"
@@ -18,6 +19,7 @@ FAKE_CUDA_KERNEL(few_int4);
 FAKE_CUDA_KERNEL(few_int8);
 FAKE_CUDA_KERNEL(few_nl4);
 FAKE_CUDA_KERNEL(gather);
+FAKE_CUDA_KERNEL(largest);
 FAKE_CUDA_KERNEL(many_bf16);
 FAKE_CUDA_KERNEL(many_f16);
 FAKE_CUDA_KERNEL(many_f32);
@@ -36,4 +38,3 @@ FAKE_CUDA_KERNEL(quantize_int8);
 FAKE_CUDA_KERNEL(quantize_nl4);
 FAKE_CUDA_KERNEL(rotate_and_store);
 FAKE_CUDA_KERNEL(scatter_add);
-FAKE_CUDA_KERNEL(top_k);

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use evenkeel::backend::cuda::{Affine, Attention, Cache, DeviceMatrix, Gpu, Norm, Output, Region};
 use evenkeel::bytes::Bytes;
 use evenkeel::model_config::{Activation, NormKind};
-use evenkeel::plan::memory::{CudaAttention, KvLayout};
+use evenkeel::plan::memory::{CHOICE, CudaAttention, KvLayout};
 use evenkeel::quant::{KvDtype, Matrix, MatrixLayout, PackedRows, Storage, WeightDtype, quantize_rows, reference};
 use half::{bf16, f16};
 
@@ -27,7 +27,7 @@ macro_rules! every_case {
             gates_are_applied_to_what_up_gives
             quantizing_is_bit_for_bit_the_hosts
             rotation_equals_the_reference
-            the_best_logits_are_found
+            the_first_of_the_largest_logits_is_found
             the_tokens_of_an_expert_go_there_and_back
             what_cannot_be_packed_is_noticed
         }
@@ -708,25 +708,29 @@ pub fn the_tokens_of_an_expert_go_there_and_back(gpu: &Arc<Gpu>) {
     near("the sum", &download(&sum, WeightDtype::F32), &exact, 1e-6, Output::F32);
 }
 
-pub fn the_best_logits_are_found(gpu: &Arc<Gpu>) {
-    let best = |logits: &[f32], k: usize| -> Vec<u32> {
-        let indices = buffer(gpu, k * 4);
-        gpu.top_k(&floats(gpu, logits), logits.len(), &indices).unwrap();
-        let mut bytes = vec![0; k * 4];
-        indices.read(&mut bytes).unwrap();
-        bytes.as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect()
+pub fn the_first_of_the_largest_logits_is_found(gpu: &Arc<Gpu>) {
+    let scratch = buffer(gpu, CHOICE);
+    scratch.clear().unwrap();
+    let largest = |logits: &[f32]| -> (usize, bool) {
+        let chosen = buffer(gpu, 8);
+        gpu.largest(&floats(gpu, logits), logits.len(), &scratch, &chosen).unwrap();
+        let words = download(&chosen, WeightDtype::F32).iter().map(|word| word.to_bits()).collect::<Vec<_>>();
+        (words[0] as usize, words[1] == 0)
     };
-    for (count, k) in [(1, 1), (5, 5), (300, 1), (1000, 17)] {
+    for count in [1, 5, 1024, 1025, 70_000] {
         let mut logits = random(count, 23);
-        logits[count / 2] = logits[0];
-        let mut order: Vec<u32> = (0..count as u32).collect();
-        order.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b)));
-        assert_eq!(best(&logits, k), order[..k], "{count} logits");
+        let order = |a: &usize, b: &usize| logits[*a].total_cmp(&logits[*b]).then(b.cmp(a));
+        assert_eq!(largest(&logits), ((0..count).max_by(order).unwrap(), true), "{count} logits");
+        for at in [0, count / 3, count - 1] {
+            (logits[at], logits[count - 1]) = (2.0, 2.0);
+            assert_eq!(largest(&logits), (at, true), "{at} of {count} logits");
+            for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                logits[at] = value;
+                assert_eq!(largest(&logits), (at, false), "{value} at {at} of {count} logits");
+            }
+            logits[at] = -2.0;
+        }
     }
-    // What is not a number is found, wherever it is.
-    for at in [0, 255, 299] {
-        let mut logits = random(300, 23);
-        logits[at] = f32::NAN;
-        assert_eq!(best(&logits, 1), [at as u32]);
-    }
+    assert_eq!(largest(&[-1.0, -0.0, 0.0]), (1, true), "zeros are the same");
+    assert_eq!(largest(&[f32::MIN; 3]), (0, true));
 }

@@ -8,6 +8,7 @@ use super::driver::{Argument, Gpu, Region};
 use super::operands::{Affine, Attention, Cache, DeviceMatrix, FLOAT, HALF, Norm, Output, holds};
 use crate::error::Result;
 use crate::model_config::{Activation, NormKind};
+use crate::plan::memory::CHOICE;
 use crate::quant::{Storage, WeightDtype};
 
 /// The first compute capability whose tensor cores the kernels use.
@@ -36,7 +37,8 @@ macro_rules! module {
 /// All files.
 pub(super) const MODULES: &[Module] = &[
     module!("attention", NEEDED_CAPABILITY, ["attend_1", "attend_4", "rotate_and_store"]),
-    module!("elementwise", NEEDED_CAPABILITY, ["activate", "embed", "gather", "scatter_add", "top_k"]),
+    module!("choose", NEEDED_CAPABILITY, ["largest"]),
+    module!("elementwise", NEEDED_CAPABILITY, ["activate", "embed", "gather", "scatter_add"]),
     module!(
         "matmul",
         NEEDED_CAPABILITY,
@@ -68,6 +70,8 @@ const FEW_SLOTS: usize = 8;
 const MMA_FEW_SLOTS: usize = 16;
 /// Rows and tokens of a block of the others.
 const TILE: usize = 64;
+/// Logits of a block that chooses among them.
+const LOGITS: usize = 1024;
 /// The most matrices that one launch multiplies.
 const MATRICES: usize = 3;
 
@@ -478,17 +482,21 @@ impl Gpu {
         self.launch("scatter_add", (count, 1), 256, &arguments)
     }
 
-    /// The indices of the largest of `count` f32 in `logits`, best first, as many as `indices` has u32.
+    /// The first of the largest of `count` f32 in `logits`, and whether one is not finite, which then is the
+    /// largest: two u32 in `chosen`. `scratch` holds zeros, as many as
+    /// [`CHOICE`](crate::plan::memory::CHOICE) says.
     ///
     /// # Errors
     /// The driver fails.
     ///
     /// # Panics
     /// A region is shorter than the shapes say.
-    pub fn top_k(&self, logits: &Region, count: usize, indices: &Region) -> Result<()> {
-        let k = indices.len() / size_of::<u32>();
-        assert!(k <= count, "more of the best than there are");
+    pub fn largest(&self, logits: &Region, count: usize, scratch: &Region, chosen: &Region) -> Result<()> {
         holds(logits, count, FLOAT);
-        self.launch("top_k", (1, 1), 256, &[Argument::Region(logits), int(count), int(k), Argument::Region(indices)])
+        holds(scratch, CHOICE, 1);
+        holds(chosen, 2, size_of::<u32>());
+        let regions = [scratch, chosen].map(Argument::Region);
+        let arguments = [&[Argument::Region(logits), int(count)][..], &regions].concat();
+        self.launch("largest", (count.div_ceil(LOGITS), 1), 256, &arguments)
     }
 }

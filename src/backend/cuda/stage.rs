@@ -8,7 +8,7 @@ use super::graph::Graph;
 use super::{Affine, Attention, Cache, DeviceMatrix, Gpu, MAX_HEAD_DIM, Norm, Output, Region, arena};
 use crate::architecture::{Part, Role};
 use crate::backend::cpu::{route, soft_cap};
-use crate::backend::{Best, Hidden, Stage};
+use crate::backend::{Chosen, Hidden, Stage};
 use crate::error::{Error, Result};
 use crate::model_config::{Experts, Layer, ModelConfig};
 use crate::plan::memory::{self, CUDA_BUFFERS, CudaAttention};
@@ -65,6 +65,7 @@ pub struct Workspace {
     parts: Region,
     arrivals: Region,
     position: Region,
+    choice: Region,
 }
 
 impl Workspace {
@@ -85,8 +86,9 @@ impl Workspace {
             unreachable!("an arena has a region for every size")
         };
         let [hidden, normed, query, key, value, attended, gate, up, rest @ ..] = regions;
-        let [branch, routes, gathered, expert, shares, logits, tokens, table, parts, arrivals, position] = rest;
+        let [branch, routes, gathered, expert, shares, logits, tokens, table, parts, arrivals, position, choice] = rest;
         arrivals.clear()?;
+        choice.clear()?;
         let mut end = 0;
         let frequencies = config.ropes.iter().map(|rope| {
             let frequencies = rope.frequencies(context);
@@ -115,6 +117,7 @@ impl Workspace {
             parts,
             arrivals,
             position,
+            choice,
         })
     }
 }
@@ -425,17 +428,16 @@ impl Stage for CudaStage {
         Ok(())
     }
 
-    fn best(&mut self, hidden: &mut Hidden) -> Result<Option<Best>> {
+    fn best(&mut self, hidden: &mut Hidden) -> Result<Option<Chosen>> {
         if !self.head(hidden)? {
             return Ok(None);
         }
         // A soft cap keeps the order.
         let w = &*self.workspace;
-        let index = w.tokens.part(0, WORD);
-        w.gpu.top_k(&w.logits, self.config.vocab_size, &index)?;
-        let (mut token, mut logit) = ([0u32], [0.0f32]);
-        index.read(bytemuck::must_cast_slice_mut(&mut token))?;
-        w.logits.part(token[0] as usize * WORD, WORD).read(bytemuck::must_cast_slice_mut(&mut logit))?;
-        Ok(Some(Best { token: token[0], logit: logit[0] }))
+        let chosen = w.tokens.part(0, 2 * WORD);
+        w.gpu.largest(&w.logits, self.config.vocab_size, &w.choice, &chosen)?;
+        let mut words = [0u32; 2];
+        chosen.read(bytemuck::must_cast_slice_mut(&mut words))?;
+        Ok(Some(Chosen { token: words[0], is_finite: words[1] == 0 }))
     }
 }
