@@ -8,15 +8,22 @@ use std::sync::Arc;
 use evenkeel::backend::cuda::{Affine, Attention, Cache, DeviceMatrix, Gpu, Norm, Output, Region};
 use evenkeel::bytes::Bytes;
 use evenkeel::model_config::{Activation, NormKind};
-use evenkeel::plan::memory::{CHOICE, CudaAttention, KvLayout};
+use evenkeel::plan::memory::{CudaAttention, KvLayout};
 use evenkeel::quant::{KvDtype, Matrix, MatrixLayout, PackedRows, Storage, WeightDtype, quantize_rows, reference};
 use half::{bf16, f16};
+
+mod choices;
+#[allow(unused_imports, reason = "each test binary uses a part")]
+pub use choices::*;
 
 /// The functions here that hold a kernel against its reference, for a macro that makes tests of them.
 #[allow(unused_macros, reason = "each test binary uses a part")]
 macro_rules! every_case {
     ($tests:ident) => {
         $tests! {
+            a_logit_that_is_not_finite_is_found
+            a_token_is_drawn_as_the_reference_draws_it
+            a_token_that_was_chosen_is_penalized
             activations_equal_the_reference
             attention_equals_the_reference
             embeddings_are_the_rows
@@ -29,6 +36,7 @@ macro_rules! every_case {
             rotation_equals_the_reference
             the_first_of_the_largest_logits_is_found
             the_tokens_of_an_expert_go_there_and_back
+            tokens_are_drawn_as_often_as_they_are_likely
             what_cannot_be_packed_is_noticed
         }
     };
@@ -706,31 +714,4 @@ pub fn the_tokens_of_an_expert_go_there_and_back(gpu: &Arc<Gpu>) {
         }
     }
     near("the sum", &download(&sum, WeightDtype::F32), &exact, 1e-6, Output::F32);
-}
-
-pub fn the_first_of_the_largest_logits_is_found(gpu: &Arc<Gpu>) {
-    let scratch = buffer(gpu, CHOICE);
-    scratch.clear().unwrap();
-    let largest = |logits: &[f32]| -> (usize, bool) {
-        let chosen = buffer(gpu, 8);
-        gpu.largest(&floats(gpu, logits), logits.len(), &scratch, &chosen).unwrap();
-        let words = download(&chosen, WeightDtype::F32).iter().map(|word| word.to_bits()).collect::<Vec<_>>();
-        (words[0] as usize, words[1] == 0)
-    };
-    for count in [1, 5, 1024, 1025, 70_000] {
-        let mut logits = random(count, 23);
-        let order = |a: &usize, b: &usize| logits[*a].total_cmp(&logits[*b]).then(b.cmp(a));
-        assert_eq!(largest(&logits), ((0..count).max_by(order).unwrap(), true), "{count} logits");
-        for at in [0, count / 3, count - 1] {
-            (logits[at], logits[count - 1]) = (2.0, 2.0);
-            assert_eq!(largest(&logits), (at, true), "{at} of {count} logits");
-            for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-                logits[at] = value;
-                assert_eq!(largest(&logits), (at, false), "{value} at {at} of {count} logits");
-            }
-            logits[at] = -2.0;
-        }
-    }
-    assert_eq!(largest(&[-1.0, -0.0, 0.0]), (1, true), "zeros are the same");
-    assert_eq!(largest(&[f32::MIN; 3]), (0, true));
 }

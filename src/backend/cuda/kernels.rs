@@ -8,7 +8,6 @@ use super::driver::{Argument, Gpu, Region};
 use super::operands::{Affine, Attention, Cache, DeviceMatrix, FLOAT, HALF, Norm, Output, holds};
 use crate::error::Result;
 use crate::model_config::{Activation, NormKind};
-use crate::plan::memory::CHOICE;
 use crate::quant::{Storage, WeightDtype};
 
 /// The first compute capability whose tensor cores the kernels use.
@@ -37,7 +36,7 @@ macro_rules! module {
 /// All files.
 pub(super) const MODULES: &[Module] = &[
     module!("attention", NEEDED_CAPABILITY, ["attend_1", "attend_4", "rotate_and_store"]),
-    module!("choose", NEEDED_CAPABILITY, ["largest"]),
+    module!("choose", NEEDED_CAPABILITY, ["cut", "draw", "largest"]),
     module!("elementwise", NEEDED_CAPABILITY, ["activate", "embed", "gather", "scatter_add"]),
     module!(
         "matmul",
@@ -70,8 +69,6 @@ const FEW_SLOTS: usize = 8;
 const MMA_FEW_SLOTS: usize = 16;
 /// Rows and tokens of a block of the others.
 const TILE: usize = 64;
-/// Logits of a block that chooses among them.
-const LOGITS: usize = 1024;
 /// The most matrices that one launch multiplies.
 const MATRICES: usize = 3;
 
@@ -101,7 +98,7 @@ fn activation_number(activation: Activation) -> i32 {
 }
 
 /// A dimension as a kernel takes it. Configurations allow none above 2^28.
-fn int(n: usize) -> Argument<'static> {
+pub(super) fn int(n: usize) -> Argument<'static> {
     Argument::I32(i32::try_from(n).unwrap_or_else(|_| unreachable!("a dimension of {n}")))
 }
 
@@ -480,23 +477,5 @@ impl Gpu {
         let regions = [x, tokens, weights].map(Argument::Region);
         let arguments = [&regions[..], &[int(width), Argument::Region(out)]].concat();
         self.launch("scatter_add", (count, 1), 256, &arguments)
-    }
-
-    /// The first of the largest of `count` f32 in `logits`, and whether one is not finite, which then is the
-    /// largest: two u32 in `chosen`. `scratch` holds zeros, as many as
-    /// [`CHOICE`](crate::plan::memory::CHOICE) says.
-    ///
-    /// # Errors
-    /// The driver fails.
-    ///
-    /// # Panics
-    /// A region is shorter than the shapes say.
-    pub fn largest(&self, logits: &Region, count: usize, scratch: &Region, chosen: &Region) -> Result<()> {
-        holds(logits, count, FLOAT);
-        holds(scratch, CHOICE, 1);
-        holds(chosen, 2, size_of::<u32>());
-        let regions = [scratch, chosen].map(Argument::Region);
-        let arguments = [&[Argument::Region(logits), int(count)][..], &regions].concat();
-        self.launch("largest", (count.div_ceil(LOGITS), 1), 256, &arguments)
     }
 }

@@ -6,10 +6,12 @@
 //! | `driver.rs` | contexts, memory, copies, launches: all that is unsafe |
 //! | `kernels.rs` | a typed launch for each kernel of `kernels/*.cu` |
 //! | `graph.rs` | launches that are repeated in one call |
+//! | `choice.rs` | the launches that choose a token |
 //! | `operands.rs` | what they are given: matrices, norms, caches |
 //! | `stage.rs` | a run of modules on one GPU |
 //! | `upload.rs` | rows from the host into the canonical packing |
 
+mod choice;
 mod driver;
 mod graph;
 mod kernels;
@@ -17,6 +19,7 @@ mod operands;
 mod stage;
 mod upload;
 
+pub use choice::Choosing;
 pub use driver::{Buffer, Gpu, Pinned, Region};
 pub use operands::{Affine, Attention, Cache, DeviceMatrix, MAX_HEAD_DIM, Norm, Output};
 pub use stage::{CudaStage, Parameters, Workspace};
