@@ -242,6 +242,12 @@ impl CudaChoice {
     }
 }
 
+/// The most blocks of threads that share out a product of a few tokens, and the f32 that each leaves: what
+/// it has of the first and of the last rows that it shares, for 16 rows and 8 tokens.
+pub const CUDA_FEW_BLOCKS: usize = 512;
+/// See [`CUDA_FEW_BLOCKS`].
+pub const CUDA_FEW_PARTS: usize = 2 * 16 * 8;
+
 /// Number of buffers in a GPU's workspace.
 pub const CUDA_BUFFERS: usize = 21;
 
@@ -249,8 +255,9 @@ pub const CUDA_BUFFERS: usize = 21;
 /// queries, keys, values and what attention gives; gate and up; what a half of
 /// a block gives where that is not added at once; the experts' scores, the
 /// inputs and the outputs of one, its tokens and their weights; logits, tokens,
-/// the frequencies of all ropes, what parts of attention leave, how many are done, the position, what launches that choose a token leave each other, and a bit
-/// for each token that occurred. Tokens are u32, with room for what is chosen; normalized states, queries
+/// the frequencies of all ropes, what blocks that share attention or a product leave, how many are done, the
+/// position, what launches that choose a token leave each other, and a bit for each token that occurred. Tokens
+/// are u32, with room for what is chosen; normalized states, queries
 /// to up, and the experts' inputs f16; all others f32.
 pub fn cuda_workspace(config: &ModelConfig, context: usize) -> [Bytes; CUDA_BUFFERS] {
     const HALF: usize = 2;
@@ -281,8 +288,8 @@ pub fn cuda_workspace(config: &ModelConfig, context: usize) -> [Bytes; CUDA_BUFF
         config.vocab_size * WORD,
         (layout.tokens * WORD).max(CudaChoice::CHOSEN),
         rotated * WORD,
-        parts,
-        arrivals,
+        parts.max(CUDA_FEW_BLOCKS * CUDA_FEW_PARTS * WORD),
+        arrivals.max(CUDA_FEW_BLOCKS * WORD),
         WORD,
         choice.scratch,
         choice.seen,

@@ -1,7 +1,8 @@
 //! The launches that choose a token among the logits.
 
-use super::driver::{Argument, Gpu, Region};
+use super::driver::{Gpu, Region};
 use super::kernels::int;
+use super::launch::Argument;
 use super::operands::{FLOAT, holds};
 use crate::backend::Choice;
 use crate::error::Result;

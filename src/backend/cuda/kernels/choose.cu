@@ -89,6 +89,7 @@ __device__ __forceinline__ void mark(unsigned* seen, unsigned token) {
 // logits: f32 [count]. seen: u32 [count / 32, rounded up], or null. chosen: u32 [2].
 // Launch: a block of 256 threads for every 1024 logits, as all here.
 KERNEL(THREADS) largest(float* logits, int count, float softcap, unsigned* seen, float penalty, int is_choice, Scratch* scratch, unsigned* chosen) {
+    begin();
     __shared__ u64 warps[THREADS / 32];
     u64 best = 0;
     for (int i = 0; i < SHARE / THREADS; i++) {
@@ -121,6 +122,7 @@ KERNEL(THREADS) largest(float* logits, int count, float softcap, unsigned* seen,
 // weight among them, `digit` by `digit`: 11 bits, 11, and 8; those weights that are 0 are left out.
 // Nothing happens where chosen[1] says that a logit is not finite.
 KERNEL(THREADS) cut(const float* logits, int count, float per_temperature, int digit, unsigned k, float p, Scratch* scratch, const unsigned* chosen) {
+    begin();
     __shared__ u64 weights[BINS];
     __shared__ unsigned counts[BINS];
     if (chosen[1]) return;
@@ -216,6 +218,7 @@ __device__ __forceinline__ Place find(int parts, Parts part, u64 one, unsigned k
 // for nothing; with `is_cut`, neither do those that `cut` has left out. Sets the bit of the chosen one.
 // Nothing happens where chosen[1] says that a logit is not finite. chosen: u32 [3].
 KERNEL(THREADS) draw(const float* logits, int count, float per_temperature, int is_cut, float least, unsigned* seen, Scratch* scratch, unsigned* chosen) {
+    begin();
     if (chosen[1]) return;
     u64* weights = (u64*)(scratch + 1);
     unsigned* ties = (unsigned*)(weights + gridDim.x);
