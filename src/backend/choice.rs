@@ -49,10 +49,7 @@ impl Draws {
         let mut mixed = self.0;
         mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        // The upper half.
-        #[expect(clippy::cast_possible_truncation, reason = "32 bits are left")]
-        let upper = ((mixed ^ (mixed >> 31)) >> 32) as u32;
-        upper
+        ((mixed ^ (mixed >> 31)) >> 32) as u32
     }
 }
 

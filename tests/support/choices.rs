@@ -27,7 +27,9 @@ impl<'a> Chooser<'a> {
 
     fn mark(&self, tokens: &[usize]) {
         let mut bits = vec![0u32; self.seen.len() / 4];
-        tokens.iter().for_each(|token| bits[token / 32] |= 1 << (token % 32));
+        for token in tokens {
+            bits[token / 32] |= 1 << (token % 32);
+        }
         self.seen.write(bytemuck::cast_slice(&bits)).unwrap();
     }
 

@@ -5,7 +5,9 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::launch::Graph;
-use super::{Affine, Attention, Cache, Choosing, DeviceMatrix, Gpu, Input, MAX_HEAD_DIM, Norm, Output, Region, Scratch, arena};
+use super::{
+    Affine, Attention, Cache, Choosing, DeviceMatrix, Gpu, Input, MAX_HEAD_DIM, Norm, Output, Region, Scratch, arena,
+};
 use crate::architecture::{Part, Role};
 use crate::backend::cpu::{route, soft_cap};
 use crate::backend::{Choice, Chosen, Hidden, Stage};
