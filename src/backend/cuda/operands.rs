@@ -122,7 +122,7 @@ pub struct Norm<'a> {
 /// The KV cache of a block.
 #[derive(Clone)]
 pub struct Cache {
-    dtype: KvDtype,
+    pub(super) dtype: KvDtype,
     /// Codes and scales of keys, then of values.
     regions: [Region; 4],
 }

@@ -10,7 +10,8 @@
 #include "cuda_host.h"
 #endif
 
-#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+// The most threads of a block, and how many blocks a multiprocessor is to hold at least.
+#define KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
 
 // The numbers that kernels.rs gives dtypes and storages.
 enum { BF16 = 0, F16 = 1, F32 = 2, INT8 = 3, INT4 = 4, NL4 = 5 };
