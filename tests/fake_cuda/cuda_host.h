@@ -319,9 +319,10 @@ static inline void ldmatrix_transposed(unsigned* d, const void* row) {
 }
 static inline float exp2_approximate(float x) { return exp2f(x); }
 // The copy happens at once: a missing wait is not noticed.
-static inline void cp_async_16(void* to, const void* from) {
+static inline void cp_async_16(void* to, const void* from, bool is_there) {
     if (((uintptr_t)to | (uintptr_t)from) & 15) fk::trap(716, "cp.async address not 16-byte aligned");
-    memcpy(to, from, 16);
+    if (is_there) memcpy(to, from, 16);
+    else memset(to, 0, 16);
 }
 static inline void cp_async_commit() {}
 template <int N>

@@ -411,15 +411,13 @@ impl Gpu {
             Argument::F32(shape.softcap),
             int(shape.tokens),
         ];
-        let (kernel, grid, numbers) = match attend_many(shape, cache).filter(|_| self.capability >= TENSOR_CORES) {
-            Some(kernel) => {
-                let rows = shape.tokens * (shape.heads / shape.kv_heads);
-                (kernel, (rows.div_ceil(ATTEND_ROWS) * shares.parts, shape.kv_heads), &numbers[..])
-            }
-            None => {
-                let kernel = if shares.heads == 1 { "attend_1" } else { "attend_4" };
-                (kernel, (shape.tokens * shares.parts, shares.blocks), &numbers[..numbers.len() - 1])
-            }
+        let many = attend_many(shape, cache).filter(|_| self.capability >= TENSOR_CORES);
+        let (kernel, grid, numbers) = if let Some(kernel) = many {
+            let rows = shape.tokens * (shape.heads / shape.kv_heads);
+            (kernel, (rows.div_ceil(ATTEND_ROWS) * shares.parts, shape.kv_heads), &numbers[..])
+        } else {
+            let kernel = if shares.heads == 1 { "attend_1" } else { "attend_4" };
+            (kernel, (shape.tokens * shares.parts, shares.blocks), &numbers[..numbers.len() - 1])
         };
         self.launch(kernel, grid, 128, &[&[Argument::Region(query)][..], &cache.arguments(), numbers].concat())
     }

@@ -18,11 +18,9 @@
 #define LOG2_E 1.44269504f
 #define LN_2 0.69314718f
 
-// Where a unit of a key stands, so that eight keys' units, and four units of two, are in different banks.
-template <int WIDTH>
-__device__ __forceinline__ int place(int key, int unit) {
-    return key * (WIDTH / 8) + (unit ^ (key % 2 * 4 + key / 2 % 4));
-}
+// Units of a key stand in an order of its own, `unit ^ turn(key)`, so that the same unit of eight keys, and four
+// neighbouring units of two, are in different banks.
+__device__ __forceinline__ unsigned turn(unsigned key) { return key % 2 * 4 + key / 2 % 4; }
 
 // Eight elements of the cache times their scale.
 __device__ __forceinline__ uint4 unit_of(const byte* cache, const float* scales, int dtype, size_t slot, int d, int head_dim) {
@@ -36,20 +34,17 @@ __device__ __forceinline__ uint4 unit_of(const byte* cache, const float* scales,
 // Queues the vectors of KEYS slots for `to`; zero from slot `end` on.
 template <int WIDTH, int KEYS>
 __device__ __forceinline__ void stage(uint4* to, const byte* cache, const float* scales, const Attention& a, size_t slot, size_t end) {
-    const int units = WIDTH / 8, step = 128 / units;
-    int first = threadIdx.x / units, unit = threadIdx.x % units, there = unit * 8 < a.head_dim ? (int)min((size_t)KEYS, end - slot) : 0;
+    const unsigned units = WIDTH / 8, step = 128 / units;
+    unsigned first = threadIdx.x / units, unit = threadIdx.x % units, there = unit * 8 < a.head_dim ? (unsigned)min((size_t)KEYS, end - slot) : 0;
+    const __half* from = (const __half*)cache + (slot + first) * a.head_dim + unit * 8;
     if (a.kv_dtype == F16) {
-        const __half* from = (const __half*)cache + (slot + first) * a.head_dim + unit * 8;
 #pragma unroll
-        for (int i = 0; i < KEYS; i += step) {
-            uint4* target = &to[place<WIDTH>(first + i, unit)];
-            if (first + i < there) cp_async_16(target, from + i * a.head_dim);
-            else *target = make_uint4(0, 0, 0, 0);
-        }
+        for (unsigned i = 0; i < KEYS; i += step, from += step * a.head_dim)
+            cp_async_16(&to[(first + i) * units + (unit ^ turn(first + i % 8))], from, first + i < there);
     } else {
 #pragma unroll 1
-        for (int key = first; key < KEYS; key += step)
-            to[place<WIDTH>(key, unit)] = key < there ? unit_of(cache, scales, a.kv_dtype, slot + key, unit * 8, a.head_dim) : make_uint4(0, 0, 0, 0);
+        for (unsigned key = first; key < KEYS; key += step)
+            to[key * units + (unit ^ turn(key))] = key < there ? unit_of(cache, scales, a.kv_dtype, slot + key, unit * 8, a.head_dim) : make_uint4(0, 0, 0, 0);
     }
     cp_async_commit();
 }
@@ -61,10 +56,10 @@ __device__ __forceinline__ unsigned halves(float low, float high) {
 
 template <int WIDTH, int KEYS>
 __device__ __forceinline__ void attend_many(const Attention& a, int tokens) {
-    const int groups = WIDTH / 32;
+    const int units = WIDTH / 8, groups = WIDTH / 32;
     // A wider query is read anew for each tile; there are not enough registers.
     const bool is_held = WIDTH <= 128;
-    __shared__ uint4 keys[KEYS * WIDTH / 8], values[KEYS * WIDTH / 8];
+    __shared__ uint4 keys[KEYS * units], values[KEYS * units];
     int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, sharing = a.heads / a.kv_heads, kv_head = blockIdx.y;
     int blocks = gridDim.x / a.splits, split = blockIdx.x % a.splits;
     // The last rows see the most keys and come first.
@@ -87,13 +82,17 @@ __device__ __forceinline__ void attend_many(const Attention& a, int tokens) {
     if (is_held)
 #pragma unroll
         for (int group = 0; group < groups; group++) query[0][group] = load_query(0, group), query[1][group] = load_query(1, group);
+    // What this lane reads of a tile.
+    const uint4 *my_key = keys + r * units, *my_values[units / 2];
+    unsigned key_unit = c ^ turn(r), value_unit = lane / 16 ^ turn(lane % 16);
+    for (int tile = 0; tile < units; tile += 2) my_values[tile / 2] = values + lane % 16 * units + (tile ^ value_unit);
     float sums[WIDTH / 8][4] = {}, largest[2] = {LEAST, LEAST}, total[2] = {};
 
     int behind = last_position + 1, first = a.window ? max(0, first_position + 1 - a.window) : 0;
     int length = ((behind - first + a.splits - 1) / a.splits + KEYS - 1) / KEYS * KEYS;
     int start = first + split * length, end = min(behind, start + length);
     size_t first_slot = (size_t)kv_head * a.context;
-    float factor = a.softcap != 0.0f ? a.softcap * LOG2_E : a.scale * LOG2_E;
+    float factor = (a.softcap != 0.0f ? a.softcap : a.scale) * LOG2_E, to_cap = a.scale / a.softcap;
     if (start < end) stage<WIDTH, KEYS>(keys, a.keys, a.key_scales, a, first_slot + start, first_slot + end);
     for (; start < end; start += KEYS) {
         cp_async_wait<0>();
@@ -106,7 +105,7 @@ __device__ __forceinline__ void attend_many(const Attention& a, int tokens) {
             unsigned low[4] = {above.x, below.x, above.y, below.y}, high[4] = {above.z, below.z, above.w, below.w};
 #pragma unroll
             for (int tile = 0; tile < KEYS / 8; tile++) {
-                uint4 key = keys[place<WIDTH>(tile * 8 + r, group * 4 + c)];
+                uint4 key = my_key[tile * 8 * units + (group * 4 ^ key_unit)];
                 mma_m16n8k16(scores[tile], low, key.x, key.y);
                 mma_m16n8k16(scores[tile], high, key.z, key.w);
             }
@@ -118,7 +117,7 @@ __device__ __forceinline__ void attend_many(const Attention& a, int tokens) {
         // In bits: the exponents of two.
         if (a.softcap != 0.0f)
 #pragma unroll
-            for (int i = 0; i < KEYS / 2; i++) scores[i / 4][i % 4] = tanhf(scores[i / 4][i % 4] * a.scale / a.softcap);
+            for (int i = 0; i < KEYS / 2; i++) scores[i / 4][i % 4] = tanhf(scores[i / 4][i % 4] * to_cap);
 #pragma unroll
         for (int i = 0; i < KEYS / 2; i++) scores[i / 4][i % 4] *= factor;
         if (start + KEYS > first_position + 1 || (a.window && start + a.window <= last_position))
@@ -154,7 +153,7 @@ __device__ __forceinline__ void attend_many(const Attention& a, int tokens) {
 #pragma unroll
             for (int tile = 0; tile < WIDTH / 8; tile += 2) {
                 unsigned value[4];
-                ldmatrix_transposed(value, &values[place<WIDTH>(step * 16 + lane % 16, tile + lane / 16)]);
+                ldmatrix_transposed(value, my_values[tile / 2] + step * 16 * units);
                 mma_m16n8k16(sums[tile], weights, value[0], value[1]);
                 mma_m16n8k16(sums[tile + 1], weights, value[2], value[3]);
             }
@@ -166,14 +165,14 @@ __device__ __forceinline__ void attend_many(const Attention& a, int tokens) {
         for (int step = 1; step < 4; step *= 2) total[h] += __shfl_xor_sync(0xffffffffu, total[h], step);
         if (rows[h] > last_row) continue;
         size_t row = index(rows[h]);
-        float* part = a.parts + (row * a.splits + split) * width;
+        float inverse = 1.0f / total[h], *part = a.parts + (row * a.splits + split) * width;
 #pragma unroll
         for (int tile = 0; tile < WIDTH / 8; tile++) {
             int d = tile * 8 + c * 2;
             float left = sums[tile][2 * h], right = sums[tile][2 * h + 1];
             if (d >= a.head_dim) break;
             if (a.splits > 1) part[d] = left, part[d + 1] = right;
-            else *(__half2*)(a.out + row * a.head_dim + d) = {to_half(left / total[h]), to_half(right / total[h])};
+            else *(__half2*)(a.out + row * a.head_dim + d) = {to_half(left * inverse), to_half(right * inverse)};
         }
         if (a.splits > 1 && c == 0) part[a.head_dim] = largest[h] * LN_2, part[a.head_dim + 1] = total[h];
     }
