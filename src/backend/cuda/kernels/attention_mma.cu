@@ -180,12 +180,14 @@ __device__ __forceinline__ void attend_many(const Attention& a, int tokens) {
         for (int row = block * ROWS; row <= last_row; row++) add_parts(a, index(row));
 }
 
-#define ATTEND_MANY(width, keys_of_a_tile)                                                                                                         \
-    KERNEL(128, 2) attend_many_##width(const __half* query, const byte* keys, const float* key_scales, const byte* values, const float* value_scales,  \
-                                    int kv_dtype, __half* out, float* parts, unsigned* arrivals, int splits, int heads, int kv_heads, int head_dim, \
-                                    int context, const int* position, int window, float scale, float softcap, int tokens) {                        \
-        attend_many<width, keys_of_a_tile>({query, keys, key_scales, values, value_scales, kv_dtype, out, parts, arrivals, splits, heads, kv_heads, \
-                                            head_dim, context, *position, window, scale, softcap}, tokens);                                        \
+#define ATTEND_MANY(width, keys_of_a_tile)                                                                                                          \
+    KERNEL_AT_ONCE(128, 2) attend_many_##width(const __half* query, const byte* keys, const float* key_scales, const byte* values,                   \
+                                               const float* value_scales, int kv_dtype, __half* out, float* parts, unsigned* arrivals, int splits,   \
+                                               int heads, int kv_heads, int head_dim, int context, const int* position, int window, float scale,     \
+                                               float softcap, int tokens) {                                                                         \
+        begin();                                                                                                                                     \
+        attend_many<width, keys_of_a_tile>({query, keys, key_scales, values, value_scales, kv_dtype, out, parts, arrivals, splits, heads, kv_heads,  \
+                                            head_dim, context, *position, window, scale, softcap}, tokens);                                         \
     }
 ATTEND_MANY(64, 64)
 ATTEND_MANY(128, 64)
