@@ -272,6 +272,9 @@ pub fn products_equal_the_reference(gpu: &Arc<Gpu>) {
             (70, 72, 66),
             (130, 20, 10),
             (70, 456, 65),
+            // Wide blocks, where a GPU has few multiprocessors.
+            (650, 330, 70),
+            (800, 136, 130),
             (18, 4200, 8),
             (3, 16_500, 1),
             (700, 1100, 1),
@@ -330,7 +333,9 @@ pub fn products_in_one_launch_are_those_of_each(gpu: &Arc<Gpu>) {
         [Storage::Int4, Storage::Int4, Storage::Int8],
         [Storage::Nl4, Storage::Plain(WeightDtype::Bf16), Storage::Int4],
     ]) {
-        for (rows, cols, tokens) in [([40, 7, 16], 72, 1), ([64, 130, 9], 100, 5), ([3, 65, 128], 33, 70)] {
+        for (rows, cols, tokens) in
+            [([40, 7, 16], 72, 1), ([64, 130, 9], 100, 5), ([3, 65, 128], 33, 70), ([300, 900, 70], 72, 70)]
+        {
             let x = halves(gpu, &random(tokens * cols, 5));
             let matrices: Vec<_> =
                 (0..3).map(|at| random_affine(gpu, storages[at], rows[at], cols, 30 + at as u64)).collect();
@@ -355,7 +360,7 @@ pub fn gates_are_applied_to_what_up_gives(gpu: &Arc<Gpu>) {
     let scratch = product_scratch(gpu);
     let pairs = STORAGES.map(|storage| [storage; 2]).into_iter().chain([[Storage::Int8, Storage::Nl4]]);
     for [gate_storage, up_storage] in pairs {
-        for (rows, cols, tokens) in [(1, 33, 1), (40, 72, 3), (17, 100, 8), (70, 40, 9), (130, 33, 66)] {
+        for (rows, cols, tokens) in [(1, 33, 1), (40, 72, 3), (17, 100, 8), (70, 40, 9), (130, 33, 66), (400, 72, 70)] {
             let what = format!("{gate_storage:?} and {up_storage:?}, {rows}×{cols}, {tokens} tokens");
             let x = halves(gpu, &random(tokens * cols, 5));
             let [gate, gate_bias] = random_affine(gpu, gate_storage, rows, cols, 40);
