@@ -14,7 +14,6 @@ mod infer;
 mod tree;
 
 use std::collections::BTreeMap;
-use std::fmt;
 
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
@@ -35,26 +34,6 @@ pub enum Mode {
     BalancedLowZero,
     /// `sequential`: every GPU is filled in turn.
     Sequential,
-}
-
-impl Mode {
-    /// All modes.
-    pub const ALL: [Self; 3] = [Self::Auto, Self::BalancedLowZero, Self::Sequential];
-
-    /// The name that Transformers gives it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Auto => "auto",
-            Self::BalancedLowZero => "balanced_low_0",
-            Self::Sequential => "sequential",
-        }
-    }
-}
-
-impl fmt::Display for Mode {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
-    }
 }
 
 /// A parameter or a buffer.
@@ -105,13 +84,6 @@ impl Placement {
     pub fn device_of(&self, path: &str) -> Option<DeviceId> {
         let at = longest_prefix(self.device_map.keys().map(String::as_str), path)?;
         self.device_map.values().nth(at).copied()
-    }
-
-    /// Whether Transformers refuses to load a model that bitsandbytes quantizes
-    /// this way: a part of it, but not all of it on the CPU, is off the GPUs.
-    pub fn is_refused_by_bitsandbytes(&self) -> bool {
-        let is_off = |device: &DeviceId| !matches!(device, DeviceId::Cuda(_));
-        self.device_map.values().any(is_off) && self.device_map.values().any(|device| *device != DeviceId::Cpu)
     }
 }
 
