@@ -24,9 +24,6 @@ pub struct Document {
 
 impl Document {
     /// Checks encoding and syntax of `bytes`.
-    ///
-    /// # Errors
-    /// [`crate::ErrorKind::Input`] with line and column.
     pub fn parse(name: impl Into<String>, bytes: Vec<u8>) -> Result<Self> {
         let name = name.into();
         let text = String::from_utf8(bytes).map_err(|e| {
@@ -132,9 +129,6 @@ impl<'a> Node<'a> {
     }
 
     /// The members of an object in their order.
-    ///
-    /// # Errors
-    /// The value is no object, a name stands twice, or the members are too many.
     pub fn members(&self) -> Result<Vec<Member<'a>>> {
         let pairs = serde_json::Deserializer::from_str(self.raw).deserialize_map(Pairs).map_err(|_| {
             if self.is_object() {
@@ -157,9 +151,6 @@ impl<'a> Node<'a> {
     }
 
     /// The elements of a list.
-    ///
-    /// # Errors
-    /// The value is no list.
     pub fn elements(&self) -> Result<Vec<Self>> {
         let raws =
             serde_json::Deserializer::from_str(self.raw).deserialize_seq(Elements).map_err(|_| self.wrong("a list"))?;
@@ -167,9 +158,6 @@ impl<'a> Node<'a> {
     }
 
     /// The value as a type that serde reads.
-    ///
-    /// # Errors
-    /// The value has another shape.
     pub fn parse<T: serde::Deserialize<'a>>(&self) -> Result<T> {
         serde_json::from_str(self.raw).map_err(|e| {
             // The value's own place is told instead; serde counts from its start.
@@ -179,25 +167,16 @@ impl<'a> Node<'a> {
     }
 
     /// A text.
-    ///
-    /// # Errors
-    /// The value is no text.
     pub fn text(&self) -> Result<String> {
         serde_json::from_str(self.raw).map_err(|_| self.wrong("a text"))
     }
 
     /// A whole number that is not negative.
-    ///
-    /// # Errors
-    /// The value is anything else.
     pub fn whole(&self) -> Result<u64> {
         serde_json::from_str(self.raw).map_err(|_| self.wrong("a whole number, 0 or more,"))
     }
 
     /// A finite number.
-    ///
-    /// # Errors
-    /// The value is anything else.
     pub fn number(&self) -> Result<f64> {
         serde_json::from_str(self.raw)
             .ok()
@@ -206,9 +185,6 @@ impl<'a> Node<'a> {
     }
 
     /// `true` or `false`.
-    ///
-    /// # Errors
-    /// The value is anything else.
     pub fn truth(&self) -> Result<bool> {
         serde_json::from_str(self.raw).map_err(|_| self.wrong("`true` or `false`"))
     }

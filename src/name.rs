@@ -37,9 +37,21 @@ impl fmt::Display for ParseNameError {
 
 impl std::error::Error for ParseNameError {}
 
-/// Prints, writes and parses a type that has `ALL` and `name()` by its names.
+/// Gives a type without fields its names: `ALL`, `name()`, and what prints, writes and parses it by them.
 macro_rules! named {
-    ($type:ty, $what:literal) => {
+    ($type:ty, $what:literal, { $($value:ident => $name:literal),+ $(,)? }) => {
+        impl $type {
+            /// All of them, in their order.
+            pub const ALL: [Self; [$($name),+].len()] = [$(Self::$value),+];
+
+            /// The name in flags and files.
+            pub fn name(self) -> &'static str {
+                match self {
+                    $(Self::$value => $name,)+
+                }
+            }
+        }
+
         impl std::fmt::Display for $type {
             fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 f.pad(self.name())

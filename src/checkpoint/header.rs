@@ -133,10 +133,6 @@ struct Entry {
 }
 
 /// The header's length, from the first bytes of a file of `file` bytes.
-///
-/// # Errors
-/// The file is too short for it, the length is beyond [`MAX_HEADER`], or the
-/// file is a Git LFS pointer.
 pub fn length(start: &[u8], file: Bytes) -> Result<usize, HeaderError> {
     if start.starts_with(&GIT_LFS_POINTER[..LENGTH_FIELD]) {
         return Err(HeaderError::GitLfsPointer);
@@ -158,9 +154,6 @@ pub fn length(start: &[u8], file: Bytes) -> Result<usize, HeaderError> {
 /// The tensors that the JSON `header` describes, in the order of their data,
 /// for a file of `file` bytes. Their ranges cover all bytes behind the header
 /// without a gap.
-///
-/// # Errors
-/// Anything in the header is not as the format has it.
 pub fn parse(header: Vec<u8>, file: Bytes) -> Result<Vec<TensorInfo>, HeaderError> {
     let data = (LENGTH_FIELD + header.len()) as u64;
     let second_judge = header.clone();

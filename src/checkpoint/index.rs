@@ -24,9 +24,6 @@ pub struct Index {
 
 impl Index {
     /// Reads the index of `source`.
-    ///
-    /// # Errors
-    /// The file is too large, no JSON, or not of the index's shape.
     pub fn read(source: &dyn Source) -> Result<Self> {
         let document = Document::parse(source.display(FILE), source.read(FILE, CAP)?)?;
         let root = document.root();

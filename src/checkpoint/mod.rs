@@ -57,9 +57,6 @@ pub struct Tensor {
 
 impl Checkpoint {
     /// Opens the checkpoint in a local directory.
-    ///
-    /// # Errors
-    /// As [`Checkpoint::read`].
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let name = path
@@ -111,9 +108,6 @@ impl Checkpoint {
 
 impl Checkpoint {
     /// The local directory that holds it.
-    ///
-    /// # Errors
-    /// None does.
     pub fn local_directory(&self) -> Result<&Path> {
         let nowhere = || Error::input(format!("`{}` is not in a local directory", self.name));
         self.directory.as_deref().ok_or_else(nowhere)

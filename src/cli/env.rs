@@ -93,9 +93,6 @@ mod hub {
 
     impl Environment {
         /// How the Hub is reached.
-        ///
-        /// # Errors
-        /// The token's file is there and cannot be read.
         pub fn hub(&self) -> Result<HubOptions> {
             let home = self.path("HF_HOME").unwrap_or_else(|| {
                 let cache = self.path("XDG_CACHE_HOME");

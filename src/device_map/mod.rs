@@ -59,17 +59,11 @@ struct Entry {
 
 impl DeviceMap {
     /// Reads a map from a file.
-    ///
-    /// # Errors
-    /// The file is missing or too large, or [`DeviceMap::parse`] refuses it.
     pub fn open(path: &Path) -> Result<Self> {
         Self::parse(&path.display().to_string(), fs::read_capped(path, CAP)?)
     }
 
     /// Reads a map from JSON; `origin` is its name in messages.
-    ///
-    /// # Errors
-    /// No JSON, duplicate keys, unknown keys of our form, or values that name no device or size.
     pub fn parse(origin: &str, json: Vec<u8>) -> Result<Self> {
         let document = Document::parse(origin, json)?;
         let members = document.root().members()?;

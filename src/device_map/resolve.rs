@@ -96,7 +96,7 @@ impl DeviceMap {
     fn expand(&self, tree: &ModuleTree) -> Result<Vec<Entry>> {
         let mut expanded = Vec::new();
         let mut seen = HashSet::new();
-        let blocks = tree.modules.iter().filter(|module| matches!(module.kind, ModuleKind::Block(_))).count();
+        let blocks = tree.modules.iter().filter(|module| module.is_block()).count();
         for entry in &self.entries {
             let paths = match block_range(&entry.path) {
                 Some((parent, first, last)) if parent == tree.blocks => {

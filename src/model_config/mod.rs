@@ -144,9 +144,6 @@ impl ModelConfig {
     }
 
     /// Reads and checks the text of a config.json; `origin` is its name in messages.
-    ///
-    /// # Errors
-    /// As [`ModelConfig::read`].
     pub fn parse(origin: &str, json: Vec<u8>) -> Result<Self> {
         let document = Document::parse(origin, json)?;
         let fields = Fields::of(document.root())?;

@@ -40,9 +40,6 @@ pub struct Placed<'a> {
 
 /// Every weight with its layout and its offset in the arena of its device;
 /// `devices` has one for every module of the tree.
-///
-/// # Errors
-/// A size is beyond what a plan can hold.
 pub fn lay_out<'a>(weights: &[Weight<'a>], devices: &[DeviceId], rules: &QuantizeRules) -> Result<Vec<Placed<'a>>> {
     let mut ends: BTreeMap<DeviceId, u64> = BTreeMap::new();
     weights

@@ -21,8 +21,8 @@ pub fn refine(subject: &Subject, options: &PlanOptions, plan: &Plan) -> Result<O
     let Some(losses) = losses(subject.checkpoint, &all)? else {
         return Ok(None);
     };
-    let has_gpus = plan.devices.iter().any(|device| matches!(device.id, DeviceId::Cuda(_)));
-    let is_meant = |device: DeviceId| matches!(device, DeviceId::Cuda(_)) == has_gpus;
+    let has_gpus = plan.devices.iter().any(|device| device.id.is_gpu());
+    let is_meant = |device: DeviceId| device.is_gpu() == has_gpus;
     let candidates: Vec<Candidate> = all
         .iter()
         .zip(losses)

@@ -3,12 +3,12 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::Strategy;
+use super::hf::Mode;
 use crate::bytes::{Bytes, MIB};
 use crate::checkpoint::Checkpoint;
 use crate::device_map::{DeviceMap, MaxMemory};
 use crate::error::{Error, Result};
-use crate::name::ParseNameError;
+use crate::name::{ParseNameError, named};
 use crate::quant::{KvDtype, QuantizeRules, Scheme};
 
 /// Bytes of every device that a plan leaves free, unless told otherwise.
@@ -42,6 +42,48 @@ pub struct PlanOptions {
     /// Whether the plan lists the bits and the measured error of each kind of module.
     pub kinds: bool,
 }
+
+/// How modules are placed where no device map says it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Strategy {
+    /// The fullest GPU has the least share of its memory taken.
+    #[default]
+    Balanced,
+    /// As few GPUs as hold the model.
+    Packed,
+    /// Each device is filled in turn.
+    Sequential,
+    /// The least predicted time for a token.
+    Fastest,
+    /// What Transformers chooses for `device_map="auto"`.
+    HfAuto,
+    /// What Transformers chooses for `balanced_low_0`.
+    HfBalancedLowZero,
+    /// What Transformers chooses for `sequential`.
+    HfSequential,
+}
+
+impl Strategy {
+    /// The mode of Transformers that it stands for, if it does.
+    pub fn transformers(self) -> Option<Mode> {
+        match self {
+            Self::HfAuto => Some(Mode::Auto),
+            Self::HfBalancedLowZero => Some(Mode::BalancedLowZero),
+            Self::HfSequential => Some(Mode::Sequential),
+            _ => None,
+        }
+    }
+}
+
+named!(Strategy, "a placement", {
+    Balanced => "balanced",
+    Packed => "packed",
+    Sequential => "sequential",
+    Fastest => "fastest",
+    HfAuto => "hf-auto",
+    HfBalancedLowZero => "hf-balanced_low_0",
+    HfSequential => "hf-sequential",
+});
 
 /// How the schemes are chosen.
 #[derive(Clone, Debug, PartialEq, Eq)]

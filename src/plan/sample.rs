@@ -72,9 +72,6 @@ struct ShardState {
 
 /// The loss of every group, in their order. `None` where the weights are not in a local directory,
 /// are packed already, or are ones that no scheme can pack: loading says which.
-///
-/// # Errors
-/// A shard cannot be read.
 pub fn losses(checkpoint: &Checkpoint, groups: &[Group]) -> Result<Option<Vec<Loss>>> {
     let Some(directory) = checkpoint.directory.as_deref().filter(|_| checkpoint.config.packed.is_none()) else {
         return Ok(None);

@@ -155,18 +155,10 @@ fn automatic(
     devices: &[DevicePlan],
     strategy: Strategy,
 ) -> Result<Vec<DeviceId>> {
-    let mut costs: Vec<placement::Cost> = modules
-        .iter()
-        .map(|module| placement::Cost {
-            weights: module.weights,
-            kv: module.kv_cache,
-            read: module.read,
-            is_block: module.is_block(),
-        })
-        .collect();
+    let mut modules = modules.to_vec();
     // A tied head costs nothing and runs where the embedding is.
-    if let Some(head) = costs.pop_if(|_| tree.tied) {
-        costs[0].read = head.read;
+    if let Some(head) = modules.pop_if(|_| tree.tied) {
+        modules[0].read = head.read;
     }
     let capacities: Vec<placement::Capacity> = devices
         .iter()
@@ -176,10 +168,10 @@ fn automatic(
         return Err(Error::usage("there is no device to place the model on"));
     }
     let mut placement = match strategy {
-        Strategy::Packed => placement::packed(&costs, &capacities),
-        Strategy::Sequential => placement::sequential(&costs, &capacities),
-        Strategy::Fastest => fastest(&costs, &capacities, &paces(devices)?),
-        _ => placement::balanced(&costs, &capacities),
+        Strategy::Packed => placement::packed(&modules, &capacities),
+        Strategy::Sequential => placement::sequential(&modules, &capacities),
+        Strategy::Fastest => fastest::fastest(&modules, &capacities, &paces(devices)?),
+        _ => placement::balanced(&modules, &capacities),
     };
     if tree.tied {
         placement.push(placement[0]);
@@ -252,7 +244,7 @@ fn check_devices(placement: &[DeviceId], inventory: &Inventory) -> Result<()> {
         error.hint(format!(
             "{first} is there but cannot be used: evenkeel needs compute capability 7.5 and the NVIDIA driver 550"
         ))
-    } else if matches!(first, DeviceId::Cuda(_)) {
+    } else if first.is_gpu() {
         error
             .hint(format!("no NVIDIA driver was found, or it shows no {first}; `--device-map auto` uses what is there"))
     } else {

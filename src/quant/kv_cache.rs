@@ -23,19 +23,6 @@ pub enum KvDtype {
 }
 
 impl KvDtype {
-    /// All of them.
-    pub const ALL: [Self; 4] = [Self::F32, Self::F16, Self::Bf16, Self::Int8];
-
-    /// The name in flags and maps.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::F16 => "f16",
-            Self::Bf16 => "bf16",
-            Self::Int8 => "int8",
-        }
-    }
-
     /// Bytes of a head's vector of `head_dim` elements without its scale.
     pub fn code_bytes(self, head_dim: usize) -> usize {
         match self {
@@ -101,7 +88,12 @@ impl KvDtype {
     }
 }
 
-named!(KvDtype, "a type of a KV cache");
+named!(KvDtype, "a type of a KV cache", {
+    F32 => "f32",
+    F16 => "f16",
+    Bf16 => "bf16",
+    Int8 => "int8",
+});
 
 #[cfg(test)]
 mod tests {

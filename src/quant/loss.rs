@@ -4,9 +4,6 @@ use super::{Matrix, MatrixLayout, PackedRows, QuantizeError, Storage, WeightDtyp
 
 /// The squared error of rows of `cols` weights in `storage`, and the squared weights.
 ///
-/// # Errors
-/// As [`quantize_rows`].
-///
 /// # Panics
 /// `storage` is plain.
 pub fn squared_error(

@@ -43,23 +43,16 @@ pub enum Scheme {
 }
 
 impl Scheme {
-    /// All schemes, most bits first.
-    pub const ALL: [Self; 4] = [Self::None, Self::Int8, Self::Int4, Self::Nl4];
     /// Those that every device computes, most bits first; a plan chooses among them.
     pub const AUTOMATIC: [Self; 3] = [Self::None, Self::Int8, Self::Int4];
-
-    /// The name in flags and maps.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::Int8 => "int8",
-            Self::Int4 => "int4",
-            Self::Nl4 => "nl4",
-        }
-    }
 }
 
-named!(Scheme, "a scheme");
+named!(Scheme, "a scheme", {
+    None => "none",
+    Int8 => "int8",
+    Int4 => "int4",
+    Nl4 => "nl4",
+});
 
 /// The dtypes that a checkpoint's weights may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -83,9 +83,6 @@ impl PackedRows {
 /// Quantizes whole rows, `weights` of `[rows][K]` in the checkpoint's dtype,
 /// into `packed`, on all threads of the pool.
 ///
-/// # Errors
-/// A weight is not finite, or a row's scale does not fit its type.
-///
 /// # Panics
 /// `layout` is of plain storage, which is copied and not quantized.
 pub fn quantize_rows(

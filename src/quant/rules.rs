@@ -53,9 +53,6 @@ impl QuantizeRules {
     }
 
     /// The rules that the weights of a checkpoint are packed by; `None` where they are not packed.
-    ///
-    /// # Errors
-    /// config.json names a scheme that is not known.
     pub fn of_checkpoint(config: &ModelConfig) -> Result<Option<Self>> {
         let rule = |(path, scheme): &(String, String)| match scheme.parse() {
             Ok(scheme) => Ok((path.clone(), scheme)),

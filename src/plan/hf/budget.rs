@@ -49,7 +49,7 @@ pub fn budgets(model: &Model, free: &MaxMemory, max_memory: Option<&MaxMemory>, 
 }
 
 fn balance(model: &Model, budgets: &mut BTreeMap<DeviceId, f64>, is_default: bool, low_zero: bool) -> Result<()> {
-    let is_gpu = |id: &DeviceId| matches!(id, DeviceId::Cuda(_));
+    let is_gpu = |id: &DeviceId| id.is_gpu();
     let usable: Vec<DeviceId> =
         budgets.iter().filter(|(id, budget)| is_gpu(id) && **budget > 0.0).map(|(id, _)| *id).collect();
     let Some((_, all_but_last)) = usable.split_last() else {

@@ -70,9 +70,7 @@ impl Flat {
     pub fn children(&self, node: usize) -> impl Iterator<Item = usize> {
         let end = self.nodes[node].end;
         let is_inside = move |at: &usize| *at < end;
-        std::iter::successors(Some(node + 1).filter(is_inside), move |at| {
-            Some(self.nodes[*at].end).filter(is_inside)
-        })
+        std::iter::successors(Some(node + 1).filter(is_inside), move |at| Some(self.nodes[*at].end).filter(is_inside))
     }
 
     /// The modules that a node holds itself.

@@ -90,9 +90,6 @@ impl Placement {
 /// What `from_pretrained(device_map=mode, max_memory=max_memory)` chooses where
 /// `free` bytes are free: those of every GPU as `mem_get_info` gives them, and
 /// those of the host.
-///
-/// # Errors
-/// Transformers fails: see [`budgets`] and [`infer_auto_device_map`].
 pub fn place(model: &Model, free: &MaxMemory, max_memory: Option<&MaxMemory>, mode: Mode) -> Result<Placement> {
     infer_auto_device_map(model, &budgets(model, free, max_memory, mode)?)
 }

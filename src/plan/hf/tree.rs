@@ -43,7 +43,7 @@ impl Quantization {
 pub fn tree_of(config: &ModelConfig, modules: &ModuleTree, dtype: WeightDtype, quantization: Quantization) -> Model {
     let mut root = Module::default();
     for module in &modules.modules {
-        let is_block = matches!(module.kind, ModuleKind::Block(_));
+        let is_block = module.is_block();
         descend(&mut root, &module.path).is_whole = is_block;
         let mut parameters: Vec<&Parameter> = module.parameters.iter().collect();
         parameters.sort_by_key(|parameter| parameter.role.is_norm());
