@@ -8,7 +8,7 @@
 use std::collections::HashSet;
 use std::fmt;
 
-use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use crate::error::{Error, Result, printable};
@@ -152,8 +152,7 @@ impl<'a> Node<'a> {
 
     /// The elements of a list.
     pub fn elements(&self) -> Result<Vec<Self>> {
-        let raws =
-            serde_json::Deserializer::from_str(self.raw).deserialize_seq(Elements).map_err(|_| self.wrong("a list"))?;
+        let raws: Vec<&RawValue> = serde_json::from_str(self.raw).map_err(|_| self.wrong("a list"))?;
         Ok(raws.into_iter().map(|raw| self.child(raw)).collect())
     }
 
@@ -208,24 +207,6 @@ impl<'de> Visitor<'de> for Pairs {
             pairs.push(pair);
         }
         Ok(pairs)
-    }
-}
-
-struct Elements;
-
-impl<'de> Visitor<'de> for Elements {
-    type Value = Vec<&'de RawValue>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a list")
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
-        let mut elements = Vec::new();
-        while let Some(element) = list.next_element()? {
-            elements.push(element);
-        }
-        Ok(elements)
     }
 }
 

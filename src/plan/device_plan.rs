@@ -124,7 +124,7 @@ impl DevicePlan {
 
     /// Bytes that the budget lacks.
     pub fn missing(&self) -> Bytes {
-        self.total().saturating_sub(self.budget)
+        self.total() - self.budget
     }
 }
 

@@ -107,11 +107,13 @@ impl FromStr for Quantize {
     type Err = ParseNameError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let names = || Scheme::ALL.into_iter().map(Scheme::name).chain(["auto"]);
         match text.parse::<Scheme>() {
             Ok(scheme) => Ok(scheme.into()),
             Err(_) if text == "auto" => Ok(Self::Auto),
-            Err(_) => Err(ParseNameError::new(text, "a scheme", names())),
+            Err(_) => {
+                let names: Vec<_> = Scheme::ALL.into_iter().map(Scheme::name).chain(["auto"]).collect();
+                Err(ParseNameError::new(text, "a scheme", &names))
+            }
         }
     }
 }
