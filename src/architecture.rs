@@ -212,7 +212,7 @@ fn block(config: &ModelConfig, blocks: &str, index: usize) -> Module {
     let has_experts = config.layers[index].has_experts;
     let experts = config.experts.map_or(0, |experts| experts.count);
     let mut parameters = Vec::new();
-    for (role, name) in config.family.block {
+    for (role, name) in config.family.block() {
         let mut push = |role, name: &str| push(&mut parameters, config, role, format!("{path}.{name}"));
         let expert: fn(usize) -> Role = match role {
             Role::ExpertGate(_) => Role::ExpertGate,
@@ -221,7 +221,7 @@ fn block(config: &ModelConfig, blocks: &str, index: usize) -> Module {
             Role::Router if !has_experts => continue,
             Role::Gate | Role::Up | Role::Down if has_experts => continue,
             _ => {
-                push(*role, name);
+                push(role, name);
                 continue;
             }
         };

@@ -226,7 +226,7 @@ pub fn cuda_workspace(config: &ModelConfig, context: usize) -> [Bytes; CUDA_BUFF
     const HALF: usize = 2;
     const WORD: usize = 4;
     let layout = WorkspaceLayout::new(config, chunk(context));
-    let roles = || config.family.block.iter().map(|(role, _)| *role);
+    let roles = || config.family.block().map(|(role, _)| role);
     let norms_outputs = roles().any(|role| matches!(role, Role::AttentionOutputNorm | Role::FeedForwardOutputNorm));
     let routed =
         if layout.routes > 0 { config.experts.map_or(0, |experts| layout.tokens * experts.per_token) } else { 0 };
