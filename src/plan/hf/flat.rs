@@ -45,22 +45,22 @@ pub struct Flat {
 impl Flat {
     pub fn new(model: &Model) -> Self {
         let mut flat = Self { nodes: Vec::new() };
-        flat.add(model, &model.root, String::new());
+        flat.add(model, &model.root, "");
         flat
     }
 
-    fn add(&mut self, model: &Model, module: &Module, path: String) {
+    fn add(&mut self, model: &Model, module: &Module, path: &str) {
         let at = self.nodes.len();
         let kind = if module.is_whole { Kind::Whole } else { Kind::Module };
-        self.nodes.push(Node { path: path.clone(), bytes: 0, end: at, kind });
+        self.nodes.push(Node { path: path.to_owned(), bytes: 0, end: at, kind });
         let parameters = module.parameters.iter().map(|tensor| (tensor, Kind::Parameter));
         for (Tensor { name, bytes }, kind) in parameters.chain(module.buffers.iter().map(|t| (t, Kind::Buffer))) {
-            let path = join(&path, name);
+            let path = join(path, name);
             let bytes = if model.ties.contains_key(&path) { 0 } else { bytes.0 };
             self.nodes.push(Node { path, bytes, end: self.nodes.len() + 1, kind });
         }
         for (name, child) in &module.children {
-            self.add(model, child, join(&path, name));
+            self.add(model, child, &join(path, name));
         }
         self.nodes[at].end = self.nodes.len();
         self.nodes[at].bytes = self.bytes(self.children(at));
