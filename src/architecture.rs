@@ -166,21 +166,14 @@ impl ModuleTree {
             }
             used.push(name);
         }
+        let name = &checkpoint.name;
         if !missing.is_empty() {
-            return Err(Error::input(format!(
-                "`{}` lacks {} that its config.json calls for: {}",
-                checkpoint.name,
-                tensors(missing.len()),
-                first_five(&missing)
-            )));
+            let (count, names) = (tensors(missing.len()), first_five(&missing));
+            return Err(Error::input(format!("`{name}` lacks {count} that its config.json calls for: {names}")));
         }
         if !mismatched.is_empty() {
-            return Err(Error::input(format!(
-                "`{}` contradicts its config.json in {}: {}",
-                checkpoint.name,
-                tensors(mismatched.len()),
-                first_five(&mismatched)
-            )));
+            let (count, names) = (tensors(mismatched.len()), first_five(&mismatched));
+            return Err(Error::input(format!("`{name}` contradicts its config.json in {count}: {names}")));
         }
         if used.len() == checkpoint.catalog.len() {
             return Ok(weights);
@@ -189,11 +182,10 @@ impl ModuleTree {
         let is_placeless = |name: &&String| !used.contains(name.as_str()) && !self.is_redundant(name);
         let placeless: Vec<_> = checkpoint.catalog.keys().filter(is_placeless).collect();
         if !placeless.is_empty() {
+            let count = tensors(placeless.len());
+            let names = first_five(placeless.into_iter().map(|name| printable(name)));
             return Err(Error::input(format!(
-                "`{}` holds {} that the model has no place for, so its config.json is not the whole truth: {}",
-                checkpoint.name,
-                tensors(placeless.len()),
-                first_five(placeless.into_iter().map(|name| printable(name)))
+                "`{name}` holds {count} that the model has no place for, so its config.json is not the whole truth: {names}"
             )));
         }
         Ok(weights)

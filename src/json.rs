@@ -7,6 +7,7 @@
 
 use std::collections::HashSet;
 use std::fmt;
+use std::str::FromStr;
 
 use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
@@ -173,6 +174,20 @@ impl<'a> Node<'a> {
     /// A whole number that is not negative.
     pub fn whole(&self) -> Result<u64> {
         serde_json::from_str(self.raw).map_err(|_| self.wrong("a whole number, 0 or more,"))
+    }
+
+    /// The value of `key`: a whole number from 1 to `max`.
+    pub fn size(&self, key: &str, max: u64) -> Result<usize> {
+        let number = self.whole()?;
+        usize::try_from(number)
+            .ok()
+            .filter(|_| (1..=max).contains(&number))
+            .ok_or_else(|| self.error(format!("`{key}` is {number}; it must be from 1 to {max}")))
+    }
+
+    /// A text as what it stands for.
+    pub fn spelled<T: FromStr<Err: fmt::Display>>(&self) -> Result<T> {
+        self.text()?.parse().map_err(|e| self.error(e))
     }
 
     /// A finite number.

@@ -3,7 +3,6 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::hf::Mode;
 use crate::bytes::{Bytes, MIB};
 use crate::checkpoint::Checkpoint;
 use crate::device_map::{DeviceMap, MaxMemory};
@@ -55,23 +54,19 @@ pub enum Strategy {
     Sequential,
     /// The least predicted time for a token.
     Fastest,
-    /// What Transformers chooses for `device_map="auto"`.
+    /// What Transformers chooses for `device_map="auto"`, which is `balanced`: every GPU but the last is limited
+    /// to a share of the model.
     HfAuto,
-    /// What Transformers chooses for `balanced_low_0`.
+    /// What Transformers chooses for `balanced_low_0`: with as little as possible on GPU 0.
     HfBalancedLowZero,
-    /// What Transformers chooses for `sequential`.
+    /// What Transformers chooses for `sequential`: every GPU is filled in turn.
     HfSequential,
 }
 
 impl Strategy {
-    /// The mode of Transformers that it stands for, if it does.
-    pub fn transformers(self) -> Option<Mode> {
-        match self {
-            Self::HfAuto => Some(Mode::Auto),
-            Self::HfBalancedLowZero => Some(Mode::BalancedLowZero),
-            Self::HfSequential => Some(Mode::Sequential),
-            _ => None,
-        }
+    /// Whether Transformers is asked.
+    pub fn is_transformers(self) -> bool {
+        matches!(self, Self::HfAuto | Self::HfBalancedLowZero | Self::HfSequential)
     }
 }
 

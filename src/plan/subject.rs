@@ -66,10 +66,8 @@ impl<'a> Subject<'a> {
             .collect();
         let placement = match &options.device_map {
             Some(map) => map.resolve(tree)?,
-            None => match options.strategy.transformers() {
-                Some(mode) => as_transformers(self, conditions, mode)?,
-                None => automatic(tree, &modules, &devices, options.strategy)?,
-            },
+            None if options.strategy.is_transformers() => as_transformers(self, conditions, options.strategy)?,
+            None => automatic(tree, &modules, &devices, options.strategy)?,
         };
         check_devices(&placement, inventory)?;
         for (module, device) in modules.iter_mut().zip(placement) {
@@ -192,19 +190,14 @@ fn paces(devices: &[DevicePlan]) -> Result<Vec<Pace>> {
 }
 
 /// What Transformers would choose, which sees free memory, our limits and the bytes of weights alone.
-fn as_transformers(subject: &Subject, conditions: &Conditions, mode: hf::Mode) -> Result<Vec<DeviceId>> {
+fn as_transformers(subject: &Subject, conditions: &Conditions, strategy: Strategy) -> Result<Vec<DeviceId>> {
     let Subject { checkpoint, inventory, tree, weights } = subject;
     let dtype = weights.iter().find_map(Weight::dtype).unwrap_or(WeightDtype::Bf16);
-    let quantization = match conditions.quantize.scheme("") {
-        Scheme::None => hf::Quantization::None,
-        Scheme::Int8 => hf::Quantization::EightBit,
-        Scheme::Int4 | Scheme::Nl4 => hf::Quantization::FourBit,
-    };
-    let model = hf::tree_of(&checkpoint.config, tree, dtype, quantization);
+    let model = hf::tree_of(&checkpoint.config, tree, dtype, conditions.quantize.scheme(""));
     let memory = inventory.devices.iter().filter(|device| device.id != DeviceId::Disk);
     let free: MaxMemory = memory.map(|device| (device.id, device.free)).collect();
     let limits = (!conditions.max_memory.is_empty()).then_some(&conditions.max_memory);
-    let placement = hf::place(&model, &free, limits, mode)?;
+    let placement = hf::place(&model, &free, limits, strategy)?;
     let device_of = |module: &Module| {
         let nowhere = || Error::input(format!("Transformers leaves `{}` without a device", module.path));
         placement.device_of(&module.path).ok_or_else(nowhere)

@@ -11,7 +11,6 @@
 mod groups;
 mod kv_cache;
 mod layout;
-mod loss;
 mod nl4;
 mod quantize;
 pub mod reference;
@@ -24,9 +23,8 @@ use crate::name::named;
 
 pub use kv_cache::KvDtype;
 pub use layout::{ALIGNMENT, GROUP_SIZE, Matrix, MatrixLayout, PACKED_ROW};
-pub use loss::squared_error;
 pub use nl4::{NL4_LEVELS, NL4_UNIT};
-pub use quantize::{PackedRows, QuantizeError, quantize_activations, quantize_rows};
+pub use quantize::{PackedRows, QuantizeError, quantize_activations, quantize_rows, squared_error};
 pub use rules::QuantizeRules;
 
 /// How the weights of a module are to be stored.

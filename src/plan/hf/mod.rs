@@ -15,6 +15,7 @@ mod tree;
 
 use std::collections::BTreeMap;
 
+use super::Strategy;
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::device_map::MaxMemory;
@@ -23,18 +24,7 @@ use crate::module_path::longest_prefix;
 
 pub use budget::budgets;
 pub use infer::{clean_device_map, infer_auto_device_map};
-pub use tree::{Quantization, tree_of};
-
-/// How the budgets are made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Mode {
-    /// `auto`, which is `balanced`: every GPU but the last is limited to a share of the model.
-    Auto,
-    /// `balanced_low_0`: as `auto`, with as little as possible on GPU 0.
-    BalancedLowZero,
-    /// `sequential`: every GPU is filled in turn.
-    Sequential,
-}
+pub use tree::tree_of;
 
 /// A parameter or a buffer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -87,11 +77,11 @@ impl Placement {
     }
 }
 
-/// What `from_pretrained(device_map=mode, max_memory=max_memory)` chooses where
+/// What `from_pretrained(device_map=strategy, max_memory=max_memory)` chooses where
 /// `free` bytes are free: those of every GPU as `mem_get_info` gives them, and
 /// those of the host.
-pub fn place(model: &Model, free: &MaxMemory, max_memory: Option<&MaxMemory>, mode: Mode) -> Result<Placement> {
-    infer_auto_device_map(model, &budgets(model, free, max_memory, mode)?)
+pub fn place(model: &Model, free: &MaxMemory, max_memory: Option<&MaxMemory>, strategy: Strategy) -> Result<Placement> {
+    infer_auto_device_map(model, &budgets(model, free, max_memory, strategy)?)
 }
 
 /// The path of `name` in the module at `path`.
