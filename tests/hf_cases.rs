@@ -13,6 +13,7 @@ use evenkeel::model_config::ModelConfig;
 use evenkeel::plan::Strategy;
 use evenkeel::plan::hf::{self, Model, Module, Placement, Tensor};
 use evenkeel::quant::{Scheme, WeightDtype};
+use indexmap::IndexMap;
 use serde_json::{Value, json};
 
 fn fixture(name: &str) -> Value {
@@ -95,7 +96,7 @@ fn module(tree: &Value, path: &str, whole: &[&str], quantization: Scheme) -> Mod
         };
         Tensor { name: name.to_owned(), bytes: Bytes(bytes) }
     };
-    let mut children = Vec::new();
+    let mut children = IndexMap::new();
     for child in list(&tree["children"]) {
         let names: Vec<String> = match child["names"].as_str().map(|names| names.split_once("..").unwrap()) {
             Some((first, last)) => {
@@ -105,7 +106,7 @@ fn module(tree: &Value, path: &str, whole: &[&str], quantization: Scheme) -> Mod
         };
         for name in names {
             let tree = module(&child["module"], &format!("{path}.{name}"), whole, quantization);
-            children.push((name, tree));
+            children.insert(name, tree);
         }
     }
     Module {

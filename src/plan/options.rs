@@ -123,11 +123,8 @@ impl fmt::Display for Quantize {
                 if count > MOST_RULES {
                     return write!(f, "mixed by {count} rules");
                 }
-                for (at, (path, scheme)) in rules.iter().enumerate() {
-                    let (comma, space) = (if at == 0 { "" } else { ", " }, if path.is_empty() { "" } else { " " });
-                    write!(f, "{comma}{path}{space}{scheme}")?;
-                }
-                Ok(())
+                let rule = |(path, scheme)| format!("{path} {scheme}").trim_start().to_owned();
+                f.write_str(&rules.iter().map(rule).collect::<Vec<_>>().join(", "))
             }
         }
     }

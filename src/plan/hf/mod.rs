@@ -15,6 +15,8 @@ mod tree;
 
 use std::collections::BTreeMap;
 
+use indexmap::IndexMap;
+
 use super::Strategy;
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
@@ -45,7 +47,7 @@ pub struct Module {
     /// Its own buffers, persistent or not.
     pub buffers: Vec<Tensor>,
     /// Its children and their names, in the order they are registered. A name has no dot.
-    pub children: Vec<(String, Module)>,
+    pub children: IndexMap<String, Module>,
 }
 
 /// A model to place.

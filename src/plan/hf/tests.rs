@@ -68,7 +68,7 @@ fn maps_of_small_models() {
 #[test]
 fn what_is_tied_goes_together() {
     let mut shared = small();
-    shared.children[0].1.parameters[0] = tensor("weight", 20);
+    shared.children[0].parameters[0] = tensor("weight", 20);
     let shared = tied(shared, &[("linear2.weight", "linear1.weight")]);
     assert_map(&shared, &json!({"0": 200, "1": 200}), &json!({"": 0}));
 

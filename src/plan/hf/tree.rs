@@ -87,11 +87,5 @@ const WEIGHT: &str = "weight";
 
 /// The module at `path` under `module`, made where it is not there yet.
 fn descend<'a>(module: &'a mut Module, path: &str) -> &'a mut Module {
-    path.split('.').fold(module, |module, name| {
-        let at = module.children.iter().position(|(child, _)| child == name).unwrap_or_else(|| {
-            module.children.push((name.to_owned(), Module::default()));
-            module.children.len() - 1
-        });
-        &mut module.children[at].1
-    })
+    path.split('.').fold(module, |module, name| module.children.entry(name.to_owned()).or_default())
 }
