@@ -630,11 +630,33 @@ pub fn rotation_equals_the_reference(gpu: &Arc<Gpu>) {
         for dtype in KvDtype::ALL {
             let queries = halves(gpu, &query);
             let cache = TestCache::new(gpu, dtype, head_dim, [&before, &before]);
-            let table = (pairs > 0).then(|| floats(gpu, &frequencies));
+            let table = floats(gpu, &frequencies);
+            let rope = (pairs > 0).then_some((&table, factor));
             let inputs = [&queries, &halves(gpu, &key), &halves(gpu, &value)];
-            gpu.rotate_and_store(&shape, inputs, &cache.cache(), &placed(gpu, position), table.as_ref(), factor)
-                .unwrap();
+            let (at, no_norms) = (placed(gpu, position), [None; 2]);
+            gpu.rotate_and_store(&shape, inputs, no_norms, &cache.cache(), &at, rope).unwrap();
             let what = format!("{shape:?}, {pairs} pairs, {dtype}");
+
+            // What is normalized on the way is what is normalized before.
+            let weights = [20, 21].map(|seed| vector(gpu, WeightDtype::Bf16, &random(head_dim, seed)));
+            let norm = |weight| Norm { kind: NormKind::Rms, epsilon: 1e-5, affine: Affine::new(weight, None) };
+            let norms = weights.each_ref().map(norm);
+            let [on_the_way, first] = [true, false].map(|on_the_way| {
+                let cache = TestCache::new(gpu, dtype, head_dim, [&before, &before]);
+                let (query, key) = (halves(gpu, &query), halves(gpu, &key));
+                let given = norms.each_ref().map(|norm| on_the_way.then_some(norm));
+                for (x, heads, norm) in [(&query, heads, &norms[0]), (&key, kv_heads, &norms[1])] {
+                    if !on_the_way {
+                        let (x, shape) = ((x, WeightDtype::F16), (tokens * heads, head_dim));
+                        gpu.normalize(Some(norm), x, shape, x.0, Output::F16, 1.0).unwrap();
+                    }
+                }
+                let inputs = [&query, &key, &halves(gpu, &value)];
+                gpu.rotate_and_store(&shape, inputs, given, &cache.cache(), &at, rope).unwrap();
+                [download(&query, WeightDtype::F16), cache.read_back(0, head_dim), cache.read_back(1, head_dim)]
+            });
+            assert_eq!(on_the_way, first, "{what}");
+
             near(&what, &download(&queries, WeightDtype::F16), &rotate(&query, heads), 1e-6, Output::F16);
             let stored = |rows: &[f64], unchanged: &[f32]| {
                 let mut all: Vec<f64> = unchanged.iter().map(|v| f64::from(*v)).collect();

@@ -374,9 +374,10 @@ impl Gpu {
         self.launch("normalize", (rows, 1), 256, &arguments.concat())
     }
 
-    /// Rotates queries and keys by their positions, and puts keys and values into the cache.
-    /// `position` holds that of `shape`, an i32; `frequencies` has an f32 for each pair that is rotated, or is not there; `factor` is that of
-    /// cosines and sines.
+    /// Normalizes the heads of queries and keys where there are norms for that, rotates them by their
+    /// positions, and puts keys and values into the cache.
+    /// `position` holds that of `shape`, an i32; a rope is an f32 for each pair that is rotated, and the factor
+    /// of cosines and sines.
     ///
     /// # Errors
     /// The driver fails.
@@ -387,31 +388,33 @@ impl Gpu {
         &self,
         shape: &Attention,
         [query, key, value]: [&Region; 3],
+        norms: [Option<&Norm>; 2],
         cache: &Cache,
         position: &Region,
-        frequencies: Option<&Region>,
-        factor: f32,
+        rope: Option<(&Region, f32)>,
     ) -> Result<()> {
         shape.check(query, cache);
         holds(position, 1, size_of::<i32>());
         for region in [key, value] {
             holds(region, shape.tokens * shape.kv_heads * shape.head_dim, HALF);
         }
-        let pairs = frequencies.map_or(0, |frequencies| frequencies.len() / FLOAT);
+        let pairs = rope.map_or(0, |(frequencies, _)| frequencies.len() / FLOAT);
         assert!(2 * pairs <= shape.head_dim, "more pairs than a head has");
         let numbers = [
-            pointer(frequencies),
+            pointer(rope.map(|(frequencies, _)| frequencies)),
             int(shape.heads),
             int(shape.kv_heads),
             int(shape.head_dim),
             int(2 * pairs),
             int(shape.context),
             Argument::Region(position),
-            Argument::F32(factor),
+            Argument::F32(rope.map_or(1.0, |(_, factor)| factor)),
         ];
         let grid = (shape.tokens, shape.heads + 2 * shape.kv_heads);
         let regions = [query, key, value].map(Argument::Region);
-        self.launch("rotate_and_store", grid, 128, &[&regions[..], &cache.arguments(), &numbers].concat())
+        let [of_query, of_key] = norms.map(|norm| NormArguments::new(norm, shape.head_dim));
+        let arguments = [&regions[..], &of_query.given(), &of_key.given(), &cache.arguments(), &numbers];
+        self.launch("rotate_and_store", grid, 128, &arguments.concat())
     }
 
     /// Attention of `query` over the cache, into `out`. `position` holds that of `shape`, an i32. The scratch is

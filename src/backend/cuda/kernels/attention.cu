@@ -5,7 +5,7 @@
 // [kv_heads][context] for int8, where an element is its code times its vector's scale, else not used.
 // Token t of the call stands at *position + t; it is in the GPU's memory, so that launches can be repeated
 // for the next token. head_dim: at most 512.
-#include "common.cuh"
+#include "norm.cuh"
 
 #define MAX_HEAD 512
 #define SPAN 128
@@ -14,26 +14,40 @@ __device__ __forceinline__ float load_kv(const byte* cache, int dtype, size_t i)
     return dtype == INT8 ? (float)((const signed char*)cache)[i] : load(cache, dtype, i);
 }
 
-// Rotates the pairs (i, i + rotary/2) of every head of the query, in place, and of the key by the
-// angle position * frequencies[i], times `factor`; the rest of a head stays. Stores key and value in
-// the cache; in int8 with the scale absmax / 127.
+// Normalizes every head of the query, in place, and of the key; see norm.cuh. Rotates their pairs
+// (i, i + rotary/2) by the angle position * frequencies[i], times `factor`; the rest of a head stays.
+// Stores key and value in the cache; in int8 with the scale absmax / 127.
 // frequencies: f32 [rotary / 2]; rotary: even, at most head_dim; 0 rotates nothing.
 // Launch: 128 threads, grid (tokens, heads + 2 * kv_heads).
-KERNEL(128) rotate_and_store(__half* query, const __half* key, const __half* value, byte* keys, float* key_scales, byte* values, float* value_scales,
-                             int kv_dtype, const float* frequencies, int heads, int kv_heads, int head_dim, int rotary, int context, const int* position, float factor) {
+#define NORM(of) int of##_kind, const void *of##_weight, int of##_weight_dtype, const void *of##_bias, int of##_bias_dtype, float of##_offset, float of##_epsilon
+#define GIVEN_NORM(of) {of##_kind, of##_weight, of##_weight_dtype, of##_bias, of##_bias_dtype, of##_offset, of##_epsilon}
+KERNEL(128) rotate_and_store(__half* query, const __half* key, const __half* value, NORM(query), NORM(key), byte* keys, float* key_scales, byte* values,
+                             float* value_scales, int kv_dtype, const float* frequencies, int heads, int kv_heads, int head_dim, int rotary, int context,
+                             const int* position, float factor) {
     begin();
-    __shared__ float vector[MAX_HEAD], scratch[4];
+    __shared__ float head_in[MAX_HEAD], vector[MAX_HEAD], scratch[4];
     int token = blockIdx.x, head = blockIdx.y, half_width = rotary / 2, at = *position + token;
     bool is_query = head < heads, is_key = !is_query && head < heads + kv_heads;
     if (!is_query) head = (head - heads) % kv_heads;
     const __half* from = is_query ? query + ((size_t)token * heads + head) * head_dim
                                   : (is_key ? key : value) + ((size_t)token * kv_heads + head) * head_dim;
+    Norm norm = {NONE, nullptr, 0, nullptr, 0, 0.0f, 0.0f};
+    if (is_query) norm = GIVEN_NORM(query);
+    else if (is_key) norm = GIVEN_NORM(key);
+    Moments of = moments(norm, from, F16, 0, head_dim, scratch);
+    for (int d = threadIdx.x * 8; d < head_dim; d += blockDim.x * 8) {
+        float v[8];
+        load8(from, F16, 0, d, head_dim, v);
+        normalize8(norm, of, d, head_dim, v);
+        for (int i = 0; i < 8 && d + i < head_dim; i++) head_in[d + i] = __half2float(to_half(v[i]));
+    }
+    __syncthreads();
     float largest = 0.0f;
     for (int d = threadIdx.x; d < head_dim; d += blockDim.x) {
-        float v = __half2float(from[d]);
+        float v = head_in[d];
         if ((is_query || is_key) && d < rotary) {
             int pair = d < half_width ? d : d - half_width;
-            float sine, cosine, other = __half2float(from[d < half_width ? d + half_width : d - half_width]);
+            float sine, cosine, other = head_in[d < half_width ? d + half_width : d - half_width];
             sincosf((float)at * frequencies[pair], &sine, &cosine);
             v = d < half_width ? v * (cosine * factor) - other * (sine * factor) : v * (cosine * factor) + other * (sine * factor);
         }
