@@ -451,15 +451,12 @@ fn one_each<T>(list: Node, count: usize, read: impl Fn(&Node) -> Result<T>) -> R
 }
 
 fn family(fields: &Fields) -> Result<&'static Family> {
-    let (node, what, names, of): (_, _, _, fn(&Family) -> &str) = match fields.optional("architectures") {
-        Some(node) => {
-            let names = node.elements()?.iter().map(Node::text).collect::<Result<Vec<_>>>()?;
-            (node, "architecture", names, |family| family.architecture)
-        }
-        None => {
-            let node = fields.required("model_type")?;
-            (node, "model type", vec![node.text()?], |family| family.model_type)
-        }
+    let (node, what, names, of): (_, _, _, fn(&Family) -> &str) = if let Some(node) = fields.optional("architectures") {
+        let names = node.elements()?.iter().map(Node::text).collect::<Result<Vec<_>>>()?;
+        (node, "architecture", names, |family| family.architecture)
+    } else {
+        let node = fields.required("model_type")?;
+        (node, "model type", vec![node.text()?], |family| family.model_type)
     };
     FAMILIES.iter().find(|family| names.iter().any(|name| name == of(family))).ok_or_else(|| {
         let names = first_five(names.iter().map(|name| printable(name)));

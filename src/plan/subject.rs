@@ -14,7 +14,7 @@ use crate::device::DeviceId;
 use crate::device_map::{DeviceMap, MaxMemory};
 use crate::error::{Error, Result, first_five};
 use crate::model_config::ModelConfig;
-use crate::quant::{QuantizeRules, Scheme, WeightDtype};
+use crate::quant::{QuantizeRules, WeightDtype};
 
 /// What is planned, and for what: a checkpoint whose tensors have been found, and a machine.
 pub struct Subject<'a> {
