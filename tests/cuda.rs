@@ -385,7 +385,7 @@ fn samplings() -> [Sampling; 3] {
 fn generated(model: &mut Model, options: &GenerateOptions) -> (Vec<u32>, String) {
     let mut generation = model.generate_from(&[1, 2, 3], options.clone(), &NEVER).unwrap();
     let mut tokens = Vec::new();
-    while let Some(piece) = generation.next() {
+    for piece in generation.by_ref() {
         match piece {
             Ok(piece) => tokens.extend(piece.token),
             Err(e) => return (tokens, e.to_string()),

@@ -79,7 +79,7 @@ impl<'a> Subject<'a> {
         let answers =
             devices.iter().filter(|device| device.driver_context > Bytes::ZERO).map(|_| memory::CUDA_ANSWERS).sum();
         if let Some(host) = devices.iter_mut().find(|device| device.id == DeviceId::Cpu) {
-            host.workspace = host.workspace + answers;
+            host.workspace += answers;
         }
         Ok(Plan {
             model: checkpoint.name.clone(),
