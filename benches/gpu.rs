@@ -7,10 +7,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use evenkeel::backend::cuda::{Affine, Attention, Cache, DeviceMatrix, Gpu, Output, Region};
+use evenkeel::backend::cuda::{Affine, Attention, Cache, DeviceMatrix, Gpu, Input, Output, Region, Scratch};
 use evenkeel::bytes::Bytes;
 use evenkeel::model_config::Activation;
-use evenkeel::plan::memory::{CudaAttention, KvLayout};
+use evenkeel::plan::memory::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS, CudaAttention, KvLayout};
 use evenkeel::quant::{KvDtype, MatrixLayout, Storage, WeightDtype};
 
 /// Zeros: what the kernels do does not depend on the numbers, but a GPU's clock may.
@@ -18,6 +18,12 @@ fn zeros(gpu: &Arc<Gpu>, len: usize) -> Region {
     let region = Region::new(&gpu.allocate("a benchmark", Bytes(len as u64)).expect("memory"), 0, len);
     region.clear().expect("a GPU that works");
     region
+}
+
+/// What blocks that share a product need.
+fn scratch(gpu: &Arc<Gpu>) -> Scratch {
+    let parts = zeros(gpu, CUDA_FEW_BLOCKS * CUDA_FEW_PARTS * 4);
+    Scratch { parts, arrivals: zeros(gpu, CUDA_FEW_BLOCKS * 4) }
 }
 
 /// The time of `count` launches, queued one behind the other.
@@ -51,6 +57,7 @@ fn kernels(criterion: &mut Criterion) {
             let kernels = [(&gpu, ""), (&plain, ", plain kernels")];
             for (gpu, which) in &kernels[..if quantized { 2 } else { 1 }] {
                 let matrix = DeviceMatrix::new(layout.clone(), zeros(gpu, size));
+                let scratch = scratch(gpu);
                 for tokens in [1, 8, 512] {
                     let (x, y) = (zeros(gpu, tokens * cols * 2), zeros(gpu, tokens * rows * 2));
                     group.throughput(Throughput::Bytes(size as u64));
@@ -58,7 +65,8 @@ fn kernels(criterion: &mut Criterion) {
                         bencher.iter_custom(|count| {
                             time(gpu, count, || {
                                 let affine = Affine::new(&matrix, None);
-                                gpu.matmul(&affine, &x, tokens, &y, Output::F16, 1.0).expect("a launch");
+                                let y = (&y, Output::F16, 1.0);
+                                gpu.matmul(&affine, Input::Half(&x), tokens, y, &scratch).expect("a launch");
                             })
                         });
                     });
@@ -85,7 +93,8 @@ fn launches(criterion: &mut Criterion) {
     let Ok(gpu) = Gpu::open(0) else { return };
     let mut group = criterion.benchmark_group("gpu");
     let (cols, wide) = (4096, 14_336);
-    let (x, y) = (zeros(&gpu, 2 * cols), zeros(&gpu, 2 * wide));
+    let (x, y, scratch) = (zeros(&gpu, 2 * cols), zeros(&gpu, 2 * wide), scratch(&gpu));
+    let x = Input::Half(&x);
     for (name, storage) in [("int8", Storage::Int8), ("int4", Storage::Int4)] {
         let matrices = [4096, 1024, 1024, wide, wide].map(|rows| {
             let layout = MatrixLayout::new(storage, rows, cols).expect("a size");
@@ -97,13 +106,14 @@ fn launches(criterion: &mut Criterion) {
         group.throughput(Throughput::Bytes(bytes(&matrices[..3])));
         group.bench_function(format!("{name} queries, keys and values, 1 token"), |bencher| {
             let parts = [(&query, &y), (&key, &y), (&value, &y)];
-            bencher.iter_custom(|count| time(&gpu, count, || gpu.matmuls(&parts, &x, 1).expect("a launch")));
+            bencher.iter_custom(|count| time(&gpu, count, || gpu.matmuls(&parts, x, 1, &scratch).expect("a launch")));
         });
         group.throughput(Throughput::Bytes(bytes(&matrices[3..])));
         group.bench_function(format!("{name} gate and up, 1 token"), |bencher| {
             bencher.iter_custom(|count| {
                 time(&gpu, count, || {
-                    gpu.gated(Activation::Silu, Some(&gate), &up, &x, 1, [&y, &y]).expect("a launch");
+                    let (pair, rooms) = ((Some(&gate), &up), [&y, &y]);
+                    gpu.gated(Activation::Silu, pair, x, 1, rooms, &scratch).expect("a launch");
                 })
             });
         });
@@ -127,7 +137,9 @@ fn attention(criterion: &mut Criterion) {
             scale: 0.1,
             softcap: 0.0,
         };
-        let scratch = CudaAttention::scratch(heads, kv_heads, head_dim, 1, context).map(|len| zeros(&gpu, len));
+        let scratch = CudaAttention::scratch(heads, kv_heads, head_dim, 1, context);
+        let [parts, arrivals] = scratch.map(|len| zeros(&gpu, len));
+        let scratch = Scratch { parts, arrivals };
         let position = zeros(&gpu, 4);
         position.fill(u32::try_from(shape.position).expect("a position")).expect("a GPU that works");
         let (query, out) = (zeros(&gpu, heads * head_dim * 2), zeros(&gpu, heads * head_dim * 2));
@@ -141,7 +153,7 @@ fn attention(criterion: &mut Criterion) {
             group.bench_function(format!("attention over {context} keys in {dtype}"), |bencher| {
                 bencher.iter_custom(|count| {
                     time(&gpu, count, || {
-                        gpu.attend(&shape, &query, &cache, &out, &position, scratch.each_ref()).expect("a launch");
+                        gpu.attend(&shape, &query, &cache, &out, &position, &scratch).expect("a launch");
                     })
                 });
             });

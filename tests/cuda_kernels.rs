@@ -12,8 +12,8 @@ macro_rules! on_the_stand_in {
         #[test]
         fn $case() {
             let Some((fake, _turn)) = fake_cuda::load("1GiB") else { return };
-            // With tensor cores and without.
-            for (streams, capability) in [("eager", "8.6"), ("lazy", "7.5")] {
+            // With tensor cores, where kernels begin early, and without.
+            for (streams, capability) in [("eager", "9.0"), ("lazy", "7.5")] {
                 fake.set("STREAMS", streams);
                 fake.set("CC", capability);
                 let gpu = Gpu::open(0).unwrap();

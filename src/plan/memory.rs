@@ -220,6 +220,12 @@ impl CudaAttention {
     }
 }
 
+/// The most blocks of threads that share out a product of a few tokens, and the f32 that each leaves: what
+/// it has of the first and of the last rows that it shares, for 16 rows and 8 tokens.
+pub const CUDA_FEW_BLOCKS: usize = 512;
+/// See [`CUDA_FEW_BLOCKS`].
+pub const CUDA_FEW_PARTS: usize = 2 * 16 * 8;
+
 /// Number of buffers in a GPU's workspace.
 pub const CUDA_BUFFERS: usize = 19;
 
@@ -227,7 +233,7 @@ pub const CUDA_BUFFERS: usize = 19;
 /// queries, keys, values and what attention gives; gate and up; what a half of
 /// a block gives where that is not added at once; the experts' scores, the
 /// inputs and the outputs of one, its tokens and their weights; logits, tokens,
-/// the frequencies of all ropes, what parts of attention leave, how many are done, and the position. Tokens are u32; normalized states, queries
+/// the frequencies of all ropes, what blocks that share attention or a product leave, how many are done, and the position. Tokens are u32; normalized states, queries
 /// to up, and the experts' inputs f16; all others f32.
 pub fn cuda_workspace(config: &ModelConfig, context: usize) -> [Bytes; CUDA_BUFFERS] {
     const HALF: usize = 2;
@@ -257,8 +263,8 @@ pub fn cuda_workspace(config: &ModelConfig, context: usize) -> [Bytes; CUDA_BUFF
         config.vocab_size * WORD,
         layout.tokens * WORD,
         rotated * WORD,
-        parts,
-        arrivals,
+        parts.max(CUDA_FEW_BLOCKS * CUDA_FEW_PARTS * WORD),
+        arrivals.max(CUDA_FEW_BLOCKS * WORD),
         WORD,
     ]
     .map(cuda_aligned)

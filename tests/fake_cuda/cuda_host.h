@@ -252,6 +252,10 @@ static inline __half2 map2(__half2 a, __half2 b, F f) {
 }  // namespace fk
 static inline __half2 __hsub2(__half2 a, __half2 b) { return fk::map2(a, b, [](float x, float y) { return x - y; }); }
 static inline __half2 __hmul2(__half2 a, __half2 b) { return fk::map2(a, b, [](float x, float y) { return x * y; }); }
+static inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
+    auto fma = [](__half x, __half y, __half z) { return __half{fk::float_to_half((float)((double)fk::half_to_float(x.x) * fk::half_to_float(y.x) + fk::half_to_float(z.x)))}; };
+    return {fma(a.x, b.x, c.x), fma(a.y, b.y, c.y)};
+}
 
 // ---- tensor cores and asynchronous copies ------------------------------------------------------
 namespace fk {
@@ -306,3 +310,5 @@ static inline void cp_async_16(void* to, const void* from) {
 static inline void cp_async_commit() {}
 template <int N>
 static inline void cp_async_wait() {}
+static inline uint4 load_once(const uint4* from, bool there) { return there ? *from : uint4{0, 0, 0, 0}; }
+static inline unsigned and_or(unsigned a, unsigned b, unsigned c) { return (a & b) | c; }

@@ -208,7 +208,22 @@ API cuModuleGetFunction(Function** out, Module* m, const char* name) {
     *out = slot.get();
     return CUDA_SUCCESS;
 }
-API cuLaunchKernel(Function* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned smem, void* hs, void** params, void**) {
+struct LaunchConfig {
+    unsigned gx, gy, gz, bx, by, bz, smem;
+    void* stream;
+    const void* attributes;
+    unsigned count;
+};
+// Attributes are not looked at: a kernel begins when the one before it has ended.
+API cuLaunchKernelEx(const LaunchConfig* c, Function* f, void** params, void**) {
     NEED_INIT();
-    return launch(f, {gx, gy, gz}, {bx, by, bz}, smem, hs, params);
+    NEED(c && (c->attributes || !c->count));
+    return launch(f, {c->gx, c->gy, c->gz}, {c->bx, c->by, c->bz}, c->smem, c->stream, params);
+}
+API cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, Function* f, int threads, size_t, unsigned) {
+    NEED_INIT();
+    if (!g_functions.has(f)) return CUDA_ERROR_INVALID_HANDLE;
+    NEED(blocks && threads > 0);
+    *blocks = 2;
+    return CUDA_SUCCESS;
 }

@@ -5,10 +5,10 @@
 
 use std::sync::Arc;
 
-use evenkeel::backend::cuda::{Affine, Attention, Cache, DeviceMatrix, Gpu, Norm, Output, Region};
+use evenkeel::backend::cuda::{Affine, Attention, Cache, DeviceMatrix, Gpu, Input, Norm, Output, Region, Scratch};
 use evenkeel::bytes::Bytes;
 use evenkeel::model_config::{Activation, NormKind};
-use evenkeel::plan::memory::{CudaAttention, KvLayout};
+use evenkeel::plan::memory::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS, CudaAttention, KvLayout};
 use evenkeel::quant::{KvDtype, Matrix, MatrixLayout, PackedRows, Storage, WeightDtype, quantize_rows, reference};
 use half::{bf16, f16};
 
@@ -25,6 +25,7 @@ macro_rules! every_case {
             products_equal_the_reference
             products_in_one_launch_are_those_of_each
             gates_are_applied_to_what_up_gives
+            hidden_states_are_normalized_on_the_way
             quantizing_is_bit_for_bit_the_hosts
             rotation_equals_the_reference
             the_best_logits_are_found
@@ -84,6 +85,18 @@ fn upload(gpu: &Arc<Gpu>, bytes: &[u8]) -> Region {
     let region = buffer(gpu, bytes.len());
     region.write(bytes).unwrap();
     region
+}
+
+/// What blocks that share a result need.
+fn scratch(gpu: &Arc<Gpu>, [parts, arrivals]: [usize; 2]) -> Scratch {
+    let scratch = Scratch { parts: buffer(gpu, parts), arrivals: buffer(gpu, arrivals) };
+    scratch.arrivals.clear().unwrap();
+    scratch
+}
+
+/// The same for products.
+fn product_scratch(gpu: &Arc<Gpu>) -> Scratch {
+    scratch(gpu, [CUDA_FEW_BLOCKS * CUDA_FEW_PARTS * 4, CUDA_FEW_BLOCKS * 4])
 }
 
 /// A position, as kernels read it.
@@ -237,6 +250,7 @@ pub fn what_cannot_be_packed_is_noticed(gpu: &Arc<Gpu>) {
 }
 
 pub fn products_equal_the_reference(gpu: &Arc<Gpu>) {
+    let scratch = product_scratch(gpu);
     for storage in STORAGES {
         for (rows, cols, tokens) in [
             (1, 1, 1),
@@ -252,6 +266,8 @@ pub fn products_equal_the_reference(gpu: &Arc<Gpu>) {
             (70, 456, 65),
             (18, 4200, 8),
             (3, 16_500, 1),
+            (700, 1100, 1),
+            (300, 2100, 3),
         ] {
             let layout = MatrixLayout::new(storage, rows, cols).unwrap();
             let bytes = packed(&layout, &random(rows * cols, 4));
@@ -265,7 +281,8 @@ pub fn products_equal_the_reference(gpu: &Arc<Gpu>) {
                 let bias = (output == Output::F32).then_some(&bias);
                 let dtype = if output == Output::F16 { WeightDtype::F16 } else { WeightDtype::F32 };
                 let y = upload(gpu, &encode(dtype, &before));
-                gpu.matmul(&Affine::new(&matrix, bias), &halves(gpu, &x), tokens, &y, output, factor).unwrap();
+                let (affine, x) = (Affine::new(&matrix, bias), halves(gpu, &x));
+                gpu.matmul(&affine, Input::Half(&x), tokens, (&y, output, factor), &scratch).unwrap();
                 let exact: Vec<f64> = product
                     .iter()
                     .enumerate()
@@ -281,7 +298,7 @@ pub fn products_equal_the_reference(gpu: &Arc<Gpu>) {
             let (first, last) = (rows / 3, rows - rows / 4);
             let y = buffer(gpu, tokens * (last - first) * 4);
             let affine = Affine::new(&matrix, Some(&bias)).slice(first..last);
-            gpu.matmul(&affine, &halves(gpu, &x), tokens, &y, Output::F32, 1.0).unwrap();
+            gpu.matmul(&affine, Input::Half(&halves(gpu, &x)), tokens, (&y, Output::F32, 1.0), &scratch).unwrap();
             let exact: Vec<f64> = (0..tokens)
                 .flat_map(|token| (first..last).map(move |row| (token, row)))
                 .map(|(token, row)| product[token * rows + row] + f64::from(shift[row]))
@@ -300,6 +317,7 @@ fn random_affine(gpu: &Arc<Gpu>, storage: Storage, rows: usize, cols: usize, see
 }
 
 pub fn products_in_one_launch_are_those_of_each(gpu: &Arc<Gpu>) {
+    let scratch = product_scratch(gpu);
     for storages in STORAGES.map(|storage| [storage; 3]).into_iter().chain([
         [Storage::Int4, Storage::Int4, Storage::Int8],
         [Storage::Nl4, Storage::Plain(WeightDtype::Bf16), Storage::Int4],
@@ -312,17 +330,21 @@ pub fn products_in_one_launch_are_those_of_each(gpu: &Arc<Gpu>) {
             let outputs = || rows.map(|rows| buffer(gpu, tokens * rows * 2));
             let (together, alone) = (outputs(), outputs());
             let parts: Vec<_> = affines.iter().zip(&together).collect();
-            gpu.matmuls(&parts, &x, tokens).unwrap();
+            gpu.matmuls(&parts, Input::Half(&x), tokens, &scratch).unwrap();
             for ((affine, y), together) in affines.iter().zip(&alone).zip(&together) {
-                gpu.matmul(affine, &x, tokens, y, Output::F16, 1.0).unwrap();
+                gpu.matmul(affine, Input::Half(&x), tokens, (y, Output::F16, 1.0), &scratch).unwrap();
                 let (y, together) = (download(y, WeightDtype::F16), download(together, WeightDtype::F16));
-                assert_eq!(together, y, "{storages:?}, {} rows of {cols}, {tokens} tokens", affine.rows());
+                let what = format!("{storages:?}, {} rows of {cols}, {tokens} tokens", affine.rows());
+                // What blocks share depends on all that is in the launch.
+                let exact: Vec<f64> = y.into_iter().map(f64::from).collect();
+                near(&what, &together, &exact, 1e-5, Output::F16);
             }
         }
     }
 }
 
 pub fn gates_are_applied_to_what_up_gives(gpu: &Arc<Gpu>) {
+    let scratch = product_scratch(gpu);
     let pairs = STORAGES.map(|storage| [storage; 2]).into_iter().chain([[Storage::Int8, Storage::Nl4]]);
     for [gate_storage, up_storage] in pairs {
         for (rows, cols, tokens) in [(1, 33, 1), (40, 72, 3), (17, 100, 8), (70, 40, 9), (130, 33, 66)] {
@@ -333,7 +355,7 @@ pub fn gates_are_applied_to_what_up_gives(gpu: &Arc<Gpu>) {
             let (gate, up) = (Affine::new(&gate, Some(&gate_bias)), Affine::new(&up, Some(&up_bias)));
             let [of_gate, of_up] = [&gate, &up].map(|affine| {
                 let y = buffer(gpu, tokens * rows * 4);
-                gpu.matmul(affine, &x, tokens, &y, Output::F32, 1.0).unwrap();
+                gpu.matmul(affine, Input::Half(&x), tokens, (&y, Output::F32, 1.0), &scratch).unwrap();
                 download(&y, WeightDtype::F32)
             });
             let silu = |x: f32| f64::from(x) / (1.0 + (-f64::from(x)).exp());
@@ -345,7 +367,8 @@ pub fn gates_are_applied_to_what_up_gives(gpu: &Arc<Gpu>) {
                     .collect();
                 let (y, apart) = (buffer(gpu, tokens * rows * 2), buffer(gpu, tokens * rows * 2));
                 let gate = has_gate.then_some(&gate);
-                gpu.gated(Activation::Silu, gate, &up, &x, tokens, [&y, &apart]).unwrap();
+                let rooms = [&y, &apart];
+                gpu.gated(Activation::Silu, (gate, &up), Input::Half(&x), tokens, rooms, &scratch).unwrap();
                 // Where both are multiplied apart, they are rounded to f16 between.
                 let tolerance = if gate_storage == up_storage { 1e-5 } else { 0.02 };
                 near(&what, &download(&y, WeightDtype::F16), &exact, tolerance, Output::F16);
@@ -354,7 +377,38 @@ pub fn gates_are_applied_to_what_up_gives(gpu: &Arc<Gpu>) {
     }
 }
 
+pub fn hidden_states_are_normalized_on_the_way(gpu: &Arc<Gpu>) {
+    let scratch = product_scratch(gpu);
+    for storage in STORAGES {
+        for (rows, cols, tokens) in [(40, 33, 1), (20, 72, 8), (330, 1100, 2), (70, 64, 9)] {
+            let [matrix, bias] = random_affine(gpu, storage, rows, cols, 50);
+            let other = random_affine(gpu, Storage::Int8, rows, cols, 51);
+            let (affine, other) = (Affine::new(&matrix, Some(&bias)), Affine::new(&other[0], None));
+            let states = floats(gpu, &random(tokens * cols, 52).iter().map(|v| v * 5.0 + 1.0).collect::<Vec<_>>());
+            let weight = vector(gpu, WeightDtype::Bf16, &random(cols, 53));
+            let shift = vector(gpu, WeightDtype::F32, &random(cols, 54));
+            for kind in [None, Some(NormKind::Rms), Some(NormKind::RmsPlusOne), Some(NormKind::Layer)] {
+                let bias = (kind == Some(NormKind::Layer)).then_some(&shift);
+                let norm = kind.map(|kind| Norm { kind, epsilon: 1e-5, affine: Affine::new(&weight, bias) });
+                let [before, normed] = [0; 2].map(|_| buffer(gpu, tokens * cols * 2));
+                let shape = (tokens, cols);
+                let f32 = WeightDtype::F32;
+                gpu.normalize(norm.as_ref(), (&states, f32), shape, &before, Output::F16, 1.0).unwrap();
+                let on_the_way = Input::Hidden { states: &states, norm: norm.as_ref(), normed: &normed };
+                let [ours, wanted] = [on_the_way, Input::Half(&before)].map(|x| {
+                    let [y, up, single, other_y] = [0; 4].map(|_| buffer(gpu, tokens * rows * 2));
+                    gpu.gated(Activation::Silu, (Some(&affine), &affine), x, tokens, [&y, &up], &scratch).unwrap();
+                    gpu.matmuls(&[(&affine, &single), (&other, &other_y)], x, tokens, &scratch).unwrap();
+                    [y, single, other_y].map(|y| download(&y, WeightDtype::F16))
+                });
+                assert_eq!(ours, wanted, "{kind:?}, {storage:?}, {rows}×{cols}, {tokens} tokens");
+            }
+        }
+    }
+}
+
 pub fn nan_and_what_overflows_stay_with_their_token(gpu: &Arc<Gpu>) {
+    let scratch = product_scratch(gpu);
     for storage in STORAGES {
         for (rows, cols, tokens) in [(17, 40, 4), (17, 40, 12)] {
             let layout = MatrixLayout::new(storage, rows, cols).unwrap();
@@ -363,7 +417,8 @@ pub fn nan_and_what_overflows_stay_with_their_token(gpu: &Arc<Gpu>) {
             x[cols + 3] = f32::NAN;
             x[2 * cols..3 * cols].fill(65504.0);
             let y = buffer(gpu, tokens * rows * 2);
-            gpu.matmul(&Affine::new(&matrix, None), &halves(gpu, &x), tokens, &y, Output::F16, 1.0).unwrap();
+            let (affine, x) = (Affine::new(&matrix, None), halves(gpu, &x));
+            gpu.matmul(&affine, Input::Half(&x), tokens, (&y, Output::F16, 1.0), &scratch).unwrap();
             for (i, y) in download(&y, WeightDtype::F16).iter().enumerate() {
                 let what = format!("{storage:?}, {tokens} tokens, element {i}: {y}");
                 match i / rows {
@@ -535,24 +590,15 @@ pub fn attention_equals_the_reference(gpu: &Arc<Gpu>) {
         let random_cache =
             |seed| random(kv_heads * context * head_dim, seed).iter().map(|v| v * 2.0).collect::<Vec<_>>();
         let query = rounded(&random(tokens * heads * head_dim, 13));
-        let [parts, arrivals] =
-            CudaAttention::scratch(heads, kv_heads, head_dim, tokens, context).map(|len| buffer(gpu, len));
-        arrivals.clear().unwrap();
+        let scratch = scratch(gpu, CudaAttention::scratch(heads, kv_heads, head_dim, tokens, context));
         for dtype in KvDtype::ALL {
             let cache = TestCache::new(gpu, dtype, head_dim, [&random_cache(14), &random_cache(15)]);
             let exact = attention(&shape, &query, &cache.stored[0], &cache.stored[1]);
             // A step leaves the counts as the next one needs them.
             for _ in 0..2 {
                 let out = buffer(gpu, tokens * heads * head_dim * 2);
-                gpu.attend(
-                    &shape,
-                    &halves(gpu, &query),
-                    &cache.cache(),
-                    &out,
-                    &placed(gpu, position),
-                    [&parts, &arrivals],
-                )
-                .unwrap();
+                let (query, cache) = (halves(gpu, &query), cache.cache());
+                gpu.attend(&shape, &query, &cache, &out, &placed(gpu, position), &scratch).unwrap();
                 near(&format!("{shape:?} {dtype}"), &download(&out, WeightDtype::F16), &exact, 1e-5, Output::F16);
             }
         }

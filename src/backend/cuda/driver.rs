@@ -6,14 +6,15 @@
 #![expect(unsafe_code, reason = "the driver's interface is C")]
 
 use std::collections::HashMap;
-use std::ffi::c_void;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use cudarc::driver::sys::CUdevice_attribute;
 use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, DriverError, result, sys};
 use cudarc::nvrtc::Ptx;
 
 use super::kernels::{MODULES, Module};
+use super::launch::ptx_for;
 use super::{GpuInfo, NEEDED_CAPABILITY};
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
@@ -63,22 +64,10 @@ pub struct Gpu {
     pub(super) capability: (i32, i32),
     pub(super) stream: Arc<CudaStream>,
     copies: Arc<CudaStream>,
-    functions: HashMap<&'static str, CudaFunction>,
+    pub(super) functions: HashMap<&'static str, CudaFunction>,
+    pub(super) multiprocessors: usize,
     /// Bytes of all buffers, now and at most.
     allocated: Mutex<(Bytes, Bytes)>,
-}
-
-/// What a kernel is given.
-#[derive(Clone, Copy)]
-pub enum Argument<'a> {
-    /// A pointer to the start of a region.
-    Region(&'a Region),
-    /// A null pointer.
-    Null,
-    /// A number.
-    I32(i32),
-    /// A number.
-    F32(f32),
 }
 
 impl Gpu {
@@ -102,7 +91,7 @@ impl Gpu {
             if gpu.capability < *needed && *needed > NEEDED_CAPABILITY {
                 continue;
             }
-            let module = gpu.context.load_module(Ptx::from_src(*ptx));
+            let module = gpu.context.load_module(Ptx::from_src(ptx_for(ptx, gpu.capability)));
             let module = module.map_err(|e| {
                 gpu.failure(&format!("cannot load the kernels `{name}`"), e).hint(
                     "evenkeel needs the NVIDIA driver 550 or newer, and a GPU of compute capability 7.5 or higher",
@@ -131,7 +120,12 @@ impl Gpu {
         let streams = || context.new_stream().map_err(|e| failed("cannot make a stream", e));
         let (stream, copies) = (streams()?, streams()?);
         let capability = context.compute_capability().map_err(|e| failed("does not tell its compute capability", e))?;
-        Ok(Self { index, context, capability, stream, copies, functions: HashMap::new(), allocated: Mutex::default() })
+        let attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let multiprocessors =
+            context.attribute(attribute).map_err(|e| failed("does not tell its number of multiprocessors", e))?;
+        let multiprocessors = usize::try_from(multiprocessors).unwrap_or(0).max(1);
+        let (functions, allocated) = (HashMap::new(), Mutex::default());
+        Ok(Self { index, context, capability, stream, copies, functions, multiprocessors, allocated })
     }
 
     /// Its name in maps.
@@ -188,42 +182,6 @@ impl Gpu {
         Ok(Pinned { gpu: Arc::clone(self), pointer: pointer.cast(), len })
     }
 
-    /// Queues a kernel on the compute stream: `grid` blocks of `threads` threads.
-    ///
-    /// The caller, in kernels.rs, answers for the arguments: they are those of
-    /// the kernel's declaration, and the regions as large as it says.
-    pub(super) fn launch(
-        &self,
-        kernel: &'static str,
-        grid: (usize, usize),
-        threads: u32,
-        arguments: &[Argument],
-    ) -> Result<()> {
-        let what = || format!("cannot run the kernel `{kernel}`");
-        let dimension =
-            |n| u32::try_from(n).map_err(|_| Error::input(format!("{} {}: its grid is too large", self.id(), what())));
-        let grid = (dimension(grid.0)?, dimension(grid.1)?, 1);
-        let mut values: Vec<u64> = arguments
-            .iter()
-            .map(|argument| match argument {
-                Argument::Region(region) => region.pointer(),
-                Argument::Null => 0,
-                Argument::I32(number) => u64::from(number.cast_unsigned()),
-                Argument::F32(number) => u64::from(number.to_bits()),
-            })
-            .collect();
-        let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect();
-        self.bind()?;
-        let function = self.functions[kernel].cu_function();
-        // SAFETY: the function is loaded in the bound context, and each argument points to at least
-        // as many little-endian bytes as the kernel reads. Regions outlive the launch: a buffer is
-        // freed by the driver only when the GPU is idle.
-        let launched = unsafe {
-            result::launch_kernel(function, grid, (threads, 1, 1), 0, self.stream.cu_stream(), &mut pointers)
-        };
-        launched.map_err(|e| self.failure(&what(), e))
-    }
-
     /// Waits until everything that was queued is done.
     ///
     /// # Errors
@@ -249,7 +207,7 @@ impl Gpu {
         event.synchronize().map_err(|e| self.failure("has failed at work that was queued", e))
     }
 
-    fn bind(&self) -> Result<()> {
+    pub(super) fn bind(&self) -> Result<()> {
         self.context.bind_to_thread().map_err(|e| self.failure("cannot be used", e))
     }
 
@@ -338,7 +296,7 @@ impl Region {
         Arc::ptr_eq(&self.buffer, &other.buffer) && (self.offset, self.len) == (other.offset, other.len)
     }
 
-    fn pointer(&self) -> u64 {
+    pub(super) fn pointer(&self) -> u64 {
         self.buffer.pointer + self.offset as u64
     }
 

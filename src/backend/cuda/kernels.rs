@@ -4,10 +4,12 @@
 use std::ops::Range;
 
 use super::NEEDED_CAPABILITY;
-use super::driver::{Argument, Gpu, Region};
-use super::operands::{Affine, Attention, Cache, DeviceMatrix, FLOAT, HALF, Norm, Output, holds};
+use super::driver::{Gpu, Region};
+use super::launch::Argument;
+use super::operands::{Affine, Attention, Cache, DeviceMatrix, FLOAT, HALF, Input, Norm, Output, Scratch, holds};
 use crate::error::Result;
 use crate::model_config::{Activation, NormKind};
+use crate::plan::memory::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS};
 use crate::quant::{Storage, WeightDtype};
 
 /// The first compute capability whose tensor cores the kernels use.
@@ -63,9 +65,11 @@ pub(super) const MODULES: &[Module] = &[
 
 /// The most tokens that take the kernels which read each weight once, `few_…` and `mma_few_…`.
 const FEW: usize = 8;
-/// Rows of a block of these: without tensor cores, and with them.
+/// Rows of a block of `few_…`.
 const FEW_SLOTS: usize = 8;
+/// Rows of a unit of `mma_few_…`, and its bytes of codes of each.
 const MMA_FEW_SLOTS: usize = 16;
+const MMA_FEW_BYTES: usize = 512;
 /// Rows and tokens of a block of the others.
 const TILE: usize = 64;
 /// The most matrices that one launch multiplies.
@@ -114,6 +118,47 @@ fn vector(matrix: Option<&DeviceMatrix>, range: Range<usize>) -> (Option<Region>
     (Some(elements), Argument::I32(dtype_number(dtype)))
 }
 
+/// What becomes of the sums of a product.
+#[derive(Clone, Copy)]
+struct Epilogue {
+    output: Output,
+    factor: f32,
+    activation: Option<Activation>,
+}
+
+impl Epilogue {
+    const PLAIN: Self = Self { output: Output::F16, factor: 1.0, activation: None };
+}
+
+/// A norm as kernels take it; see norm.cuh.
+struct NormArguments {
+    kind: i32,
+    vectors: [(Option<Region>, Argument<'static>); 2],
+    offset: f32,
+    epsilon: f32,
+}
+
+impl NormArguments {
+    fn new(norm: Option<&Norm>, width: usize) -> Self {
+        let (kind, offset) = match norm.map(|norm| norm.kind) {
+            Some(NormKind::Rms) => (0, 0.0),
+            Some(NormKind::RmsPlusOne) => (0, 1.0),
+            Some(NormKind::Layer) => (1, 0.0),
+            None => (2, 0.0),
+        };
+        let [weight, bias] = [norm.map(|norm| norm.affine.weight), norm.and_then(|norm| norm.affine.bias)];
+        let vectors = [weight, bias].map(|of| vector(of, 0..width));
+        Self { kind, vectors, offset, epsilon: norm.map_or(0.0, |norm| norm.epsilon) }
+    }
+
+    fn given(&self) -> [Argument<'_>; 7] {
+        let [(weight, weight_dtype), (bias, bias_dtype)] = &self.vectors;
+        let (weight, bias) = (pointer(weight.as_ref()), pointer(bias.as_ref()));
+        let [offset, epsilon] = [self.offset, self.epsilon].map(Argument::F32);
+        [Argument::I32(self.kind), weight, *weight_dtype, bias, *bias_dtype, offset, epsilon]
+    }
+}
+
 /// Every launch is queued on the compute stream.
 impl Gpu {
     /// Packs `rows` rows of `dtype` from `weights` into `matrix` from row `first` on. Sets the u32
@@ -150,7 +195,7 @@ impl Gpu {
         self.launch(kernel, (rows, 1), threads, &[&head[..], &sections, &[Argument::Region(failed)]].concat())
     }
 
-    /// `y = factor · (x · wᵀ + bias)` for `tokens` rows of f16 in `x`.
+    /// `y = factor · (x · wᵀ + bias)` for `tokens` rows in `x`.
     ///
     /// # Errors
     /// The driver fails.
@@ -160,13 +205,12 @@ impl Gpu {
     pub fn matmul(
         &self,
         affine: &Affine,
-        x: &Region,
+        x: Input,
         tokens: usize,
-        y: &Region,
-        output: Output,
-        factor: f32,
+        (y, output, factor): (&Region, Output, f32),
+        scratch: &Scratch,
     ) -> Result<()> {
-        self.product(&[(affine, y)], x, tokens, output, factor, None)
+        self.product(&[(affine, y)], x, tokens, Epilogue { output, factor, activation: None }, scratch)
     }
 
     /// [`Gpu::matmul`] of the same `x` into f16 for several matrices, in one launch where their storage is one.
@@ -176,10 +220,11 @@ impl Gpu {
     ///
     /// # Panics
     /// A region is shorter than the shapes say.
-    pub fn matmuls(&self, parts: &[(&Affine, &Region)], x: &Region, tokens: usize) -> Result<()> {
+    pub fn matmuls(&self, parts: &[(&Affine, &Region)], x: Input, tokens: usize, scratch: &Scratch) -> Result<()> {
         let storage = |part: &(&Affine, &Region)| part.0.weight.layout.storage;
-        let mut launches = parts.chunk_by(|a, b| storage(a) == storage(b)).flat_map(|same| same.chunks(MATRICES));
-        launches.try_for_each(|parts| self.product(parts, x, tokens, Output::F16, 1.0, None))
+        let launches = || parts.chunk_by(|a, b| storage(a) == storage(b)).flat_map(|same| same.chunks(MATRICES));
+        let x = if launches().count() > 1 { self.half(x, (tokens, parts[0].0.cols()))? } else { x };
+        launches().try_for_each(|parts| self.product(parts, x, tokens, Epilogue::PLAIN, scratch))
     }
 
     /// `y = activation(gate(x)) · up(x)`, or without a gate `activation(up(x))`, in f16. Where gate and up
@@ -193,54 +238,71 @@ impl Gpu {
     pub fn gated(
         &self,
         activation: Activation,
-        gate: Option<&Affine>,
-        up: &Affine,
-        x: &Region,
+        (gate, up): (Option<&Affine>, &Affine),
+        x: Input,
         tokens: usize,
         [y, apart]: [&Region; 2],
+        scratch: &Scratch,
     ) -> Result<()> {
+        let activated = Epilogue { activation: Some(activation), ..Epilogue::PLAIN };
         match gate {
             Some(gate) if gate.weight.layout.storage != up.weight.layout.storage => {
-                self.matmuls(&[(gate, y), (up, apart)], x, tokens)?;
+                self.matmuls(&[(gate, y), (up, apart)], x, tokens, scratch)?;
                 self.activate(activation, y, Some(apart), tokens * up.rows())
             }
-            Some(gate) => self.product(&[(gate, y), (up, y)], x, tokens, Output::F16, 1.0, Some(activation)),
-            None => self.product(&[(up, y)], x, tokens, Output::F16, 1.0, Some(activation)),
+            Some(gate) => self.product(&[(gate, y), (up, y)], x, tokens, activated, scratch),
+            None => self.product(&[(up, y)], x, tokens, activated, scratch),
         }
+    }
+
+    /// An input as rows of f16, normalized now where it is not yet. The shape is rows and their width.
+    ///
+    /// # Errors
+    /// The driver fails.
+    ///
+    /// # Panics
+    /// A region is shorter than the shapes say.
+    pub fn half<'a>(&self, x: Input<'a>, shape: (usize, usize)) -> Result<Input<'a>> {
+        if let Input::Hidden { states, norm, normed } = x {
+            self.normalize(norm, (states, WeightDtype::F32), shape, normed, Output::F16, 1.0)?;
+            return Ok(Input::Half(normed));
+        }
+        Ok(x)
     }
 
     /// A launch of matrices of one storage; with an activation, of one, or of gate and up.
     fn product(
         &self,
         parts: &[(&Affine, &Region)],
-        x: &Region,
+        x: Input,
         tokens: usize,
-        output: Output,
-        factor: f32,
-        activation: Option<Activation>,
+        epilogue: Epilogue,
+        scratch: &Scratch,
     ) -> Result<()> {
         let (cols, storage) = (parts[0].0.cols(), parts[0].0.weight.layout.storage);
         assert!(parts.len() <= MATRICES, "more matrices than a launch takes");
         assert!(parts.iter().all(|(affine, _)| affine.cols() == cols && affine.weight.layout.storage == storage));
-        holds(x, tokens * cols, HALF);
         let mma = self.capability >= TENSOR_CORES;
-        let (names, few_slots, many_threads) = match storage {
-            Storage::Plain(WeightDtype::Bf16) => (["few_bf16", "many_bf16"], FEW_SLOTS, 256),
-            Storage::Plain(WeightDtype::F16) => (["few_f16", "many_f16"], FEW_SLOTS, 256),
-            Storage::Plain(WeightDtype::F32) => (["few_f32", "many_f32"], FEW_SLOTS, 256),
-            Storage::Int8 if mma => (["mma_few_int8", "mma_many_int8"], MMA_FEW_SLOTS, 128),
-            Storage::Int4 if mma => (["mma_few_int4", "mma_many_int4"], MMA_FEW_SLOTS, 128),
-            Storage::Nl4 if mma => (["mma_few_nl4", "mma_many_nl4"], MMA_FEW_SLOTS, 128),
-            Storage::Int8 => (["few_int8", "many_int8"], FEW_SLOTS, 256),
-            Storage::Int4 => (["few_int4", "many_int4"], FEW_SLOTS, 256),
-            Storage::Nl4 => (["few_nl4", "many_nl4"], FEW_SLOTS, 256),
+        let (names, many_threads) = match storage {
+            Storage::Plain(WeightDtype::Bf16) => (["few_bf16", "many_bf16"], 256),
+            Storage::Plain(WeightDtype::F16) => (["few_f16", "many_f16"], 256),
+            Storage::Plain(WeightDtype::F32) => (["few_f32", "many_f32"], 256),
+            Storage::Int8 if mma => (["mma_few_int8", "mma_many_int8"], 128),
+            Storage::Int4 if mma => (["mma_few_int4", "mma_many_int4"], 128),
+            Storage::Nl4 if mma => (["mma_few_nl4", "mma_many_nl4"], 128),
+            Storage::Int8 => (["few_int8", "many_int8"], 256),
+            Storage::Int4 => (["few_int4", "many_int4"], 256),
+            Storage::Nl4 => (["few_nl4", "many_nl4"], 256),
         };
-        let (kernel, slots, tiles, threads) = if tokens <= FEW {
-            (names[0], few_slots, 1, 256)
-        } else {
-            (names[1], TILE, tokens.div_ceil(TILE), many_threads)
+        let mma_few = mma && tokens <= FEW && !matches!(storage, Storage::Plain(_));
+        let x = if mma_few { x } else { self.half(x, (tokens, cols))? };
+        let (states, norm, dtype) = match x {
+            Input::Half(x) => (x, None, WeightDtype::F16),
+            Input::Hidden { states, norm, .. } => (states, norm, WeightDtype::F32),
         };
-        let blocks = match (activation, parts) {
+        holds(states, tokens * cols, dtype.size());
+
+        let blocks_of = |slots: usize| match (epilogue.activation, parts) {
             (Some(_), [(gate, _), (up, _)]) => {
                 assert!(gate.rows() == up.rows(), "a gate of another size");
                 gate.rows().div_ceil(slots / 2)
@@ -250,7 +312,7 @@ impl Gpu {
         let given: Vec<_> = parts
             .iter()
             .map(|(affine, y)| {
-                holds(y, tokens * affine.rows(), output.size());
+                holds(y, tokens * affine.rows(), epilogue.output.size());
                 let sections = affine.weight.sections(affine.rows.start);
                 (sections, affine.rows(), vector(affine.bias, affine.rows.clone()), *y)
             })
@@ -264,15 +326,24 @@ impl Gpu {
         for _ in given.len()..MATRICES {
             arguments.extend([null, null, null, zero, null, zero, null]);
         }
-        arguments.extend([
-            int(cols),
-            Argument::Region(x),
-            int(tokens),
-            Argument::I32(output as i32),
-            Argument::F32(factor),
-            Argument::I32(activation.map_or(-1, activation_number)),
-        ]);
-        self.launch(kernel, (blocks, tiles), threads, &arguments)
+        arguments.extend([int(cols), Argument::Region(states)]);
+        arguments.extend(mma_few.then_some(Argument::I32(dtype_number(dtype))));
+        arguments.extend([int(tokens), Argument::I32(epilogue.output as i32), Argument::F32(epilogue.factor)]);
+        arguments.push(Argument::I32(epilogue.activation.map_or(-1, activation_number)));
+        if !mma_few {
+            let few = tokens <= FEW;
+            let (slots, tiles) = if few { (FEW_SLOTS, 1) } else { (TILE, tokens.div_ceil(TILE)) };
+            let (name, threads) = if few { (names[0], 256) } else { (names[1], many_threads) };
+            return self.launch(name, (blocks_of(slots), tiles), threads, &arguments);
+        }
+        let code_row = parts[0].0.weight.layout.code_row;
+        let units: usize = blocks_of(MMA_FEW_SLOTS) * code_row.div_ceil(MMA_FEW_BYTES);
+        let blocks = units.min(self.blocks_at_once(names[0], 256)?).min(CUDA_FEW_BLOCKS);
+        scratch.holds(blocks * CUDA_FEW_PARTS, blocks);
+        let norm = NormArguments::new(norm, cols);
+        arguments.extend(norm.given());
+        arguments.extend([Argument::Region(&scratch.parts), Argument::Region(&scratch.arrivals)]);
+        self.launch(names[0], (blocks, 1), 256, &arguments)
     }
 
     /// `factor` times a norm of `rows` rows of `dtype` in `x`; without one, times the rows as they are.
@@ -294,30 +365,13 @@ impl Gpu {
     ) -> Result<()> {
         holds(x, rows * width, dtype.size());
         holds(y, rows * width, output.size());
-        let (weight, weight_dtype) = vector(norm.map(|norm| norm.affine.weight), 0..width);
-        let (bias, bias_dtype) = vector(norm.and_then(|norm| norm.affine.bias), 0..width);
-        let (kind, offset) = match norm.map(|norm| norm.kind) {
-            Some(NormKind::Rms) => (0, 0.0),
-            Some(NormKind::RmsPlusOne) => (0, 1.0),
-            Some(NormKind::Layer) => (1, 0.0),
-            None => (2, 0.0),
-        };
+        let norm = NormArguments::new(norm, width);
         let arguments = [
-            Argument::Region(x),
-            Argument::I32(dtype_number(dtype)),
-            pointer(weight.as_ref()),
-            weight_dtype,
-            pointer(bias.as_ref()),
-            bias_dtype,
-            Argument::F32(offset),
-            Argument::Region(y),
-            Argument::I32(output as i32),
-            int(width),
-            Argument::I32(kind),
-            Argument::F32(norm.map_or(0.0, |norm| norm.epsilon)),
-            Argument::F32(factor),
+            &[Argument::Region(x), Argument::I32(dtype_number(dtype))],
+            &norm.given()[..],
+            &[Argument::Region(y), Argument::I32(output as i32), int(width), Argument::F32(factor)],
         ];
-        self.launch("normalize", (rows, 1), 256, &arguments)
+        self.launch("normalize", (rows, 1), 256, &arguments.concat())
     }
 
     /// Rotates queries and keys by their positions, and puts keys and values into the cache.
@@ -375,7 +429,7 @@ impl Gpu {
         cache: &Cache,
         out: &Region,
         position: &Region,
-        [parts, arrivals]: [&Region; 2],
+        scratch: &Scratch,
     ) -> Result<()> {
         shape.check(query, cache);
         holds(position, 1, size_of::<i32>());
@@ -383,13 +437,13 @@ impl Gpu {
         let shares = shape.shares();
         let is_split = shares.parts > 1;
         if is_split {
-            holds(parts, shape.tokens * shape.heads * shares.parts * (shape.head_dim + 2), FLOAT);
-            holds(arrivals, shape.tokens * shares.blocks, size_of::<u32>());
+            let parts = shape.tokens * shape.heads * shares.parts * (shape.head_dim + 2);
+            scratch.holds(parts, shape.tokens * shares.blocks);
         }
         let numbers = [
             Argument::Region(out),
-            pointer(is_split.then_some(parts)),
-            pointer(is_split.then_some(arrivals)),
+            pointer(is_split.then_some(&scratch.parts)),
+            pointer(is_split.then_some(&scratch.arrivals)),
             int(shares.parts),
             int(shape.heads),
             int(shape.kv_heads),

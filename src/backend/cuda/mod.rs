@@ -3,22 +3,22 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `driver.rs` | contexts, memory, copies, launches: all that is unsafe |
+//! | `driver.rs` | contexts, memory, copies |
 //! | `kernels.rs` | a typed launch for each kernel of `kernels/*.cu` |
-//! | `graph.rs` | launches that are repeated in one call |
+//! | `launch.rs` | launches, and those that are repeated in one call; with `driver.rs` all that is unsafe |
 //! | `operands.rs` | what they are given: matrices, norms, caches |
 //! | `stage.rs` | a run of modules on one GPU |
 //! | `upload.rs` | rows from the host into the canonical packing |
 
 mod driver;
-mod graph;
 mod kernels;
+mod launch;
 mod operands;
 mod stage;
 mod upload;
 
 pub use driver::{Buffer, Gpu, Pinned, Region};
-pub use operands::{Affine, Attention, Cache, DeviceMatrix, MAX_HEAD_DIM, Norm, Output};
+pub use operands::{Affine, Attention, Cache, DeviceMatrix, Input, MAX_HEAD_DIM, Norm, Output, Scratch};
 pub use stage::{CudaStage, Parameters, Workspace};
 pub use upload::{InFlight, Upload};
 

@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 
-use super::driver::{Argument, Region};
+use super::driver::Region;
+use super::launch::Argument;
 use crate::model_config::NormKind;
 use crate::plan::memory::{CudaAttention, KvLayout};
 use crate::quant::{KvDtype, MatrixLayout};
@@ -117,6 +118,38 @@ pub struct Norm<'a> {
     pub epsilon: f32,
     /// Weight and bias.
     pub affine: Affine<'a>,
+}
+
+/// What a product takes for each token, one row after the other.
+#[derive(Clone, Copy)]
+pub enum Input<'a> {
+    /// Rows of f16.
+    Half(&'a Region),
+    /// Hidden states in f32, to be normalized and made f16.
+    Hidden {
+        /// The states.
+        states: &'a Region,
+        /// The norm; `None` takes them as they are.
+        norm: Option<&'a Norm<'a>>,
+        /// Room for what becomes of them, where kernels do not do that on the way.
+        normed: &'a Region,
+    },
+}
+
+/// Where blocks of threads leave sums for the last of them to add up.
+#[derive(Clone)]
+pub struct Scratch {
+    /// The sums, f32.
+    pub parts: Region,
+    /// How many of those who share a result are done, u32; zeros between launches.
+    pub arrivals: Region,
+}
+
+impl Scratch {
+    pub(super) fn holds(&self, parts: usize, arrivals: usize) {
+        holds(&self.parts, parts, FLOAT);
+        holds(&self.arrivals, arrivals, size_of::<u32>());
+    }
 }
 
 /// The KV cache of a block.

@@ -4,8 +4,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::graph::Graph;
-use super::{Affine, Attention, Cache, DeviceMatrix, Gpu, MAX_HEAD_DIM, Norm, Output, Region, arena};
+use super::launch::Graph;
+use super::{Affine, Attention, Cache, DeviceMatrix, Gpu, Input, MAX_HEAD_DIM, Norm, Output, Region, Scratch, arena};
 use crate::architecture::{Part, Role};
 use crate::backend::cpu::{route, soft_cap};
 use crate::backend::{Best, Hidden, Stage};
@@ -62,8 +62,7 @@ pub struct Workspace {
     tokens: Region,
     /// The frequencies of each rope.
     frequencies: Vec<Region>,
-    parts: Region,
-    arrivals: Region,
+    scratch: Scratch,
     position: Region,
 }
 
@@ -112,8 +111,7 @@ impl Workspace {
             shares,
             logits,
             tokens,
-            parts,
-            arrivals,
+            scratch: Scratch { parts, arrivals },
             position,
         })
     }
@@ -179,30 +177,28 @@ impl CudaStage {
     /// `hidden += norm(attention(norm(hidden))); hidden += norm(feed_forward(norm(hidden)))`,
     /// with those norms that the model has.
     fn run(&self, block: &Block, hidden: &Region, position: usize, tokens: usize) -> Result<()> {
-        self.prepare(block, Role::InputNorm, hidden, tokens)?;
+        let norm = |role| block.parameters.find(role).map(|affine| self.with(affine));
+        let input = norm(Role::InputNorm);
         let branch = Branch::new(self, block, Role::AttentionOutputNorm, hidden, false);
-        self.attention(block, &branch, position, tokens)?;
+        self.attention(block, self.input(hidden, input.as_ref()), &branch, position, tokens)?;
         branch.add(tokens)?;
 
-        self.prepare(block, Role::FeedForwardNorm, hidden, tokens)?;
+        let input = norm(Role::FeedForwardNorm);
+        let input = self.input(hidden, input.as_ref());
         let experts = self.config.experts.filter(|_| block.layer.has_experts);
         let branch = Branch::new(self, block, Role::FeedForwardOutputNorm, hidden, experts.is_some());
         match experts {
-            Some(experts) => self.experts(block, experts, &branch, tokens)?,
-            None => self.dense(block, &branch, tokens)?,
+            Some(experts) => self.experts(block, experts, input, &branch, tokens)?,
+            None => self.dense(block, input, &branch, tokens)?,
         }
         branch.add(tokens)
     }
 
-    /// The hidden state, normalized if the block has that norm, as the input of a half of the block.
-    fn prepare(&self, block: &Block, role: Role, hidden: &Region, tokens: usize) -> Result<()> {
-        let w = &*self.workspace;
-        let norm = block.parameters.find(role).map(|affine| self.with(affine));
-        let shape = (tokens, self.config.hidden_size);
-        w.gpu.normalize(norm.as_ref(), (hidden, WeightDtype::F32), shape, &w.normed, Output::F16, 1.0)
+    fn input<'a>(&'a self, states: &'a Region, norm: Option<&'a Norm<'a>>) -> Input<'a> {
+        Input::Hidden { states, norm, normed: &self.workspace.normed }
     }
 
-    fn attention(&self, block: &Block, branch: &Branch, position: usize, tokens: usize) -> Result<()> {
+    fn attention(&self, block: &Block, input: Input, branch: &Branch, position: usize, tokens: usize) -> Result<()> {
         let (w, config, parameters) = (&*self.workspace, &self.config, &block.parameters);
         let gpu = &*w.gpu;
         let (queries, keys) = (config.queries(), config.keys());
@@ -211,7 +207,7 @@ impl CudaStage {
                 .map(|rows| fused.clone().slice(rows)),
             None => [Role::Query, Role::Key, Role::Value].map(|role| parameters.of(role)),
         };
-        gpu.matmuls(&[(&query, &w.query), (&key, &w.key), (&value, &w.value)], &w.normed, tokens)?;
+        gpu.matmuls(&[(&query, &w.query), (&key, &w.key), (&value, &w.value)], input, tokens, &w.scratch)?;
         for (role, x, width) in [(Role::QueryNorm, &w.query, queries), (Role::KeyNorm, &w.key, keys)] {
             if let Some(norm) = parameters.find(role).map(|affine| self.with(affine)) {
                 let cols = norm.affine.cols();
@@ -242,26 +238,29 @@ impl CudaStage {
             rope.map(|(frequencies, _)| frequencies),
             factor,
         )?;
-        gpu.attend(&shape, &w.query, &block.cache, &w.attended, &w.position, [&w.parts, &w.arrivals])?;
+        gpu.attend(&shape, &w.query, &block.cache, &w.attended, &w.position, &w.scratch)?;
         branch.matmul(&parameters.of(Role::Output), &w.attended, tokens)
     }
 
-    fn dense(&self, block: &Block, branch: &Branch, tokens: usize) -> Result<()> {
+    fn dense(&self, block: &Block, input: Input, branch: &Branch, tokens: usize) -> Result<()> {
         let (w, width) = (&*self.workspace, self.config.intermediate_size);
         let (gate, up) = match block.parameters.find(Role::GateUp) {
             Some(fused) => (Some(fused.clone().slice(0..width)), fused.slice(width..2 * width)),
             None => (block.parameters.find(Role::Gate), block.parameters.of(Role::Up)),
         };
-        w.gpu.gated(self.config.activation, gate.as_ref(), &up, &w.normed, tokens, [&w.gate, &w.up])?;
+        let rooms = [&w.gate, &w.up];
+        w.gpu.gated(self.config.activation, (gate.as_ref(), &up), input, tokens, rooms, &w.scratch)?;
         branch.matmul(&block.parameters.of(Role::Down), &w.gate, tokens)
     }
 
     /// The weighted sum of what each token's experts give. The host reads the scores and says which
     /// tokens go to which expert.
-    fn experts(&self, block: &Block, experts: Experts, branch: &Branch, tokens: usize) -> Result<()> {
+    fn experts(&self, block: &Block, experts: Experts, input: Input, branch: &Branch, tokens: usize) -> Result<()> {
         let (w, parameters, hidden) = (&*self.workspace, &block.parameters, self.config.hidden_size);
         let gpu = &*w.gpu;
-        gpu.matmul(&parameters.of(Role::Router), &w.normed, tokens, &w.routes, Output::F32, 1.0)?;
+        let input = gpu.half(input, (tokens, hidden))?;
+        let scores = (&w.routes, Output::F32, 1.0);
+        gpu.matmul(&parameters.of(Role::Router), input, tokens, scores, &w.scratch)?;
         let mut scores = vec![0.0f32; tokens * experts.count];
         w.routes.read(bytemuck::must_cast_slice_mut(&mut scores))?;
         route(&mut scores, experts.count, experts.per_token, experts.is_normalized);
@@ -290,9 +289,10 @@ impl CudaStage {
                 gpu.gather(&w.normed, &indices, hidden, &w.gathered)?;
                 let gate = parameters.of(Role::ExpertGate(expert));
                 let up = parameters.of(Role::ExpertUp(expert));
-                gpu.gated(self.config.activation, Some(&gate), &up, &w.gathered, count, [&w.gate, &w.up])?;
-                let down = parameters.of(Role::ExpertDown(expert));
-                gpu.matmul(&down, &w.gate, count, &w.expert, Output::F32, 1.0)?;
+                let (input, rooms) = (Input::Half(&w.gathered), [&w.gate, &w.up]);
+                gpu.gated(self.config.activation, (Some(&gate), &up), input, count, rooms, &w.scratch)?;
+                let (down, given) = (parameters.of(Role::ExpertDown(expert)), (&w.expert, Output::F32, 1.0));
+                gpu.matmul(&down, Input::Half(&w.gate), count, given, &w.scratch)?;
                 gpu.scatter_add(&w.expert, &indices, &weights, hidden, branch.target)?;
             }
             start = end;
@@ -307,9 +307,8 @@ impl CudaStage {
         let Some(head) = self.parameters.find(Role::Head) else { return Ok(false) };
         let w = &*self.workspace;
         let states = hidden.on_gpu(&w.hidden)?;
-        let shape = (1, self.config.hidden_size);
-        w.gpu.normalize(None, (&states, WeightDtype::F32), shape, &w.normed, Output::F16, 1.0)?;
-        w.gpu.matmul(&head, &w.normed, 1, &w.logits, Output::F32, self.config.logit_scale)?;
+        let logits = (&w.logits, Output::F32, self.config.logit_scale);
+        w.gpu.matmul(&head, self.input(&states, None), 1, logits, &w.scratch)?;
         Ok(true)
     }
 }
@@ -337,7 +336,8 @@ impl<'a> Branch<'a> {
     fn matmul(&self, affine: &Affine, x: &Region, tokens: usize) -> Result<()> {
         let apart = self.is_apart();
         let (output, factor) = if apart { (Output::F32, 1.0) } else { (Output::Add, self.stage.config.residual_scale) };
-        self.stage.workspace.gpu.matmul(affine, x, tokens, self.target, output, factor)
+        let w = &*self.stage.workspace;
+        w.gpu.matmul(affine, Input::Half(x), tokens, (self.target, output, factor), &w.scratch)
     }
 
     fn add(&self, tokens: usize) -> Result<()> {

@@ -21,6 +21,7 @@ __device__ __forceinline__ float load_kv(const byte* cache, int dtype, size_t i)
 // Launch: 128 threads, grid (tokens, heads + 2 * kv_heads).
 KERNEL(128) rotate_and_store(__half* query, const __half* key, const __half* value, byte* keys, float* key_scales, byte* values, float* value_scales,
                              int kv_dtype, const float* frequencies, int heads, int kv_heads, int head_dim, int rotary, int context, const int* position, float factor) {
+    begin();
     __shared__ float vector[MAX_HEAD], scratch[4];
     int token = blockIdx.x, head = blockIdx.y, half_width = rotary / 2, at = *position + token;
     bool is_query = head < heads, is_key = !is_query && head < heads + kv_heads;
@@ -213,6 +214,7 @@ __device__ __forceinline__ void attend(const Attention& a) {
     KERNEL(128) attend_##heads_of_a_block(const __half* query, const byte* keys, const float* key_scales, const byte* values, const float* value_scales, \
                                           int kv_dtype, __half* out, float* parts, unsigned* arrivals, int splits, int heads, int kv_heads,             \
                                           int head_dim, int context, const int* position, int window, float scale, float softcap) {                      \
+        begin();                                                                                                                                        \
         attend<heads_of_a_block>({query, keys, key_scales, values, value_scales, kv_dtype, out, parts, arrivals, splits, heads, kv_heads, head_dim,     \
                                   context, *position, window, scale, softcap});                                                                         \
     }

@@ -11,6 +11,8 @@
 #endif
 
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+// So many of its blocks run on a multiprocessor at once.
+#define KERNEL_AT_ONCE(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 
 // The numbers that kernels.rs gives dtypes and storages.
 enum { BF16 = 0, F16 = 1, F32 = 2, INT8 = 3, INT4 = 4, NL4 = 5 };
@@ -18,6 +20,16 @@ enum { BF16 = 0, F16 = 1, F32 = 2, INT8 = 3, INT4 = 4, NL4 = 5 };
 enum { STORE_F16 = 0, STORE_F32 = 1, ADD_F32 = 2 };
 
 typedef unsigned char byte;
+
+// The first call of a kernel: what was launched before has ended behind it, and what is launched next may
+// begin. Ahead of it a kernel reads nothing but weights. Where GPUs begin a kernel while the one before it
+// runs, from compute capability 9.0 on, driver.rs takes away the mark that makes it a comment.
+__device__ __forceinline__ void begin() {
+#if defined(__CUDACC__)
+    asm volatile("//sm_90 griddepcontrol.wait;" ::: "memory");
+    asm volatile("//sm_90 griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 __device__ __forceinline__ float bf16_to_float(unsigned bits) { return __uint_as_float(bits << 16); }
 
@@ -46,14 +58,19 @@ __device__ __forceinline__ void store(void* y, int output, size_t i, float v) {
     else ((float*)y)[i] += v;
 }
 
-// Eight elements of an f16 row from column k on; zero from column `cols` on.
-__device__ __forceinline__ void load8_half(const __half* row, int k, int cols, float* out) {
-    if (cols % 8 == 0 && k < cols) {
-        uint4 raw = *(const uint4*)(row + k);
-        const __half* h = (const __half*)&raw;
-        for (int i = 0; i < 8; i++) out[i] = __half2float(h[i]);
+// Eight elements of a row of `count` that starts at element `start`, from the i-th on, a multiple of
+// eight; zero from `count` on.
+__device__ __forceinline__ void load8(const void* x, int dtype, size_t start, int i, int count, float* out) {
+    if (count % 8 != 0 || i >= count) {
+        for (int j = 0; j < 8; j++) out[j] = i + j < count ? load(x, dtype, start + i + j) : 0.0f;
+    } else if (dtype == F32) {
+        for (int j = 0; j < 8; j += 4) {
+            float4 raw = *(const float4*)((const float*)x + start + i + j);
+            out[j] = raw.x, out[j + 1] = raw.y, out[j + 2] = raw.z, out[j + 3] = raw.w;
+        }
     } else {
-        for (int i = 0; i < 8; i++) out[i] = k + i < cols ? __half2float(row[k + i]) : 0.0f;
+        uint4 raw = *(const uint4*)((const unsigned short*)x + start + i);
+        for (int j = 0; j < 8; j++) out[j] = load(&raw, dtype, j);
     }
 }
 

@@ -6,6 +6,7 @@
 // Launch: 256 threads, a block for each token.
 KERNEL(256) embed(const unsigned* tokens, const void* codes, const signed char* sub_scales, const void* scales, int storage, int cols, float scale, int add,
                   float* hidden) {
+    begin();
     size_t row = tokens[blockIdx.x];
     int groups = (cols + 31) / 32;
     float* out = hidden + (size_t)blockIdx.x * cols;
@@ -28,6 +29,7 @@ KERNEL(256) embed(const unsigned* tokens, const void* codes, const signed char* 
 // gate = activation(gate) * up, f16 [count]; up may be null, which multiplies by nothing.
 // Launch: 256 threads, a block for every 256 elements.
 KERNEL(256) activate(__half* gate, const __half* up, int count, int kind) {
+    begin();
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= count) return;
     float x = activated(kind, __half2float(gate[i]));
@@ -36,12 +38,14 @@ KERNEL(256) activate(__half* gate, const __half* up, int count, int kind) {
 
 // out[i] = x[tokens[i]], rows of f16. Launch: 256 threads, a block for each token of the expert.
 KERNEL(256) gather(const __half* x, const unsigned* tokens, int width, __half* out) {
+    begin();
     const __half* row = x + (size_t)tokens[blockIdx.x] * width;
     for (int i = threadIdx.x; i < width; i += blockDim.x) out[(size_t)blockIdx.x * width + i] = row[i];
 }
 
 // out[tokens[i]] += weights[i] * x[i], rows of f32; no token occurs twice. Launch: as gather.
 KERNEL(256) scatter_add(const float* x, const unsigned* tokens, const float* weights, int width, float* out) {
+    begin();
     float* row = out + (size_t)tokens[blockIdx.x] * width;
     for (int i = threadIdx.x; i < width; i += blockDim.x) row[i] = fmaf(weights[blockIdx.x], x[(size_t)blockIdx.x * width + i], row[i]);
 }
@@ -50,6 +54,7 @@ KERNEL(256) scatter_add(const float* x, const unsigned* tokens, const float* wei
 // What is not a number counts as infinity, so that it is found.
 // logits: f32 [count]. indices: u32 [k]. k: at most count. Launch: 1 block of 256 threads.
 KERNEL(256) top_k(const float* logits, int count, int k, unsigned* indices) {
+    begin();
     __shared__ float values[256];
     __shared__ int places[256];
     float last = __uint_as_float(0x7f800000u);

@@ -67,12 +67,7 @@ struct Nl4 {
 template <int DTYPE>
 struct Plain {
     static __device__ __forceinline__ void load8(const Matrix& w, int cols, size_t row, int k, float* out) {
-        if (DTYPE != F32 && cols % 8 == 0 && k < cols) {
-            uint4 raw = *(const uint4*)((const unsigned short*)w.codes + row * cols + k);
-            for (int i = 0; i < 8; i++) out[i] = load(&raw, DTYPE, i);
-        } else {
-            for (int i = 0; i < 8; i++) out[i] = k + i < cols ? load(w.codes, DTYPE, row * cols + k + i) : 0.0f;
-        }
+        ::load8(w.codes, DTYPE, row * cols, k, cols, out);
     }
     static __device__ __forceinline__ float scale(const Matrix&, size_t) { return 1.0f; }
 };
@@ -90,7 +85,7 @@ __device__ __forceinline__ void few(const Product& p) {
 #pragma unroll
         for (int t = 0; t < FEW; t++) {
             if (t >= p.tokens) break;
-            load8_half(p.x + (size_t)t * p.cols, k, p.cols, values);
+            load8(p.x, F16, (size_t)t * p.cols, k, p.cols, values);
             for (int i = 0; i < 8; i++) sums[t] = fmaf(weights[i], values[i], sums[t]);
         }
     }
@@ -120,7 +115,7 @@ __device__ __forceinline__ void many(const Product& p) {
         if (row < w.rows) Storage::load8(w, p.cols, row, k + part, piece);
         for (int i = 0; i < 8; i++) weights[part + i][loaded] = piece[i];
         for (int i = 0; i < 8; i++) piece[i] = 0.0f;
-        if (first_token + loaded < p.tokens) load8_half(p.x + (size_t)(first_token + loaded) * p.cols, k + part, p.cols, piece);
+        if (first_token + loaded < p.tokens) load8(p.x, F16, (size_t)(first_token + loaded) * p.cols, k + part, p.cols, piece);
         for (int i = 0; i < 8; i++) values[part + i][loaded] = piece[i];
         __syncthreads();
 #pragma unroll 4

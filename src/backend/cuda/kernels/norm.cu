@@ -1,41 +1,21 @@
-// Norms of rows: y = factor * (normalized(x) * (weight + offset) + bias).
+// normalize: y = factor * norm(x), see norm.cuh.
 //
-//   RMS:   normalized(x) = x / sqrt(mean(x^2) + epsilon)
-//   LAYER: normalized(x) = (x - mean(x)) / sqrt(variance(x) + epsilon)
-//   NONE:  y = factor * x; weight, offset and bias are not used
-//
-// x: [rows][width] of x_dtype. weight, bias: [width] of their dtypes; bias may be null. y: [rows][width],
-// written as `output` says (ADD_F32 is a norm with residual); it may be x itself where
-// both are of one dtype.
+// x: [rows][width] of x_dtype. y: [rows][width], written as `output` says (ADD_F32 is a norm with
+// residual); it may be x itself where both are of one dtype.
 // Launch: 256 threads, a block for each row.
-#include "common.cuh"
+#include "norm.cuh"
 
-enum { RMS = 0, LAYER = 1, NONE = 2 };
-
-KERNEL(256) normalize(const void* x, int x_dtype, const void* weight, int weight_dtype, const void* bias, int bias_dtype, float offset, void* y, int output,
-                 int width, int kind, float epsilon, float factor) {
+KERNEL(256) normalize(const void* x, int x_dtype, int kind, const void* weight, int weight_dtype, const void* bias, int bias_dtype, float offset,
+                      float epsilon, void* y, int output, int width, float factor) {
     __shared__ float scratch[8];
+    begin();
+    Norm norm = {kind, weight, weight_dtype, bias, bias_dtype, offset, epsilon};
     size_t start = (size_t)blockIdx.x * width;
-    float mean = 0.0f, inverse = 1.0f;
-    if (kind == LAYER) {
-        float sum = 0.0f;
-        for (int i = threadIdx.x; i < width; i += blockDim.x) sum += load(x, x_dtype, start + i);
-        mean = block_sum(sum, scratch) / (float)width;
-    }
-    if (kind != NONE) {
-        float squares = 0.0f;
-        for (int i = threadIdx.x; i < width; i += blockDim.x) {
-            float v = load(x, x_dtype, start + i) - mean;
-            squares = fmaf(v, v, squares);
-        }
-        inverse = 1.0f / sqrtf(block_sum(squares, scratch) / (float)width + epsilon);
-    }
-    for (int i = threadIdx.x; i < width; i += blockDim.x) {
-        float v = load(x, x_dtype, start + i);
-        if (kind != NONE) {
-            float shift = bias ? load(bias, bias_dtype, i) : 0.0f;
-            v = fmaf((v - mean) * inverse, load(weight, weight_dtype, i) + offset, shift);
-        }
-        store(y, output, start + i, factor * v);
+    Moments of = moments(norm, x, x_dtype, start, width, scratch);
+    for (int i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
+        float v[8];
+        load8(x, x_dtype, start, i, width, v);
+        normalize8(norm, of, i, width, v);
+        for (int j = 0; j < 8 && i + j < width; j++) store(y, output, start + i + j, factor * v[j]);
     }
 }

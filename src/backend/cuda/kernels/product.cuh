@@ -35,12 +35,13 @@ struct Product {
     int activation;
 };
 
-// The part of the launch that a block with `slots` slots has.
-__device__ __forceinline__ Product part_of(const Matrix& a, const Matrix& b, const Matrix& c, int slots, int cols, const __half* x, int tokens, int output, float factor,
-                                           int activation) {
-    bool is_gated = activation != NO_ACTIVATION && b.codes;
-    int block = blockIdx.x, blocks = (a.rows + slots - 1) / slots;
-    if (is_gated) return {a, b, true, block * (slots / 2), cols, x, tokens, output, factor, activation};
+__device__ __forceinline__ bool is_gated(const Matrix& second, int activation) { return activation != NO_ACTIVATION && second.codes; }
+
+// The part of the launch that block `block` with `slots` slots has.
+__device__ __forceinline__ Product part_of(int block, const Matrix& a, const Matrix& b, const Matrix& c, int slots, int cols, const __half* x, int tokens, int output,
+                                           float factor, int activation) {
+    int blocks = (a.rows + slots - 1) / slots;
+    if (is_gated(b, activation)) return {a, b, true, block * (slots / 2), cols, x, tokens, output, factor, activation};
     if (block < blocks) return {a, a, false, block * slots, cols, x, tokens, output, factor, activation};
     block -= blocks, blocks = (b.rows + slots - 1) / slots;
     if (block < blocks) return {b, b, false, block * slots, cols, x, tokens, output, factor, activation};
@@ -62,20 +63,28 @@ __device__ __forceinline__ float scaled(const Product& p, const Matrix& m, int r
     return p.factor * fmaf(sum, Storage::scale(m, row), shift);
 }
 
-// Writes the result `at` of a block's, from the sums of its slots for a token.
+// Writes the result `at` of a block's for a token, from its sum and, where there is a gate, up's.
+template <class Storage>
+__device__ __forceinline__ void write(const Product& p, int at, int token, float sum, float up) {
+    int row = p.row + at;
+    if (row >= p.first.rows) return;
+    float y = scaled<Storage>(p, p.first, row, sum);
+    if (p.activation != NO_ACTIVATION) y = activated(p.activation, y);
+    if (p.is_gated) y *= scaled<Storage>(p, p.second, row, up);
+    store(p.first.y, p.output, (size_t)token * p.first.rows + row, y);
+}
+
+// The same from the sums of the block's slots.
 template <class Storage, int HALF>
 __device__ __forceinline__ void finish(const Product& p, int at, int token, const float* sums) {
-    int row = p.row + at, slot = p.is_gated ? at / HALF * 2 * HALF + at % HALF : at;
-    if (row >= p.first.rows) return;
-    float y = scaled<Storage>(p, p.first, row, sums[slot]);
-    if (p.activation != NO_ACTIVATION) y = activated(p.activation, y);
-    if (p.is_gated) y *= scaled<Storage>(p, p.second, row, sums[slot + HALF]);
-    store(p.first.y, p.output, (size_t)token * p.first.rows + row, y);
+    int slot = p.is_gated ? at / HALF * 2 * HALF + at % HALF : at;
+    write<Storage>(p, at, token, sums[slot], p.is_gated ? sums[slot + HALF] : 0.0f);
 }
 
 #define MATRIX(i) const void *codes##i, const signed char *sub_scales##i, const void *scales##i, int rows##i, const void *bias##i, int bias_dtype##i, void *y##i
 #define GIVEN(i) {codes##i, sub_scales##i, scales##i, rows##i, bias##i, bias_dtype##i, y##i}
 #define PRODUCT(threads, slots, name, kernel)                                                                                                    \
     KERNEL(threads) name(MATRIX(0), MATRIX(1), MATRIX(2), int cols, const __half* x, int tokens, int output, float factor, int activation) {     \
-        kernel(part_of(GIVEN(0), GIVEN(1), GIVEN(2), slots, cols, x, tokens, output, factor, activation));                                      \
+        begin();                                                                                                                                 \
+        kernel(part_of(blockIdx.x, GIVEN(0), GIVEN(1), GIVEN(2), slots, cols, x, tokens, output, factor, activation));                                      \
     }

@@ -118,6 +118,7 @@ __device__ __forceinline__ bool load_group(const void* weights, int dtype, size_
 }
 
 KERNEL(256) quantize_int8(const void* weights, int dtype, int cols, int padded, signed char* codes, float* scales, unsigned* failed) {
+    begin();
     __shared__ float scratch[8];
     size_t row = blockIdx.x;
     float absmax = 0.0f;
@@ -182,10 +183,12 @@ __device__ __forceinline__ void quantize_groups(const Levels& levels, const void
 }
 
 KERNEL(128) quantize_int4(const void* weights, int dtype, int cols, int padded, byte* codes, signed char* sub_scales, __half* scales, unsigned* failed) {
+    begin();
     quantize_groups(Int4Levels{}, weights, dtype, cols, padded, codes, sub_scales, scales, failed);
 }
 
 KERNEL(128) quantize_nl4(const void* weights, int dtype, int cols, int padded, byte* codes, signed char* sub_scales, __half* scales, unsigned* failed) {
+    begin();
     __shared__ float levels[NL4_STEPS];
     for (int step = threadIdx.x; step < NL4_STEPS; step += blockDim.x) levels[step] = (float)Nl4Levels::sixteenths(Nl4Levels::code_of(step)) * NL4_UNIT;
     __syncthreads();
