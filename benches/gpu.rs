@@ -1,134 +1,223 @@
-//! How fast the GPU's kernels are: products of one token and of many, with tensor cores and without,
-//! a block's products in one launch, quantizing, and one token's attention.
+//! How fast the first GPU is, beside what its memory gives in the same run: products, quantizing,
+//! attention, a step as launches and as a graph, and a whole model: load, prefill, decode.
+//!
+//! `cargo bench --bench gpu [-- PART... SHAPE]` prints a page for benches/results. The parts are `products`,
+//! `quantize`, `attention`, `step` and `model`, and all without any; the shapes are those of
+//! support/synthetic.rs, `8b` unless another is named. `model` writes the checkpoint to `target/` once.
 //! Without a GPU nothing is measured.
-#![allow(clippy::print_stdout, reason = "says why nothing is measured")]
+#![allow(clippy::print_stdout, reason = "a page is what this is for")]
 
+#[path = "support/gpu_model.rs"]
+mod gpu_model;
+#[path = "support/synthetic.rs"]
+mod synthetic;
+#[path = "support/table.rs"]
+mod table;
+
+use std::process::Command;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use evenkeel::backend::cuda::{Affine, Attention, Cache, DeviceMatrix, Gpu, Input, Output, Region, Scratch};
+use evenkeel::backend::cuda::{
+    Affine, Attention, Cache, DeviceMatrix, Gpu, Input, Installation, Output, Region, Scratch, measure_bandwidth,
+};
 use evenkeel::bytes::Bytes;
 use evenkeel::model_config::Activation;
-use evenkeel::plan::memory::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS, CudaAttention, KvLayout};
+use evenkeel::plan::memory::{CudaAttention, KvLayout};
 use evenkeel::quant::{KvDtype, MatrixLayout, Storage, WeightDtype};
+use synthetic::Shape;
+use table::{Amount, head, row, seconds};
 
-/// Zeros: what the kernels do does not depend on the numbers, but a GPU's clock may.
-fn zeros(gpu: &Arc<Gpu>, len: usize) -> Region {
-    let region = Region::new(&gpu.allocate("a benchmark", Bytes(len as u64)).expect("memory"), 0, len);
-    region.clear().expect("a GPU that works");
+type Part = (&'static str, fn(&Bench));
+
+const PARTS: [Part; 5] = [
+    ("products", products),
+    ("quantize", quantize),
+    ("attention", attention),
+    ("step", step),
+    ("model", |bench| gpu_model::model(&bench.gpu, &bench.shape)),
+];
+const STORAGES: [(&str, Storage); 4] = [
+    ("bf16", Storage::Plain(WeightDtype::Bf16)),
+    ("int8", Storage::Int8),
+    ("int4", Storage::Int4),
+    ("nl4", Storage::Nl4),
+];
+/// The last compute capability whose kernels do without tensor cores.
+const PLAIN: (i32, i32) = (7, 5);
+/// Bytes of 0x38 are small numbers as codes, as scales, in f16 and in bf16.
+const SMALL: u32 = 0x3838_3838;
+
+/// The GPU, and the shapes of the model that its kernels work for.
+struct Bench {
+    gpu: Arc<Gpu>,
+    shape: Shape,
+}
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
+    let (shapes, parts): (Vec<_>, Vec<_>) = arguments.iter().partition(|name| Shape::named(name).is_some());
+    for part in &parts {
+        assert!(PARTS.iter().any(|(name, _)| name == part), "`{part}` is no part and no shape");
+    }
+    let gpu = match Gpu::open(0) {
+        Ok(gpu) => gpu,
+        Err(error) => return println!("nothing to measure: {error}"),
+    };
+    let shape = shapes.last().map_or("8b", |name| name.as_str());
+    describe(shape, &arguments);
+    let bench = Bench { gpu, shape: Shape::named(shape).expect("a known shape") };
+    for (_, run) in PARTS.iter().filter(|(name, _)| parts.is_empty() || parts.iter().any(|part| part == name)) {
+        run(&bench);
+    }
+}
+
+/// What is measured, on what, and by which command.
+fn describe(shape: &str, arguments: &[String]) {
+    let installed = Installation::find().expect("a driver");
+    let gpu = &installed.gpus[0];
+    let output = |command: &str, arguments: &[&str]| {
+        let output = Command::new(command).args(arguments).output().ok()?;
+        Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    let driver = output("nvidia-smi", &["--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]);
+    let commit = output("git", &["describe", "--always", "--dirty"]);
+    let unknown = || "unknown".to_owned();
+    println!("# {}", gpu.device.name.clone().unwrap_or_else(unknown));
+    println!();
+    println!(
+        "Compute capability {}.{}, {}; driver {}, CUDA {}.{}; evenkeel {} at {}; {} threads.",
+        gpu.capability.0,
+        gpu.capability.1,
+        gpu.device.total,
+        driver.unwrap_or_else(unknown),
+        installed.version.0,
+        installed.version.1,
+        env!("CARGO_PKG_VERSION"),
+        commit.unwrap_or_else(unknown),
+        std::thread::available_parallelism().map_or(1, usize::from)
+    );
+    println!();
+    println!(
+        "`cargo bench --bench gpu -- {}`: shapes of a Llama `{shape}`; medians; limits are measured in the same run.",
+        arguments.join(" ")
+    );
+}
+
+/// How fast the GPU copies within its memory, in bytes that are read or written a second.
+fn copy() -> f64 {
+    let measured = measure_bandwidth(0).expect("a GPU that works").bytes_per_second as f64;
+    row("copy within the GPU", 1.0, Amount::Bytes(measured), None);
+    measured
+}
+
+fn allocate(gpu: &Arc<Gpu>, len: usize) -> Region {
+    let len = len.next_multiple_of(size_of::<u32>());
+    Region::new(&gpu.allocate("a benchmark", Bytes(len as u64)).expect("memory"), 0, len)
+}
+
+fn small(gpu: &Arc<Gpu>, len: usize) -> Region {
+    let region = allocate(gpu, len);
+    region.fill(SMALL).expect("a GPU that works");
     region
 }
 
-/// What blocks that share a product need.
-fn scratch(gpu: &Arc<Gpu>) -> Scratch {
-    let parts = zeros(gpu, CUDA_FEW_BLOCKS * CUDA_FEW_PARTS * 4);
-    Scratch { parts, arrivals: zeros(gpu, CUDA_FEW_BLOCKS * 4) }
+fn scratch(gpu: &Arc<Gpu>, shape: &Shape, context: usize) -> Scratch {
+    let head_dim = shape.hidden / shape.heads;
+    let sizes = CudaAttention::scratch(shape.heads, shape.kv_heads, head_dim, 1, context);
+    let [parts, arrivals] = sizes.map(|len| allocate(gpu, len));
+    arrivals.clear().expect("a GPU that works");
+    Scratch { parts, arrivals }
 }
 
-/// The time of `count` launches, queued one behind the other.
-fn time(gpu: &Gpu, count: u64, mut launch: impl FnMut()) -> Duration {
-    gpu.synchronize().expect("a GPU that works");
-    let start = Instant::now();
-    (0..count).for_each(|_| launch());
-    gpu.synchronize().expect("a GPU that works");
-    start.elapsed()
+fn matrix(gpu: &Arc<Gpu>, storage: Storage, rows: usize, cols: usize) -> DeviceMatrix {
+    let layout = MatrixLayout::new(storage, rows, cols).expect("a size");
+    let size = layout.size().as_usize().expect("a size");
+    DeviceMatrix::new(layout, small(gpu, size))
 }
 
-/// The last compute capability whose kernels do without tensor cores.
-const PLAIN: (i32, i32) = (7, 5);
+fn bytes<'a>(matrices: impl IntoIterator<Item = &'a DeviceMatrix>) -> f64 {
+    matrices.into_iter().map(|matrix| matrix.layout().size().0 as f64).sum()
+}
 
-fn kernels(criterion: &mut Criterion) {
-    let (gpu, plain) = match (Gpu::open(0), Gpu::open_as(0, PLAIN)) {
-        (Ok(gpu), Ok(plain)) => (gpu, plain),
-        (Err(error), _) | (_, Err(error)) => return println!("nothing to measure: {error}"),
-    };
-    let mut group = criterion.benchmark_group("gpu");
-    for (name, storage) in [
-        ("bf16", Storage::Plain(WeightDtype::Bf16)),
-        ("int8", Storage::Int8),
-        ("int4", Storage::Int4),
-        ("nl4", Storage::Nl4),
-    ] {
-        for (rows, cols) in [(4096, 4096), (14_336, 4096), (4096, 14_336)] {
-            let layout = MatrixLayout::new(storage, rows, cols).expect("a size");
-            let size = layout.size().as_usize().expect("a size");
-            let quantized = !matches!(storage, Storage::Plain(_));
-            let kernels = [(&gpu, ""), (&plain, ", plain kernels")];
-            for (gpu, which) in &kernels[..if quantized { 2 } else { 1 }] {
-                let matrix = DeviceMatrix::new(layout.clone(), zeros(gpu, size));
-                let scratch = scratch(gpu);
-                for tokens in [1, 8, 512] {
-                    let (x, y) = (zeros(gpu, tokens * cols * 2), zeros(gpu, tokens * rows * 2));
-                    group.throughput(Throughput::Bytes(size as u64));
-                    group.bench_function(format!("{name} {rows}×{cols}, {tokens} tokens{which}"), |bencher| {
-                        bencher.iter_custom(|count| {
-                            time(gpu, count, || {
-                                let affine = Affine::new(&matrix, None);
-                                let y = (&y, Output::F16, 1.0);
-                                gpu.matmul(&affine, Input::Half(&x), tokens, y, &scratch).expect("a launch");
-                            })
-                        });
-                    });
+/// So many matrices in turn that no cache holds them.
+fn rotated(gpu: &Arc<Gpu>, shape: &Shape, storage: Storage, rows: usize, cols: usize) -> Vec<DeviceMatrix> {
+    let size = MatrixLayout::new(storage, rows, cols).expect("a size").size().as_usize().expect("a size");
+    let count = (8 * shape.hidden * shape.feed_forward / size).max(1);
+    (0..count).map(|_| matrix(gpu, storage, rows, cols)).collect()
+}
+
+/// Each product with one token, with eight, and with a chunk of a prompt, by tensor cores and without.
+fn products(Bench { gpu, shape }: &Bench) {
+    head("Products");
+    let copy = copy();
+    let plain = Gpu::open_as(0, PLAIN).expect("the same GPU");
+    for (name, storage) in STORAGES {
+        for (rows, cols) in
+            [(shape.hidden, shape.hidden), (shape.feed_forward, shape.hidden), (shape.hidden, shape.feed_forward)]
+        {
+            for (gpu, which) in [(gpu, ""), (&plain, ", without tensor cores")] {
+                if storage == Storage::Plain(WeightDtype::Bf16) && !which.is_empty() {
+                    continue;
                 }
-            }
-            if quantized {
-                let matrix = DeviceMatrix::new(layout, zeros(&gpu, size));
-                let (weights, failed) = (zeros(&gpu, rows * cols * 2), zeros(&gpu, 4));
-                group.throughput(Throughput::Bytes((rows * cols * 2) as u64));
-                group.bench_function(format!("quantize bf16 to {name}, {rows}×{cols}"), |bencher| {
-                    bencher.iter_custom(|count| {
-                        time(&gpu, count, || {
-                            gpu.quantize(&matrix, 0, rows, WeightDtype::Bf16, &weights, &failed).expect("a launch");
-                        })
-                    });
-                });
+                let matrices = rotated(gpu, shape, storage, rows, cols);
+                let scratch = scratch(gpu, shape, 1);
+                for tokens in [1, 8, shape.prompt.min(512)] {
+                    let (x, y) = (small(gpu, tokens * cols * 2), allocate(gpu, tokens * rows * 2));
+                    let mut at = 0;
+                    let seconds = seconds(
+                        || {
+                            at = (at + 1) % matrices.len();
+                            let affine = Affine::new(&matrices[at], None);
+                            let y = (&y, Output::F16, 1.0);
+                            gpu.matmul(&affine, Input::Half(&x), tokens, y, &scratch).expect("a launch");
+                        },
+                        || gpu.synchronize().expect("a GPU that works"),
+                    );
+                    let what = format!("{name} {rows}×{cols}, {tokens} tokens{which}");
+                    if tokens > 8 {
+                        row(&what, seconds, Amount::Operations((2 * tokens * rows * cols) as f64), None);
+                    } else {
+                        row(&what, seconds, Amount::Bytes(bytes(&matrices[..1])), Some(copy));
+                    }
+                }
             }
         }
     }
 }
 
-/// Products of a block of Llama-3-8B that share a launch, for one token.
-fn launches(criterion: &mut Criterion) {
-    let Ok(gpu) = Gpu::open(0) else { return };
-    let mut group = criterion.benchmark_group("gpu");
-    let (cols, wide) = (4096, 14_336);
-    let (x, y, scratch) = (zeros(&gpu, 2 * cols), zeros(&gpu, 2 * wide), scratch(&gpu));
-    let x = Input::Half(&x);
-    for (name, storage) in [("int8", Storage::Int8), ("int4", Storage::Int4)] {
-        let matrices = [4096, 1024, 1024, wide, wide].map(|rows| {
-            let layout = MatrixLayout::new(storage, rows, cols).expect("a size");
-            let size = layout.size().as_usize().expect("a size");
-            DeviceMatrix::new(layout, zeros(&gpu, size))
-        });
-        let [query, key, value, gate, up] = matrices.each_ref().map(|matrix| Affine::new(matrix, None));
-        let bytes = |matrices: &[DeviceMatrix]| matrices.iter().map(|matrix| matrix.layout().size().0).sum();
-        group.throughput(Throughput::Bytes(bytes(&matrices[..3])));
-        group.bench_function(format!("{name} queries, keys and values, 1 token"), |bencher| {
-            let parts = [(&query, &y), (&key, &y), (&value, &y)];
-            bencher.iter_custom(|count| time(&gpu, count, || gpu.matmuls(&parts, x, 1, &scratch).expect("a launch")));
-        });
-        group.throughput(Throughput::Bytes(bytes(&matrices[3..])));
-        group.bench_function(format!("{name} gate and up, 1 token"), |bencher| {
-            bencher.iter_custom(|count| {
-                time(&gpu, count, || {
-                    let (pair, rooms) = ((Some(&gate), &up), [&y, &y]);
-                    gpu.gated(Activation::Silu, pair, x, 1, rooms, &scratch).expect("a launch");
-                })
-            });
-        });
+/// From bf16, whose bytes and those of the result are counted.
+fn quantize(Bench { gpu, shape }: &Bench) {
+    head("Quantizing");
+    let copy = copy();
+    let (rows, cols) = (shape.feed_forward, shape.hidden);
+    let (weights, failed) = (small(gpu, rows * cols * 2), small(gpu, 4));
+    for (name, storage) in &STORAGES[1..] {
+        let matrix = matrix(gpu, *storage, rows, cols);
+        let seconds = seconds(
+            || gpu.quantize(&matrix, 0, rows, WeightDtype::Bf16, &weights, &failed).expect("a launch"),
+            || gpu.synchronize().expect("a GPU that works"),
+        );
+        let moved = (rows * cols * 2) as f64 + bytes([&matrix]);
+        row(&format!("bf16 to {name}, {rows}×{cols}"), seconds, Amount::Bytes(moved), Some(copy));
     }
 }
 
-/// One token of Llama-3-8B behind many; the throughput is that of the cache.
-fn attention(criterion: &mut Criterion) {
-    let Ok(gpu) = Gpu::open(0) else { return };
-    let mut group = criterion.benchmark_group("gpu");
-    let (heads, kv_heads, head_dim) = (32, 8, 128);
-    for context in [8192, 131_072] {
-        let shape = Attention {
-            heads,
-            kv_heads,
+/// A block's attention for one token behind `context - 1` others, and what it needs.
+struct Attending {
+    shape: Attention,
+    cache: Cache,
+    position: Region,
+    query: Region,
+    out: Region,
+    bytes: f64,
+}
+
+impl Attending {
+    fn new(gpu: &Arc<Gpu>, shape: &Shape, context: usize, dtype: KvDtype) -> Self {
+        let head_dim = shape.hidden / shape.heads;
+        let attention = Attention {
+            heads: shape.heads,
+            kv_heads: shape.kv_heads,
             head_dim,
             context,
             position: context - 1,
@@ -137,29 +226,82 @@ fn attention(criterion: &mut Criterion) {
             scale: 0.1,
             softcap: 0.0,
         };
-        let scratch = CudaAttention::scratch(heads, kv_heads, head_dim, 1, context);
-        let [parts, arrivals] = scratch.map(|len| zeros(&gpu, len));
-        let scratch = Scratch { parts, arrivals };
-        let position = zeros(&gpu, 4);
-        position.fill(u32::try_from(shape.position).expect("a position")).expect("a GPU that works");
-        let (query, out) = (zeros(&gpu, heads * head_dim * 2), zeros(&gpu, heads * head_dim * 2));
+        let vectors = shape.kv_heads * context;
+        let layout =
+            KvLayout { dtype, codes: vectors * dtype.code_bytes(head_dim), scales: vectors * dtype.scale_bytes() };
+        let bytes = layout.bytes().as_usize().expect("a size");
+        let position = allocate(gpu, 4);
+        position.fill(u32::try_from(context - 1).expect("a position")).expect("a GPU that works");
+        Self {
+            shape: attention,
+            cache: Cache::new(layout, &[small(gpu, bytes), small(gpu, bytes)]),
+            position,
+            query: small(gpu, shape.hidden * 2),
+            out: allocate(gpu, shape.hidden * 2),
+            bytes: 2.0 * bytes as f64,
+        }
+    }
+
+    fn launch(&self, gpu: &Gpu, scratch: &Scratch) -> evenkeel::Result<()> {
+        gpu.attend(&self.shape, &self.query, &self.cache, &self.out, &self.position, scratch)
+    }
+}
+
+/// One token behind many; what counts is the cache.
+fn attention(Bench { gpu, shape }: &Bench) {
+    head("Attention of one token");
+    let copy = copy();
+    for context in [2 * shape.prompt, 32 * shape.prompt] {
+        let scratch = scratch(gpu, shape, context);
         for dtype in [KvDtype::F16, KvDtype::Int8] {
-            let vectors = kv_heads * context;
-            let layout =
-                KvLayout { dtype, codes: vectors * dtype.code_bytes(head_dim), scales: vectors * dtype.scale_bytes() };
-            let bytes = layout.bytes().as_usize().expect("a size");
-            let cache = Cache::new(layout, &[zeros(&gpu, bytes), zeros(&gpu, bytes)]);
-            group.throughput(Throughput::Bytes(2 * bytes as u64));
-            group.bench_function(format!("attention over {context} keys in {dtype}"), |bencher| {
-                bencher.iter_custom(|count| {
-                    time(&gpu, count, || {
-                        gpu.attend(&shape, &query, &cache, &out, &position, &scratch).expect("a launch");
-                    })
-                });
-            });
+            let attending = Attending::new(gpu, shape, context, dtype);
+            let seconds = seconds(
+                || attending.launch(gpu, &scratch).expect("a launch"),
+                || gpu.synchronize().expect("a GPU that works"),
+            );
+            row(&format!("{context} keys in {dtype}"), seconds, Amount::Bytes(attending.bytes), Some(copy));
         }
     }
 }
 
-criterion_group!(benches, kernels, launches, attention);
-criterion_main!(benches);
+/// The products and the attention of all blocks for one token, launched and as a graph. The blocks share
+/// the weights of one, of which caches hold a part.
+fn step(Bench { gpu, shape }: &Bench) {
+    head("A step of one token: all blocks' products and attention");
+    let copy = copy();
+    let (hidden, wide) = (shape.hidden, shape.feed_forward);
+    let keys = hidden / shape.heads * shape.kv_heads;
+    let context = shape.prompt.min(1024);
+    let attending = Attending::new(gpu, shape, context, KvDtype::F16);
+    let scratch = scratch(gpu, shape, context);
+    let [input, result, gated, apart] = [hidden, hidden, wide, wide].map(|width| small(gpu, 2 * width));
+    for (name, storage) in [("int8", Storage::Int8), ("int4", Storage::Int4)] {
+        let sizes = [
+            (hidden, hidden),
+            (keys, hidden),
+            (keys, hidden),
+            (hidden, hidden),
+            (wide, hidden),
+            (wide, hidden),
+            (hidden, wide),
+        ];
+        let matrices = sizes.map(|(rows, cols)| matrix(gpu, storage, rows, cols));
+        let [query, key, value, output, gate, up, down] = matrices.each_ref().map(|matrix| Affine::new(matrix, None));
+        let block = || {
+            let parts = [(&query, &result), (&key, &result), (&value, &result)];
+            gpu.matmuls(&parts, Input::Half(&input), 1, &scratch)?;
+            attending.launch(gpu, &scratch)?;
+            let result = (&result, Output::F16, 1.0);
+            gpu.matmul(&output, Input::Half(&attending.out), 1, result, &scratch)?;
+            let pair = (Some(&gate), &up);
+            gpu.gated(Activation::Silu, pair, Input::Half(result.0), 1, [&gated, &apart], &scratch)?;
+            gpu.matmul(&down, Input::Half(&gated), 1, result, &scratch)
+        };
+        let launch = || (0..shape.blocks).try_for_each(|_| block());
+        let wait = || gpu.synchronize().expect("a GPU that works");
+        let amount = Amount::Bytes(shape.blocks as f64 * (bytes(&matrices) + attending.bytes));
+        row(&format!("{name}, launched"), seconds(|| launch().expect("launches"), wait), amount, Some(copy));
+        let graph = gpu.capture(launch).expect("launches that can be kept");
+        row(&format!("{name}, as a graph"), seconds(|| gpu.replay(&graph).expect("a graph"), wait), amount, Some(copy));
+    }
+}

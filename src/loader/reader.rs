@@ -37,7 +37,10 @@ impl SlabBuffer {
     /// # Errors
     /// The memory is not to be had.
     pub fn heap(staging: HostStaging) -> Result<Self> {
-        cpu::zeroed("a staging slab", Bytes(staging.slab as u64)).map(Self::Heap)
+        let mut memory = cpu::zeroed("a staging slab", Bytes(staging.slab as u64))?;
+        // Taken from the system now, so that the time of the first reads is the disk's own.
+        memory.fill(0);
+        Ok(Self::Heap(memory))
     }
 }
 
