@@ -22,7 +22,7 @@ use evenkeel::backend::cuda::{
 };
 use evenkeel::bytes::Bytes;
 use evenkeel::model_config::Activation;
-use evenkeel::plan::memory::{CudaAttention, KvLayout};
+use evenkeel::plan::memory::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS, CudaAttention, KvLayout};
 use evenkeel::quant::{KvDtype, MatrixLayout, Storage, WeightDtype};
 use synthetic::Shape;
 use table::{Amount, head, row, seconds};
@@ -121,10 +121,12 @@ fn small(gpu: &Arc<Gpu>, len: usize) -> Region {
     region
 }
 
-fn scratch(gpu: &Arc<Gpu>, shape: &Shape, context: usize) -> Scratch {
+/// For products, and for the attention of `tokens`.
+fn scratch(gpu: &Arc<Gpu>, shape: &Shape, tokens: usize, context: usize) -> Scratch {
     let head_dim = shape.hidden / shape.heads;
-    let sizes = CudaAttention::scratch(shape.heads, shape.kv_heads, head_dim, 1, context);
-    let [parts, arrivals] = sizes.map(|len| allocate(gpu, len));
+    let [parts, arrivals] = CudaAttention::scratch(shape.heads, shape.kv_heads, head_dim, tokens, context);
+    let parts = allocate(gpu, parts.max(CUDA_FEW_BLOCKS * CUDA_FEW_PARTS * 4));
+    let arrivals = allocate(gpu, arrivals.max(CUDA_FEW_BLOCKS * 4));
     arrivals.clear().expect("a GPU that works");
     Scratch { parts, arrivals }
 }
@@ -160,7 +162,7 @@ fn products(Bench { gpu, shape }: &Bench) {
                     continue;
                 }
                 let matrices = rotated(gpu, shape, storage, rows, cols);
-                let scratch = scratch(gpu, shape, 1);
+                let scratch = scratch(gpu, shape, 1, 1);
                 for tokens in [1, 8, shape.prompt.min(512)] {
                     let (x, y) = (small(gpu, tokens * cols * 2), allocate(gpu, tokens * rows * 2));
                     let mut at = 0;
@@ -202,7 +204,7 @@ fn quantize(Bench { gpu, shape }: &Bench) {
     }
 }
 
-/// A block's attention for one token behind `context - 1` others, and what it needs.
+/// A block's attention for the last `tokens` of a context, and what it needs.
 struct Attending {
     shape: Attention,
     cache: Cache,
@@ -213,15 +215,15 @@ struct Attending {
 }
 
 impl Attending {
-    fn new(gpu: &Arc<Gpu>, shape: &Shape, context: usize, dtype: KvDtype) -> Self {
+    fn new(gpu: &Arc<Gpu>, shape: &Shape, (tokens, context): (usize, usize), dtype: KvDtype) -> Self {
         let head_dim = shape.hidden / shape.heads;
         let attention = Attention {
             heads: shape.heads,
             kv_heads: shape.kv_heads,
             head_dim,
             context,
-            position: context - 1,
-            tokens: 1,
+            position: context - tokens,
+            tokens,
             window: 0,
             scale: 0.1,
             softcap: 0.0,
@@ -231,13 +233,13 @@ impl Attending {
             KvLayout { dtype, codes: vectors * dtype.code_bytes(head_dim), scales: vectors * dtype.scale_bytes() };
         let bytes = layout.bytes().as_usize().expect("a size");
         let position = allocate(gpu, 4);
-        position.fill(u32::try_from(context - 1).expect("a position")).expect("a GPU that works");
+        position.fill(u32::try_from(context - tokens).expect("a position")).expect("a GPU that works");
         Self {
             shape: attention,
             cache: Cache::new(layout, &[small(gpu, bytes), small(gpu, bytes)]),
             position,
-            query: small(gpu, shape.hidden * 2),
-            out: allocate(gpu, shape.hidden * 2),
+            query: small(gpu, tokens * shape.hidden * 2),
+            out: allocate(gpu, tokens * shape.hidden * 2),
             bytes: 2.0 * bytes as f64,
         }
     }
@@ -247,61 +249,92 @@ impl Attending {
     }
 }
 
-/// One token behind many; what counts is the cache.
+/// Of one token, what counts is the cache; of a chunk of a prompt, multiplications and additions: two for each
+/// element of keys and of values that a head sees.
 fn attention(Bench { gpu, shape }: &Bench) {
-    head("Attention of one token");
+    head("Attention");
     let copy = copy();
-    for context in [2 * shape.prompt, 32 * shape.prompt] {
-        let scratch = scratch(gpu, shape, context);
+    let chunk = shape.prompt.min(512);
+    for (tokens, context) in
+        [(1, 2 * shape.prompt), (1, 32 * shape.prompt), (chunk, shape.prompt), (chunk, 8 * shape.prompt)]
+    {
+        let scratch = scratch(gpu, shape, tokens, context);
         for dtype in [KvDtype::F16, KvDtype::Int8] {
-            let attending = Attending::new(gpu, shape, context, dtype);
+            let attending = Attending::new(gpu, shape, (tokens, context), dtype);
             let seconds = seconds(
                 || attending.launch(gpu, &scratch).expect("a launch"),
                 || gpu.synchronize().expect("a GPU that works"),
             );
-            row(&format!("{context} keys in {dtype}"), seconds, Amount::Bytes(attending.bytes), Some(copy));
+            let what = format!("{tokens} tokens over {context} keys in {dtype}");
+            if tokens == 1 {
+                row(&what, seconds, Amount::Bytes(attending.bytes), Some(copy));
+            } else {
+                let seen = tokens * context - tokens * (tokens - 1) / 2;
+                row(&what, seconds, Amount::Operations((4 * seen * shape.hidden) as f64), None);
+            }
         }
     }
 }
 
-/// The products and the attention of all blocks for one token, launched and as a graph. The blocks share
-/// the weights of one, of which caches hold a part.
+/// The products of a block that share a launch; then the products and the attention of all blocks, launched
+/// and as a graph. Some blocks' weights are used in turn, so that no cache holds them.
 fn step(Bench { gpu, shape }: &Bench) {
-    head("A step of one token: all blocks' products and attention");
+    head("A step of one token");
     let copy = copy();
     let (hidden, wide) = (shape.hidden, shape.feed_forward);
     let keys = hidden / shape.heads * shape.kv_heads;
     let context = shape.prompt.min(1024);
-    let attending = Attending::new(gpu, shape, context, KvDtype::F16);
-    let scratch = scratch(gpu, shape, context);
+    let attending = Attending::new(gpu, shape, (1, context), KvDtype::F16);
+    let scratch = scratch(gpu, shape, 1, context);
     let [input, result, gated, apart] = [hidden, hidden, wide, wide].map(|width| small(gpu, 2 * width));
+    let wait = || gpu.synchronize().expect("a GPU that works");
+    let sizes = [
+        (hidden, hidden),
+        (keys, hidden),
+        (keys, hidden),
+        (hidden, hidden),
+        (wide, hidden),
+        (wide, hidden),
+        (hidden, wide),
+    ];
     for (name, storage) in [("int8", Storage::Int8), ("int4", Storage::Int4)] {
-        let sizes = [
-            (hidden, hidden),
-            (keys, hidden),
-            (keys, hidden),
-            (hidden, hidden),
-            (wide, hidden),
-            (wide, hidden),
-            (hidden, wide),
-        ];
-        let matrices = sizes.map(|(rows, cols)| matrix(gpu, storage, rows, cols));
-        let [query, key, value, output, gate, up, down] = matrices.each_ref().map(|matrix| Affine::new(matrix, None));
-        let block = || {
-            let parts = [(&query, &result), (&key, &result), (&value, &result)];
-            gpu.matmuls(&parts, Input::Half(&input), 1, &scratch)?;
-            attending.launch(gpu, &scratch)?;
-            let result = (&result, Output::F16, 1.0);
-            gpu.matmul(&output, Input::Half(&attending.out), 1, result, &scratch)?;
-            let pair = (Some(&gate), &up);
-            gpu.gated(Activation::Silu, pair, Input::Half(result.0), 1, [&gated, &apart], &scratch)?;
-            gpu.matmul(&down, Input::Half(&gated), 1, result, &scratch)
+        let blocks: [[DeviceMatrix; 7]; 4] =
+            std::array::from_fn(|_| sizes.map(|(rows, cols)| matrix(gpu, storage, rows, cols)));
+        let affines = blocks.each_ref().map(|block| block.each_ref().map(|matrix| Affine::new(matrix, None)));
+        let in_turn = |at: usize| affines[at % affines.len()].as_slice();
+        let inputs = |block: &[Affine]| {
+            let parts = [(&block[0], &result), (&block[1], &result), (&block[2], &result)];
+            gpu.matmuls(&parts, Input::Half(&input), 1, &scratch)
         };
-        let launch = || (0..shape.blocks).try_for_each(|_| block());
-        let wait = || gpu.synchronize().expect("a GPU that works");
-        let amount = Amount::Bytes(shape.blocks as f64 * (bytes(&matrices) + attending.bytes));
-        row(&format!("{name}, launched"), seconds(|| launch().expect("launches"), wait), amount, Some(copy));
+        let gate_up = |block: &[Affine]| {
+            let pair = (Some(&block[4]), &block[5]);
+            gpu.gated(Activation::Silu, pair, Input::Half(&input), 1, [&gated, &apart], &scratch)
+        };
+        let launch = || {
+            (0..shape.blocks).map(in_turn).try_for_each(|block| {
+                inputs(block)?;
+                attending.launch(gpu, &scratch)?;
+                gpu.matmul(&block[3], Input::Half(&attending.out), 1, (&result, Output::F16, 1.0), &scratch)?;
+                gate_up(block)?;
+                gpu.matmul(&block[6], Input::Half(&gated), 1, (&result, Output::F16, 1.0), &scratch)
+            })
+        };
+        for (what, launch, matrices) in [
+            ("queries, keys and values", &inputs as &dyn Fn(&[Affine]) -> evenkeel::Result<()>, 0..3),
+            ("gate and up", &gate_up, 4..6),
+        ] {
+            let mut at = 0;
+            let mut next = || {
+                at += 1;
+                launch(in_turn(at)).expect("a launch");
+            };
+            let amount = Amount::Bytes(bytes(&blocks[0][matrices]));
+            row(&format!("{name} {what}"), seconds(&mut next, wait), amount, Some(copy));
+        }
+        let amount = Amount::Bytes(shape.blocks as f64 * (bytes(&blocks[0]) + attending.bytes));
+        let what = format!("{name}, {} blocks", shape.blocks);
+        row(&format!("{what}, launched"), seconds(|| launch().expect("launches"), wait), amount, Some(copy));
         let graph = gpu.capture(launch).expect("launches that can be kept");
-        row(&format!("{name}, as a graph"), seconds(|| gpu.replay(&graph).expect("a graph"), wait), amount, Some(copy));
+        row(&format!("{what}, as a graph"), seconds(|| gpu.replay(&graph).expect("a graph"), wait), amount, Some(copy));
     }
 }

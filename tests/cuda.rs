@@ -163,7 +163,7 @@ fn a_token_takes_these_launches() {
         ("parity/phi3", 6, 3),
         ("parity/gpt2", 6, 4),
         ("parity/gemma2", 8, 3),
-        ("parity/qwen3", 8, 3),
+        ("parity/qwen3", 6, 3),
     ] {
         let checkpoint = Checkpoint::open(fixture(name)).unwrap();
         for (scheme, more) in [(Scheme::None, [2, 1]), (Scheme::Int4, [0, 0])] {

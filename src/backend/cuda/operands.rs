@@ -155,7 +155,7 @@ impl Scratch {
 /// The KV cache of a block.
 #[derive(Clone)]
 pub struct Cache {
-    dtype: KvDtype,
+    pub(super) dtype: KvDtype,
     /// Codes and scales of keys, then of values.
     regions: [Region; 4],
 }

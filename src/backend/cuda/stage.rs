@@ -208,13 +208,16 @@ impl CudaStage {
             None => [Role::Query, Role::Key, Role::Value].map(|role| parameters.of(role)),
         };
         gpu.matmuls(&[(&query, &w.query), (&key, &w.key), (&value, &w.value)], input, tokens, &w.scratch)?;
-        for (role, x, width) in [(Role::QueryNorm, &w.query, queries), (Role::KeyNorm, &w.key, keys)] {
-            if let Some(norm) = parameters.find(role).map(|affine| self.with(affine)) {
-                let cols = norm.affine.cols();
-                let shape = (tokens * width / cols, cols);
-                gpu.normalize(Some(&norm), (x, WeightDtype::F16), shape, x, Output::F16, 1.0)?;
+        let norms = [(Role::QueryNorm, &w.query, queries), (Role::KeyNorm, &w.key, keys)].map(|(role, x, width)| {
+            let Some(norm) = parameters.find(role).map(|affine| self.with(affine)) else { return Ok(None) };
+            if norm.affine.cols() == config.head_dim {
+                return Ok(Some(norm));
             }
-        }
+            gpu.normalize(Some(&norm), (x, WeightDtype::F16), (tokens, width), x, Output::F16, 1.0)?;
+            Ok(None)
+        });
+        let [query_norm, key_norm] = norms;
+        let norms = [query_norm?, key_norm?];
         let shape = Attention {
             heads: config.num_attention_heads,
             kv_heads: config.num_key_value_heads,
@@ -226,18 +229,10 @@ impl CudaStage {
             scale: config.attention_scale,
             softcap: config.attention_softcap.unwrap_or(0.0),
         };
-        let rope = block.layer.rope.map(|rope| (&w.frequencies[rope], config.ropes[rope].attention_factor));
         #[expect(clippy::cast_possible_truncation, reason = "angles are f32")]
-        let factor = rope.map_or(1.0, |(_, factor)| factor as f32);
-        let vectors = [&w.query, &w.key, &w.value];
-        gpu.rotate_and_store(
-            &shape,
-            vectors,
-            &block.cache,
-            &w.position,
-            rope.map(|(frequencies, _)| frequencies),
-            factor,
-        )?;
+        let rope = block.layer.rope.map(|rope| (&w.frequencies[rope], config.ropes[rope].attention_factor as f32));
+        let (vectors, norms) = ([&w.query, &w.key, &w.value], norms.each_ref().map(Option::as_ref));
+        gpu.rotate_and_store(&shape, vectors, norms, &block.cache, &w.position, rope)?;
         gpu.attend(&shape, &w.query, &block.cache, &w.attended, &w.position, &w.scratch)?;
         branch.matmul(&parameters.of(Role::Output), &w.attended, tokens)
     }

@@ -1,39 +1,44 @@
-// Rotary positions, the KV cache, and attention over it.
-//
-// query, key, value, out: f16 [tokens][heads or kv_heads][head_dim]. keys, values: the cache of a block,
-// [kv_heads][context][head_dim] of kv_dtype, one of bf16, f16, f32 and int8; key_scales, value_scales: f32
-// [kv_heads][context] for int8, where an element is its code times its vector's scale, else not used.
-// Token t of the call stands at *position + t; it is in the GPU's memory, so that launches can be repeated
-// for the next token. head_dim: at most 512.
-#include "common.cuh"
+// Rotary positions, the KV cache, and attention over it; see attention.cuh.
+#include "attention.cuh"
+#include "norm.cuh"
 
 #define MAX_HEAD 512
 #define SPAN 128
 
-__device__ __forceinline__ float load_kv(const byte* cache, int dtype, size_t i) {
-    return dtype == INT8 ? (float)((const signed char*)cache)[i] : load(cache, dtype, i);
-}
-
-// Rotates the pairs (i, i + rotary/2) of every head of the query, in place, and of the key by the
-// angle position * frequencies[i], times `factor`; the rest of a head stays. Stores key and value in
-// the cache; in int8 with the scale absmax / 127.
+// Normalizes every head of the query, in place, and of the key; see norm.cuh. Rotates their pairs
+// (i, i + rotary/2) by the angle position * frequencies[i], times `factor`; the rest of a head stays.
+// Stores key and value in the cache; in int8 with the scale absmax / 127.
 // frequencies: f32 [rotary / 2]; rotary: even, at most head_dim; 0 rotates nothing.
 // Launch: 128 threads, grid (tokens, heads + 2 * kv_heads).
-KERNEL(128) rotate_and_store(__half* query, const __half* key, const __half* value, byte* keys, float* key_scales, byte* values, float* value_scales,
-                             int kv_dtype, const float* frequencies, int heads, int kv_heads, int head_dim, int rotary, int context, const int* position, float factor) {
+#define NORM(of) int of##_kind, const void *of##_weight, int of##_weight_dtype, const void *of##_bias, int of##_bias_dtype, float of##_offset, float of##_epsilon
+#define GIVEN_NORM(of) {of##_kind, of##_weight, of##_weight_dtype, of##_bias, of##_bias_dtype, of##_offset, of##_epsilon}
+KERNEL(128) rotate_and_store(__half* query, const __half* key, const __half* value, NORM(query), NORM(key), byte* keys, float* key_scales, byte* values,
+                             float* value_scales, int kv_dtype, const float* frequencies, int heads, int kv_heads, int head_dim, int rotary, int context,
+                             const int* position, float factor) {
     begin();
-    __shared__ float vector[MAX_HEAD], scratch[4];
+    __shared__ float head_in[MAX_HEAD], vector[MAX_HEAD], scratch[4];
     int token = blockIdx.x, head = blockIdx.y, half_width = rotary / 2, at = *position + token;
     bool is_query = head < heads, is_key = !is_query && head < heads + kv_heads;
     if (!is_query) head = (head - heads) % kv_heads;
     const __half* from = is_query ? query + ((size_t)token * heads + head) * head_dim
                                   : (is_key ? key : value) + ((size_t)token * kv_heads + head) * head_dim;
+    Norm norm = {NONE, nullptr, 0, nullptr, 0, 0.0f, 0.0f};
+    if (is_query) norm = GIVEN_NORM(query);
+    else if (is_key) norm = GIVEN_NORM(key);
+    Moments of = moments(norm, from, F16, 0, head_dim, scratch);
+    for (int d = threadIdx.x * 8; d < head_dim; d += blockDim.x * 8) {
+        float v[8];
+        load8(from, F16, 0, d, head_dim, v);
+        normalize8(norm, of, d, head_dim, v);
+        for (int i = 0; i < 8 && d + i < head_dim; i++) head_in[d + i] = __half2float(to_half(v[i]));
+    }
+    __syncthreads();
     float largest = 0.0f;
     for (int d = threadIdx.x; d < head_dim; d += blockDim.x) {
-        float v = __half2float(from[d]);
+        float v = head_in[d];
         if ((is_query || is_key) && d < rotary) {
             int pair = d < half_width ? d : d - half_width;
-            float sine, cosine, other = __half2float(from[d < half_width ? d + half_width : d - half_width]);
+            float sine, cosine, other = head_in[d < half_width ? d + half_width : d - half_width];
             sincosf((float)at * frequencies[pair], &sine, &cosine);
             v = d < half_width ? v * (cosine * factor) - other * (sine * factor) : v * (cosine * factor) + other * (sine * factor);
         }
@@ -58,57 +63,22 @@ KERNEL(128) rotate_and_store(__half* query, const __half* key, const __half* val
     }
 }
 
-// Columns d to d + 7 of a vector of the cache; zero from `head_dim` on.
-__device__ __forceinline__ void load8_kv(const byte* cache, int dtype, size_t start, int d, int head_dim, float* out) {
-    if (head_dim % 8 != 0) {
-        for (int i = 0; i < 8; i++) out[i] = d + i < head_dim ? load_kv(cache, dtype, start + d + i) : 0.0f;
-    } else if (dtype == INT8) {
-        uint2 raw = *(const uint2*)(cache + start + d);
-        for (int i = 0; i < 8; i++) out[i] = (float)((const signed char*)&raw)[i];
-    } else if (dtype == F32) {
-        for (int i = 0; i < 8; i += 4) *(float4*)(out + i) = *(const float4*)((const float*)cache + start + d + i);
-    } else {
-        uint4 raw = *(const uint4*)((const unsigned short*)cache + start + d);
-        for (int i = 0; i < 8; i++) out[i] = load(&raw, dtype, i);
-    }
-}
-
-// out = softmax(cap(scale * q.k)) . v over the keys up to the query's own position, the last `window`
-// of them if window is not 0; cap(s) = softcap * tanh(s / softcap) if softcap is not 0. Query head h
-// reads key-value head h * kv_heads / heads. A block takes HEADS query heads of one key-value head, which
-// share what it reads of the cache, and one of `splits` parts of the keys; its softmax runs along with
-// them, 128 at a time, in f32. Where there are several parts, each leaves its sums, its largest score and
-// its total in `parts`, f32 [tokens][heads][splits][head_dim + 2], and the last to finish, by the count in
-// `arrivals`, u32 [tokens][blocks of heads], adds them up; it leaves the count at zero, as it has to be.
+// A block takes HEADS query heads of one key-value head, which share what it reads of the cache, and one of
+// `splits` parts of the keys; its softmax runs along with them, 128 at a time, in f32. head_dim: at most 512.
+// `arrivals`: [tokens][blocks of heads].
 // Launch: 128 threads, grid (tokens * splits, blocks of heads: kv_heads * (heads / kv_heads / HEADS, rounded up)).
-struct Attention {
-    const __half* query;
-    const byte* keys;
-    const float* key_scales;
-    const byte* values;
-    const float* value_scales;
-    int kv_dtype;
-    __half* out;
-    float* parts;
-    unsigned* arrivals;
-    int splits, heads, kv_heads, head_dim, context, position, window;
-    float scale, softcap;
-};
-
 template <int HEADS>
 __device__ __forceinline__ void attend(const Attention& a) {
     __shared__ __align__(16) float q[HEADS][MAX_HEAD];
     __shared__ float weights[HEADS][SPAN], scratch[HEADS][SPAN / 32];
-    __shared__ bool is_last;
     int head_dim = a.head_dim, kv_dtype = a.kv_dtype, sharing = a.heads / a.kv_heads, blocks = (sharing + HEADS - 1) / HEADS;
     int token = blockIdx.x / a.splits, split = blockIdx.x % a.splits, kv_head = blockIdx.y / blocks;
     int first_head = blockIdx.y % blocks * HEADS, count = min(HEADS, sharing - first_head);
     size_t first_row = (size_t)token * a.heads + kv_head * sharing + first_head, first_slot = (size_t)kv_head * a.context;
-    const float least = __uint_as_float(0xff800000u);
     for (int d = threadIdx.x; d < MAX_HEAD; d += blockDim.x)
         for (int h = 0; h < HEADS; h++) q[h][d] = h < count && d < head_dim ? __half2float(a.query[(first_row + h) * head_dim + d]) * a.scale : 0.0f;
     float sums[HEADS][MAX_HEAD / SPAN] = {}, largest[HEADS], total[HEADS] = {};
-    for (int h = 0; h < HEADS; h++) largest[h] = least;
+    for (int h = 0; h < HEADS; h++) largest[h] = LEAST;
     int behind = a.position + token + 1, first = a.window && behind > a.window ? behind - a.window : 0;
     int length = ((behind - first + a.splits - 1) / a.splits + SPAN - 1) / SPAN * SPAN;
     int start = first + split * length, end = min(behind, start + length);
@@ -130,7 +100,7 @@ __device__ __forceinline__ void attend(const Attention& a) {
         for (int h = 0; h < HEADS; h++) {
             if (kv_dtype == INT8 && is_mine) scores[h] *= a.key_scales[slot];
             if (a.softcap != 0.0f) scores[h] = a.softcap * tanhf(scores[h] / a.softcap);
-            if (!is_mine) scores[h] = least;
+            if (!is_mine) scores[h] = LEAST;
             float most = warp_max(scores[h]);
             if (threadIdx.x % 32 == 0) scratch[h][threadIdx.x / 32] = most;
         }
@@ -172,32 +142,9 @@ __device__ __forceinline__ void attend(const Attention& a) {
                 if (part * SPAN + (int)threadIdx.x < head_dim) mine[part * SPAN + threadIdx.x] = sums[h][part];
             if (threadIdx.x == 0) mine[head_dim] = largest[h], mine[head_dim + 1] = total[h];
         }
-        __threadfence();
-        __syncthreads();
-        unsigned* arrived = &a.arrivals[(size_t)token * gridDim.y + blockIdx.y];
-        if (threadIdx.x == 0) is_last = atomicAdd(arrived, 1u) == (unsigned)a.splits - 1;
-        __syncthreads();
-        if (!is_last) return;
-        __threadfence();
-        if (threadIdx.x == 0) *arrived = 0;
-#pragma unroll
-        for (int h = 0; h < HEADS; h++) {
-            if (h >= count) break;
-            const float* all = a.parts + (first_row + h) * a.splits * width;
-            float most = least;
-            for (int i = 0; i < a.splits; i++) most = fmaxf(most, __ldcg(all + i * width + head_dim));
-            total[h] = 0.0f;
-            for (int part = 0; part < MAX_HEAD / SPAN; part++) sums[h][part] = 0.0f;
-            for (int i = 0; i < a.splits; i++) {
-                float share = expf(__ldcg(all + i * width + head_dim) - most);
-                total[h] = fmaf(share, __ldcg(all + i * width + head_dim + 1), total[h]);
-#pragma unroll
-                for (int part = 0; part < MAX_HEAD / SPAN; part++) {
-                    int d = part * SPAN + threadIdx.x;
-                    if (d < head_dim) sums[h][part] = fmaf(share, __ldcg(all + i * width + d), sums[h][part]);
-                }
-            }
-        }
+        if (is_last_part(a, token * gridDim.y + blockIdx.y))
+            for (int h = 0; h < count; h++) add_parts(a, first_row + h);
+        return;
     }
 #pragma unroll
     for (int h = 0; h < HEADS; h++) {
