@@ -1,8 +1,8 @@
 //! Carries out a plan: reads each shard once, quantizes on the way, and puts
 //! every matrix where the plan has it.
 //!
-//! Threads fill a small ring of slabs of whole rows; the pool
-//! quantizes each slab and its packed rows go straight to their place in the
+//! Threads fill a small ring of slabs of whole rows, from the page cache or past
+//! it; the pool quantizes each slab and its packed rows go straight to their place in the
 //! arena, in memory or in a scratch file. What goes to a GPU is copied there as
 //! it is, and packed there. No tensor is ever held whole.
 
