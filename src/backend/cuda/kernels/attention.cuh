@@ -9,9 +9,10 @@
 // code times its vector's scale, else not used. Token t of the call stands at *position + t; it is in the
 // GPU's memory, so that launches can be repeated for the next token.
 //
-// The keys may be shared out to `splits` blocks. Each leaves its sums, its largest score and its total in
-// `parts`, f32 [tokens][heads][splits][head_dim + 2], and the last to finish, by the count in `arrivals`, u32 for
-// each group of such blocks, adds them up; it leaves the count at zero, as it has to be.
+// The keys may be shared out to `splits` blocks, or as many of them as there are keys for. Each leaves its
+// sums, its largest score and its total in `parts`, f32 [tokens][heads][splits][head_dim + 2], and the last to
+// finish, by the count in `arrivals`, u32 for each group of such blocks, adds them up; it leaves the count at
+// zero, as it has to be.
 #pragma once
 #include "common.cuh"
 
@@ -54,11 +55,11 @@ __device__ __forceinline__ void load8_kv(const byte* cache, int dtype, size_t st
 }
 
 // Whether this block is the last of those that count at `at`. All its threads ask, after they have left their part.
-__device__ __forceinline__ bool is_last_part(const Attention& a, size_t at) {
+__device__ __forceinline__ bool is_last_part(const Attention& a, size_t at, int splits) {
     __shared__ bool is_last;
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) is_last = atomicAdd(&a.arrivals[at], 1u) == (unsigned)a.splits - 1;
+    if (threadIdx.x == 0) is_last = atomicAdd(&a.arrivals[at], 1u) == (unsigned)splits - 1;
     __syncthreads();
     if (!is_last) return false;
     __threadfence();
@@ -66,15 +67,15 @@ __device__ __forceinline__ bool is_last_part(const Attention& a, size_t at) {
     return true;
 }
 
-// What the parts of a row, a head of a token, come to.
-__device__ __forceinline__ void add_parts(const Attention& a, size_t row) {
+// What the first `splits` parts of a row, a head of a token, come to.
+__device__ __forceinline__ void add_parts(const Attention& a, size_t row, int splits) {
     __shared__ float shares[MAX_SPLITS], scratch[4];
     int width = a.head_dim + 2;
     const float* all = a.parts + row * a.splits * width;
     float most = LEAST, total = 0.0f;
-    for (int i = threadIdx.x; i < a.splits; i += blockDim.x) most = fmaxf(most, __ldcg(all + i * width + a.head_dim));
+    for (int i = threadIdx.x; i < splits; i += blockDim.x) most = fmaxf(most, __ldcg(all + i * width + a.head_dim));
     most = block_max(most, scratch);
-    for (int i = threadIdx.x; i < a.splits; i += blockDim.x) {
+    for (int i = threadIdx.x; i < splits; i += blockDim.x) {
         shares[i] = expf(__ldcg(all + i * width + a.head_dim) - most);
         total = fmaf(shares[i], __ldcg(all + i * width + a.head_dim + 1), total);
     }
@@ -82,7 +83,7 @@ __device__ __forceinline__ void add_parts(const Attention& a, size_t row) {
     for (int d = threadIdx.x; d < a.head_dim; d += blockDim.x) {
         float sum = 0.0f;
 #pragma unroll 8
-        for (int i = 0; i < a.splits; i++) sum = fmaf(shares[i], __ldcg(all + i * width + d), sum);
+        for (int i = 0; i < splits; i++) sum = fmaf(shares[i], __ldcg(all + i * width + d), sum);
         a.out[row * a.head_dim + d] = to_half(sum / total);
     }
 }
