@@ -1,5 +1,5 @@
 //! How fast the first GPU is, beside what its memory gives in the same run: products, quantizing,
-//! attention, a step as launches and as a graph, and a whole model: load, prefill, decode.
+//! attention, a step, and a whole model: load, prefill, decode by a graph and by launches.
 //!
 //! `cargo bench --bench gpu [-- PART... SHAPE]` prints a page for benches/results. The parts are `products`,
 //! `quantize`, `attention`, `step` and `model`, and all without any; the shapes are those of
@@ -121,6 +121,10 @@ fn small(gpu: &Arc<Gpu>, len: usize) -> Region {
     region
 }
 
+fn tokens_of(count: usize) -> String {
+    if count == 1 { "1 token".to_owned() } else { format!("{count} tokens") }
+}
+
 /// For products, and for the attention of `tokens`.
 fn scratch(gpu: &Arc<Gpu>, shape: &Shape, tokens: usize, context: usize) -> Scratch {
     let head_dim = shape.hidden / shape.heads;
@@ -175,7 +179,7 @@ fn products(Bench { gpu, shape }: &Bench) {
                         },
                         || gpu.synchronize().expect("a GPU that works"),
                     );
-                    let what = format!("{name} {rows}×{cols}, {tokens} tokens{which}");
+                    let what = format!("{name} {rows}×{cols}, {}{which}", tokens_of(tokens));
                     if tokens > 8 {
                         row(&what, seconds, Amount::Operations((2 * tokens * rows * cols) as f64), None);
                     } else {
@@ -265,7 +269,7 @@ fn attention(Bench { gpu, shape }: &Bench) {
                 || attending.launch(gpu, &scratch).expect("a launch"),
                 || gpu.synchronize().expect("a GPU that works"),
             );
-            let what = format!("{tokens} tokens over {context} keys in {dtype}");
+            let what = format!("{} over {context} keys in {dtype}", tokens_of(tokens));
             if tokens == 1 {
                 row(&what, seconds, Amount::Bytes(attending.bytes), Some(copy));
             } else {
@@ -276,8 +280,8 @@ fn attention(Bench { gpu, shape }: &Bench) {
     }
 }
 
-/// The products of a block that share a launch; then the products and the attention of all blocks, launched
-/// and as a graph. Some blocks' weights are used in turn, so that no cache holds them.
+/// The products of a block that share a launch; then the products and the attention of all blocks. The
+/// weights of some blocks are used in turn, so that no cache holds them.
 fn step(Bench { gpu, shape }: &Bench) {
     head("A step of one token");
     let copy = copy();
@@ -332,9 +336,7 @@ fn step(Bench { gpu, shape }: &Bench) {
             row(&format!("{name} {what}"), seconds(&mut next, wait), amount, Some(copy));
         }
         let amount = Amount::Bytes(shape.blocks as f64 * (bytes(&blocks[0]) + attending.bytes));
-        let what = format!("{name}, {} blocks", shape.blocks);
-        row(&format!("{what}, launched"), seconds(|| launch().expect("launches"), wait), amount, Some(copy));
-        let graph = gpu.capture(launch).expect("launches that can be kept");
-        row(&format!("{what}, as a graph"), seconds(|| gpu.replay(&graph).expect("a graph"), wait), amount, Some(copy));
+        let what = format!("{name} products and attention of {} blocks", shape.blocks);
+        row(&what, seconds(|| launch().expect("launches"), wait), amount, Some(copy));
     }
 }

@@ -125,5 +125,8 @@ pub fn model(gpu: &Arc<Gpu>, shape: &Shape) {
             let what = format!("{scheme}: decode behind {} tokens", prompt.len());
             row(&what, decode, Amount::Tokens(NEW as f64 - 1.0), Some(copy / read));
         }
+        model.launch_each_kernel();
+        let decode = median((0..ROUNDS).map(|_| generate(&mut model, &prompt[..16], NEW).decode_seconds));
+        row(&format!("{scheme}: the first without a graph"), decode, Amount::Tokens(NEW as f64 - 1.0), None);
     }
 }

@@ -49,6 +49,9 @@ pub trait Stage: Send {
     fn best(&mut self, _hidden: &mut Hidden) -> Result<Option<Best>> {
         Ok(None)
     }
+
+    /// Launches every kernel of a step by itself from now on, where the stage would repeat them as one.
+    fn launch_each_kernel(&mut self) {}
 }
 
 /// A token and its logit.

@@ -81,6 +81,11 @@ impl Pipeline {
         self.chunk = tokens.clamp(1, self.largest_chunk);
     }
 
+    /// Launches every kernel of a step by itself from now on.
+    pub fn launch_each_kernel(&mut self) {
+        self.stages.iter_mut().for_each(|stage| stage.launch_each_kernel());
+    }
+
     /// Appends `tokens` and gives the logits behind the last of them; where only
     /// the `best` token is wanted and a device finds it, that alone.
     ///

@@ -40,7 +40,7 @@ pub enum Argument<'a> {
 }
 
 /// Launches on the compute stream of a GPU. Whoever keeps it keeps what they were given.
-pub struct Graph(CudaGraph);
+pub(super) struct Graph(CudaGraph);
 
 // SAFETY: the driver asks only that a graph is not used by two threads at once, and this is its only handle.
 unsafe impl Send for Graph {}
@@ -111,7 +111,7 @@ impl Gpu {
 
     /// Keeps what `queue` would queue, and queues nothing; `None` where a launch or the driver fails. `queue`
     /// waits for nothing.
-    pub fn capture(&self, queue: impl FnOnce() -> Result<()>) -> Option<Graph> {
+    pub(super) fn capture(&self, queue: impl FnOnce() -> Result<()>) -> Option<Graph> {
         self.stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).ok()?;
         let queued = queue();
         let graph = self.stream.end_capture(CUgraphInstantiate_flags(0));
@@ -123,7 +123,7 @@ impl Gpu {
     ///
     /// # Errors
     /// The driver fails.
-    pub fn replay(&self, graph: &Graph) -> Result<()> {
+    pub(super) fn replay(&self, graph: &Graph) -> Result<()> {
         graph.0.launch().map_err(|e| self.failure("cannot repeat the launches of a step", e))
     }
 }

@@ -18,7 +18,6 @@ mod stage;
 mod upload;
 
 pub use driver::{Buffer, Gpu, Pinned, Region};
-pub use launch::Graph;
 pub use operands::{Affine, Attention, Cache, DeviceMatrix, Input, MAX_HEAD_DIM, Norm, Output, Scratch};
 pub use stage::{CudaStage, Parameters, Workspace};
 pub use upload::{InFlight, Upload};

@@ -418,6 +418,10 @@ impl Stage for CudaStage {
         Ok(())
     }
 
+    fn launch_each_kernel(&mut self) {
+        self.step = Step::Apart;
+    }
+
     fn best(&mut self, hidden: &mut Hidden) -> Result<Option<Best>> {
         if !self.head(hidden)? {
             return Ok(None);
