@@ -152,7 +152,8 @@ fn rotated(gpu: &Arc<Gpu>, shape: &Shape, storage: Storage, rows: usize, cols: u
     (0..count).map(|_| matrix(gpu, storage, rows, cols)).collect()
 }
 
-/// Each product with one token, with eight, and with a chunk of a prompt, by tensor cores and without.
+/// Each product with one token, with eight, with a chunk of a prompt and with all of it, by tensor cores and
+/// without.
 fn products(Bench { gpu, shape }: &Bench) {
     head("Products");
     let copy = copy();
@@ -167,7 +168,9 @@ fn products(Bench { gpu, shape }: &Bench) {
                 }
                 let matrices = rotated(gpu, shape, storage, rows, cols);
                 let scratch = scratch(gpu, shape, 1, 1);
-                for tokens in [1, 8, shape.prompt.min(512)] {
+                let mut counts = vec![1, 8, shape.prompt.min(512), shape.prompt];
+                counts.dedup();
+                for tokens in counts {
                     let (x, y) = (small(gpu, tokens * cols * 2), allocate(gpu, tokens * rows * 2));
                     let mut at = 0;
                     let seconds = seconds(
