@@ -44,9 +44,6 @@ pub struct Placed<'a> {
 
 /// Every weight with its layout and its offset in the arena of its device;
 /// `devices` has one for every module of the tree.
-///
-/// # Errors
-/// A size is beyond what a plan can hold.
 pub fn lay_out<'a>(weights: &[Weight<'a>], devices: &[DeviceId], rules: &QuantizeRules) -> Result<Vec<Placed<'a>>> {
     let mut ends: BTreeMap<DeviceId, u64> = BTreeMap::new();
     weights
@@ -267,7 +264,7 @@ pub fn cuda_workspace(config: &ModelConfig, context: usize) -> [Bytes; CUDA_BUFF
     const HALF: usize = 2;
     const WORD: usize = 4;
     let layout = WorkspaceLayout::new(config, chunk(context));
-    let roles = || config.family.block.iter().map(|(role, _)| *role);
+    let roles = || config.family.block().map(|(role, _)| role);
     let norms_outputs = roles().any(|role| matches!(role, Role::AttentionOutputNorm | Role::FeedForwardOutputNorm));
     let routed =
         if layout.routes > 0 { config.experts.map_or(0, |experts| layout.tokens * experts.per_token) } else { 0 };
