@@ -78,6 +78,9 @@ pub trait Stage: Send {
     fn chosen(&mut self) -> Result<Chosen> {
         unreachable!("a stage that has chosen nothing is not asked")
     }
+
+    /// Launches every kernel of a step by itself from now on, where the stage would repeat them as one.
+    fn launch_each_kernel(&mut self) {}
 }
 
 /// A token that a device has chosen.

@@ -484,6 +484,10 @@ impl Stage for CudaStage {
         Ok(())
     }
 
+    fn launch_each_kernel(&mut self) {
+        self.step = Repeated::Apart;
+    }
+
     fn prepare(&mut self, choice: &Choice, seen: &[u32]) -> Result<bool> {
         if self.parameters.find(Role::Head).is_none() {
             return Ok(false);
