@@ -7,6 +7,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::ParseError;
+
 /// 1 KiB in bytes.
 pub const KIB: u64 = 1 << 10;
 /// 1 MiB in bytes.
@@ -83,19 +85,15 @@ impl fmt::Display for Bytes {
     }
 }
 
-/// A text that is no number of bytes.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("`{0}` is not a size; write it like `10GiB`, `512MiB`, `10GB` or as a number of bytes")]
-pub struct ParseBytesError(String);
-
 impl FromStr for Bytes {
-    type Err = ParseBytesError;
+    type Err = ParseError;
 
     /// Reads `24GiB`, `1.5GB`, `512 MiB`, `100KB`, `1TiB` or a plain number of
     /// bytes. Case does not matter; a lowercase final `b` after `KB`, `MB` or
     /// `GB` means bits to Accelerate and is refused here as ambiguous.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let error = || ParseBytesError(crate::error::printable(text));
+        const PROBLEM: &str = "not a size; write it like `10GiB`, `512MiB`, `10GB` or as a number of bytes";
+        let error = || ParseError::new(text, PROBLEM);
         let trimmed = text.trim();
         let digits = trimmed.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(trimmed.len());
         let (number, unit) = trimmed.split_at(digits);

@@ -13,8 +13,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::bytes::{Bytes, MIB};
-use crate::device::{DeviceId, ParseDeviceError};
-use crate::error::{Error, Result, did_you_mean, printable};
+use crate::device::DeviceId;
+use crate::error::{Error, ParseError, Result, did_you_mean, printable};
 use crate::fs;
 use crate::json::{Document, Member, Node, Place};
 use crate::quant::{KvDtype, QuantizeRules};
@@ -118,7 +118,7 @@ fn rules(node: Node) -> Result<QuantizeRules> {
 
 fn max_memory(node: Node) -> Result<MaxMemory> {
     let budget = |Member { name, key, value }: Member| {
-        let device = name.parse().map_err(|e: ParseDeviceError| key.error(e))?;
+        let device = name.parse().map_err(|e: ParseError| key.error(e))?;
         Ok((device, if value.is_text() { value.spelled()? } else { Bytes(value.whole()?) }))
     };
     node.members()?.into_iter().map(budget).collect()

@@ -39,7 +39,7 @@ pub use inventory::{Device, Inventory};
 pub use kinds::KindReport;
 pub use options::{DEFAULT_CONTEXT, DEFAULT_RESERVE, PlanOptions, Quantize, Strategy};
 pub use remedies::{Change, Remedy};
-pub use speed::{Bandwidth, Pace, ParseBandwidthError, Speed};
+pub use speed::{Bandwidth, Pace, Speed};
 
 /// A complete plan.
 #[derive(Clone, Debug, PartialEq, Serialize)]
