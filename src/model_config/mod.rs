@@ -31,7 +31,8 @@ const MAX_BLOCKS: u64 = 10_000;
 const MAX_WIDTH: u64 = 1 << 20;
 const MAX_HEADS: u64 = 1 << 16;
 const MAX_VOCABULARY: u64 = 1 << 24;
-const MAX_CONTEXT: u64 = 1 << 28;
+/// The longest context of a model, in tokens.
+pub const MAX_CONTEXT: u64 = 1 << 28;
 const MAX_EXPERTS: u64 = 1 << 16;
 /// Experts in all blocks together.
 const MAX_EXPERTS_OF_MODEL: usize = 1 << 18;
