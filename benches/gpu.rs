@@ -120,37 +120,42 @@ fn launches(criterion: &mut Criterion) {
     }
 }
 
-/// One token of Llama-3-8B behind many; the throughput is that of the cache.
+/// Tokens of Llama-3-8B behind many: of one, the throughput is that of the cache in bytes; of a chunk of a
+/// prompt, that of multiplications and additions, two for each element of keys and of values that a head sees.
 fn attention(criterion: &mut Criterion) {
     let Ok(gpu) = Gpu::open(0) else { return };
     let mut group = criterion.benchmark_group("gpu");
     let (heads, kv_heads, head_dim) = (32, 8, 128);
-    for context in [8192, 131_072] {
+    for (tokens, context) in [(1, 8192), (1, 131_072), (512, 4096), (512, 32_768)] {
         let shape = Attention {
             heads,
             kv_heads,
             head_dim,
             context,
-            position: context - 1,
-            tokens: 1,
+            position: context - tokens,
+            tokens,
             window: 0,
             scale: 0.1,
             softcap: 0.0,
         };
-        let scratch = CudaAttention::scratch(heads, kv_heads, head_dim, 1, context);
+        let scratch = CudaAttention::scratch(heads, kv_heads, head_dim, tokens, context);
         let [parts, arrivals] = scratch.map(|len| zeros(&gpu, len));
         let scratch = Scratch { parts, arrivals };
         let position = zeros(&gpu, 4);
         position.fill(u32::try_from(shape.position).expect("a position")).expect("a GPU that works");
-        let (query, out) = (zeros(&gpu, heads * head_dim * 2), zeros(&gpu, heads * head_dim * 2));
+        let [query, out] = [(); 2].map(|()| zeros(&gpu, tokens * heads * head_dim * 2));
         for dtype in [KvDtype::F16, KvDtype::Int8] {
             let vectors = kv_heads * context;
             let layout =
                 KvLayout { dtype, codes: vectors * dtype.code_bytes(head_dim), scales: vectors * dtype.scale_bytes() };
             let bytes = layout.bytes().as_usize().expect("a size");
             let cache = Cache::new(layout, &[zeros(&gpu, bytes), zeros(&gpu, bytes)]);
-            group.throughput(Throughput::Bytes(2 * bytes as u64));
-            group.bench_function(format!("attention over {context} keys in {dtype}"), |bencher| {
+            let seen = tokens * context - tokens * (tokens - 1) / 2;
+            group.throughput(match tokens {
+                1 => Throughput::Bytes(2 * bytes as u64),
+                _ => Throughput::Elements((4 * seen * heads * head_dim) as u64),
+            });
+            group.bench_function(format!("attention of {tokens} over {context} keys in {dtype}"), |bencher| {
                 bencher.iter_custom(|count| {
                     time(&gpu, count, || {
                         gpu.attend(&shape, &query, &cache, &out, &position, &scratch).expect("a launch");

@@ -183,7 +183,7 @@ fn a_token_takes_these_launches() {
 fn a_step_that_is_repeated_gives_what_its_launches_do() {
     let Some((fake, _turn)) = fake_cuda::load(GPUS) else { return };
     let tokens: Vec<u32> = (0..270).map(|at| at * 7 % 50).collect();
-    // Behind 256 tokens attention is split.
+    // With room for more than 128 tokens attention is split.
     for (name, graphs, context) in
         [("parity/gpt2", true, 40), ("parity/llama31", true, 270), ("parity/qwen3_moe", false, 40)]
     {

@@ -186,11 +186,11 @@ pub struct CudaAttention {
 }
 
 impl CudaAttention {
-    /// For `tokens` tokens of which the last sees `keys` keys: so many parts that one token over
+    /// For `tokens` tokens that see at most `keys` keys: so many parts that one token over
     /// many keys fills a GPU, and none so short that adding them up is what takes the time.
     pub fn new(heads: usize, kv_heads: usize, tokens: usize, keys: usize) -> Self {
         const BLOCKS: usize = 1024;
-        const SHORTEST: usize = 256;
+        const SHORTEST: usize = 128;
         let sharing = heads / kv_heads;
         let of_a_block = if sharing > 1 { 4 } else { 1 };
         let blocks = kv_heads * sharing.div_ceil(of_a_block);

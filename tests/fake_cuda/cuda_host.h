@@ -243,6 +243,7 @@ static inline __half __ushort_as_half(unsigned short u) { return {u}; }
 static inline unsigned short __half_as_ushort(__half h) { return h.x; }
 struct alignas(4) __half2 { __half x, y; };
 static inline __half2 __half2half2(__half h) { return {h, h}; }
+static inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
 namespace fk {
 // Element-wise, rounded once.
 template <class F>
@@ -302,10 +303,30 @@ static inline void mma_m16n8k16(float* d, const unsigned* a, unsigned b0, unsign
     fk::Mma m{d, a, {b0, b1}};
     fk::warp_collective(0xffffffffu, &fk::Mma::complete, &m);
 }
+namespace fk {
+// Row j of matrix i stands at the address of lane 8i + j.
+struct LoadMatrix {
+    unsigned* d;
+    const void* row;
+    static void complete(void* const args[32], unsigned mask) {
+        if (mask != 0xffffffffu) trap(719, "ldmatrix executed by a partial warp");
+        auto at = [&](int matrix, int row, int column) { return ((const uint16_t*)((LoadMatrix*)args[matrix * 8 + row])->row)[column]; };
+        for (int l = 0; l < 32; l++)
+            for (int i = 0; i < 4; i++) ((LoadMatrix*)args[l])->d[i] = at(i, l % 4 * 2, l / 4) | (unsigned)at(i, l % 4 * 2 + 1, l / 4) << 16;
+    }
+};
+}  // namespace fk
+static inline void ldmatrix_transposed(unsigned* d, const void* row) {
+    if ((uintptr_t)row & 15) fk::trap(716, "ldmatrix address not 16-byte aligned");
+    fk::LoadMatrix load{d, row};
+    fk::warp_collective(0xffffffffu, &fk::LoadMatrix::complete, &load);
+}
+static inline float exp2_approximate(float x) { return exp2f(x); }
 // The copy happens at once: a missing wait is not noticed.
-static inline void cp_async_16(void* to, const void* from) {
+static inline void cp_async_16(void* to, const void* from, bool is_there) {
     if (((uintptr_t)to | (uintptr_t)from) & 15) fk::trap(716, "cp.async address not 16-byte aligned");
-    memcpy(to, from, 16);
+    if (is_there) memcpy(to, from, 16);
+    else memset(to, 0, 16);
 }
 static inline void cp_async_commit() {}
 template <int N>

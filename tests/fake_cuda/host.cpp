@@ -1,5 +1,6 @@
 // The product's kernels, compiled for the host: one line for each.
 #include "../../src/backend/cuda/kernels/attention.cu"
+#include "../../src/backend/cuda/kernels/attention_mma.cu"
 #include "../../src/backend/cuda/kernels/elementwise.cu"
 #include "../../src/backend/cuda/kernels/matmul.cu"
 #include "../../src/backend/cuda/kernels/mma_few.cu"
@@ -10,6 +11,9 @@
 FAKE_CUDA_KERNEL(activate);
 FAKE_CUDA_KERNEL(attend_1);
 FAKE_CUDA_KERNEL(attend_4);
+FAKE_CUDA_KERNEL(attend_many_64);
+FAKE_CUDA_KERNEL(attend_many_128);
+FAKE_CUDA_KERNEL(attend_many_256);
 FAKE_CUDA_KERNEL(embed);
 FAKE_CUDA_KERNEL(few_bf16);
 FAKE_CUDA_KERNEL(few_f16);

@@ -10,7 +10,7 @@ use super::operands::{Affine, Attention, Cache, DeviceMatrix, FLOAT, HALF, Input
 use crate::error::Result;
 use crate::model_config::{Activation, NormKind};
 use crate::plan::memory::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS};
-use crate::quant::{Storage, WeightDtype};
+use crate::quant::{KvDtype, Storage, WeightDtype};
 
 /// The first compute capability whose tensor cores the kernels use.
 const TENSOR_CORES: (i32, i32) = (8, 0);
@@ -38,6 +38,7 @@ macro_rules! module {
 /// All files.
 pub(super) const MODULES: &[Module] = &[
     module!("attention", NEEDED_CAPABILITY, ["attend_1", "attend_4", "rotate_and_store"]),
+    module!("attention_mma", TENSOR_CORES, ["attend_many_128", "attend_many_256", "attend_many_64"]),
     module!("elementwise", NEEDED_CAPABILITY, ["activate", "embed", "gather", "scatter_add", "top_k"]),
     module!(
         "matmul",
@@ -72,8 +73,17 @@ const MMA_FEW_SLOTS: usize = 16;
 const MMA_FEW_BYTES: usize = 512;
 /// Rows and tokens of a block of the others.
 const TILE: usize = 64;
+/// Rows of a block of `attend_many_…`, each a head of a token.
+const ATTEND_ROWS: usize = 64;
 /// The most matrices that one launch multiplies.
 const MATRICES: usize = 3;
+
+/// The kernel of tensor cores for `shape`, if there is one.
+fn attend_many(shape: &Attention, cache: &Cache) -> Option<&'static str> {
+    let fits = shape.tokens > FEW && shape.head_dim.is_multiple_of(8) && cache.dtype != KvDtype::F32;
+    let kernels = [(64, "attend_many_64"), (128, "attend_many_128"), (256, "attend_many_256")];
+    kernels.into_iter().find(|(width, _)| fits && shape.head_dim <= *width).map(|(_, kernel)| kernel)
+}
 
 fn dtype_number(dtype: WeightDtype) -> i32 {
     match dtype {
@@ -456,10 +466,17 @@ impl Gpu {
             int(shape.window),
             Argument::F32(shape.scale),
             Argument::F32(shape.softcap),
+            int(shape.tokens),
         ];
-        let kernel = if shares.heads == 1 { "attend_1" } else { "attend_4" };
-        let grid = (shape.tokens * shares.parts, shares.blocks);
-        self.launch(kernel, grid, 128, &[&[Argument::Region(query)][..], &cache.arguments(), &numbers].concat())
+        let many = attend_many(shape, cache).filter(|_| self.capability >= TENSOR_CORES);
+        let (kernel, grid, numbers) = if let Some(kernel) = many {
+            let rows = shape.tokens * (shape.heads / shape.kv_heads);
+            (kernel, (rows.div_ceil(ATTEND_ROWS) * shares.parts, shape.kv_heads), &numbers[..])
+        } else {
+            let kernel = if shares.heads == 1 { "attend_1" } else { "attend_4" };
+            (kernel, (shape.tokens * shares.parts, shares.blocks), &numbers[..numbers.len() - 1])
+        };
+        self.launch(kernel, grid, 128, &[&[Argument::Region(query)][..], &cache.arguments(), numbers].concat())
     }
 
     /// `scale` times the rows of `matrix` that the u32 in `tokens` name, into f32 or onto it.

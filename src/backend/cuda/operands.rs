@@ -155,7 +155,7 @@ impl Scratch {
 /// The KV cache of a block.
 #[derive(Clone)]
 pub struct Cache {
-    dtype: KvDtype,
+    pub(super) dtype: KvDtype,
     /// Codes and scales of keys, then of values.
     regions: [Region; 4],
 }
@@ -207,9 +207,11 @@ pub struct Attention {
 }
 
 impl Attention {
-    /// How its keys are shared out.
+    /// How its keys are shared out: those of one token the same wherever it stands, so that its launch can
+    /// be repeated for the next one.
     pub(super) fn shares(&self) -> CudaAttention {
-        CudaAttention::new(self.heads, self.kv_heads, self.tokens, self.position + self.tokens)
+        let keys = if self.tokens == 1 { self.context } else { self.position + self.tokens };
+        CudaAttention::new(self.heads, self.kv_heads, self.tokens, keys)
     }
 
     pub(super) fn check(&self, query: &Region, cache: &Cache) {

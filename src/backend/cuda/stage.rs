@@ -11,7 +11,7 @@ use crate::backend::cpu::{route, soft_cap};
 use crate::backend::{Best, Hidden, Stage};
 use crate::error::{Error, Result};
 use crate::model_config::{Experts, Layer, ModelConfig};
-use crate::plan::memory::{self, CUDA_BUFFERS, CudaAttention};
+use crate::plan::memory::{self, CUDA_BUFFERS};
 use crate::quant::WeightDtype;
 
 /// Bytes of a u32 or an f32.
@@ -129,8 +129,8 @@ enum Step {
     New,
     /// It was launched one by one.
     Launched,
-    /// Its launches were kept, for so many parts of attention.
-    Kept(usize, Graph),
+    /// Its launches were kept.
+    Kept(Graph),
     /// Its launches cannot be kept.
     Apart,
 }
@@ -379,19 +379,17 @@ impl Stage for CudaStage {
         if tokens > 1 || self.blocks.iter().any(|block| block.layer.has_experts) {
             return launch();
         }
-        let (heads, kv_heads) = (self.config.num_attention_heads, self.config.num_key_value_heads);
-        let parts = CudaAttention::new(heads, kv_heads, tokens, position + tokens).parts;
         self.step = match &self.step {
-            Step::Kept(kept, graph) if *kept == parts => return w.gpu.replay(graph),
+            Step::Kept(graph) => return w.gpu.replay(graph),
             Step::Apart => return launch(),
             Step::New => {
                 launch()?;
                 Step::Launched
             }
-            Step::Launched | Step::Kept(..) => {
+            Step::Launched => {
                 if let Some(graph) = w.gpu.capture(launch) {
                     w.gpu.replay(&graph)?;
-                    Step::Kept(parts, graph)
+                    Step::Kept(graph)
                 } else {
                     launch()?;
                     Step::Apart

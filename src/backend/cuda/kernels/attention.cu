@@ -1,18 +1,9 @@
-// Rotary positions, the KV cache, and attention over it.
-//
-// query, key, value, out: f16 [tokens][heads or kv_heads][head_dim]. keys, values: the cache of a block,
-// [kv_heads][context][head_dim] of kv_dtype, one of bf16, f16, f32 and int8; key_scales, value_scales: f32
-// [kv_heads][context] for int8, where an element is its code times its vector's scale, else not used.
-// Token t of the call stands at *position + t; it is in the GPU's memory, so that launches can be repeated
-// for the next token. head_dim: at most 512.
+// Rotary positions, the KV cache, and attention over it; see attention.cuh.
+#include "attention.cuh"
 #include "norm.cuh"
 
 #define MAX_HEAD 512
 #define SPAN 128
-
-__device__ __forceinline__ float load_kv(const byte* cache, int dtype, size_t i) {
-    return dtype == INT8 ? (float)((const signed char*)cache)[i] : load(cache, dtype, i);
-}
 
 // Normalizes every head of the query, in place, and of the key; see norm.cuh. Rotates their pairs
 // (i, i + rotary/2) by the angle position * frequencies[i], times `factor`; the rest of a head stays.
@@ -72,156 +63,154 @@ KERNEL(128) rotate_and_store(__half* query, const __half* key, const __half* val
     }
 }
 
-// Columns d to d + 7 of a vector of the cache; zero from `head_dim` on.
-__device__ __forceinline__ void load8_kv(const byte* cache, int dtype, size_t start, int d, int head_dim, float* out) {
-    if (head_dim % 8 != 0) {
-        for (int i = 0; i < 8; i++) out[i] = d + i < head_dim ? load_kv(cache, dtype, start + d + i) : 0.0f;
-    } else if (dtype == INT8) {
-        uint2 raw = *(const uint2*)(cache + start + d);
-        for (int i = 0; i < 8; i++) out[i] = (float)((const signed char*)&raw)[i];
-    } else if (dtype == F32) {
-        for (int i = 0; i < 8; i += 4) *(float4*)(out + i) = *(const float4*)((const float*)cache + start + d + i);
-    } else {
-        uint4 raw = *(const uint4*)((const unsigned short*)cache + start + d);
-        for (int i = 0; i < 8; i++) out[i] = load(&raw, dtype, i);
-    }
-}
+// A dtype that only the launch knows, or vectors that are no multiple of eight.
+enum { ANY = -1 };
 
-// out = softmax(cap(scale * q.k)) . v over the keys up to the query's own position, the last `window`
-// of them if window is not 0; cap(s) = softcap * tanh(s / softcap) if softcap is not 0. Query head h
-// reads key-value head h * kv_heads / heads. A block takes HEADS query heads of one key-value head, which
-// share what it reads of the cache, and one of `splits` parts of the keys; its softmax runs along with
-// them, 128 at a time, in f32. Where there are several parts, each leaves its sums, its largest score and
-// its total in `parts`, f32 [tokens][heads][splits][head_dim + 2], and the last to finish, by the count in
-// `arrivals`, u32 [tokens][blocks of heads], adds them up; it leaves the count at zero, as it has to be.
-// Launch: 128 threads, grid (tokens * splits, blocks of heads: kv_heads * (heads / kv_heads / HEADS, rounded up)).
-struct Attention {
-    const __half* query;
-    const byte* keys;
-    const float* key_scales;
-    const byte* values;
-    const float* value_scales;
-    int kv_dtype;
-    __half* out;
-    float* parts;
-    unsigned* arrivals;
-    int splits, heads, kv_heads, head_dim, context, position, window;
-    float scale, softcap;
+// Eight elements of a vector of the cache, as they are stored; zero from `head_dim` on.
+template <int DTYPE>
+struct Stored8 {
+    uint4 raw;
+
+    __device__ __forceinline__ void load(const Attention&, const byte* cache, size_t start, int d) {
+        if (DTYPE == INT8) *(uint2*)&raw = *(const uint2*)(cache + start + d);
+        else raw = *(const uint4*)((const unsigned short*)cache + start + d);
+    }
+    __device__ __forceinline__ float get(int i) const { return DTYPE == INT8 ? (float)((const signed char*)&raw)[i] : ::load(&raw, DTYPE, i); }
+};
+
+template <>
+struct Stored8<ANY> {
+    float elements[8];
+
+    __device__ __forceinline__ void load(const Attention& a, const byte* cache, size_t start, int d) {
+        for (int i = 0; i < 8; i++) elements[i] = d + i < a.head_dim ? load_kv(cache, a.kv_dtype, start + d + i) : 0.0f;
+    }
+    __device__ __forceinline__ float get(int i) const { return elements[i]; }
 };
 
 template <int HEADS>
-__device__ __forceinline__ void attend(const Attention& a) {
-    __shared__ __align__(16) float q[HEADS][MAX_HEAD];
-    __shared__ float weights[HEADS][SPAN], scratch[HEADS][SPAN / 32];
-    __shared__ bool is_last;
-    int head_dim = a.head_dim, kv_dtype = a.kv_dtype, sharing = a.heads / a.kv_heads, blocks = (sharing + HEADS - 1) / HEADS;
+struct AttendShared {
+    __align__(16) float q[HEADS][MAX_HEAD];
+    __align__(16) float weights[SPAN][HEADS];
+    __align__(16) float sums[HEADS][SPAN * 8];
+    float scratch[HEADS][SPAN / 32];
+};
+
+// A block takes HEADS query heads of one key-value head, which share what it reads of the cache, and one of
+// `splits` parts of the keys; its softmax runs along with them, 128 at a time, in f32. A thread takes a key
+// for the scores, and for the sums eight columns of some of the values; several of its loads are on their
+// way.
+// head_dim: at most 512. `arrivals`: [tokens][blocks of heads].
+// Launch: 128 threads, grid (tokens * splits, blocks of heads: kv_heads * (heads / kv_heads / HEADS, rounded up)).
+template <int HEADS, int DTYPE>
+__device__ __forceinline__ void attend(const Attention& a, AttendShared<HEADS>& s) {
+    const int BATCH = DTYPE == ANY ? 1 : 8;
+    bool is_scaled = a.kv_dtype == INT8;
+    int head_dim = a.head_dim, sharing = a.heads / a.kv_heads, blocks = (sharing + HEADS - 1) / HEADS;
     int token = blockIdx.x / a.splits, split = blockIdx.x % a.splits, kv_head = blockIdx.y / blocks;
     int first_head = blockIdx.y % blocks * HEADS, count = min(HEADS, sharing - first_head);
     size_t first_row = (size_t)token * a.heads + kv_head * sharing + first_head, first_slot = (size_t)kv_head * a.context;
-    const float least = __uint_as_float(0xff800000u);
-    for (int d = threadIdx.x; d < MAX_HEAD; d += blockDim.x)
-        for (int h = 0; h < HEADS; h++) q[h][d] = h < count && d < head_dim ? __half2float(a.query[(first_row + h) * head_dim + d]) * a.scale : 0.0f;
-    float sums[HEADS][MAX_HEAD / SPAN] = {}, largest[HEADS], total[HEADS] = {};
-    for (int h = 0; h < HEADS; h++) largest[h] = least;
     int behind = a.position + token + 1, first = a.window && behind > a.window ? behind - a.window : 0;
-    int length = ((behind - first + a.splits - 1) / a.splits + SPAN - 1) / SPAN * SPAN;
-    int start = first + split * length, end = min(behind, start + length);
+    int length = ((behind - first + a.splits - 1) / a.splits + SPAN - 1) / SPAN * SPAN, splits = (behind - first + length - 1) / length;
+    int share = first + split * length, end = min(behind, share + length);
+    if (share >= end) return;
+    for (int d = threadIdx.x; d < MAX_HEAD; d += blockDim.x)
+        for (int h = 0; h < HEADS; h++) s.q[h][d] = h < count && d < head_dim ? __half2float(a.query[(first_row + h) * head_dim + d]) * a.scale : 0.0f;
+    // Of the values: eight columns, of every `groups`-th key.
+    int units = (head_dim + 7) / 8, groups = SPAN / units, column = threadIdx.x % units * 8, group = threadIdx.x / units;
+    float sums[HEADS][8] = {}, largest[HEADS], total[HEADS] = {};
+    for (int h = 0; h < HEADS; h++) largest[h] = LEAST;
     __syncthreads();
-    for (; start < end; start += SPAN) {
+    for (int start = share; start < end; start += SPAN) {
         int keys = min(SPAN, end - start);
         bool is_mine = (int)threadIdx.x < keys;
-        size_t slot = first_slot + start + threadIdx.x;
+        size_t slot = first_slot + start + min((int)threadIdx.x, keys - 1);
+        Stored8<DTYPE> values[BATCH];
+        auto load_values = [&](int first) {
+#pragma unroll
+            for (int j = 0; j < BATCH; j++) values[j].load(a, a.values, (first_slot + start + min(first + j * groups, keys - 1)) * head_dim, column);
+        };
+        load_values(group);
         float scores[HEADS] = {};
-        if (is_mine)
-            for (int d = 0; d < head_dim; d += 8) {
-                float piece[8];
-                load8_kv(a.keys, kv_dtype, slot * head_dim, d, head_dim, piece);
+        for (int d = 0; d < head_dim; d += BATCH * 8) {
+            Stored8<DTYPE> pieces[BATCH];
+#pragma unroll
+            for (int j = 0; j < BATCH; j++)
+                if (d + j * 8 < head_dim) pieces[j].load(a, a.keys, slot * head_dim, d + j * 8);
+#pragma unroll
+            for (int j = 0; j < BATCH; j++) {
+                if (d + j * 8 >= head_dim) break;
 #pragma unroll
                 for (int h = 0; h < HEADS; h++)
-                    for (int i = 0; i < 8; i++) scores[h] = fmaf(q[h][d + i], piece[i], scores[h]);
+#pragma unroll
+                    for (int i = 0; i < 8; i++) scores[h] = fmaf(s.q[h][d + j * 8 + i], pieces[j].get(i), scores[h]);
             }
+        }
 #pragma unroll
         for (int h = 0; h < HEADS; h++) {
-            if (kv_dtype == INT8 && is_mine) scores[h] *= a.key_scales[slot];
+            if (is_scaled) scores[h] *= a.key_scales[slot];
             if (a.softcap != 0.0f) scores[h] = a.softcap * tanhf(scores[h] / a.softcap);
-            if (!is_mine) scores[h] = least;
+            if (!is_mine) scores[h] = LEAST;
             float most = warp_max(scores[h]);
-            if (threadIdx.x % 32 == 0) scratch[h][threadIdx.x / 32] = most;
+            if (threadIdx.x % 32 == 0) s.scratch[h][threadIdx.x / 32] = most;
         }
         __syncthreads();
-        float value_scale = kv_dtype == INT8 && is_mine ? a.value_scales[slot] : 1.0f;
+        float value_scale = is_scaled ? a.value_scales[slot] : 1.0f;
 #pragma unroll
         for (int h = 0; h < HEADS; h++) {
             float before = largest[h];
-            for (int i = 0; i < SPAN / 32; i++) largest[h] = fmaxf(largest[h], scratch[h][i]);
+            for (int i = 0; i < SPAN / 32; i++) largest[h] = fmaxf(largest[h], s.scratch[h][i]);
             float rescale = expf(before - largest[h]), weight = expf(scores[h] - largest[h]);
             total[h] = total[h] * rescale + weight;
-            weights[h][threadIdx.x] = weight * value_scale;
-            for (int part = 0; part < MAX_HEAD / SPAN; part++) sums[h][part] *= rescale;
+            s.weights[threadIdx.x][h] = weight * value_scale;
+            for (int i = 0; i < 8; i++) sums[h][i] *= rescale;
         }
         __syncthreads();
+        for (int first = group; first < keys;) {
 #pragma unroll
-        for (int part = 0; part < MAX_HEAD / SPAN; part++) {
-            int d = part * SPAN + threadIdx.x;
-            if (d >= head_dim) break;
-#pragma unroll 4
-            for (int i = 0; i < keys; i++) {
-                float value = load_kv(a.values, kv_dtype, (first_slot + start + i) * head_dim + d);
+            for (int j = 0; j < BATCH; j++) {
+                int key = first + j * groups;
+                if (key >= keys) break;
 #pragma unroll
-                for (int h = 0; h < HEADS; h++) sums[h][part] = fmaf(weights[h][i], value, sums[h][part]);
+                for (int h = 0; h < HEADS; h++)
+#pragma unroll
+                    for (int i = 0; i < 8; i++) sums[h][i] = fmaf(s.weights[key][h], values[j].get(i), sums[h][i]);
             }
+            first += BATCH * groups;
+            if (first < keys) load_values(first);
         }
         __syncthreads();
-    }
-#pragma unroll
-    for (int h = 0; h < HEADS; h++) total[h] = block_sum(total[h], scratch[0]);
-    if (a.splits > 1) {
-        int width = head_dim + 2;
-#pragma unroll
-        for (int h = 0; h < HEADS; h++) {
-            if (h >= count) break;
-            float* mine = a.parts + ((first_row + h) * a.splits + split) * width;
-#pragma unroll
-            for (int part = 0; part < MAX_HEAD / SPAN; part++)
-                if (part * SPAN + (int)threadIdx.x < head_dim) mine[part * SPAN + threadIdx.x] = sums[h][part];
-            if (threadIdx.x == 0) mine[head_dim] = largest[h], mine[head_dim + 1] = total[h];
-        }
-        __threadfence();
-        __syncthreads();
-        unsigned* arrived = &a.arrivals[(size_t)token * gridDim.y + blockIdx.y];
-        if (threadIdx.x == 0) is_last = atomicAdd(arrived, 1u) == (unsigned)a.splits - 1;
-        __syncthreads();
-        if (!is_last) return;
-        __threadfence();
-        if (threadIdx.x == 0) *arrived = 0;
-#pragma unroll
-        for (int h = 0; h < HEADS; h++) {
-            if (h >= count) break;
-            const float* all = a.parts + (first_row + h) * a.splits * width;
-            float most = least;
-            for (int i = 0; i < a.splits; i++) most = fmaxf(most, __ldcg(all + i * width + head_dim));
-            total[h] = 0.0f;
-            for (int part = 0; part < MAX_HEAD / SPAN; part++) sums[h][part] = 0.0f;
-            for (int i = 0; i < a.splits; i++) {
-                float share = expf(__ldcg(all + i * width + head_dim) - most);
-                total[h] = fmaf(share, __ldcg(all + i * width + head_dim + 1), total[h]);
-#pragma unroll
-                for (int part = 0; part < MAX_HEAD / SPAN; part++) {
-                    int d = part * SPAN + threadIdx.x;
-                    if (d < head_dim) sums[h][part] = fmaf(share, __ldcg(all + i * width + d), sums[h][part]);
-                }
-            }
-        }
     }
 #pragma unroll
     for (int h = 0; h < HEADS; h++) {
-        if (h >= count) break;
-#pragma unroll
-        for (int part = 0; part < MAX_HEAD / SPAN; part++) {
-            int d = part * SPAN + threadIdx.x;
-            if (d < head_dim) a.out[(first_row + h) * head_dim + d] = to_half(sums[h][part] / total[h]);
-        }
+        total[h] = block_sum(total[h], s.scratch[0]);
+        if (group < groups)
+            for (int i = 0; i < 8; i++) s.sums[h][group * units * 8 + column + i] = sums[h][i];
     }
+    __syncthreads();
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) {
+        if (h >= count) break;
+        float* mine = splits > 1 ? a.parts + ((first_row + h) * a.splits + split) * (head_dim + 2) : nullptr;
+        for (int d = threadIdx.x; d < head_dim; d += SPAN) {
+            float sum = 0.0f;
+            for (int i = 0; i < groups; i++) sum += s.sums[h][i * units * 8 + d];
+            if (mine) mine[d] = sum;
+            else a.out[(first_row + h) * head_dim + d] = to_half(sum / total[h]);
+        }
+        if (mine && threadIdx.x == 0) mine[head_dim] = largest[h], mine[head_dim + 1] = total[h];
+    }
+    if (splits > 1 && is_last_part(a, token * gridDim.y + blockIdx.y, splits))
+        for (int h = 0; h < count; h++) add_parts(a, first_row + h, splits);
+}
+
+template <int HEADS>
+__device__ __forceinline__ void attend(const Attention& a) {
+    __shared__ AttendShared<HEADS> shared;
+    if (a.head_dim % 8 != 0 || a.kv_dtype == F32) attend<HEADS, ANY>(a, shared);
+    else if (a.kv_dtype == F16) attend<HEADS, F16>(a, shared);
+    else if (a.kv_dtype == BF16) attend<HEADS, BF16>(a, shared);
+    else attend<HEADS, INT8>(a, shared);
 }
 
 #define ATTEND(heads_of_a_block)                                                                                                                        \

@@ -13,7 +13,7 @@ import sys
 HERE = pathlib.Path(__file__).resolve().parent
 OPTIONS = ["-default-device", "--std=c++17", "--fmad=false"]
 # What a file's GPUs have at least; kernels.rs says the same.
-CAPABILITY, CAPABILITIES = 75, {"mma_few": 80, "mma_many": 80}
+CAPABILITY, CAPABILITIES = 75, {"attention_mma": 80, "mma_few": 80, "mma_many": 80}
 
 
 def nvrtc():

@@ -61,15 +61,17 @@ __device__ __forceinline__ void store(void* y, int output, size_t i, float v) {
 // Eight elements of a row of `count` that starts at element `start`, from the i-th on, a multiple of
 // eight; zero from `count` on.
 __device__ __forceinline__ void load8(const void* x, int dtype, size_t start, int i, int count, float* out) {
-    if (count % 8 != 0 || i >= count) {
-        for (int j = 0; j < 8; j++) out[j] = i + j < count ? load(x, dtype, start + i + j) : 0.0f;
-    } else if (dtype == F32) {
-        for (int j = 0; j < 8; j += 4) {
-            float4 raw = *(const float4*)((const float*)x + start + i + j);
-            out[j] = raw.x, out[j + 1] = raw.y, out[j + 2] = raw.z, out[j + 3] = raw.w;
-        }
+    if (dtype == F32) {
+        const float* from = (const float*)x + start + i;
+        float4 raw[2] = {};
+        if (count % 8 == 0 && i < count) raw[0] = ((const float4*)from)[0], raw[1] = ((const float4*)from)[1];
+        for (int j = 0; j < 8; j++) out[j] = ((const float*)raw)[j];
+        for (int j = 0; count % 8 != 0 && j < 8; j++) out[j] = i + j < count ? from[j] : 0.0f;
     } else {
-        uint4 raw = *(const uint4*)((const unsigned short*)x + start + i);
+        const unsigned short* from = (const unsigned short*)x + start + i;
+        uint4 raw = make_uint4(0, 0, 0, 0);
+        if (count % 8 == 0 && i < count) raw = *(const uint4*)from;
+        for (int j = 0; count % 8 != 0 && j < 8; j++) ((unsigned short*)&raw)[j] = i + j < count ? from[j] : (unsigned short)0;
         for (int j = 0; j < 8; j++) out[j] = load(&raw, dtype, j);
     }
 }

@@ -20,7 +20,7 @@ __device__ __forceinline__ void stage(const Product& p, int first_token, int sta
         int in_tile = group * together + at / 4 % together, token = first_token + in_tile;
         int k = start + chunk * Storage::CHUNK + c * Storage::COLS + unit * 8;
         uint4* to = &shared[((chunk * units + unit) * TOKENS + in_tile) * 4 + c];
-        if (is_aligned(p, token, k)) cp_async_16(to, p.x + (size_t)token * p.cols + k);
+        if (is_aligned(p, token, k)) cp_async_16(to, p.x + (size_t)token * p.cols + k, true);
         else *to = unaligned_unit(p, token, k);
     }
     cp_async_commit();

@@ -1,0 +1,194 @@
+// Attention of many tokens by tensor cores; see attention.cuh. For compute capability 8.0 and higher.
+//
+// The rows of a key-value head are those of its query heads for each token in turn. A block takes 64 of them,
+// a warp 16, over all keys that they see or one of `splits` parts of these, KEYS at a time, which pass through
+// shared memory as f16: while the block multiplies keys, the values come in, and the next keys after
+// that. The softmax runs along in f32; its weights, relative to the largest score so far, become f16.
+//
+// Keys and values are in shared memory in units of eight columns. Which column of queries and keys stands in
+// which slot of an mma is free: lane (r, c) = (lane / 4, lane % 4) takes the c-th unit of every four.
+//
+// kv_dtype: all but f32. head_dim: a multiple of 8, at most WIDTH.
+// `arrivals`: [blocks of rows][kv_heads].
+// Launch: 128 threads, grid (tokens * heads / kv_heads / 64, rounded up, * splits, kv_heads).
+#include "attention.cuh"
+#include "tensor_cores.cuh"
+
+#define ROWS 64
+#define LOG2_E 1.44269504f
+#define LN_2 0.69314718f
+
+// Units of a key stand in an order of its own, `unit ^ turn(key)`, so that the same unit of eight keys, and four
+// neighbouring units of two, are in different banks.
+__device__ __forceinline__ unsigned turn(unsigned key) { return key % 2 * 4 + key / 2 % 4; }
+
+// Eight elements of the cache times their scale.
+__device__ __forceinline__ uint4 unit_of(const byte* cache, const float* scales, int dtype, size_t slot, int d, int head_dim) {
+    float piece[8], scale = dtype == INT8 ? scales[slot] : 1.0f;
+    load8_kv(cache, dtype, slot * head_dim, d, head_dim, piece);
+    uint4 unit;
+    for (int i = 0; i < 8; i++) ((__half*)&unit)[i] = to_half(piece[i] * scale);
+    return unit;
+}
+
+// Queues the vectors of KEYS slots for `to`; zero from slot `end` on.
+template <int WIDTH, int KEYS>
+__device__ __forceinline__ void stage(uint4* to, const byte* cache, const float* scales, const Attention& a, size_t slot, size_t end) {
+    const unsigned units = WIDTH / 8, step = 128 / units;
+    unsigned first = threadIdx.x / units, unit = threadIdx.x % units, there = unit * 8 < a.head_dim ? (unsigned)min((size_t)KEYS, end - slot) : 0;
+    const __half* from = (const __half*)cache + (slot + first) * a.head_dim + unit * 8;
+    if (a.kv_dtype == F16) {
+#pragma unroll
+        for (unsigned i = 0; i < KEYS; i += step, from += step * a.head_dim)
+            cp_async_16(&to[(first + i) * units + (unit ^ turn(first + i % 8))], from, first + i < there);
+    } else {
+#pragma unroll 1
+        for (unsigned key = first; key < KEYS; key += step)
+            to[key * units + (unit ^ turn(key))] = key < there ? unit_of(cache, scales, a.kv_dtype, slot + key, unit * 8, a.head_dim) : make_uint4(0, 0, 0, 0);
+    }
+    cp_async_commit();
+}
+
+__device__ __forceinline__ unsigned halves(float low, float high) {
+    __half2 both = __floats2half2_rn(low, high);
+    return *(const unsigned*)&both;
+}
+
+template <int WIDTH, int KEYS>
+__device__ __forceinline__ void attend_many(const Attention& a, int tokens) {
+    const int units = WIDTH / 8, groups = WIDTH / 32;
+    // A wider query is read anew for each tile; there are not enough registers.
+    const bool is_held = WIDTH <= 128;
+    __shared__ uint4 keys[KEYS * units], values[KEYS * units];
+    int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, sharing = a.heads / a.kv_heads, kv_head = blockIdx.y;
+    int blocks = gridDim.x / a.splits, split = blockIdx.x % a.splits;
+    // The last rows see the most keys and come first.
+    int block = blocks - 1 - blockIdx.x / a.splits, last_row = min(block * ROWS + ROWS, tokens * sharing) - 1;
+    int first_position = a.position + block * ROWS / sharing, last_position = a.position + last_row / sharing;
+    // Of rows r and r + 8 of the warp: where they stand in query and out, and the last key that each sees.
+    int rows[2], positions[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        rows[h] = block * ROWS + threadIdx.x / 32 * 16 + h * 8 + r;
+        positions[h] = a.position + min(rows[h], last_row) / sharing;
+    }
+    // Of a row in query and out.
+    auto index = [&](int row) { return (size_t)(row / sharing) * a.heads + kv_head * sharing + row % sharing; };
+    uint4 query[2][is_held ? groups : 1];
+    auto load_query = [&](int h, int group) {
+        int d = (group * 4 + c) * 8;
+        return d < a.head_dim ? *(const uint4*)(a.query + index(min(rows[h], last_row)) * a.head_dim + d) : make_uint4(0, 0, 0, 0);
+    };
+    if (is_held)
+#pragma unroll
+        for (int group = 0; group < groups; group++) query[0][group] = load_query(0, group), query[1][group] = load_query(1, group);
+    // What this lane reads of a tile.
+    const uint4 *my_key = keys + r * units, *my_values[units / 2];
+    unsigned key_unit = c ^ turn(r), value_unit = lane / 16 ^ turn(lane % 16);
+    for (int tile = 0; tile < units; tile += 2) my_values[tile / 2] = values + lane % 16 * units + (tile ^ value_unit);
+    float sums[WIDTH / 8][4] = {}, largest[2] = {LEAST, LEAST}, total[2] = {};
+
+    int behind = last_position + 1, first = a.window ? max(0, first_position + 1 - a.window) : 0;
+    int length = ((behind - first + a.splits - 1) / a.splits + KEYS - 1) / KEYS * KEYS;
+    int start = first + split * length, end = min(behind, start + length);
+    size_t first_slot = (size_t)kv_head * a.context;
+    float factor = (a.softcap != 0.0f ? a.softcap : a.scale) * LOG2_E, to_cap = a.scale / a.softcap;
+    if (start < end) stage<WIDTH, KEYS>(keys, a.keys, a.key_scales, a, first_slot + start, first_slot + end);
+    for (; start < end; start += KEYS) {
+        cp_async_wait<0>();
+        __syncthreads();
+        stage<WIDTH, KEYS>(values, a.values, a.value_scales, a, first_slot + start, first_slot + end);
+        float scores[KEYS / 8][4] = {};
+#pragma unroll
+        for (int group = 0; group < groups; group++) {
+            uint4 above = is_held ? query[0][group] : load_query(0, group), below = is_held ? query[1][group] : load_query(1, group);
+            unsigned low[4] = {above.x, below.x, above.y, below.y}, high[4] = {above.z, below.z, above.w, below.w};
+#pragma unroll
+            for (int tile = 0; tile < KEYS / 8; tile++) {
+                uint4 key = my_key[tile * 8 * units + (group * 4 ^ key_unit)];
+                mma_m16n8k16(scores[tile], low, key.x, key.y);
+                mma_m16n8k16(scores[tile], high, key.z, key.w);
+            }
+        }
+        cp_async_wait<0>();
+        __syncthreads();
+        if (start + KEYS < end) stage<WIDTH, KEYS>(keys, a.keys, a.key_scales, a, first_slot + start + KEYS, first_slot + end);
+
+        // In bits: the exponents of two.
+        if (a.softcap != 0.0f)
+#pragma unroll
+            for (int i = 0; i < KEYS / 2; i++) scores[i / 4][i % 4] = tanhf(scores[i / 4][i % 4] * to_cap);
+#pragma unroll
+        for (int i = 0; i < KEYS / 2; i++) scores[i / 4][i % 4] *= factor;
+        if (start + KEYS > first_position + 1 || (a.window && start + a.window <= last_position))
+#pragma unroll
+            for (int i = 0; i < KEYS / 2; i++) {
+                int key = start + i / 4 * 8 + c * 2 + i % 2, position = positions[i % 4 / 2];
+                if (key > position || (a.window && key + a.window <= position)) scores[i / 4][i % 4] = LEAST;
+            }
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float most = largest[h];
+#pragma unroll
+            for (int tile = 0; tile < KEYS / 8; tile++) most = fmaxf(most, fmaxf(scores[tile][2 * h], scores[tile][2 * h + 1]));
+            for (int step = 1; step < 4; step *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, step));
+            // A row may see none of the keys so far.
+            float base = most == LEAST ? 0.0f : most, rescale = exp2_approximate(largest[h] - base);
+            largest[h] = most;
+            total[h] *= rescale;
+#pragma unroll
+            for (int tile = 0; tile < KEYS / 8; tile++)
+#pragma unroll
+                for (int i = 2 * h; i < 2 * h + 2; i++) {
+                    scores[tile][i] = exp2_approximate(scores[tile][i] - base);
+                    total[h] += scores[tile][i];
+                }
+#pragma unroll
+            for (int tile = 0; tile < WIDTH / 8; tile++) sums[tile][2 * h] *= rescale, sums[tile][2 * h + 1] *= rescale;
+        }
+#pragma unroll
+        for (int step = 0; step < KEYS / 16; step++) {
+            const float *near = scores[2 * step], *far = scores[2 * step + 1];
+            unsigned weights[4] = {halves(near[0], near[1]), halves(near[2], near[3]), halves(far[0], far[1]), halves(far[2], far[3])};
+#pragma unroll
+            for (int tile = 0; tile < WIDTH / 8; tile += 2) {
+                unsigned value[4];
+                ldmatrix_transposed(value, my_values[tile / 2] + step * 16 * units);
+                mma_m16n8k16(sums[tile], weights, value[0], value[1]);
+                mma_m16n8k16(sums[tile + 1], weights, value[2], value[3]);
+            }
+        }
+    }
+    int width = a.head_dim + 2;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        for (int step = 1; step < 4; step *= 2) total[h] += __shfl_xor_sync(0xffffffffu, total[h], step);
+        if (rows[h] > last_row) continue;
+        size_t row = index(rows[h]);
+        float inverse = 1.0f / total[h], *part = a.parts + (row * a.splits + split) * width;
+#pragma unroll
+        for (int tile = 0; tile < WIDTH / 8; tile++) {
+            int d = tile * 8 + c * 2;
+            float left = sums[tile][2 * h], right = sums[tile][2 * h + 1];
+            if (d >= a.head_dim) break;
+            if (a.splits > 1) part[d] = left, part[d + 1] = right;
+            else *(__half2*)(a.out + row * a.head_dim + d) = {to_half(left * inverse), to_half(right * inverse)};
+        }
+        if (a.splits > 1 && c == 0) part[a.head_dim] = largest[h] * LN_2, part[a.head_dim + 1] = total[h];
+    }
+    if (a.splits > 1 && is_last_part(a, (size_t)block * a.kv_heads + kv_head, a.splits))
+        for (int row = block * ROWS; row <= last_row; row++) add_parts(a, index(row), a.splits);
+}
+
+#define ATTEND_MANY(width, keys_of_a_tile)                                                                                                          \
+    KERNEL_AT_ONCE(128, 2) attend_many_##width(const __half* query, const byte* keys, const float* key_scales, const byte* values,                   \
+                                               const float* value_scales, int kv_dtype, __half* out, float* parts, unsigned* arrivals, int splits,   \
+                                               int heads, int kv_heads, int head_dim, int context, const int* position, int window, float scale,     \
+                                               float softcap, int tokens) {                                                                         \
+        begin();                                                                                                                                     \
+        attend_many<width, keys_of_a_tile>({query, keys, key_scales, values, value_scales, kv_dtype, out, parts, arrivals, splits, heads, kv_heads,  \
+                                            head_dim, context, *position, window, scale, softcap}, tokens);                                         \
+    }
+ATTEND_MANY(64, 64)
+ATTEND_MANY(128, 64)
+ATTEND_MANY(256, 32)
