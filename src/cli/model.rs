@@ -12,7 +12,6 @@ use evenkeel::{Error, Result};
 
 use super::Process;
 use super::args::{ModelArguments, PlacementArguments, ThreadsArguments};
-use super::env::Environment;
 use super::plan::with_commands;
 use super::printer::Printer;
 use super::progress::Bar;
