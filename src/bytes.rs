@@ -15,6 +15,8 @@ pub const KIB: u64 = 1 << 10;
 pub const MIB: u64 = 1 << 20;
 /// 1 GiB in bytes.
 pub const GIB: u64 = 1 << 30;
+/// Binary units, the largest first.
+const UNITS: [(u64, &str); 3] = [(GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")];
 
 /// A number of bytes.
 ///
@@ -36,12 +38,11 @@ impl Bytes {
     /// The spelling that a device map carries: the largest binary unit that
     /// divides the number, or a plain integer as text.
     pub fn exact(self) -> String {
-        for (unit, name) in [(GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")] {
-            if self.0 >= unit && self.0.is_multiple_of(unit) {
-                return format!("{}{name}", self.0 / unit);
-            }
+        let divides = |(unit, _): &(u64, &str)| self.0 >= *unit && self.0.is_multiple_of(*unit);
+        match UNITS.into_iter().find(divides) {
+            Some((unit, name)) => format!("{}{name}", self.0 / unit),
+            None => self.0.to_string(),
         }
-        self.0.to_string()
     }
 }
 
@@ -73,15 +74,10 @@ impl Sum for Bytes {
 
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let number = self.0 as f64;
-        let text = match self.0 {
-            0 => "0 B".to_owned(),
-            n if n < KIB => format!("{n} B"),
-            n if n < MIB => format!("{:.1} KiB", number / KIB as f64),
-            n if n < GIB => format!("{:.1} MiB", number / MIB as f64),
-            _ => format!("{:.1} GiB", number / GIB as f64),
-        };
-        f.pad(&text)
+        f.pad(&match UNITS.into_iter().find(|(unit, _)| self.0 >= *unit) {
+            Some((unit, name)) => format!("{:.1} {name}", self.0 as f64 / unit as f64),
+            None => format!("{} B", self.0),
+        })
     }
 }
 
