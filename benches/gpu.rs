@@ -1,6 +1,7 @@
 //! How fast the GPU's kernels are: products of one token and of many, with tensor cores and without,
 //! a block's products in one launch, quantizing, and one token's attention.
-//! Without a GPU nothing is measured.
+//! The throughput of few tokens is in bytes of weights or of the cache, that of many in multiplications and
+//! additions. Without a GPU nothing is measured.
 #![allow(clippy::print_stdout, reason = "says why nothing is measured")]
 
 use std::sync::Arc;
@@ -58,9 +59,12 @@ fn kernels(criterion: &mut Criterion) {
             for (gpu, which) in &kernels[..if quantized { 2 } else { 1 }] {
                 let matrix = DeviceMatrix::new(layout.clone(), zeros(gpu, size));
                 let scratch = scratch(gpu);
-                for tokens in [1, 8, 512] {
+                for tokens in [1, 8, 512, 4096] {
                     let (x, y) = (zeros(gpu, tokens * cols * 2), zeros(gpu, tokens * rows * 2));
-                    group.throughput(Throughput::Bytes(size as u64));
+                    group.throughput(match tokens {
+                        1 | 8 => Throughput::Bytes(size as u64),
+                        _ => Throughput::Elements((2 * rows * cols * tokens) as u64),
+                    });
                     group.bench_function(format!("{name} {rows}×{cols}, {tokens} tokens{which}"), |bencher| {
                         bencher.iter_custom(|count| {
                             time(gpu, count, || {
@@ -120,8 +124,7 @@ fn launches(criterion: &mut Criterion) {
     }
 }
 
-/// Tokens of Llama-3-8B behind many: of one, the throughput is that of the cache in bytes; of a chunk of a
-/// prompt, that of multiplications and additions, two for each element of keys and of values that a head sees.
+/// One token of Llama-3-8B behind many, and a chunk of a prompt.
 fn attention(criterion: &mut Criterion) {
     let Ok(gpu) = Gpu::open(0) else { return };
     let mut group = criterion.benchmark_group("gpu");

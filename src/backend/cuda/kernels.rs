@@ -39,7 +39,8 @@ macro_rules! module {
 pub(super) const MODULES: &[Module] = &[
     module!("attention", NEEDED_CAPABILITY, ["attend_1", "attend_4", "rotate_and_store"]),
     module!("attention_mma", TENSOR_CORES, ["attend_many_128", "attend_many_256", "attend_many_64"]),
-    module!("elementwise", NEEDED_CAPABILITY, ["activate", "embed", "gather", "scatter_add", "top_k"]),
+    module!("choose", NEEDED_CAPABILITY, ["cut", "draw", "largest"]),
+    module!("elementwise", NEEDED_CAPABILITY, ["activate", "embed", "gather", "scatter_add"]),
     module!(
         "matmul",
         NEEDED_CAPABILITY,
@@ -59,7 +60,18 @@ pub(super) const MODULES: &[Module] = &[
         ]
     ),
     module!("mma_few", TENSOR_CORES, ["mma_few_int4", "mma_few_int8", "mma_few_nl4"]),
-    module!("mma_many", TENSOR_CORES, ["mma_many_int4", "mma_many_int8", "mma_many_nl4"]),
+    module!(
+        "mma_many",
+        TENSOR_CORES,
+        [
+            "mma_many_int4_128",
+            "mma_many_int4_64",
+            "mma_many_int8_128",
+            "mma_many_int8_64",
+            "mma_many_nl4_128",
+            "mma_many_nl4_64",
+        ]
+    ),
     module!("norm", NEEDED_CAPABILITY, ["normalize"]),
     module!("quantize", NEEDED_CAPABILITY, ["quantize_int4", "quantize_int8", "quantize_nl4"]),
 ];
@@ -71,8 +83,9 @@ const FEW_SLOTS: usize = 8;
 /// Rows of a unit of `mma_few_…`, and its bytes of codes of each.
 const MMA_FEW_SLOTS: usize = 16;
 const MMA_FEW_BYTES: usize = 512;
-/// Rows and tokens of a block of the others.
+/// Rows and tokens of a block of the others, and rows of a wide one of `mma_many_…`.
 const TILE: usize = 64;
+const WIDE_SLOTS: usize = 128;
 /// Rows of a block of `attend_many_…`, each a head of a token.
 const ATTEND_ROWS: usize = 64;
 /// The most matrices that one launch multiplies.
@@ -111,7 +124,7 @@ fn activation_number(activation: Activation) -> i32 {
 }
 
 /// A dimension as a kernel takes it. Configurations allow none above 2^28.
-fn int(n: usize) -> Argument<'static> {
+pub(super) fn int(n: usize) -> Argument<'static> {
     Argument::I32(i32::try_from(n).unwrap_or_else(|_| unreachable!("a dimension of {n}")))
 }
 
@@ -293,16 +306,16 @@ impl Gpu {
         assert!(parts.len() <= MATRICES, "more matrices than a launch takes");
         assert!(parts.iter().all(|(affine, _)| affine.cols() == cols && affine.weight.layout.storage == storage));
         let mma = self.capability >= TENSOR_CORES;
-        let (names, many_threads) = match storage {
-            Storage::Plain(WeightDtype::Bf16) => (["few_bf16", "many_bf16"], 256),
-            Storage::Plain(WeightDtype::F16) => (["few_f16", "many_f16"], 256),
-            Storage::Plain(WeightDtype::F32) => (["few_f32", "many_f32"], 256),
-            Storage::Int8 if mma => (["mma_few_int8", "mma_many_int8"], 128),
-            Storage::Int4 if mma => (["mma_few_int4", "mma_many_int4"], 128),
-            Storage::Nl4 if mma => (["mma_few_nl4", "mma_many_nl4"], 128),
-            Storage::Int8 => (["few_int8", "many_int8"], 256),
-            Storage::Int4 => (["few_int4", "many_int4"], 256),
-            Storage::Nl4 => (["few_nl4", "many_nl4"], 256),
+        let (few_kernel, many_kernels) = match storage {
+            Storage::Plain(WeightDtype::Bf16) => ("few_bf16", ["many_bf16"; 2]),
+            Storage::Plain(WeightDtype::F16) => ("few_f16", ["many_f16"; 2]),
+            Storage::Plain(WeightDtype::F32) => ("few_f32", ["many_f32"; 2]),
+            Storage::Int8 if mma => ("mma_few_int8", ["mma_many_int8_64", "mma_many_int8_128"]),
+            Storage::Int4 if mma => ("mma_few_int4", ["mma_many_int4_64", "mma_many_int4_128"]),
+            Storage::Nl4 if mma => ("mma_few_nl4", ["mma_many_nl4_64", "mma_many_nl4_128"]),
+            Storage::Int8 => ("few_int8", ["many_int8"; 2]),
+            Storage::Int4 => ("few_int4", ["many_int4"; 2]),
+            Storage::Nl4 => ("few_nl4", ["many_nl4"; 2]),
         };
         let mma_few = mma && tokens <= FEW && !matches!(storage, Storage::Plain(_));
         let x = if mma_few { x } else { self.half(x, (tokens, cols))? };
@@ -340,20 +353,25 @@ impl Gpu {
         arguments.extend(mma_few.then_some(Argument::I32(dtype_number(dtype))));
         arguments.extend([int(tokens), Argument::I32(epilogue.output as i32), Argument::F32(epilogue.factor)]);
         arguments.push(Argument::I32(epilogue.activation.map_or(-1, activation_number)));
+        if tokens > FEW {
+            let tiles = tokens.div_ceil(TILE);
+            let is_mma = many_kernels[0] != many_kernels[1];
+            // A wide block needs less of shared memory and of the caches; narrow ones fill more of the GPU.
+            let is_wide = is_mma && blocks_of(WIDE_SLOTS) * tiles >= self.multiprocessors * 3 / 2;
+            let (slots, threads) = (if is_wide { WIDE_SLOTS } else { TILE }, if is_mma { 128 } else { 256 });
+            return self.launch(many_kernels[usize::from(is_wide)], (blocks_of(slots), tiles), threads, &arguments);
+        }
         if !mma_few {
-            let few = tokens <= FEW;
-            let (slots, tiles) = if few { (FEW_SLOTS, 1) } else { (TILE, tokens.div_ceil(TILE)) };
-            let (name, threads) = if few { (names[0], 256) } else { (names[1], many_threads) };
-            return self.launch(name, (blocks_of(slots), tiles), threads, &arguments);
+            return self.launch(few_kernel, (blocks_of(FEW_SLOTS), 1), 256, &arguments);
         }
         let code_row = parts[0].0.weight.layout.code_row;
         let units: usize = blocks_of(MMA_FEW_SLOTS) * code_row.div_ceil(MMA_FEW_BYTES);
-        let blocks = units.min(self.blocks_at_once(names[0], 256)?).min(CUDA_FEW_BLOCKS);
+        let blocks = units.min(self.blocks_at_once(few_kernel, 256)?).min(CUDA_FEW_BLOCKS);
         scratch.holds(blocks * CUDA_FEW_PARTS, blocks);
         let norm = NormArguments::new(norm, cols);
         arguments.extend(norm.given());
         arguments.extend([Argument::Region(&scratch.parts), Argument::Region(&scratch.arrivals)]);
-        self.launch(names[0], (blocks, 1), 256, &arguments)
+        self.launch(few_kernel, (blocks, 1), 256, &arguments)
     }
 
     /// `factor` times a norm of `rows` rows of `dtype` in `x`; without one, times the rows as they are.
@@ -550,19 +568,5 @@ impl Gpu {
         let regions = [x, tokens, weights].map(Argument::Region);
         let arguments = [&regions[..], &[int(width), Argument::Region(out)]].concat();
         self.launch("scatter_add", (count, 1), 256, &arguments)
-    }
-
-    /// The indices of the largest of `count` f32 in `logits`, best first, as many as `indices` has u32.
-    ///
-    /// # Errors
-    /// The driver fails.
-    ///
-    /// # Panics
-    /// A region is shorter than the shapes say.
-    pub fn top_k(&self, logits: &Region, count: usize, indices: &Region) -> Result<()> {
-        let k = indices.len() / size_of::<u32>();
-        assert!(k <= count, "more of the best than there are");
-        holds(logits, count, FLOAT);
-        self.launch("top_k", (1, 1), 256, &[Argument::Region(logits), int(count), int(k), Argument::Region(indices)])
     }
 }

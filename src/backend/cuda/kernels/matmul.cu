@@ -73,7 +73,7 @@ struct Plain {
 };
 
 template <class Storage>
-__device__ __forceinline__ void few(const Product& p) {
+__device__ __forceinline__ void few(const Product& p, int) {
     __shared__ float shared[FEW][FEW_SLOTS];
     int lane = threadIdx.x % 32, slot = threadIdx.x / 32, row = row_of<FEW_SLOTS / 2>(p, slot);
     Matrix w = p.first;
@@ -101,10 +101,10 @@ __device__ __forceinline__ void few(const Product& p) {
 }
 
 template <class Storage>
-__device__ __forceinline__ void many(const Product& p) {
+__device__ __forceinline__ void many(const Product& p, int tile_of_tokens) {
     __shared__ __align__(16) float shared[2][STEP][TILE + 4];
     auto weights = shared[0], values = shared[1];
-    int first_token = blockIdx.y * TILE;
+    int first_token = tile_of_tokens * TILE;
     int loaded = threadIdx.x / 4, part = threadIdx.x % 4 * 8, row = row_of<TILE / 2>(p, loaded);
     Matrix w = p.first;
     if (loaded >= TILE / 2) w = p.second;
@@ -142,8 +142,8 @@ __device__ __forceinline__ void many(const Product& p) {
 }
 
 #define MATMUL(name, storage)                              \
-    PRODUCT(256, FEW_SLOTS, few_##name, few<storage>) \
-    PRODUCT(256, TILE, many_##name, many<storage>)
+    PRODUCT(KERNEL(256), FEW_SLOTS, few_##name, few<storage>) \
+    PRODUCT(KERNEL(256), TILE, many_##name, many<storage>)
 MATMUL(bf16, Plain<BF16>)
 MATMUL(f16, Plain<F16>)
 MATMUL(f32, Plain<F32>)

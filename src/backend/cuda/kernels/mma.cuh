@@ -10,8 +10,8 @@
 // of nl4 times its sub-scale is too long for an f16, and goes into two products: times the multiple of 16
 // that is next to the sub-scale, and times what is left of that.
 //
-// Activations are in shared memory in units of eight columns, in the order [chunk][unit of a lane]
-// [token][c], so that a warp reads 512 neighbouring bytes.
+// Sums are as PTX has them: row r, tokens 2c and 2c + 1 of eight, then row r + 8. Activations are in shared
+// memory in units of eight columns, so that a warp reads 512 neighbouring bytes.
 #pragma once
 #include "product.cuh"
 #include "tensor_cores.cuh"
@@ -50,6 +50,8 @@ struct MmaInt8 {
     static __device__ __forceinline__ float scale(const Matrix& w, int row) { return ((const float*)w.scales)[row]; }
 };
 
+// SWAPPED: of four columns side by side, the first and the third make a word, then the second and the fourth.
+template <bool SWAPPED>
 struct MmaInt4 {
     enum { COLS = 32, UNITS = COLS / 8, CHUNK = 4 * COLS, PARTS = 1 };
     static __device__ __forceinline__ Piece load(const Matrix& w, int cols, int row, int k) {
@@ -59,21 +61,22 @@ struct MmaInt4 {
         return {__ldg((const uint4*)w.codes + at), __ldg(w.sub_scales + at)};
     }
     static __device__ __forceinline__ void dequantize(const Piece& piece, int, int unit, int step, unsigned& low, unsigned& high) {
-        // Bytes 0 and 1, then 2 and 3, stand 16 bits apart.
-        unsigned codes = __byte_perm(word(piece.codes, (2 * unit + step) % 4), 0, 0x3120) >> (unit < 2 ? 0 : 4);
-        __half2 sub_scale = __half2half2(__float2half_rn((float)piece.sub_scale));
-        low = scaled(codes, sub_scale), high = scaled(codes >> 8, sub_scale);
+        unsigned codes = word(piece.codes, (2 * unit + step) % 4);
+        if (!SWAPPED) codes = __byte_perm(codes, 0, 0x3120);
+        // (1024 + 16 * (level + 8)) / 16 - 72 = level: all of it exact, times the sub-scale too.
+        float sub_scale = (float)piece.sub_scale;
+        __half2 factor = __half2half2(__float2half_rn(sub_scale * 0.0625f)), shift = __half2half2(__float2half_rn(sub_scale * -72.0f));
+        low = scaled(unit < 2 ? codes << 4 : codes, factor, shift), high = scaled(unit < 2 ? codes >> 4 : codes >> 8, factor, shift);
     }
-    static __device__ __forceinline__ unsigned scaled(unsigned codes, __half2 sub_scale) {
-        // 1024 + 8 + level, in the lowest bits of an f16.
-        unsigned levels = subtract((codes & 0x000f000f) | 0x64006400, 0x64086408);
-        __half2 weights = __hmul2(*(const __half2*)&levels, sub_scale);
+    static __device__ __forceinline__ unsigned scaled(unsigned codes, __half2 factor, __half2 shift) {
+        unsigned levels = and_or(codes, 0x00f000f0, 0x64006400);
+        __half2 weights = __hfma2(*(const __half2*)&levels, factor, shift);
         return *(const unsigned*)&weights;
     }
     static __device__ __forceinline__ float scale(const Matrix& w, int row) { return __half2float(((const __half*)w.scales)[row]); }
 };
 
-struct MmaNl4 : MmaInt4 {
+struct MmaNl4 : MmaInt4<false> {
     enum { PARTS = 2 };
     static __device__ __forceinline__ void dequantize(const Piece& piece, int part, int unit, int step, unsigned& low, unsigned& high) {
         unsigned codes = word(piece.codes, (2 * unit + step) % 4), select = unit < 2 ? 0x4240 : 0x4341;
@@ -87,41 +90,12 @@ struct MmaNl4 : MmaInt4 {
         __half2 weights = __hmul2(*(const __half2*)&there, sub_scale);
         return *(const unsigned*)&weights;
     }
-    static __device__ __forceinline__ float scale(const Matrix& w, int row) { return MmaInt4::scale(w, row) * NL4_UNIT; }
+    static __device__ __forceinline__ float scale(const Matrix& w, int row) { return MmaInt4<false>::scale(w, row) * NL4_UNIT; }
 };
 
-// A chunk of 16 rows by eight tokens a tile; a lane's units are `stride` apart in `x`. Sums as PTX
-// has them: row r, tokens 2c and 2c + 1, then row r + 8.
-template <class Storage, int TILES>
-__device__ __forceinline__ void multiply(const Piece* pieces, const uint4* x, int stride, bool there, float (*sums)[4]) {
-#pragma unroll
-    for (int at = 0; at < Storage::UNITS * Storage::PARTS; at++) {
-        int unit = at / Storage::PARTS, part = at % Storage::PARTS;
-        unsigned weights[2][4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) Storage::dequantize(pieces[i % 2], part, unit, i / 2, weights[i / 2][i % 2], weights[i / 2][i % 2 + 2]);
-#pragma unroll
-        for (int tile = 0; tile < TILES; tile++) {
-            uint4 values = there ? x[unit * stride + tile * 32] : make_uint4(0, 0, 0, 0);
-            mma_m16n8k16(sums[tile], weights[0], values.x, values.y);
-            mma_m16n8k16(sums[tile], weights[1], values.z, values.w);
-        }
-    }
-}
-
-// Columns k to k + 7 of a token, where they cannot be copied as they are: zero from column `cols` on.
-__device__ __forceinline__ uint4 unaligned_unit(const Product& p, int token, int k) {
-    uint4 unit;
-    __half* values = (__half*)&unit;
-    for (int i = 0; i < 8; i++) values[i] = token < p.tokens && k + i < p.cols ? p.x[(size_t)token * p.cols + k + i] : __ushort_as_half(0);
-    return unit;
-}
-
-__device__ __forceinline__ bool is_aligned(const Product& p, int token, int k) { return p.cols % 8 == 0 && token < p.tokens && k < p.cols; }
-
-// The next pieces of a lane: of slot `slot`, and of the one 8 behind it.
+// The weights of a unit, for its two mma, of rows r and r + 8.
 template <class Storage>
-__device__ __forceinline__ void load_pieces(const Product& p, int slot, int k, Piece* pieces) {
-    pieces[0] = Storage::load(p.first, p.cols, row_of<8>(p, slot), k);
-    pieces[1] = Storage::load(p.second, p.cols, row_of<8>(p, slot + 8), k);
+__device__ __forceinline__ void weights_of(const Piece* pieces, int part, int unit, unsigned (*weights)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) Storage::dequantize(pieces[i % 2], part, unit, i / 2, weights[i / 2][i % 2], weights[i / 2][i % 2 + 2]);
 }

@@ -28,37 +28,18 @@ __device__ __forceinline__ uint4 load_once(const uint4* from, bool there) {
         : "l"(from), "r"((int)there));
     return v;
 }
-// a & b | c in one instruction, of which the compiler makes two where b and c are constants.
-__device__ __forceinline__ unsigned and_or(unsigned a, unsigned b, unsigned c) {
-    unsigned d;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
-}
 #endif
 
-// A row has pieces of 16 bytes of codes. SWAPPED: of four columns side by side, the first and the third
-// make a word, then the second and the fourth. AHEAD: units whose weights are on their way, as many as
+// A row has pieces of 16 bytes of codes. AHEAD: units whose weights are on their way, as many as
 // registers hold.
 struct FewInt8 : MmaInt8 {
     enum { AHEAD = 4, SWAPPED = false, HAS_SUB_SCALES = false };
     static __device__ __forceinline__ int pieces(int cols) { return (cols + 31) / 32 * 2; }
 };
 
-struct FewInt4 : MmaInt4 {
+struct FewInt4 : MmaInt4<true> {
     enum { AHEAD = 4, SWAPPED = true, HAS_SUB_SCALES = true };
     static __device__ __forceinline__ int pieces(int cols) { return (cols + 31) / 32; }
-    static __device__ __forceinline__ void dequantize(const Piece& piece, int, int unit, int step, unsigned& low, unsigned& high) {
-        unsigned codes = word(piece.codes, (2 * unit + step) % 4);
-        // (1024 + 16 * (level + 8)) / 16 - 72 = level: all of it exact, times the sub-scale too.
-        float sub_scale = (float)piece.sub_scale;
-        __half2 factor = __half2half2(__float2half_rn(sub_scale * 0.0625f)), shift = __half2half2(__float2half_rn(sub_scale * -72.0f));
-        low = scaled(unit < 2 ? codes << 4 : codes, factor, shift), high = scaled(unit < 2 ? codes >> 4 : codes >> 8, factor, shift);
-    }
-    static __device__ __forceinline__ unsigned scaled(unsigned codes, __half2 factor, __half2 shift) {
-        unsigned levels = and_or(codes, 0x00f000f0, 0x64006400);
-        __half2 weights = __hfma2(*(const __half2*)&levels, factor, shift);
-        return *(const unsigned*)&weights;
-    }
 };
 
 struct FewNl4 : MmaNl4 {
@@ -143,6 +124,19 @@ __device__ __forceinline__ uint4 input_unit(const Few& few, int token, int k, Mo
     return unit;
 }
 
+// A chunk of 16 rows by the tokens; a lane's units are `stride` apart in `x`.
+template <class Storage>
+__device__ __forceinline__ void multiply(const Piece* pieces, const uint4* x, int stride, float* sums) {
+#pragma unroll
+    for (int at = 0; at < Storage::UNITS * Storage::PARTS; at++) {
+        unsigned weights[2][4];
+        weights_of<Storage>(pieces, at % Storage::PARTS, at / Storage::PARTS, weights);
+        uint4 values = x[at / Storage::PARTS * stride];
+        mma_m16n8k16(sums, weights[0], values.x, values.y);
+        mma_m16n8k16(sums, weights[1], values.z, values.w);
+    }
+}
+
 template <class Storage>
 __device__ __forceinline__ void mma_few(const Few& few) {
     const int chunk = Storage::CHUNK, units = Storage::UNITS, AHEAD = Storage::AHEAD;
@@ -184,7 +178,7 @@ __device__ __forceinline__ void mma_few(const Few& few) {
     int staged = -slice, parity = 0;
     while (unit < end) {
         int last = min(steps, first + end - unit);
-        float sums[1][4] = {};
+        float sums[4] = {};
 #pragma unroll 1
         for (int step = first; step < last;) {
             if (step < staged || step >= staged + slice) {
@@ -206,7 +200,7 @@ __device__ __forceinline__ void mma_few(const Few& few) {
 #pragma unroll
                 for (int i = 0; i < AHEAD; i++) {
                     if (step + i >= stop) break;
-                    if (k < few.cols) multiply<Storage, 1>(ahead[i], values, tokens * 4, true, sums);
+                    if (k < few.cols) multiply<Storage>(ahead[i], values, tokens * 4, sums);
                     values += WARPS * units * tokens * 4, k += WARPS * chunk;
                     load_next(ahead[i]);
                 }
@@ -227,7 +221,7 @@ __device__ __forceinline__ void mma_few(const Few& few) {
         float(*of_warps)[FEW_SUMS] = sums_of_warps[parity];
         parity ^= 1;
 #pragma unroll
-        for (int i = 0; i < 4; i++) of_warps[warp][(lane % 4 * 2 + i % 2) * SLOTS + lane / 4 + i / 2 * 8] = sums[0][i];
+        for (int i = 0; i < 4; i++) of_warps[warp][(lane % 4 * 2 + i % 2) * SLOTS + lane / 4 + i / 2 * 8] = sums[i];
         __syncthreads();
         bool is_sum = (int)threadIdx.x < tokens * SLOTS;
         float sum = 0.0f;

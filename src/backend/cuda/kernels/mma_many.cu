@@ -1,70 +1,128 @@
 // Matrix products of any number of tokens by tensor cores; see mma.cuh.
 //
-// mma_many_<storage>: a block takes 64 rows and 64 tokens in steps of 128 columns, a warp 16 of the rows:
-//   it dequantizes a weight once for all tokens.
-//   Launch: 128 threads, grid (rows / 64, tokens / 64), rounded up.
+// mma_many_<storage>_<slots>: a block takes so many slots for rows and 64 tokens, and 64 columns in a step, whose
+// activations come in while the steps before are multiplied. Each of its four warps takes a quarter of the slots,
+// TILES times 16: it dequantizes a weight once for all tokens, and reads an activation once for all its rows.
+// Weights are read a chunk ahead.
+//   Launch: 128 threads, grid (rows / slots, tokens / 64), rounded up.
 #include "mma.cuh"
 
-#define MANY_SLOTS 64
-#define TOKENS 64
-#define STEP_COLS 128
+#define MANY_TOKENS 64
+#define STEP_UNITS 2
+#define STAGES 3
+#define STAGE (STEP_UNITS * MANY_TOKENS * 4)
+// Sums of a token, and a few more, so that a warp writes to different banks.
+#define SUMS (SLOTS + 4)
 
-// Queues the copies of a step's activations.
-template <class Storage>
-__device__ __forceinline__ void stage(const Product& p, int first_token, int start, uint4* shared) {
-    const int units = Storage::UNITS, together = 8 / units, groups = TOKENS / together;
-#pragma unroll 2
-    for (int at = threadIdx.x; at < STEP_COLS / 8 * TOKENS; at += 128) {
-        // A warp reads all the units of a chunk of `together` tokens, and writes to all banks alike.
-        int c = at % 4, unit = at % 32 / (4 * together), group = at / 32 % groups, chunk = at / 32 / groups;
-        int in_tile = group * together + at / 4 % together, token = first_token + in_tile;
-        int k = start + chunk * Storage::CHUNK + c * Storage::COLS + unit * 8;
-        uint4* to = &shared[((chunk * units + unit) * TOKENS + in_tile) * 4 + c];
-        if (is_aligned(p, token, k)) cp_async_16(to, p.x + (size_t)token * p.cols + k, true);
-        else *to = unaligned_unit(p, token, k);
-    }
-    cp_async_commit();
+// Columns k to k + 7 of a token, where they cannot be copied as they are: zero from column `cols` on.
+__device__ __forceinline__ uint4 unaligned_unit(const Product& p, int token, int k) {
+    uint4 unit;
+    __half* values = (__half*)&unit;
+    for (int i = 0; i < 8; i++) values[i] = token < p.tokens && k + i < p.cols ? p.x[(size_t)token * p.cols + k + i] : __ushort_as_half(0);
+    return unit;
 }
 
+// Queues the copies of a step's activations: to [unit of a lane][token][c], but that tokens 2i and 2i + 1 are exchanged
+// in the second unit, so that what eight threads copy of a token goes to different banks.
 template <class Storage>
-__device__ __forceinline__ void mma_many(const Product& p) {
-    const int chunk = Storage::CHUNK, padded = TOKENS + 4;
-    __shared__ __align__(16) uint4 shared[2][STEP_COLS / 8 * TOKENS];
-    int lane = threadIdx.x % 32, slot = threadIdx.x / 32 * SLOTS + lane / 4, first_token = blockIdx.y * TOKENS;
-    int my_cols = lane % 4 * Storage::COLS;
-    float sums[TOKENS / 8][4] = {};
-    Piece next[2];
-    load_pieces<Storage>(p, slot, my_cols, next);
-    stage<Storage>(p, first_token, 0, shared[0]);
-    for (int start = 0; start < p.cols; start += STEP_COLS) {
-        int current = start / STEP_COLS % 2;
-        if (start + STEP_COLS < p.cols) {
-            stage<Storage>(p, first_token, start + STEP_COLS, shared[1 - current]);
-            cp_async_wait<1>();
-        } else {
-            cp_async_wait<0>();
-        }
-        __syncthreads();
+__device__ __forceinline__ void stage(const Product& p, int first_token, int step, uint4* to) {
+    const int steps = Storage::UNITS / STEP_UNITS;
+    int c = threadIdx.x % 4, unit = threadIdx.x / 4 % STEP_UNITS, in_tile = threadIdx.x / 8, token = first_token + in_tile;
+    int k = step / steps * Storage::CHUNK + c * Storage::COLS + (step % steps * STEP_UNITS + unit) * 8;
+    to += (unit * MANY_TOKENS + (in_tile ^ unit)) * 4 + c;
+    const __half* from = p.x + (size_t)token * p.cols + k;
+    int there = k < p.cols ? p.tokens - token : 0;
+    if (p.cols % 8 == 0) {
 #pragma unroll
-        for (int i = 0; i < STEP_COLS / chunk; i++) {
-            Piece pieces[2] = {next[0], next[1]};
-            load_pieces<Storage>(p, slot, start + (i + 1) * chunk + my_cols, next);
-            multiply<Storage, TOKENS / 8>(pieces, shared[current] + i * Storage::UNITS * TOKENS * 4 + lane, TOKENS * 4, true, sums);
+        for (int i = 0; i < MANY_TOKENS; i += 16, from += (size_t)16 * p.cols) cp_async_16(to + i * 4, from, i < there);
+    } else {
+#pragma unroll 1
+        for (int i = 0; i < MANY_TOKENS; i += 16) to[i * 4] = unaligned_unit(p, token + i, k);
+    }
+}
+
+// The pieces of a lane: of slot `slot`, and of the one 8 behind it.
+template <class Storage>
+__device__ __forceinline__ void load_pieces(const Product& p, int slot, int k, Piece* pieces) {
+    pieces[0] = Storage::load(p.first, p.cols, row_of<8>(p, slot), k);
+    pieces[1] = Storage::load(p.second, p.cols, row_of<8>(p, slot + 8), k);
+}
+
+template <class Storage, int TILES>
+__device__ __forceinline__ void mma_many(const Product& p, int tile_of_tokens) {
+    const int steps_of_chunk = Storage::UNITS / STEP_UNITS, parts = TILES * Storage::PARTS;
+    __shared__ uint4 shared[STAGES][STAGE];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first_token = tile_of_tokens * MANY_TOKENS;
+    int slot = warp * TILES * SLOTS + lane / 4, my_cols = lane % 4 * Storage::COLS;
+    int steps = (p.cols + Storage::CHUNK - 1) / Storage::CHUNK * steps_of_chunk;
+    float sums[TILES][MANY_TOKENS / 8][4] = {};
+    Piece next[TILES][2];
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) load_pieces<Storage>(p, slot + tile * SLOTS, my_cols, next[tile]);
+#pragma unroll
+    for (int step = 0; step < STAGES - 1; step++) {
+        if (step < steps) stage<Storage>(p, first_token, step, shared[step]);
+        cp_async_commit();
+    }
+    int current = 0;
+    for (int start = 0; start < steps; start += steps_of_chunk) {
+        Piece pieces[TILES][2];
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+            pieces[tile][0] = next[tile][0], pieces[tile][1] = next[tile][1];
+            load_pieces<Storage>(p, slot + tile * SLOTS, (start / steps_of_chunk + 1) * Storage::CHUNK + my_cols, next[tile]);
         }
-        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < steps_of_chunk; i++) {
+            cp_async_wait<STAGES - 2>();
+            __syncthreads();
+            // The stage of the step before this one is free.
+            if (start + i + STAGES - 1 < steps) stage<Storage>(p, first_token, start + i + STAGES - 1, shared[current == 0 ? STAGES - 1 : current - 1]);
+            cp_async_commit();
+#pragma unroll
+            for (int unit = 0; unit < STEP_UNITS; unit++) {
+                unsigned weights[parts][2][4];
+#pragma unroll
+                for (int at = 0; at < parts; at++) weights_of<Storage>(pieces[at % TILES], at / TILES, i * STEP_UNITS + unit, weights[at]);
+                const uint4* x = shared[current] + unit * MANY_TOKENS * 4 + (lane ^ unit * 4);
+#pragma unroll
+                for (int t = 0; t < MANY_TOKENS / 8; t++) {
+                    uint4 values = x[t * 32];
+#pragma unroll
+                    for (int at = 0; at < parts; at++) {
+                        mma_m16n8k16(sums[at % TILES][t], weights[at][0], values.x, values.y);
+                        mma_m16n8k16(sums[at % TILES][t], weights[at][1], values.z, values.w);
+                    }
+                }
+            }
+            current = current == STAGES - 1 ? 0 : current + 1;
+        }
     }
     // Through shared memory, so that neighbouring threads write neighbouring rows.
-    float* tile = (float*)shared;
-#pragma unroll
-    for (int t = 0; t < TOKENS / 8; t++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) tile[(t * 8 + lane % 4 * 2 + i % 2) * padded + slot + i / 2 * 8] = sums[t][i];
+    cp_async_wait<0>();
     __syncthreads();
-    int width = results(p, MANY_SLOTS), at = threadIdx.x % width;
+    float* mine = (float*)shared + warp * MANY_TOKENS * SUMS;
+    int width = results(p, SLOTS), at = lane % width;
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+        __syncwarp();
+#pragma unroll
+        for (int t = 0; t < MANY_TOKENS / 8; t++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) mine[(t * 8 + lane % 4 * 2 + i % 2) * SUMS + lane / 4 + i / 2 * 8] = sums[tile][t][i];
+        __syncwarp();
+        int row = p.row + (warp * TILES + tile) * width + at;
+        if (row >= p.first.rows) continue;
+        Ending first = ending_of<Storage>(p.first, row), second = p.is_gated ? ending_of<Storage>(p.second, row) : first;
 #pragma unroll 1
-    for (int t = threadIdx.x / width; t < TOKENS && first_token + t < p.tokens; t += 128 / width) finish<Storage, 8>(p, at, first_token + t, tile + t * padded);
+        for (int t = lane / width; t < MANY_TOKENS && first_token + t < p.tokens; t += 32 / width)
+            write(p, row, first_token + t, first, mine[t * SUMS + at], second, mine[t * SUMS + (at + 8) % SLOTS]);
+    }
 }
 
-PRODUCT(128, MANY_SLOTS, mma_many_int8, mma_many<MmaInt8>)
-PRODUCT(128, MANY_SLOTS, mma_many_int4, mma_many<MmaInt4>)
-PRODUCT(128, MANY_SLOTS, mma_many_nl4, mma_many<MmaNl4>)
+#define MMA_MANY(name, storage)                                                              \
+    PRODUCT(KERNEL_AT_ONCE(128, 3), 64, mma_many_##name##_64, (mma_many<storage, 1>))         \
+    PRODUCT(KERNEL_AT_ONCE(128, 2), 128, mma_many_##name##_128, (mma_many<storage, 2>))
+MMA_MANY(int8, MmaInt8)
+MMA_MANY(int4, MmaInt4<false>)
+MMA_MANY(nl4, MmaNl4)

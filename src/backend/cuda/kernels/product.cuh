@@ -57,21 +57,31 @@ __device__ __forceinline__ int row_of(const Product& p, int slot) {
 // How many rows `slots` slots give.
 __device__ __forceinline__ int results(const Product& p, int slots) { return p.is_gated ? slots / 2 : slots; }
 
+// What a row's sums are multiplied by, and its bias.
+struct Ending {
+    float scale, shift;
+};
+
 template <class Storage>
-__device__ __forceinline__ float scaled(const Product& p, const Matrix& m, int row, float sum) {
-    float shift = m.bias ? load(m.bias, m.bias_dtype, row) : 0.0f;
-    return p.factor * fmaf(sum, Storage::scale(m, row), shift);
+__device__ __forceinline__ Ending ending_of(const Matrix& m, int row) {
+    return {Storage::scale(m, row), m.bias ? load(m.bias, m.bias_dtype, row) : 0.0f};
 }
 
-// Writes the result `at` of a block's for a token, from its sum and, where there is a gate, up's.
+// Writes what a row gives for a token, from its sum and, where there is a gate, up's.
+__device__ __forceinline__ void write(const Product& p, int row, int token, Ending ending, float sum, Ending ending_of_up, float up) {
+    float y = p.factor * fmaf(sum, ending.scale, ending.shift);
+    if (p.activation != NO_ACTIVATION) y = activated(p.activation, y);
+    if (p.is_gated) y *= p.factor * fmaf(up, ending_of_up.scale, ending_of_up.shift);
+    store(p.first.y, p.output, (size_t)token * p.first.rows + row, y);
+}
+
+// The same for the result `at` of a block's.
 template <class Storage>
 __device__ __forceinline__ void write(const Product& p, int at, int token, float sum, float up) {
     int row = p.row + at;
     if (row >= p.first.rows) return;
-    float y = scaled<Storage>(p, p.first, row, sum);
-    if (p.activation != NO_ACTIVATION) y = activated(p.activation, y);
-    if (p.is_gated) y *= scaled<Storage>(p, p.second, row, up);
-    store(p.first.y, p.output, (size_t)token * p.first.rows + row, y);
+    Ending ending = ending_of<Storage>(p.first, row);
+    write(p, row, token, ending, sum, p.is_gated ? ending_of<Storage>(p.second, row) : ending, up);
 }
 
 // The same from the sums of the block's slots.
@@ -83,8 +93,10 @@ __device__ __forceinline__ void finish(const Product& p, int at, int token, cons
 
 #define MATRIX(i) const void *codes##i, const signed char *sub_scales##i, const void *scales##i, int rows##i, const void *bias##i, int bias_dtype##i, void *y##i
 #define GIVEN(i) {codes##i, sub_scales##i, scales##i, rows##i, bias##i, bias_dtype##i, y##i}
-#define PRODUCT(threads, slots, name, kernel)                                                                                                    \
-    KERNEL(threads) name(MATRIX(0), MATRIX(1), MATRIX(2), int cols, const __half* x, int tokens, int output, float factor, int activation) {     \
-        begin();                                                                                                                                 \
-        kernel(part_of(blockIdx.x, GIVEN(0), GIVEN(1), GIVEN(2), slots, cols, x, tokens, output, factor, activation));                                      \
+// Where the grid has tiles of tokens, those of the same rows run one after the other.
+#define PRODUCT(declared, slots, name, kernel)                                                                                              \
+    declared name(MATRIX(0), MATRIX(1), MATRIX(2), int cols, const __half* x, int tokens, int output, float factor, int activation) {        \
+        begin();                                                                                                                            \
+        unsigned at = blockIdx.y * gridDim.x + blockIdx.x;                                                                                  \
+        kernel(part_of(at / gridDim.y, GIVEN(0), GIVEN(1), GIVEN(2), slots, cols, x, tokens, output, factor, activation), at % gridDim.y);  \
     }

@@ -25,6 +25,12 @@ __device__ __forceinline__ void ldmatrix_transposed(unsigned* d, const void* row
     unsigned shared = (unsigned)__cvta_generic_to_shared(row);
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(shared) : "memory");
 }
+// a & b | c in one instruction, of which the compiler makes two where b and c are constants.
+__device__ __forceinline__ unsigned and_or(unsigned a, unsigned b, unsigned c) {
+    unsigned d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
 // 2^x to 22 bits.
 __device__ __forceinline__ float exp2_approximate(float x) {
     float y;
