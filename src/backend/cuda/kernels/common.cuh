@@ -72,7 +72,10 @@ __device__ __forceinline__ void load8(const void* x, int dtype, size_t start, in
         uint4 raw = make_uint4(0, 0, 0, 0);
         if (count % 8 == 0 && i < count) raw = *(const uint4*)from;
         for (int j = 0; count % 8 != 0 && j < 8; j++) ((unsigned short*)&raw)[j] = i + j < count ? from[j] : (unsigned short)0;
-        for (int j = 0; j < 8; j++) out[j] = load(&raw, dtype, j);
+        for (int j = 0; j < 8; j++) {
+            unsigned short bits = ((const unsigned short*)&raw)[j];
+            out[j] = dtype == BF16 ? bf16_to_float(bits) : __half2float(__ushort_as_half(bits));
+        }
     }
 }
 
