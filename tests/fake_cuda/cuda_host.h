@@ -166,6 +166,7 @@ static inline T atomic_rmw(T* p, F f) {
 }
 }  // namespace fk
 template <class T, class U> static inline T atomicAdd(T* p, U v) { return fk::atomic_rmw(p, [=](T o) { return T(o + v); }); }
+template <class T> static inline T atomicMax(T* p, T v) { return fk::atomic_rmw(p, [=](T o) { return o < v ? v : o; }); }
 static inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 // ---- loads, bits, integers ---------------------------------------------------------------------
@@ -185,6 +186,7 @@ static inline int __float_as_int(float f) { return fk::bits<int>(f); }
 static inline float __uint_as_float(unsigned u) { return fk::bits<float>(u); }
 static inline float __int_as_float(int i) { return fk::bits<float>(i); }
 
+static inline int __clz(int v) { return v ? __builtin_clz((unsigned)v) : 32; }
 static inline unsigned __byte_perm(unsigned a, unsigned b, unsigned sel) {
     unsigned long long v = (unsigned long long)b << 32 | a;
     unsigned r = 0;
