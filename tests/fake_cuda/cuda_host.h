@@ -323,11 +323,16 @@ static inline void ldmatrix_transposed(unsigned* d, const void* row) {
 }
 static inline float exp2_approximate(float x) { return exp2f(x); }
 // The copy happens at once: a missing wait is not noticed.
-static inline void cp_async_16(void* to, const void* from, bool is_there) {
-    if (((uintptr_t)to | (uintptr_t)from) & 15) fk::trap(716, "cp.async address not 16-byte aligned");
-    if (is_there) memcpy(to, from, 16);
-    else memset(to, 0, 16);
+namespace fk {
+template <unsigned N>
+static inline void copy(void* to, const void* from, bool is_there) {
+    if (((uintptr_t)to | (uintptr_t)from) % N) trap(716, "misaligned address of cp.async");
+    if (is_there) memcpy(to, from, N);
+    else memset(to, 0, N);
 }
+}  // namespace fk
+static inline void cp_async_16(void* to, const void* from, bool is_there) { fk::copy<16>(to, from, is_there); }
+static inline void cp_async_8(void* to, const void* from, bool is_there) { fk::copy<8>(to, from, is_there); }
 static inline void cp_async_commit() {}
 template <int N>
 static inline void cp_async_wait() {}
