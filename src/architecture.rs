@@ -166,21 +166,14 @@ impl ModuleTree {
             }
             used.push(name);
         }
+        let name = &checkpoint.name;
         if !missing.is_empty() {
-            return Err(Error::input(format!(
-                "`{}` lacks {} that its config.json calls for: {}",
-                checkpoint.name,
-                tensors(missing.len()),
-                first_five(&missing)
-            )));
+            let (count, names) = (tensors(missing.len()), first_five(&missing));
+            return Err(Error::input(format!("`{name}` lacks {count} that its config.json calls for: {names}")));
         }
         if !mismatched.is_empty() {
-            return Err(Error::input(format!(
-                "`{}` contradicts its config.json in {}: {}",
-                checkpoint.name,
-                tensors(mismatched.len()),
-                first_five(&mismatched)
-            )));
+            let (count, names) = (tensors(mismatched.len()), first_five(&mismatched));
+            return Err(Error::input(format!("`{name}` contradicts its config.json in {count}: {names}")));
         }
         if used.len() == checkpoint.catalog.len() {
             return Ok(weights);
@@ -189,11 +182,10 @@ impl ModuleTree {
         let is_placeless = |name: &&String| !used.contains(name.as_str()) && !self.is_redundant(name);
         let placeless: Vec<_> = checkpoint.catalog.keys().filter(is_placeless).collect();
         if !placeless.is_empty() {
+            let count = tensors(placeless.len());
+            let names = first_five(placeless.into_iter().map(|name| printable(name)));
             return Err(Error::input(format!(
-                "`{}` holds {} that the model has no place for, so its config.json is not the whole truth: {}",
-                checkpoint.name,
-                tensors(placeless.len()),
-                first_five(placeless.into_iter().map(|name| printable(name)))
+                "`{name}` holds {count} that the model has no place for, so its config.json is not the whole truth: {names}"
             )));
         }
         Ok(weights)
@@ -212,7 +204,7 @@ fn block(config: &ModelConfig, blocks: &str, index: usize) -> Module {
     let has_experts = config.layers[index].has_experts;
     let experts = config.experts.map_or(0, |experts| experts.count);
     let mut parameters = Vec::new();
-    for (role, name) in config.family.block {
+    for (role, name) in config.family.block() {
         let mut push = |role, name: &str| push(&mut parameters, config, role, format!("{path}.{name}"));
         let expert: fn(usize) -> Role = match role {
             Role::ExpertGate(_) => Role::ExpertGate,
@@ -221,7 +213,7 @@ fn block(config: &ModelConfig, blocks: &str, index: usize) -> Module {
             Role::Router if !has_experts => continue,
             Role::Gate | Role::Up | Role::Down if has_experts => continue,
             _ => {
-                push(*role, name);
+                push(role, name);
                 continue;
             }
         };

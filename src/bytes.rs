@@ -16,8 +16,8 @@ pub const GIB: u64 = 1 << 30;
 
 /// A number of bytes.
 ///
-/// Prints in binary units with one decimal (`23.6 GiB`). Adding saturates, so
-/// that a sum of sizes never wraps round to something that fits.
+/// Prints in binary units with one decimal (`23.6 GiB`). Adding and subtracting
+/// saturate, so that no size wraps round to something that fits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Bytes(pub u64);
@@ -29,12 +29,6 @@ impl Bytes {
     /// The number of bytes as a `usize`, for lengths of memory.
     pub fn as_usize(self) -> Option<usize> {
         usize::try_from(self.0).ok()
-    }
-
-    /// `self - other`, or zero.
-    #[must_use]
-    pub fn saturating_sub(self, other: Self) -> Self {
-        Self(self.0.saturating_sub(other.0))
     }
 
     /// The spelling that a device map carries: the largest binary unit that
@@ -65,7 +59,7 @@ impl AddAssign for Bytes {
 impl Sub for Bytes {
     type Output = Self;
     fn sub(self, other: Self) -> Self {
-        self.saturating_sub(other)
+        Self(self.0.saturating_sub(other.0))
     }
 }
 

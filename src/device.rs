@@ -16,6 +16,13 @@ pub enum DeviceId {
     Disk,
 }
 
+impl DeviceId {
+    /// Whether it is a GPU.
+    pub fn is_gpu(self) -> bool {
+        matches!(self, Self::Cuda(_))
+    }
+}
+
 /// A text that names no device.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("`{0}` is not a device; devices are `cuda:0`, `cuda:1`, …, `cpu` and `disk`")]

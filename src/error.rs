@@ -3,7 +3,7 @@
 //! An [`Error`] says what went wrong and where, carries its causes as a
 //! [`std::error::Error::source`] chain, and its hints: each a command, a flag
 //! or a sentence that helps. Rooms keep typed causes of their own (for example
-//! [`crate::checkpoint::HeaderError`]) and wrap them.
+//! [`crate::quant::QuantizeError`]) and wrap them.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -126,16 +126,9 @@ impl StdError for Error {
 /// The first five of `items`, quoted, and how many more there are.
 pub fn first_five<T: fmt::Display>(items: impl IntoIterator<Item = T>) -> String {
     const SHOWN: usize = 5;
-    let mut shown = Vec::new();
-    let mut more = 0usize;
-    for item in items {
-        if shown.len() < SHOWN {
-            shown.push(format!("`{item}`"));
-        } else {
-            more += 1;
-        }
-    }
-    match more {
+    let mut items = items.into_iter();
+    let shown: Vec<_> = items.by_ref().take(SHOWN).map(|item| format!("`{item}`")).collect();
+    match items.count() {
         0 => shown.join(", "),
         more => format!("{} and {more} more", shown.join(", ")),
     }
@@ -156,26 +149,10 @@ pub fn did_you_mean<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str
     let limit = (word.chars().count() / 3).max(2);
     candidates
         .into_iter()
-        .map(|candidate| (edit_distance(word, candidate), candidate))
+        .map(|candidate| (strsim::levenshtein(word, candidate), candidate))
         .filter(|(distance, _)| *distance <= limit)
         .min_by_key(|(distance, _)| *distance)
         .map(|(_, candidate)| candidate)
-}
-
-/// Levenshtein's distance, in characters.
-fn edit_distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, ca) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, cb) in b.iter().enumerate() {
-            let substituted = diagonal + usize::from(ca != *cb);
-            diagonal = row[j + 1];
-            row[j + 1] = substituted.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.len()]
 }
 
 #[cfg(test)]

@@ -8,9 +8,6 @@ use crate::bytes::Bytes;
 use crate::error::{Error, Result, printable};
 
 /// Opens a regular file for reading; a pipe, a device or a directory is refused unopened.
-///
-/// # Errors
-/// The file is missing, unreadable or no regular file.
 pub fn open_regular(path: &Path) -> Result<File> {
     let metadata = std::fs::metadata(path).map_err(|e| Error::io("open", path, e))?;
     if !metadata.is_file() {
@@ -21,9 +18,6 @@ pub fn open_regular(path: &Path) -> Result<File> {
 }
 
 /// Reads a whole regular file of at most `cap` bytes.
-///
-/// # Errors
-/// As [`open_regular`], or the file is larger.
 pub fn read_capped(path: &Path, cap: Bytes) -> Result<Vec<u8>> {
     let file = open_regular(path)?;
     let failed = |e| Error::io("read", path, e);
@@ -49,9 +43,6 @@ pub fn is_plain_name(name: &str) -> bool {
 /// Only plain relative names pass, and what they lead to must lie in
 /// `directory`; in a Hugging Face cache a symbolic link may also lead into the
 /// `blobs` folder of the same repository.
-///
-/// # Errors
-/// The name or the link leads elsewhere, or the file is missing.
 pub fn confined(directory: &Path, name: &str) -> Result<PathBuf> {
     if !is_plain_name(name) {
         return Err(Error::input(format!("`{}` is no file name inside `{}`", printable(name), directory.display())));
@@ -109,9 +100,6 @@ pub struct NewDirectory {
 
 impl NewDirectory {
     /// Begins the directory `path`.
-    ///
-    /// # Errors
-    /// Something stands under this name already, or nothing can be written beside it.
     pub fn create(path: &Path) -> Result<Self> {
         use std::os::unix::fs::PermissionsExt;
         if std::fs::symlink_metadata(path).is_ok() {
@@ -127,9 +115,6 @@ impl NewDirectory {
     }
 
     /// A new file in it of `len` zeros, whose space is reserved.
-    ///
-    /// # Errors
-    /// The file is there already, or there is no space for it.
     pub fn file(&self, name: &str, len: Bytes) -> Result<File> {
         let failed = |e| Error::io("write", &self.path.join(name), e);
         let file = File::create_new(self.temporary.path().join(name)).map_err(failed)?;
@@ -138,9 +123,6 @@ impl NewDirectory {
     }
 
     /// Writes a whole file in it.
-    ///
-    /// # Errors
-    /// Any failure.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let written = std::fs::write(self.temporary.path().join(name), bytes);
         written.map_err(|e| Error::io("write", &self.path.join(name), e))
@@ -180,9 +162,6 @@ fn reserve(file: &File, len: Bytes) -> std::io::Result<()> {
 
 /// A nameless file of `len` bytes in `directory`, its space reserved; it is
 /// gone when it is closed, however the process ends.
-///
-/// # Errors
-/// The directory cannot be written or has no such space.
 pub fn scratch_file(directory: &Path, len: Bytes) -> Result<File> {
     let file = tempfile::tempfile_in(directory).map_err(|e| Error::io("make a scratch file in", directory, e))?;
     let failed = |e| {
@@ -194,9 +173,6 @@ pub fn scratch_file(directory: &Path, len: Bytes) -> Result<File> {
 }
 
 /// The bytes that an unprivileged user may still write in `directory`.
-///
-/// # Errors
-/// The directory cannot be asked.
 pub fn free_space(directory: &Path) -> Result<Bytes> {
     let stat = rustix::fs::statvfs(directory).map_err(|e| Error::io("read the free space of", directory, e.into()))?;
     Ok(Bytes(stat.f_bavail.saturating_mul(stat.f_frsize)))

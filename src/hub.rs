@@ -72,8 +72,7 @@ impl fmt::Display for RepoId {
 pub struct Token(String);
 
 impl Token {
-    /// # Errors
-    /// The text cannot be a token: it is empty, or has other than visible ASCII characters.
+    /// The token in `text`, of visible ASCII characters.
     pub fn new(text: &str) -> Result<Self> {
         if !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic()) {
             Ok(Self(text.to_owned()))
@@ -155,8 +154,7 @@ pub struct Hub {
 }
 
 impl Hub {
-    /// # Errors
-    /// The endpoint is no URL or holds a login, or no HTTP client can be made.
+    /// The Hub as `options` say.
     pub fn new(mut options: HubOptions) -> Result<Self> {
         options.endpoint.truncate(options.endpoint.trim_end_matches('/').len());
         let client = if options.offline {

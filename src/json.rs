@@ -7,8 +7,9 @@
 
 use std::collections::HashSet;
 use std::fmt;
+use std::str::FromStr;
 
-use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use crate::error::{Error, Result, printable};
@@ -24,9 +25,6 @@ pub struct Document {
 
 impl Document {
     /// Checks encoding and syntax of `bytes`.
-    ///
-    /// # Errors
-    /// [`crate::ErrorKind::Input`] with line and column.
     pub fn parse(name: impl Into<String>, bytes: Vec<u8>) -> Result<Self> {
         let name = name.into();
         let text = String::from_utf8(bytes).map_err(|e| {
@@ -132,9 +130,6 @@ impl<'a> Node<'a> {
     }
 
     /// The members of an object in their order.
-    ///
-    /// # Errors
-    /// The value is no object, a name stands twice, or the members are too many.
     pub fn members(&self) -> Result<Vec<Member<'a>>> {
         let pairs = serde_json::Deserializer::from_str(self.raw).deserialize_map(Pairs).map_err(|_| {
             if self.is_object() {
@@ -157,19 +152,12 @@ impl<'a> Node<'a> {
     }
 
     /// The elements of a list.
-    ///
-    /// # Errors
-    /// The value is no list.
     pub fn elements(&self) -> Result<Vec<Self>> {
-        let raws =
-            serde_json::Deserializer::from_str(self.raw).deserialize_seq(Elements).map_err(|_| self.wrong("a list"))?;
+        let raws: Vec<&RawValue> = serde_json::from_str(self.raw).map_err(|_| self.wrong("a list"))?;
         Ok(raws.into_iter().map(|raw| self.child(raw)).collect())
     }
 
     /// The value as a type that serde reads.
-    ///
-    /// # Errors
-    /// The value has another shape.
     pub fn parse<T: serde::Deserialize<'a>>(&self) -> Result<T> {
         serde_json::from_str(self.raw).map_err(|e| {
             // The value's own place is told instead; serde counts from its start.
@@ -179,25 +167,30 @@ impl<'a> Node<'a> {
     }
 
     /// A text.
-    ///
-    /// # Errors
-    /// The value is no text.
     pub fn text(&self) -> Result<String> {
         serde_json::from_str(self.raw).map_err(|_| self.wrong("a text"))
     }
 
     /// A whole number that is not negative.
-    ///
-    /// # Errors
-    /// The value is anything else.
     pub fn whole(&self) -> Result<u64> {
         serde_json::from_str(self.raw).map_err(|_| self.wrong("a whole number, 0 or more,"))
     }
 
+    /// The value of `key`: a whole number from 1 to `max`.
+    pub fn size(&self, key: &str, max: u64) -> Result<usize> {
+        let number = self.whole()?;
+        usize::try_from(number)
+            .ok()
+            .filter(|_| (1..=max).contains(&number))
+            .ok_or_else(|| self.error(format!("`{key}` is {number}; it must be from 1 to {max}")))
+    }
+
+    /// A text as what it stands for.
+    pub fn spelled<T: FromStr<Err: fmt::Display>>(&self) -> Result<T> {
+        self.text()?.parse().map_err(|e| self.error(e))
+    }
+
     /// A finite number.
-    ///
-    /// # Errors
-    /// The value is anything else.
     pub fn number(&self) -> Result<f64> {
         serde_json::from_str(self.raw)
             .ok()
@@ -206,9 +199,6 @@ impl<'a> Node<'a> {
     }
 
     /// `true` or `false`.
-    ///
-    /// # Errors
-    /// The value is anything else.
     pub fn truth(&self) -> Result<bool> {
         serde_json::from_str(self.raw).map_err(|_| self.wrong("`true` or `false`"))
     }
@@ -232,24 +222,6 @@ impl<'de> Visitor<'de> for Pairs {
             pairs.push(pair);
         }
         Ok(pairs)
-    }
-}
-
-struct Elements;
-
-impl<'de> Visitor<'de> for Elements {
-    type Value = Vec<&'de RawValue>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a list")
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
-        let mut elements = Vec::new();
-        while let Some(element) = list.next_element()? {
-            elements.push(element);
-        }
-        Ok(elements)
     }
 }
 

@@ -12,27 +12,15 @@ use crate::fs;
 /// checkpoint itself, so every implementation confines them to the checkpoint.
 pub trait Source: Send + Sync {
     /// Whether the checkpoint has this file.
-    ///
-    /// # Errors
-    /// The source cannot be asked.
     fn has(&self, file: &str) -> Result<bool>;
 
     /// A whole file of at most `cap` bytes.
-    ///
-    /// # Errors
-    /// The file is missing, larger, or cannot be read.
     fn read(&self, file: &str, cap: Bytes) -> Result<Vec<u8>>;
 
     /// The size of a file.
-    ///
-    /// # Errors
-    /// The file is missing or no regular file.
     fn size(&self, file: &str) -> Result<Bytes>;
 
     /// `len` bytes from `offset` on, or fewer where the file ends.
-    ///
-    /// # Errors
-    /// The file is missing or cannot be read.
     fn read_range(&self, file: &str, offset: u64, len: usize) -> Result<Vec<u8>>;
 
     /// The file's name in messages.
@@ -47,8 +35,7 @@ pub trait Source: Send + Sync {
 pub struct LocalDirectory(PathBuf);
 
 impl LocalDirectory {
-    /// # Errors
-    /// `path` is missing or no directory.
+    /// The checkpoint in the directory `path`.
     pub fn new(path: impl Into<PathBuf>) -> Result<Self> {
         let path = path.into();
         let metadata = std::fs::metadata(&path).map_err(|e| Error::io("open", &path, e))?;

@@ -19,9 +19,6 @@ pub struct Tokenizer {
 
 impl Tokenizer {
     /// Reads the tokenizer in `directory` for a model of `vocab_size` ids.
-    ///
-    /// # Errors
-    /// The file is missing, too large or no tokenizer.
     pub fn open(directory: &Path, vocab_size: usize) -> Result<Self> {
         let path = fs::confined(directory, FILE)?;
         let bytes = fs::read_capped(&path, CAP)?;
@@ -34,9 +31,6 @@ impl Tokenizer {
     }
 
     /// The ids of `text`; with `special`, what the tokenizer puts around a text (such as a start token) too.
-    ///
-    /// # Errors
-    /// The text cannot be encoded, or gives an id that the model does not have.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         let encoding = self
             .inner
@@ -54,9 +48,6 @@ impl Tokenizer {
     }
 
     /// The text of `ids`, special tokens left out; broken characters are U+FFFD.
-    ///
-    /// # Errors
-    /// The ids cannot be decoded.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         self.inner.decode(ids, true).map_err(|e| Error::input("the tokens cannot be decoded").caused_by(e))
     }

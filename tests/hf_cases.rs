@@ -10,8 +10,10 @@ use evenkeel::bytes::{Bytes, GIB};
 use evenkeel::device::DeviceId;
 use evenkeel::device_map::MaxMemory;
 use evenkeel::model_config::ModelConfig;
-use evenkeel::plan::hf::{self, Mode, Model, Module, Placement, Quantization, Tensor};
-use evenkeel::quant::WeightDtype;
+use evenkeel::plan::Strategy;
+use evenkeel::plan::hf::{self, Model, Module, Placement, Tensor};
+use evenkeel::quant::{Scheme, WeightDtype};
+use indexmap::IndexMap;
 use serde_json::{Value, json};
 
 fn fixture(name: &str) -> Value {
@@ -47,31 +49,36 @@ fn planned(value: &Value) -> BTreeMap<DeviceId, Bytes> {
     value.as_object().unwrap().iter().map(|(id, value)| (id.parse().unwrap(), bytes(value))).collect()
 }
 
-fn mode(value: &Value) -> Mode {
-    Mode::ALL.into_iter().find(|mode| mode.name() == text(value)).unwrap()
+fn mode(value: &Value) -> Strategy {
+    match text(value) {
+        "auto" => Strategy::HfAuto,
+        "balanced_low_0" => Strategy::HfBalancedLowZero,
+        "sequential" => Strategy::HfSequential,
+        other => panic!("{other}"),
+    }
 }
 
-fn quantization(value: &Value) -> Quantization {
+fn quantization(value: &Value) -> Scheme {
     match text(value) {
-        "none" => Quantization::None,
-        "bnb int8" => Quantization::EightBit,
-        "bnb 4bit" => Quantization::FourBit,
+        "none" => Scheme::None,
+        "bnb int8" => Scheme::Int8,
+        "bnb 4bit" => Scheme::Int4,
         other => panic!("{other}"),
     }
 }
 
 /// The model of a case: `tree`, `no_split` and `tied` in the fixtures' notation.
-fn model(tree: &Value, no_split: &Value, tied: &Value, quantization: Quantization) -> Model {
+fn model(tree: &Value, no_split: &Value, tied: &Value, quantization: Scheme) -> Model {
     let whole: Vec<&str> = list(no_split).iter().map(text).collect();
     let pairs = tied.as_object().unwrap().iter().map(|(target, source)| (target.clone(), text(source).to_owned()));
     Model {
         root: module(tree, "", &whole, quantization),
         ties: pairs.collect(),
-        is_quantized: quantization != Quantization::None,
+        is_quantized: quantization != Scheme::None,
     }
 }
 
-fn module(tree: &Value, path: &str, whole: &[&str], quantization: Quantization) -> Module {
+fn module(tree: &Value, path: &str, whole: &[&str], quantization: Scheme) -> Module {
     let tensor = |tensor: &Value| {
         let name = text(&tensor[0]);
         let elements: u64 = list(&tensor[1]).iter().map(|size| size.as_u64().unwrap()).product();
@@ -83,13 +90,13 @@ fn module(tree: &Value, path: &str, whole: &[&str], quantization: Quantization) 
         };
         let is_linear = path.contains(".layers.") && path.ends_with("_proj") && name == "weight";
         let bytes = match quantization {
-            Quantization::FourBit if is_linear => elements / 2,
-            Quantization::EightBit if is_linear => elements,
+            Scheme::Int4 if is_linear => elements / 2,
+            Scheme::Int8 if is_linear => elements,
             _ => elements * width,
         };
         Tensor { name: name.to_owned(), bytes: Bytes(bytes) }
     };
-    let mut children = Vec::new();
+    let mut children = IndexMap::new();
     for child in list(&tree["children"]) {
         let names: Vec<String> = match child["names"].as_str().map(|names| names.split_once("..").unwrap()) {
             Some((first, last)) => {
@@ -99,7 +106,7 @@ fn module(tree: &Value, path: &str, whole: &[&str], quantization: Quantization) 
         };
         for name in names {
             let tree = module(&child["module"], &format!("{path}.{name}"), whole, quantization);
-            children.push((name, tree));
+            children.insert(name, tree);
         }
     }
     Module {
@@ -132,8 +139,6 @@ fn maps_of_large_models() {
         let placement = place(case, &model).unwrap();
         assert_eq!(placement.device_map, devices(&case["expected"]), "{}", case["id"]);
         assert_eq!(placement.planned, planned(&case["planned_bytes"]), "{}", case["id"]);
-        let is_refused = model.is_quantized && placement.is_refused_by_bitsandbytes();
-        assert_eq!(is_refused, case["bnb_raises_offload_error"], "{}", case["id"]);
     }
     assert_eq!(list(&cases["hf_auto"]).len(), 8);
 }
@@ -143,7 +148,7 @@ fn maps_of_large_models() {
 fn generated_cases() {
     let cases = fixture("hf_generated.json");
     for case in list(&cases["cases"]) {
-        let quantization = case.get("quant").map_or(Quantization::None, quantization);
+        let quantization = case.get("quant").map_or(Scheme::None, quantization);
         let model = model(&case["tree"], &case["no_split"], &case["tied"], quantization);
         let placement = match text(&case["fn"]) {
             "infer_auto_device_map" => hf::infer_auto_device_map(&model, &memory(&case["max_memory"])),
@@ -329,15 +334,15 @@ fn an_architecture_is_counted_as_its_modules_are() {
         ("mixtral", mixtral_8x7b()),
     ] {
         let llm = if name == "mixtral" { &mixtral() } else { &models[name] };
-        for quantization in [Quantization::None, Quantization::EightBit, Quantization::FourBit] {
+        for quantization in [Scheme::None, Scheme::Int8, Scheme::Int4] {
             let expected = model(&llm["tree"], &llm["no_split"], &llm["tied"], quantization);
             let ours = hf::tree_of(&config, &ModuleTree::new(&config), WeightDtype::Bf16, quantization);
             for gpus in [&[8, 24][..], &[16], &[40, 12, 12], &[48; 4], &[]] {
                 let gpus: Vec<u64> = gpus.iter().map(|gibibytes| gibibytes * GIB).collect();
-                for mode in Mode::ALL {
+                for mode in [Strategy::HfAuto, Strategy::HfBalancedLowZero, Strategy::HfSequential] {
                     let free = free(&gpus, 20 * GIB);
                     let place = |model| hf::place(model, &free, None, mode).unwrap();
-                    assert_eq!(place(&ours), place(&expected), "{name} {quantization:?} {mode} on {gpus:?}");
+                    assert_eq!(place(&ours), place(&expected), "{name} {quantization:?} {mode:?} on {gpus:?}");
                 }
             }
         }
@@ -347,11 +352,11 @@ fn an_architecture_is_counted_as_its_modules_are() {
 #[test]
 fn a_tied_head_goes_where_the_embedding_is() {
     let config = llama(64, 128, 4, 4, 2, 1000, true);
-    let model = hf::tree_of(&config, &ModuleTree::new(&config), WeightDtype::F32, Quantization::None);
+    let model = hf::tree_of(&config, &ModuleTree::new(&config), WeightDtype::F32, Scheme::None);
     let embedding = 1000 * 64 * 4;
     let layer = (64 * 64 * 2 + 32 * 64 * 2 + 3 * 128 * 64 + 2 * 64) * 4;
     let total = embedding + 4 * layer + 64 * 4 + 2 * 8 * 4;
-    let place = |gpu: u64| hf::place(&model, &free(&[gpu], 1 << 30), None, Mode::Sequential).unwrap();
+    let place = |gpu: u64| hf::place(&model, &free(&[gpu], 1 << 30), None, Strategy::HfSequential).unwrap();
     assert_eq!(place(1 << 30).planned, [(DeviceId::Cuda(0), Bytes(total))].into());
     let split = place(embedding + 3 * layer);
     assert_eq!(
@@ -387,11 +392,12 @@ fn models_of_all_families_need_the_gpu_that_transformers_wants_for_them() {
             _ => parse(&published::all().into_iter().find(|model| model.name == name).unwrap().config),
         };
         let tree = ModuleTree::new(&config);
-        let quantizations = [Quantization::None, Quantization::EightBit, Quantization::FourBit];
+        let quantizations = [Scheme::None, Scheme::Int8, Scheme::Int4];
         for (quantization, wanted) in quantizations.into_iter().zip(wanted) {
             let model = hf::tree_of(&config, &tree, WeightDtype::Bf16, quantization);
             let is_whole = |hundredths: u64| {
-                let placement = hf::place(&model, &free(&[hundredths * GIB / 100], 1 << 40), None, Mode::Auto).unwrap();
+                let placement =
+                    hf::place(&model, &free(&[hundredths * GIB / 100], 1 << 40), None, Strategy::HfAuto).unwrap();
                 placement.device_map == [(String::new(), DeviceId::Cuda(0))].into()
             };
             assert!(!is_whole(wanted - 1) && is_whole(wanted + 1), "{name} {quantization:?}");

@@ -64,7 +64,7 @@ proptest! {
         };
         // Transformers does not place every model on every machine.
         let Ok(plan) = Plan::new(&checkpoint, &inventory, &options) else {
-            prop_assert!(options.strategy.transformers().is_some());
+            prop_assert!(options.strategy.is_transformers());
             return Ok(());
         };
 

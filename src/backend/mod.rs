@@ -1,5 +1,6 @@
 //! Stages: runs of modules on one device, and the pipeline that a token goes through.
 
+mod choice;
 pub mod cpu;
 pub mod cuda;
 mod hidden;
@@ -8,6 +9,7 @@ mod pipeline;
 
 use crate::error::Result;
 
+pub use choice::{Choice, Draws};
 pub use hidden::{Chunk, Hidden};
 pub use pipeline::{Behind, Pipeline, StageRoles};
 
@@ -41,21 +43,30 @@ pub trait Stage: Send {
     /// The device failed.
     fn logits(&mut self, hidden: &mut Hidden, logits: &mut [f32]) -> Result<()>;
 
-    /// The token with the largest of the logits that [`Stage::logits`] would
-    /// give, where the device finds it by itself; `None` where it does not.
+    /// Makes ready to choose tokens behind those that occurred; false where the device does not
+    /// choose by itself, or the head is elsewhere.
     ///
     /// # Errors
     /// The device failed.
-    fn best(&mut self, _hidden: &mut Hidden) -> Result<Option<Best>> {
-        Ok(None)
+    fn prepare(&mut self, _choice: &Choice, _seen: &[u32]) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// Chooses the token behind the one hidden state, which is normalized, by a random number; only
+    /// where [`Stage::prepare`] has said so.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn choose(&mut self, _hidden: &mut Hidden, _draw: u32) -> Result<Chosen> {
+        unreachable!("a stage that is not prepared is not asked")
     }
 }
 
-/// A token and its logit.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Best {
+/// A token that a device has chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Chosen {
     /// The token.
     pub token: u32,
-    /// Its logit.
-    pub logit: f32,
+    /// Whether all logits are numbers.
+    pub is_finite: bool,
 }

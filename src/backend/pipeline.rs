@@ -1,6 +1,6 @@
 //! A model's stages in the order they run, and the sequence that is in their KV caches.
 
-use super::{Hidden, Stage};
+use super::{Choice, Draws, Hidden, Stage};
 use crate::error::{Error, Result};
 use crate::model_config::ModelConfig;
 use crate::plan::memory;
@@ -19,8 +19,8 @@ pub struct StageRoles {
 /// What comes behind a token.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Behind<'a> {
-    /// The token with the largest logit.
-    Best(u32),
+    /// The token that a device has chosen.
+    Token(u32),
     /// All logits.
     Logits(&'a [f32]),
 }
@@ -37,6 +37,8 @@ pub struct Pipeline {
     /// The most tokens that the hidden states have room for.
     largest_chunk: usize,
     logits: Vec<f32>,
+    /// The random numbers for tokens, where the head's device chooses them.
+    draws: Option<Draws>,
 }
 
 impl Pipeline {
@@ -53,6 +55,7 @@ impl Pipeline {
             hidden: Hidden::new(chunk, config.hidden_size),
             largest_chunk: chunk,
             logits: vec![0.0; config.vocab_size],
+            draws: None,
         }
     }
 
@@ -71,9 +74,17 @@ impl Pipeline {
         self.hidden.host_bytes() + self.logits.len() * size_of::<f32>()
     }
 
-    /// Forgets the tokens behind the first `length`.
-    pub fn truncate(&mut self, length: usize) {
-        self.length = self.length.min(length);
+    /// Begins an empty sequence, behind whose `prompt` tokens are chosen. Where the head's device
+    /// chooses by itself, it draws by the numbers of the seed.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn begin(&mut self, choice: &Choice, seed: u64, prompt: &[u32]) -> Result<()> {
+        self.length = 0;
+        self.check(prompt)?;
+        let chooses = self.stages[self.roles.head].prepare(choice, prompt)?;
+        self.draws = chooses.then(|| Draws::new(seed));
+        Ok(())
     }
 
     /// Takes tokens in chunks of at most `tokens` at once; no more than the plan counts.
@@ -81,18 +92,13 @@ impl Pipeline {
         self.chunk = tokens.clamp(1, self.largest_chunk);
     }
 
-    /// Appends `tokens` and gives the logits behind the last of them; where only
-    /// the `best` token is wanted and a device finds it, that alone.
+    /// Appends `tokens` and gives the token that is chosen behind the last of them, or the logits
+    /// where no device chooses.
     ///
     /// # Errors
     /// A token is not in the vocabulary, the context is full, a logit is not
     /// a number, or a device failed. `each_chunk` may end the work with an error.
-    pub fn extend(
-        &mut self,
-        tokens: &[u32],
-        best: bool,
-        mut each_chunk: impl FnMut() -> Result<()>,
-    ) -> Result<Behind<'_>> {
+    pub fn extend(&mut self, tokens: &[u32], mut each_chunk: impl FnMut() -> Result<()>) -> Result<Behind<'_>> {
         self.check(tokens)?;
         let mut last = 0;
         for chunk in tokens.chunks(self.chunk) {
@@ -100,23 +106,24 @@ impl Pipeline {
             self.run(chunk)?;
             last = chunk.len() - 1;
         }
-        Ok(match self.head(last, best)? {
-            Some(token) => Behind::Best(token),
+        let draw = self.draws.as_mut().map(Draws::draw);
+        Ok(match self.head(last, draw)? {
+            Some(token) => Behind::Token(token),
             None => Behind::Logits(&self.logits),
         })
     }
 
-    /// Appends `tokens` and calls `visit` with each one's position among them
-    /// and the logits behind it.
+    /// Runs a sequence of `tokens` and calls `visit` with each one's position and the logits behind it.
     ///
     /// # Errors
     /// As [`Pipeline::extend`].
     pub fn score(&mut self, tokens: &[u32], mut visit: impl FnMut(usize, &[f32])) -> Result<()> {
+        self.length = 0;
         self.check(tokens)?;
         for (at, chunk) in tokens.chunks(self.chunk).enumerate() {
             self.run(chunk)?;
             for token in 0..chunk.len() {
-                self.head(token, false)?;
+                self.head(token, None)?;
                 visit(at * self.chunk + token, &self.logits);
             }
         }
@@ -153,21 +160,21 @@ impl Pipeline {
         Ok(())
     }
 
-    /// Computes the logits behind the token at `at` of the chunk that was run
-    /// last; where only the `best` is wanted and found by the device, gives that instead.
-    fn head(&mut self, at: usize, best: bool) -> Result<Option<u32>> {
+    /// Computes the logits behind the token at `at` of the chunk that was run last; with a random
+    /// number, gives the token that is chosen among them instead.
+    fn head(&mut self, at: usize, draw: Option<u32>) -> Result<Option<u32>> {
         let chunk = self.hidden.select(at);
         self.stages[self.roles.norm].norm(&mut self.hidden)?;
         let head = &mut self.stages[self.roles.head];
-        let found = if best { head.best(&mut self.hidden)? } else { None };
-        if found.is_none() {
+        let chosen = draw.map(|draw| head.choose(&mut self.hidden, draw)).transpose()?;
+        if chosen.is_none() {
             head.logits(&mut self.hidden, &mut self.logits)?;
         }
         self.hidden.restore(chunk);
         let is_finite =
-            found.map_or_else(|| self.logits.iter().all(|logit| logit.is_finite()), |best| best.logit.is_finite());
+            chosen.map_or_else(|| self.logits.iter().all(|logit| logit.is_finite()), |chosen| chosen.is_finite);
         if is_finite {
-            Ok(found.map(|best| best.token))
+            Ok(chosen.map(|chosen| chosen.token))
         } else {
             Err(Error::input(format!("a logit behind token {} is not a number", self.length))
                 .hint("the checkpoint's weights are broken, or overflow in this scheme; try `--quantize none`"))

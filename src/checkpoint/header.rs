@@ -5,124 +5,27 @@
 //! byte of data is read or any memory is taken; the `safetensors` crate then
 //! parses the same header as a second judge.
 
-use std::ops::Range;
-
 use safetensors::Dtype;
 use serde::Deserialize;
 
+use super::Tensor;
 use crate::bytes::Bytes;
-use crate::error::printable;
+use crate::error::{Error, Result, printable};
 use crate::json::Document;
+use crate::source::Source;
 
 /// The length field in front of the JSON.
-pub const LENGTH_FIELD: usize = 8;
+const LENGTH_FIELD: usize = 8;
 /// The longest header that is read, in bytes (the format's own limit).
-pub const MAX_HEADER: u64 = 100_000_000;
+const MAX_HEADER: u64 = 100_000_000;
 /// The most tensors that one shard may name.
-pub const MAX_TENSORS: usize = 1_000_000;
+const MAX_TENSORS: usize = 1_000_000;
 /// The most dimensions that a tensor may have.
-pub const MAX_RANK: usize = 64;
+const MAX_RANK: usize = 64;
 /// The longest name of a tensor, in bytes.
-pub const MAX_NAME: usize = 512;
+const MAX_NAME: usize = 512;
 
 const GIT_LFS_POINTER: &[u8] = b"version https://git-lfs";
-
-/// A tensor as its shard's header describes it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TensorInfo {
-    /// The name, 1 to [`MAX_NAME`] bytes without control characters.
-    pub name: String,
-    /// Type of an element.
-    pub dtype: Dtype,
-    /// Extents, outermost first.
-    pub shape: Vec<u64>,
-    /// Where its data stands in the file.
-    pub range: Range<u64>,
-}
-
-/// What can be wrong with a header. The shard's name is added by the caller.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum HeaderError {
-    /// A tensor is described in another shape than the format's.
-    #[error("describes tensor `{}` in a way that cannot be read", printable(.name))]
-    Entry {
-        /// The tensor.
-        name: String,
-        /// What cannot be read.
-        #[source]
-        cause: crate::Error,
-    },
-    /// The file is a pointer that `git` left in place of the file.
-    #[error("is a Git LFS pointer, not the file itself")]
-    GitLfsPointer,
-    /// Gaps, overlaps, or an order that runs backwards.
-    #[error("tensor `{}` starts at byte {start} of the data, but the data before it ends at byte {expected}", printable(.name))]
-    Gap {
-        /// The tensor.
-        name: String,
-        /// Where it says it starts.
-        start: u64,
-        /// Where it must start.
-        expected: u64,
-    },
-    /// Not JSON, not UTF-8, or JSON of another shape.
-    #[error("has a header that cannot be read")]
-    Json(#[source] crate::Error),
-    /// A name that is empty, too long or holds control characters.
-    #[error("names a tensor `{}`; names have 1 to {MAX_NAME} bytes and no control characters", printable(.0))]
-    Name(String),
-    /// A shape of more dimensions than the limit.
-    #[error("tensor `{}` has {rank} dimensions; at most {MAX_RANK} are read", printable(.name))]
-    Rank {
-        /// The tensor.
-        name: String,
-        /// How many dimensions it says it has.
-        rank: usize,
-    },
-    /// The shape, the dtype and the range do not agree.
-    #[error(
-        "tensor `{}` of shape {} and dtype {dtype:?} does not take the bytes {start}..{end} that it is given",
-        printable(.name), printable(&format!("{shape:?}"))
-    )]
-    Size {
-        /// The tensor.
-        name: String,
-        /// Its shape.
-        shape: Vec<u64>,
-        /// Its dtype.
-        dtype: Dtype,
-        /// First byte of its range.
-        start: u64,
-        /// End of its range.
-        end: u64,
-    },
-    /// The second judge found what the first did not.
-    #[error("has a header that the safetensors crate refuses")]
-    SecondJudge(#[source] serde_json::Error),
-    /// The length field is beyond the limit.
-    #[error("says that its header has {0} bytes; at most {MAX_HEADER} are read")]
-    TooLong(u64),
-    /// More tensors than the limit.
-    #[error("names {0} tensors; at most {MAX_TENSORS} are read")]
-    TooManyTensors(usize),
-    /// Bytes stand behind the last tensor.
-    #[error("is {file} bytes, but its header describes only {needed}: {} bytes follow the last tensor", .file - .needed)]
-    Trailing {
-        /// The file's size.
-        file: u64,
-        /// What the header accounts for.
-        needed: u64,
-    },
-    /// The file ends before its data does.
-    #[error("is {file} bytes, its header needs {needed}; the download is incomplete")]
-    Truncated {
-        /// The file's size.
-        file: u64,
-        /// What the header accounts for.
-        needed: u64,
-    },
-}
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -132,87 +35,106 @@ struct Entry {
     data_offsets: (u64, u64),
 }
 
-/// The header's length, from the first bytes of a file of `file` bytes.
-///
-/// # Errors
-/// The file is too short for it, the length is beyond [`MAX_HEADER`], or the
-/// file is a Git LFS pointer.
-pub fn length(start: &[u8], file: Bytes) -> Result<usize, HeaderError> {
-    if start.starts_with(&GIT_LFS_POINTER[..LENGTH_FIELD]) {
-        return Err(HeaderError::GitLfsPointer);
-    }
-    let Some(field) = start.first_chunk::<LENGTH_FIELD>() else {
-        return Err(HeaderError::Truncated { file: file.0, needed: LENGTH_FIELD as u64 });
-    };
-    let length = u64::from_le_bytes(*field);
-    if length > MAX_HEADER {
-        return Err(HeaderError::TooLong(length));
-    }
-    let needed = length + LENGTH_FIELD as u64;
-    if needed > file.0 {
-        return Err(HeaderError::Truncated { file: file.0, needed });
-    }
-    usize::try_from(length).map_err(|_| HeaderError::TooLong(length))
+/// The size of a shard and the tensors in it, in the order of their data. Their
+/// ranges cover all bytes behind the header without a gap.
+pub fn read(source: &dyn Source, file: &str, shard: usize) -> Result<(Bytes, Vec<(String, Tensor)>)> {
+    let (name, size) = (source.display(file), source.size(file)?);
+    let start = source.read_range(file, 0, LENGTH_FIELD)?;
+    let length = length(&name, &start, size)?;
+    let json = source.read_range(file, LENGTH_FIELD as u64, length)?;
+    Ok((size, parse(&name, shard, json, size)?))
 }
 
-/// The tensors that the JSON `header` describes, in the order of their data,
-/// for a file of `file` bytes. Their ranges cover all bytes behind the header
-/// without a gap.
-///
-/// # Errors
-/// Anything in the header is not as the format has it.
-pub fn parse(header: Vec<u8>, file: Bytes) -> Result<Vec<TensorInfo>, HeaderError> {
+fn truncated(name: &str, file: Bytes, needed: u64) -> Error {
+    Error::input(format!("`{name}` is {} bytes, its header needs {needed}; the download is incomplete", file.0))
+        .hint("download the file again")
+}
+
+/// The header's length, from the first bytes of a file of `file` bytes.
+fn length(name: &str, start: &[u8], file: Bytes) -> Result<usize> {
+    if start.starts_with(&GIT_LFS_POINTER[..LENGTH_FIELD]) {
+        return Err(Error::input(format!("`{name}` is a Git LFS pointer, not the file itself"))
+            .hint("`git lfs pull` fetches the file itself"));
+    }
+    let Some(field) = start.first_chunk::<LENGTH_FIELD>() else {
+        return Err(truncated(name, file, LENGTH_FIELD as u64));
+    };
+    let stated = u64::from_le_bytes(*field);
+    let Some(length) = usize::try_from(stated).ok().filter(|_| stated <= MAX_HEADER) else {
+        let problem = format!("says that its header has {stated} bytes; at most {MAX_HEADER} are read");
+        return Err(Error::input(format!("`{name}` {problem}")));
+    };
+    let needed = stated + LENGTH_FIELD as u64;
+    if needed > file.0 { Err(truncated(name, file, needed)) } else { Ok(length) }
+}
+
+fn parse(name: &str, shard: usize, header: Vec<u8>, file: Bytes) -> Result<Vec<(String, Tensor)>> {
+    let wrong = |problem: String| Error::input(format!("`{name}` {problem}"));
+    let unreadable = |cause| wrong("has a header that cannot be read".to_owned()).caused_by(cause);
     let data = (LENGTH_FIELD + header.len()) as u64;
     let second_judge = header.clone();
-    let document = Document::parse("header", header).map_err(HeaderError::Json)?;
-    let members = document.root().members().map_err(HeaderError::Json)?;
+    let document = Document::parse("header", header).map_err(unreadable)?;
+    let members = document.root().members().map_err(unreadable)?;
     if members.len() > MAX_TENSORS {
-        return Err(HeaderError::TooManyTensors(members.len()));
+        return Err(wrong(format!("names {} tensors; at most {MAX_TENSORS} are read", members.len())));
     }
     let mut tensors = Vec::with_capacity(members.len());
     for member in members {
         if member.name == "__metadata__" {
-            member.value.members().map_err(HeaderError::Json)?;
+            member.value.members().map_err(unreadable)?;
             continue;
         }
-        let name = member.name;
-        if name.is_empty() || name.len() > MAX_NAME || name.chars().any(char::is_control) {
-            return Err(HeaderError::Name(name));
+        let shown = || printable(&member.name);
+        if member.name.is_empty() || member.name.len() > MAX_NAME || member.name.chars().any(char::is_control) {
+            return Err(wrong(format!(
+                "names a tensor `{}`; names have 1 to {MAX_NAME} bytes and no control characters",
+                shown()
+            )));
         }
-        let entry: Entry = match member.value.parse() {
-            Ok(entry) => entry,
-            Err(cause) => return Err(HeaderError::Entry { name, cause }),
-        };
-        let rank = entry.shape.len();
+        let Entry { dtype, shape, data_offsets: (start, end) } = member.value.parse().map_err(|cause| {
+            wrong(format!("describes tensor `{}` in a way that cannot be read", shown())).caused_by(cause)
+        })?;
+        let rank = shape.len();
         if rank > MAX_RANK {
-            return Err(HeaderError::Rank { name, rank });
+            return Err(wrong(format!("tensor `{}` has {rank} dimensions; at most {MAX_RANK} are read", shown())));
         }
-        let (start, end) = entry.data_offsets;
-        if byte_size(entry.dtype, &entry.shape).is_none_or(|size| start.checked_add(size) != Some(end)) {
-            return Err(HeaderError::Size { name, shape: entry.shape, dtype: entry.dtype, start, end });
+        if byte_size(dtype, &shape).is_none_or(|size| start.checked_add(size) != Some(end)) {
+            let shape = printable(&format!("{shape:?}"));
+            return Err(wrong(format!(
+                "tensor `{}` of shape {shape} and dtype {dtype:?} does not take the bytes {start}..{end} that it is given",
+                shown()
+            )));
         }
-        tensors.push(TensorInfo { name, dtype: entry.dtype, shape: entry.shape, range: start..end });
+        tensors.push((member.name, Tensor { shard, dtype, shape, range: start..end }));
     }
-    tensors.sort_by_key(|tensor| (tensor.range.start, tensor.range.end));
+    tensors.sort_by_key(|(_, tensor)| (tensor.range.start, tensor.range.end));
     let mut expected = 0;
-    for tensor in &mut tensors {
+    for (name, tensor) in &tensors {
         if tensor.range.start != expected {
-            return Err(HeaderError::Gap { name: tensor.name.clone(), start: tensor.range.start, expected });
+            return Err(wrong(format!(
+                "tensor `{}` starts at byte {} of the data, but the data before it ends at byte {expected}",
+                printable(name),
+                tensor.range.start
+            )));
         }
         expected = tensor.range.end;
     }
     let needed = data.saturating_add(expected);
     if needed > file.0 {
-        return Err(HeaderError::Truncated { file: file.0, needed });
+        return Err(truncated(name, file, needed));
     }
     if needed < file.0 {
-        return Err(HeaderError::Trailing { file: file.0, needed });
+        let (file, behind) = (file.0, file.0 - needed);
+        return Err(wrong(format!(
+            "is {file} bytes, but its header describes only {needed}: {behind} bytes follow the last tensor"
+        )));
     }
     // The whole range lies in the file, so no sum below can wrap.
-    for tensor in &mut tensors {
+    for (_, tensor) in &mut tensors {
         tensor.range = data + tensor.range.start..data + tensor.range.end;
     }
-    serde_json::from_slice::<safetensors::tensor::Metadata>(&second_judge).map_err(HeaderError::SecondJudge)?;
+    serde_json::from_slice::<safetensors::tensor::Metadata>(&second_judge)
+        .map_err(|cause| wrong("has a header that the safetensors crate refuses".to_owned()).caused_by(cause))?;
     Ok(tensors)
 }
 
@@ -228,9 +150,9 @@ mod tests {
     use super::*;
 
     /// `json` as a shard whose data is `data` bytes long.
-    fn read(json: &str, data: u64) -> Result<Vec<TensorInfo>, String> {
+    fn read(json: &str, data: u64) -> Result<Vec<(String, Tensor)>, String> {
         let file = Bytes((LENGTH_FIELD + json.len()) as u64 + data);
-        parse(json.as_bytes().to_vec(), file).map_err(|e| {
+        parse("x", 0, json.as_bytes().to_vec(), file).map_err(|e| {
             let mut text = e.to_string();
             let mut cause = std::error::Error::source(&e);
             while let Some(error) = cause {
@@ -251,9 +173,9 @@ mod tests {
             16,
         )
         .unwrap();
-        let names: Vec<_> = tensors.iter().map(|t| t.name.as_str()).collect();
+        let names: Vec<_> = tensors.iter().map(|t| t.0.as_str()).collect();
         assert_eq!(names, ["a", "b", "empty"]);
-        assert_eq!(tensors[1].range.end - tensors[1].range.start, 12);
+        assert_eq!(tensors[1].1.size(), Bytes(12));
     }
 
     #[test]
@@ -339,7 +261,7 @@ mod tests {
 
     #[test]
     fn the_length_field() {
-        let length = |bytes: &[u8], file| length(bytes, Bytes(file)).map_err(|e| e.to_string());
+        let length = |bytes: &[u8], file| length("x", bytes, Bytes(file)).map_err(|e| e.to_string());
         assert_eq!(length(&64u64.to_le_bytes(), 100), Ok(64));
         for (bytes, file, message) in [
             (&b""[..], 0, "is 0 bytes, its header needs 8; the download is incomplete"),
@@ -352,7 +274,7 @@ mod tests {
             ),
             (b"version https://git-lfs.github.com/spec/v1", 130, "is a Git LFS pointer, not the file itself"),
         ] {
-            assert_eq!(length(bytes, file), Err(message.to_owned()));
+            assert_eq!(length(bytes, file), Err(format!("`x` {message}")));
         }
     }
 }

@@ -24,9 +24,6 @@ pub struct Index {
 
 impl Index {
     /// Reads the index of `source`.
-    ///
-    /// # Errors
-    /// The file is too large, no JSON, or not of the index's shape.
     pub fn read(source: &dyn Source) -> Result<Self> {
         let document = Document::parse(source.display(FILE), source.read(FILE, CAP)?)?;
         let root = document.root();
@@ -49,14 +46,8 @@ impl Index {
         let mut shards: Vec<String> = named.values().cloned().collect();
         shards.sort();
         shards.dedup();
-        let position = |shard: &String| shards.binary_search(shard).unwrap_or_default();
-        let weight_map = named
-            .into_iter()
-            .map(|(tensor, shard)| {
-                let at = position(&shard);
-                (tensor, at)
-            })
-            .collect();
+        let position = |shard| shards.binary_search(&shard).unwrap_or_default();
+        let weight_map = named.into_iter().map(|(tensor, shard)| (tensor, position(shard))).collect();
         Ok(Self { weight_map, shards })
     }
 }

@@ -12,7 +12,6 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 
 pub use crate::source::{LocalDirectory, Source};
-pub use header::{HeaderError, MAX_HEADER, MAX_NAME, MAX_RANK, MAX_TENSORS, TensorInfo};
 pub use index::Index;
 
 use crate::bytes::Bytes;
@@ -57,9 +56,6 @@ pub struct Tensor {
 
 impl Checkpoint {
     /// Opens the checkpoint in a local directory.
-    ///
-    /// # Errors
-    /// As [`Checkpoint::read`].
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let name = path
@@ -85,7 +81,8 @@ impl Checkpoint {
         };
         let shards = index.as_ref().map_or_else(|| vec![SINGLE_FILE.to_owned()], |index| index.shards.clone());
         check_presence(source, &shards)?;
-        let read = || shards.par_iter().map(|shard| read_header(source, shard)).collect::<Result<Vec<_>>>();
+        let header = |(at, file): (usize, &String)| header::read(source, file, at);
+        let read = || shards.par_iter().enumerate().map(header).collect::<Result<Vec<_>>>();
         // Reading a distant file is waiting, for which there need not be cores.
         let distant = || rayon::ThreadPoolBuilder::new().num_threads(REQUESTS).build().ok();
         let read = match source.directory().is_none().then(distant).flatten() {
@@ -95,7 +92,7 @@ impl Checkpoint {
         let (shard_sizes, headers): (Vec<_>, Vec<_>) = read.into_iter().unzip();
         let (catalog, unlisted) = match index {
             Some(index) => catalog_by_index(source, &index, headers)?,
-            None => (headers.into_iter().flatten().map(|info| entry(0, info)).collect(), 0),
+            None => (headers.into_iter().flatten().collect(), 0),
         };
         Ok(Self {
             name: name.into(),
@@ -107,13 +104,8 @@ impl Checkpoint {
             unlisted,
         })
     }
-}
 
-impl Checkpoint {
     /// The local directory that holds it.
-    ///
-    /// # Errors
-    /// None does.
     pub fn local_directory(&self) -> Result<&Path> {
         let nowhere = || Error::input(format!("`{}` is not in a local directory", self.name));
         self.directory.as_deref().ok_or_else(nowhere)
@@ -158,67 +150,33 @@ fn check_presence(source: &dyn Source, shards: &[String]) -> Result<()> {
     .hint("the download is incomplete; download the checkpoint again"))
 }
 
-/// The size of a shard and the tensors in it.
-fn read_header(source: &dyn Source, shard: &str) -> Result<(Bytes, Vec<TensorInfo>)> {
-    let wrap = |error: HeaderError| {
-        let hint = match error {
-            HeaderError::GitLfsPointer => Some("`git lfs pull` fetches the file itself"),
-            HeaderError::Truncated { .. } => Some("download the file again"),
-            _ => None,
-        };
-        let what = format!("`{}` {error}", source.display(shard));
-        let error = match error {
-            HeaderError::Json(cause) | HeaderError::Entry { cause, .. } => Error::input(what).caused_by(cause),
-            HeaderError::SecondJudge(cause) => Error::input(what).caused_by(cause),
-            _ => Error::input(what),
-        };
-        match hint {
-            Some(hint) => error.hint(hint),
-            None => error,
-        }
-    };
-    let file = source.size(shard)?;
-    let start = source.read_range(shard, 0, header::LENGTH_FIELD)?;
-    let length = header::length(&start, file).map_err(wrap)?;
-    let json = source.read_range(shard, header::LENGTH_FIELD as u64, length)?;
-    Ok((file, header::parse(json, file).map_err(wrap)?))
-}
-
-fn entry(shard: usize, info: TensorInfo) -> (String, Tensor) {
-    let tensor = Tensor { shard, dtype: info.dtype, shape: info.shape, range: info.range };
-    (info.name, tensor)
-}
-
 /// The tensors that the index names, each in the shard that it names, and the
 /// number of those that only shards know.
 fn catalog_by_index(
     source: &dyn Source,
     index: &Index,
-    headers: Vec<Vec<TensorInfo>>,
+    headers: Vec<Vec<(String, Tensor)>>,
 ) -> Result<(BTreeMap<String, Tensor>, usize)> {
     let mut catalog = BTreeMap::new();
     let mut unlisted: BTreeMap<String, usize> = BTreeMap::new();
-    for (shard, infos) in headers.into_iter().enumerate() {
-        for info in infos {
-            if index.weight_map.get(&info.name) == Some(&shard) {
-                let (name, tensor) = entry(shard, info);
-                catalog.insert(name, tensor);
-            } else if !index.weight_map.contains_key(&info.name)
-                && let Some(other) = unlisted.insert(info.name.clone(), shard)
-            {
-                return Err(Error::input(format!(
-                    "tensor `{}` stands in `{}` and in `{}`, and the index names neither",
-                    printable(&info.name),
-                    index.shards[other],
-                    index.shards[shard]
-                )));
-            }
+    for (name, tensor) in headers.into_iter().flatten() {
+        let shard = tensor.shard;
+        if index.weight_map.get(&name) == Some(&shard) {
+            catalog.insert(name, tensor);
+        } else if !index.weight_map.contains_key(&name)
+            && let Some(other) = unlisted.insert(name.clone(), shard)
+        {
+            return Err(Error::input(format!(
+                "tensor `{}` stands in `{}` and in `{}`, and the index names neither",
+                printable(&name),
+                index.shards[other],
+                index.shards[shard]
+            )));
         }
     }
     let mut lacking = index.weight_map.iter().filter(|(name, _)| !catalog.contains_key(*name)).peekable();
-    if let Some((_, shard)) = lacking.peek() {
-        let shard = *shard;
-        let names = lacking.filter(|(_, at)| **at == *shard).map(|(name, _)| printable(name));
+    if let Some((_, shard)) = lacking.peek().copied() {
+        let names = lacking.filter(|(_, at)| *at == shard).map(|(name, _)| printable(name));
         return Err(Error::input(format!(
             "`{}` lacks what the index says it holds: {}",
             source.display(&index.shards[*shard]),

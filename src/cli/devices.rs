@@ -7,9 +7,7 @@ use evenkeel::plan::{Device, Inventory};
 use serde::Serialize;
 
 use super::args::{DevicesArguments, Format};
-use super::env::Environment;
-use super::printer::Printer;
-use super::{Exit, Outcome};
+use super::{Exit, Outcome, Process};
 
 /// What `--format json` writes.
 #[derive(Serialize)]
@@ -34,8 +32,9 @@ struct Gpu<'a> {
 }
 
 /// Shows the devices that a plan for this machine has.
-pub fn run(arguments: &DevicesArguments, environment: &Environment, printer: &Printer) -> Outcome {
-    let directory = arguments.offload_dir.clone().unwrap_or_else(|| environment.temporary_directory());
+pub fn run(arguments: &DevicesArguments, process: &Process) -> Outcome {
+    let printer = &process.printer;
+    let directory = arguments.offload_dir.clone().unwrap_or_else(|| process.environment.temporary_directory());
     let inventory = Inventory::this_machine(&directory)?;
     let installation = Installation::find();
     let gpus = installation.iter().flat_map(|installation| {
@@ -53,7 +52,7 @@ pub fn run(arguments: &DevicesArguments, environment: &Environment, printer: &Pr
         threads: std::thread::available_parallelism().map_or(1, usize::from),
         disk: inventory.device(DeviceId::Disk),
         offload_directory: directory.display().to_string(),
-        cuda_visible_devices: environment.visible_gpus(),
+        cuda_visible_devices: process.environment.visible_gpus(),
     };
     printer.result(&match arguments.format {
         Format::Text => machine.text(),

@@ -12,36 +12,17 @@
 //! | `TMPDIR` | where weights on the disk go |
 
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::path::PathBuf;
 
-const NAMES: &[&str] = &[
-    "CLICOLOR_FORCE",
-    "CUDA_VISIBLE_DEVICES",
-    "HF_ENDPOINT",
-    "HF_HOME",
-    "HF_HUB_CACHE",
-    "HF_HUB_DISABLE_IMPLICIT_TOKEN",
-    "HF_HUB_DISABLE_PROGRESS_BARS",
-    "HF_HUB_OFFLINE",
-    "HF_TOKEN",
-    "HF_TOKEN_PATH",
-    "HOME",
-    "HUGGINGFACE_HUB_CACHE",
-    "NO_COLOR",
-    "TERM",
-    "TMPDIR",
-    "XDG_CACHE_HOME",
-];
-
 /// The variables that are set, and not empty.
-pub struct Environment(HashMap<&'static str, String>);
+pub struct Environment(HashMap<String, String>);
 
 impl Environment {
     /// The environment of this process.
-    #[expect(clippy::disallowed_methods, reason = "the one place that reads the environment")]
     pub fn of_process() -> Self {
-        let value = |name: &&'static str| Some((*name, std::env::var(name).ok().filter(|value| !value.is_empty())?));
-        Self(NAMES.iter().filter_map(value).collect())
+        let text = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
+        Self(std::env::vars_os().filter_map(text).filter(|(_, value)| !value.is_empty()).collect())
     }
 
     fn text(&self, name: &str) -> Option<&str> {
@@ -93,16 +74,10 @@ mod hub {
 
     impl Environment {
         /// How the Hub is reached.
-        ///
-        /// # Errors
-        /// The token's file is there and cannot be read.
         pub fn hub(&self) -> Result<HubOptions> {
-            let home = self.path("HF_HOME").unwrap_or_else(|| {
-                let cache = self.path("XDG_CACHE_HOME");
-                cache
-                    .unwrap_or_else(|| self.path("HOME").unwrap_or_else(|| ".".into()).join(".cache"))
-                    .join("huggingface")
-            });
+            let caches = || self.path("HOME").unwrap_or_else(|| ".".into()).join(".cache");
+            let home = self.path("HF_HOME");
+            let home = home.unwrap_or_else(|| self.path("XDG_CACHE_HOME").unwrap_or_else(caches).join("huggingface"));
             let cache = self.path("HF_HUB_CACHE").or_else(|| self.path("HUGGINGFACE_HUB_CACHE"));
             let endpoint = self.text("HF_ENDPOINT").unwrap_or(ENDPOINT).trim_end_matches('/');
             Ok(HubOptions {
@@ -135,8 +110,8 @@ mod hub {
 mod tests {
     use super::*;
 
-    fn environment(variables: &[(&'static str, &str)]) -> Environment {
-        Environment(variables.iter().map(|(name, value)| (*name, (*value).to_owned())).collect())
+    fn environment(variables: &[(&str, &str)]) -> Environment {
+        Environment(variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect())
     }
 
     #[test]
@@ -171,7 +146,7 @@ mod tests {
     #[cfg(feature = "hub")]
     #[test]
     fn switches_and_tokens() {
-        let hub = |variables: &[(&'static str, &str)]| environment(variables).hub().unwrap();
+        let hub = |variables: &[(&str, &str)]| environment(variables).hub().unwrap();
         assert!(hub(&[("HF_HUB_OFFLINE", "yes")]).offline);
         assert!(!hub(&[("HF_HUB_OFFLINE", "0")]).offline);
         assert_eq!(hub(&[("HF_ENDPOINT", "http://127.0.0.1:1/")]).endpoint, "http://127.0.0.1:1");

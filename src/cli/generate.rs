@@ -11,10 +11,9 @@ use evenkeel::{Error, ErrorKind, Result, fs};
 use serde::Serialize;
 
 use super::args::{Format, GenerateArguments, OnShortfall, PromptArguments, SamplingArguments};
-use super::env::Environment;
 use super::model::{self, Need};
 use super::printer::Printer;
-use super::{Exit, Outcome, Stop, signal};
+use super::{Exit, Outcome, Process, Stop, signal};
 
 /// New tokens where neither the user nor the context sets a limit.
 const DEFAULT_NEW_TOKENS: usize = 256;
@@ -22,15 +21,16 @@ const DEFAULT_NEW_TOKENS: usize = 256;
 const PROMPT_CAP: Bytes = Bytes(64 * MIB);
 
 /// Loads a model by its plan and prints what it generates.
-pub fn run(arguments: &GenerateArguments, environment: &Environment, printer: &Printer) -> Outcome {
+pub fn run(arguments: &GenerateArguments, process: &Process) -> Outcome {
+    let printer = &process.printer;
     let interrupted = signal::interrupt_flag()?;
     let threads = arguments.threads.apply();
     let sampling = arguments.sampling.sampling();
     sampling.check()?;
     let prompt = read_prompt(&arguments.prompt)?;
     let options = arguments.placement.options(None)?;
-    let offload_directory = arguments.placement.offload_directory(environment);
-    let checkpoint = model::open(&arguments.model, Need::Weights, environment, printer)?;
+    let offload_directory = arguments.placement.offload_directory(&process.environment);
+    let checkpoint = model::open(&arguments.model, Need::Weights, process)?;
     let template = template(&arguments.prompt, &checkpoint)?;
     let load = || model::load(&checkpoint, &options, threads, &offload_directory, &interrupted, printer);
     let mut model = match load() {

@@ -72,29 +72,36 @@ fn exit_code(kind: ErrorKind) -> u8 {
     }
 }
 
+/// What a command has beside its arguments.
+pub struct Process {
+    pub environment: Environment,
+    pub printer: Printer,
+}
+
 /// Parses the arguments, runs the command, reports its error.
 pub fn run() -> ExitCode {
     let arguments = Arguments::parse();
     let environment = Environment::of_process();
     let printer = Printer::new(&arguments.output, &environment);
+    let process = Process { environment, printer };
     let outcome = match arguments.command {
-        Command::Devices(arguments) => devices::run(&arguments, &environment, &printer),
-        Command::Generate(arguments) => generate::run(&arguments, &environment, &printer),
-        Command::Perplexity(arguments) => perplexity::run(&arguments, &environment, &printer),
-        Command::Plan(arguments) => plan::run(&arguments, &environment, &printer),
-        Command::Quantize(arguments) => quantize::run(&arguments, &environment, &printer),
+        Command::Devices(arguments) => devices::run(&arguments, &process),
+        Command::Generate(arguments) => generate::run(&arguments, &process),
+        Command::Perplexity(arguments) => perplexity::run(&arguments, &process),
+        Command::Plan(arguments) => plan::run(&arguments, &process),
+        Command::Quantize(arguments) => quantize::run(&arguments, &process),
     };
     let code = match outcome {
         Ok(exit) => exit.code(),
         Err(Stop::PipeClosed) => Exit::Done.code(),
         Err(Stop::Error(error)) => {
-            let error = match environment.visible_gpus() {
+            let error = match process.environment.visible_gpus() {
                 Some(mask) if error.to_string().contains("cuda:") => {
                     error.hint(format!("`CUDA_VISIBLE_DEVICES={mask}` says which GPUs there are, and in which order"))
                 }
                 _ => error,
             };
-            printer.error(&error);
+            process.printer.error(&error);
             exit_code(error.kind())
         }
     };

@@ -10,6 +10,7 @@ use evenkeel::loader::{LoadEvent, LoadOptions, Model};
 use evenkeel::plan::{Inventory, Plan, PlanOptions, Strategy};
 use evenkeel::{Error, Result};
 
+use super::Process;
 use super::args::{ModelArguments, PlacementArguments, ThreadsArguments};
 use super::env::Environment;
 use super::plan::with_commands;
@@ -26,12 +27,7 @@ pub enum Need {
 }
 
 /// Opens a checkpoint in a directory or on the Hub.
-pub fn open(
-    arguments: &ModelArguments,
-    need: Need,
-    environment: &Environment,
-    printer: &Printer,
-) -> Result<Checkpoint> {
+pub fn open(arguments: &ModelArguments, need: Need, process: &Process) -> Result<Checkpoint> {
     let model = arguments.model();
     let path = Path::new(model);
     let checkpoint = if path.exists() {
@@ -40,10 +36,10 @@ pub fn open(
         return Err(Error::input(format!("there is no directory `{model}`"))
             .hint("name a directory that holds a checkpoint, or a repository on the Hub as `ORG/NAME`"));
     } else {
-        from_hub(arguments, need, environment, printer)?
+        from_hub(arguments, need, process)?
     };
     if checkpoint.unlisted > 0 {
-        printer.note(&format!(
+        process.printer.note(&format!(
             "warning: tensors in the shards of `{}` that its index does not name are not read: {}",
             checkpoint.name, checkpoint.unlisted
         ));
@@ -57,19 +53,14 @@ fn could_be_repository(model: &str) -> bool {
 }
 
 #[cfg(feature = "hub")]
-fn from_hub(
-    arguments: &ModelArguments,
-    need: Need,
-    environment: &Environment,
-    printer: &Printer,
-) -> Result<Checkpoint> {
+fn from_hub(arguments: &ModelArguments, need: Need, process: &Process) -> Result<Checkpoint> {
     use evenkeel::hub::{Hub, HubEvent, RepoId};
 
-    let model = arguments.model();
+    let (model, printer) = (arguments.model(), &process.printer);
     let id: RepoId = model.parse().map_err(|e| {
         Error::input(format!("`{model}` is neither a directory nor a repository on the Hub")).caused_by(e)
     })?;
-    let repository = Hub::new(environment.hub()?)?.repository(&id, &arguments.revision)?;
+    let repository = Hub::new(process.environment.hub()?)?.repository(&id, &arguments.revision)?;
     if need == Need::Headers {
         return Checkpoint::read(model, &repository);
     }
@@ -86,16 +77,13 @@ fn from_hub(
         (HubEvent::RateLimited { left }, Some(bar)) => bar.say(format!("rate limit, {} s", left.as_secs())),
         _ => {}
     })?;
-    if let Some(bar) = bar {
-        bar.finish();
-    }
     let mut checkpoint = Checkpoint::open(directory)?;
     model.clone_into(&mut checkpoint.name);
     Ok(checkpoint)
 }
 
 #[cfg(not(feature = "hub"))]
-fn from_hub(arguments: &ModelArguments, _: Need, _: &Environment, _: &Printer) -> Result<Checkpoint> {
+fn from_hub(arguments: &ModelArguments, _: Need, _: &Process) -> Result<Checkpoint> {
     Err(Error::input(format!("there is no directory `{}`", arguments.model()))
         .hint("this build cannot reach the Hub: it was made without the feature `hub`"))
 }
@@ -119,11 +107,7 @@ pub fn load(
     }
     let load = LoadOptions { offload_directory, cancel, threads, separate_buffers: false };
     let mut bar = None;
-    let model = plan.load(checkpoint, &load, |event| show(&event, "loading", &mut bar, printer));
-    if let Some(bar) = bar {
-        bar.finish();
-    }
-    model
+    plan.load(checkpoint, &load, |event| show(&event, "loading", &mut bar, printer))
 }
 
 /// Draws the bar of `what` reads all weights.

@@ -15,11 +15,10 @@ use evenkeel::{Error, Result, fs};
 use serde::Serialize;
 
 use super::args::{Format, PerplexityArguments};
-use super::env::Environment;
 use super::model::{self, Need};
 use super::printer::Printer;
 use super::progress::Bar;
-use super::{Exit, Outcome, signal};
+use super::{Exit, Outcome, Process, signal};
 
 /// The longest text that is read.
 const TEXT_CAP: Bytes = Bytes(1024 * MIB);
@@ -45,12 +44,13 @@ struct Report {
 }
 
 /// Scores a text, once or in several schemes.
-pub fn run(arguments: &PerplexityArguments, environment: &Environment, printer: &Printer) -> Outcome {
+pub fn run(arguments: &PerplexityArguments, process: &Process) -> Outcome {
+    let printer = &process.printer;
     let interrupted = signal::interrupt_flag()?;
     let threads = arguments.threads.apply();
     let text = String::from_utf8(fs::read_capped(&arguments.text, TEXT_CAP)?)
         .map_err(|e| Error::input(format!("`{}` is not UTF-8", arguments.text.display())).caused_by(e))?;
-    let checkpoint = model::open(&arguments.model, Need::Weights, environment, printer)?;
+    let checkpoint = model::open(&arguments.model, Need::Weights, process)?;
     let mut options = arguments.placement.options(None)?;
     let window = options.context.unwrap_or(DEFAULT_WINDOW.min(checkpoint.config.max_position_embeddings));
     options.context = Some(window);
@@ -66,7 +66,7 @@ pub fn run(arguments: &PerplexityArguments, environment: &Environment, printer: 
 
     let measurement = Measurement {
         checkpoint: &checkpoint,
-        offload_directory: arguments.placement.offload_directory(environment),
+        offload_directory: arguments.placement.offload_directory(&process.environment),
         interrupted,
         threads,
         tokens,
@@ -123,7 +123,7 @@ impl Measurement<'_> {
         let bar = Bar::tokens(printer, "scoring", self.tokens.len());
         let on_window = |tokens: usize| bar.set(tokens as u64);
         let measured = model.perplexity(&self.tokens, self.windows, comparison, interrupted, on_window);
-        bar.finish();
+        drop(bar);
         let measured = measured?;
         let weights: Bytes = model.plan.devices.iter().map(|device| device.weights).sum();
         let row = Row {

@@ -6,24 +6,23 @@ use evenkeel::{Result, fs};
 
 use super::args::{PlanArguments, PlanFormat};
 use super::command_line::CommandLine;
-use super::env::Environment;
 use super::model::{self, Need};
-use super::printer::Printer;
-use super::{Exit, Outcome};
+use super::{Exit, Outcome, Process};
 
 /// Plans, and shows or writes the plan.
-pub fn run(arguments: &PlanArguments, environment: &Environment, printer: &Printer) -> Outcome {
+pub fn run(arguments: &PlanArguments, process: &Process) -> Outcome {
+    let printer = &process.printer;
     let mut options = arguments.placement.options(arguments.check.as_deref())?;
     options.batch = arguments.batch;
     options.kinds = arguments.verbose;
     let inventory = if arguments.device.is_empty() {
-        let mut inventory = Inventory::this_machine(&arguments.placement.offload_directory(environment))?;
+        let mut inventory = Inventory::this_machine(&arguments.placement.offload_directory(&process.environment))?;
         inventory.measure_bandwidth();
         inventory
     } else {
         Inventory::described(&arguments.device.join(","))?
     };
-    let checkpoint = model::open(&arguments.model, Need::Headers, environment, printer)?;
+    let checkpoint = model::open(&arguments.model, Need::Headers, process)?;
     enlarge(arguments, &checkpoint, &inventory, &mut options)?;
     let plan = Plan::new(&checkpoint, &inventory, &options)?;
     if let Some(file) = &arguments.output {

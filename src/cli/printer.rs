@@ -47,9 +47,6 @@ impl Printer {
     }
 
     /// Writes a piece of the result and flushes it.
-    ///
-    /// # Errors
-    /// The pipe is closed, or the output cannot be written.
     #[expect(clippy::unused_self, reason = "all that is printed goes through a printer")]
     pub fn result(&self, text: &str) -> Result<(), Stop> {
         let mut out = stdout().lock();

@@ -1,14 +1,14 @@
 //! Bars on standard error.
 
 use evenkeel::bytes::Bytes;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
 
 use super::printer::Printer;
 
 /// Redraws a second at most.
 const REDRAWS: u8 = 10;
 
-/// A bar that counts bytes or tokens, or nothing where no bars are wanted.
+/// A bar that counts bytes or tokens, or nothing where no bars are wanted. It goes when it is dropped.
 pub struct Bar(ProgressBar);
 
 impl Bar {
@@ -32,7 +32,7 @@ impl Bar {
         if let Ok(style) = ProgressStyle::with_template(&template) {
             bar.set_style(style.progress_chars("=> "));
         }
-        Self(bar.with_prefix(what))
+        Self(bar.with_prefix(what).with_finish(ProgressFinish::AndClear))
     }
 
     /// `bytes` more are done.
@@ -48,10 +48,5 @@ impl Bar {
     /// What is being done now.
     pub fn say(&self, message: String) {
         self.0.set_message(message);
-    }
-
-    /// Takes the bar away.
-    pub fn finish(&self) {
-        self.0.finish_and_clear();
     }
 }

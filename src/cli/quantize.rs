@@ -4,16 +4,15 @@ use evenkeel::loader::{SaveFormat, SaveOptions, save_quantized};
 use evenkeel::plan::Quantize;
 
 use super::args::{PackedFormat, QuantizeArguments};
-use super::env::Environment;
 use super::model::{self, Need};
-use super::printer::Printer;
-use super::{Exit, Outcome, signal};
+use super::{Exit, Outcome, Process, signal};
 
 /// Writes a quantized checkpoint.
-pub fn run(arguments: &QuantizeArguments, environment: &Environment, printer: &Printer) -> Outcome {
+pub fn run(arguments: &QuantizeArguments, process: &Process) -> Outcome {
+    let printer = &process.printer;
     let interrupted = signal::interrupt_flag()?;
     arguments.threads.apply();
-    let checkpoint = model::open(&arguments.model, Need::Weights, environment, printer)?;
+    let checkpoint = model::open(&arguments.model, Need::Weights, process)?;
     let options = SaveOptions {
         scheme: arguments.quantize,
         format: match arguments.format {
@@ -25,11 +24,8 @@ pub fn run(arguments: &QuantizeArguments, environment: &Environment, printer: &P
         cancel: &interrupted,
     };
     let mut bar = None;
-    let saved = save_quantized(&checkpoint, &options, |event| model::show(&event, "quantizing", &mut bar, printer));
-    if let Some(bar) = bar {
-        bar.finish();
-    }
-    let saved = saved?;
+    let saved = save_quantized(&checkpoint, &options, |event| model::show(&event, "quantizing", &mut bar, printer))?;
+    drop(bar);
     let bits = saved.written.0 as f64 * 8.0 / saved.parameters as f64;
     let (read, written, seconds) = (saved.read, saved.written, saved.seconds);
     printer.result(&format!(

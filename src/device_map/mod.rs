@@ -13,11 +13,11 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::bytes::{Bytes, MIB};
-use crate::device::DeviceId;
+use crate::device::{DeviceId, ParseDeviceError};
 use crate::error::{Error, Result, did_you_mean, printable};
 use crate::fs;
 use crate::json::{Document, Member, Node, Place};
-use crate::quant::{KvDtype, QuantizeRules, Scheme};
+use crate::quant::{KvDtype, QuantizeRules};
 
 pub use write::{Contents, to_hugging_face, to_json};
 
@@ -32,7 +32,7 @@ const MAX_CONTEXT: u64 = 1 << 28;
 pub type MaxMemory = BTreeMap<DeviceId, Bytes>;
 
 /// A device map as it was read; not yet held against a model.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct DeviceMap {
     origin: String,
     /// The model that the map was made for.
@@ -59,36 +59,20 @@ struct Entry {
 
 impl DeviceMap {
     /// Reads a map from a file.
-    ///
-    /// # Errors
-    /// The file is missing or too large, or [`DeviceMap::parse`] refuses it.
     pub fn open(path: &Path) -> Result<Self> {
         Self::parse(&path.display().to_string(), fs::read_capped(path, CAP)?)
     }
 
     /// Reads a map from JSON; `origin` is its name in messages.
-    ///
-    /// # Errors
-    /// No JSON, duplicate keys, unknown keys of our form, or values that name no device or size.
     pub fn parse(origin: &str, json: Vec<u8>) -> Result<Self> {
         let document = Document::parse(origin, json)?;
         let members = document.root().members()?;
-        let mut map = Self {
-            origin: origin.to_owned(),
-            model: None,
-            quantize: None,
-            context: None,
-            batch: None,
-            kv_cache: None,
-            max_memory: None,
-            entries: Vec::new(),
-        };
+        let mut map = Self { origin: origin.to_owned(), ..Self::default() };
         // `model` alone does not tell: it is a module's path too.
         if !members.iter().any(|member| member.name != "model" && KEYS.contains(&member.name.as_str())) {
             map.entries = entries(document.root())?;
             return Ok(map);
         }
-        let mut has_entries = false;
         for member in &members {
             let value = member.value;
             match member.name.as_str() {
@@ -100,18 +84,16 @@ impl DeviceMap {
                 }
                 "model" => map.model = Some(value.text()?),
                 "quantize" => map.quantize = Some(rules(value)?),
-                "context" => map.context = Some(count(value, "context", MAX_CONTEXT)?),
-                "batch" => map.batch = Some(count(value, "batch", MAX_BATCH)?),
-                "kv_cache" => map.kv_cache = Some(value.text()?.parse().map_err(|e| value.error(e))?),
+                "context" => map.context = Some(value.size("context", MAX_CONTEXT)?),
+                "batch" => map.batch = Some(value.size("batch", MAX_BATCH)?),
+                "kv_cache" => map.kv_cache = Some(value.spelled()?),
                 "max_memory" => map.max_memory = Some(max_memory(value)?),
-                "device_map" => {
-                    map.entries = entries(value)?;
-                    has_entries = true;
-                }
+                "device_map" => map.entries = entries(value)?,
                 other => return Err(unknown_key(member, other)),
             }
         }
-        if has_entries { Ok(map) } else { Err(document.root().error("`device_map` is missing")) }
+        // A map that is there and empty was refused.
+        if map.entries.is_empty() { Err(document.root().error("`device_map` is missing")) } else { Ok(map) }
     }
 }
 
@@ -126,37 +108,20 @@ fn unknown_key(member: &Member, name: &str) -> Error {
     }
 }
 
-fn count(node: Node, key: &str, max: u64) -> Result<usize> {
-    let number = node.whole()?;
-    usize::try_from(number)
-        .ok()
-        .filter(|_| (1..=max).contains(&number))
-        .ok_or_else(|| node.error(format!("`{key}` is {number}; it must be from 1 to {max}")))
-}
-
 fn rules(node: Node) -> Result<QuantizeRules> {
     if node.is_text() {
-        let scheme: Scheme = node.text()?.parse().map_err(|e| node.error(e))?;
-        return Ok(QuantizeRules::whole_model(scheme));
+        return node.spelled().map(QuantizeRules::whole_model);
     }
-    let rules = node.members()?.into_iter().map(|member| {
-        let scheme = member.value.text()?.parse().map_err(|e| member.value.error(e))?;
-        Ok((member.name, scheme))
-    });
-    rules.collect::<Result<_>>().map(QuantizeRules::new)
+    let rule = |member: Member| Ok((member.name, member.value.spelled()?));
+    node.members()?.into_iter().map(rule).collect::<Result<_>>().map(QuantizeRules::new)
 }
 
 fn max_memory(node: Node) -> Result<MaxMemory> {
-    let budgets = node.members()?.into_iter().map(|member| {
-        let device: DeviceId = member.name.parse().map_err(|e| member.key.error(e))?;
-        let bytes = if member.value.is_text() {
-            member.value.text()?.parse().map_err(|e| member.value.error(e))?
-        } else {
-            Bytes(member.value.whole()?)
-        };
-        Ok((device, bytes))
-    });
-    budgets.collect()
+    let budget = |Member { name, key, value }: Member| {
+        let device = name.parse().map_err(|e: ParseDeviceError| key.error(e))?;
+        Ok((device, if value.is_text() { value.spelled()? } else { Bytes(value.whole()?) }))
+    };
+    node.members()?.into_iter().map(budget).collect()
 }
 
 fn entries(node: Node) -> Result<Vec<Entry>> {
@@ -164,18 +129,17 @@ fn entries(node: Node) -> Result<Vec<Entry>> {
     if members.is_empty() {
         return Err(node.error("the device map is empty"));
     }
-    let entries = members.into_iter().map(|member| {
-        let device = if member.value.is_text() {
-            member.value.text()?.parse().map_err(|e| member.value.error(e))?
+    let entry = |Member { name, key, value }: Member| {
+        let device = if value.is_text() {
+            value.spelled()?
         } else {
-            let index = member.value.whole()?;
-            u32::try_from(index)
-                .map(DeviceId::Cuda)
-                .map_err(|_| member.value.error(format!("{index} is no index of a GPU")))?
+            let index = value.whole()?;
+            let no_index = |_| value.error(format!("{index} is no index of a GPU"));
+            u32::try_from(index).map(DeviceId::Cuda).map_err(no_index)?
         };
-        Ok(Entry { path: member.name, device, place: member.key.place() })
-    });
-    entries.collect()
+        Ok(Entry { path: name, device, place: key.place() })
+    };
+    members.into_iter().map(entry).collect()
 }
 
 #[cfg(test)]

@@ -31,38 +31,30 @@ impl DeviceMap {
                     continue;
                 };
                 used.insert(entry);
-                if let Some(first) = at
-                    && entries[first].device != entries[entry].device
-                {
-                    return Err(self.split(&module.path, &entries[first], &entries[entry]));
+                let (first, second) = (&entries[*at.get_or_insert(entry)], &entries[entry]);
+                if first.device != second.device {
+                    let what = format!("splits `{}` between {} and {}", module.path, first.device, second.device);
+                    return Err(self.wrong(what, second, "a block is placed whole"));
                 }
-                at = at.or(Some(entry));
             }
             let device = match (at, module.kind) {
                 (None, ModuleKind::Head) if tree.tied => self.tied_head(tree, &entries, devices.first().copied())?,
-                (at, _) => at.map(|entry| entries[entry].device),
+                _ => at.map(|entry| entries[entry].device),
             };
             // A module without a device is among the uncovered, which is an error below.
             devices.push(device.unwrap_or(DeviceId::Cpu));
         }
         if !uncovered.is_empty() {
-            let count = uncovered.len();
-            return Err(Error::input(format!(
-                "device map `{}` leaves out {count} module{}: {}",
-                self.origin,
-                if count == 1 { "" } else { "s" },
-                first_five(uncovered)
-            ))
+            let (origin, count, plural) = (&self.origin, uncovered.len(), if uncovered.len() == 1 { "" } else { "s" });
+            let names = first_five(uncovered);
+            return Err(Error::input(format!("device map `{origin}` leaves out {count} module{plural}: {names}"))
             .hint("`\"\": \"cpu\"` catches all that no longer path places; `evenkeel plan --output FILE` writes a whole map"));
         }
         for (at, entry) in entries.iter().enumerate() {
             let places_weights = tree.parameters().any(|(_, parameter)| contains(&entry.path, &parameter.module));
             if places_weights && !used.contains(&at) {
-                return Err(self.wrong(
-                    format!("has an entry `{}` that places nothing", entry.path),
-                    entry,
-                    "longer paths take all of its modules",
-                ));
+                let what = format!("has an entry `{}` that places nothing", entry.path);
+                return Err(self.wrong(what, entry, "longer paths take all of its modules"));
             }
         }
         Ok(devices)
@@ -70,14 +62,6 @@ impl DeviceMap {
 
     fn wrong(&self, what: impl std::fmt::Display, entry: &Entry, why: &str) -> Error {
         Error::input(format!("device map `{}` {what}", self.origin)).caused_by(format!("{}: {why}", entry.place))
-    }
-
-    fn split(&self, module: &str, first: &Entry, second: &Entry) -> Error {
-        self.wrong(
-            format!("splits `{module}` between {} and {}", first.device, second.device),
-            second,
-            "a block is placed whole",
-        )
     }
 
     fn tied_head(&self, tree: &ModuleTree, entries: &[Entry], embedding: Option<DeviceId>) -> Result<Option<DeviceId>> {
@@ -96,16 +80,14 @@ impl DeviceMap {
     fn expand(&self, tree: &ModuleTree) -> Result<Vec<Entry>> {
         let mut expanded = Vec::new();
         let mut seen = HashSet::new();
-        let blocks = tree.modules.iter().filter(|module| matches!(module.kind, ModuleKind::Block(_))).count();
+        let blocks = tree.modules.iter().filter(|module| module.is_block()).count();
         for entry in &self.entries {
             let paths = match block_range(&entry.path) {
                 Some((parent, first, last)) if parent == tree.blocks => {
                     if first > last || last >= blocks {
-                        return Err(self.wrong(
-                            format!("places unknown blocks `{}`", printable(&entry.path)),
-                            entry,
-                            &format!("the model has the blocks 0 to {}", blocks.saturating_sub(1)),
-                        ));
+                        let what = format!("places unknown blocks `{}`", printable(&entry.path));
+                        let why = format!("the model has the blocks 0 to {}", blocks.saturating_sub(1));
+                        return Err(self.wrong(what, entry, &why));
                     }
                     (first..=last).map(|index| format!("{parent}.{index}")).collect()
                 }
@@ -116,11 +98,8 @@ impl DeviceMap {
                     return Err(self.unknown(&path, entry, tree));
                 }
                 if !seen.insert(path.clone()) {
-                    return Err(self.wrong(
-                        format!("places `{path}` twice"),
-                        entry,
-                        "an earlier entry places it already",
-                    ));
+                    let what = format!("places `{path}` twice");
+                    return Err(self.wrong(what, entry, "an earlier entry places it already"));
                 }
                 expanded.push(Entry { path, ..entry.clone() });
             }

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::{MaxMemory, SCHEMA_VERSION};
-use crate::architecture::{ModuleKind, ModuleTree};
+use crate::architecture::{Module, ModuleKind, ModuleTree};
 use crate::device::DeviceId;
 use crate::quant::{KvDtype, QuantizeRules};
 
@@ -61,27 +61,17 @@ pub fn to_hugging_face(tree: &ModuleTree, devices: &[DeviceId]) -> String {
 }
 
 fn device_map(tree: &ModuleTree, devices: &[DeviceId]) -> Map<String, Value> {
-    let mut map = Map::new();
-    let mut run: Option<(usize, usize, DeviceId)> = None;
-    let flush = |map: &mut Map<String, Value>, run: &mut Option<(usize, usize, DeviceId)>| {
-        if let Some((first, last, device)) = run.take() {
-            let blocks = &tree.blocks;
-            let path = if first == last { format!("{blocks}.{first}") } else { format!("{blocks}.{first}-{last}") };
-            map.insert(path, device.to_string().into());
-        }
+    let placed: Vec<_> = tree.modules.iter().zip(devices).collect();
+    let runs = placed.chunk_by(|(a, on), (b, other)| a.is_block() && b.is_block() && on == other);
+    let entry = |run: &[(&Module, &DeviceId)]| {
+        let ((first, device), (last, _)) = (run[0], run[run.len() - 1]);
+        let path = match (first.kind, last.kind) {
+            (ModuleKind::Block(first), ModuleKind::Block(last)) if first < last => {
+                format!("{}.{first}-{last}", tree.blocks)
+            }
+            _ => first.path.clone(),
+        };
+        (path, device.to_string().into())
     };
-    for (module, device) in tree.modules.iter().zip(devices) {
-        match (module.kind, &mut run) {
-            (ModuleKind::Block(index), Some((_, last, on))) if *on == *device => *last = index,
-            (ModuleKind::Block(index), _) => {
-                flush(&mut map, &mut run);
-                run = Some((index, index, *device));
-            }
-            _ => {
-                flush(&mut map, &mut run);
-                map.insert(module.path.clone(), device.to_string().into());
-            }
-        }
-    }
-    map
+    runs.map(entry).collect()
 }

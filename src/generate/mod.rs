@@ -107,15 +107,16 @@ impl Model {
         if prompt.len() + wanted > context {
             return Err(self.too_long(prompt.len(), wanted));
         }
-        self.pipeline.truncate(0);
         let start = Instant::now();
+        let sampling = &options.sampling;
+        self.pipeline.begin(&sampling.choice(), sampling.seed, prompt)?;
         let interrupted = || {
             if cancel.load(Ordering::Relaxed) { Err(Error::interrupted()) } else { Ok(()) }
         };
         let mut sampler = Sampler::new(options.sampling.clone(), prompt);
         let next = match options.max_new_tokens {
             Some(0) => None,
-            _ => Some(sampler.sample(self.pipeline.extend(prompt, sampler.wants_best(), interrupted)?)?),
+            _ => Some(sampler.sample(self.pipeline.extend(prompt, interrupted)?)?),
         };
         Ok(Generation {
             prompt_tokens: prompt.len(),
@@ -152,7 +153,6 @@ impl Model {
     /// # Errors
     /// The tokens are none, too many, or not the model's, or the model fails.
     pub fn score(&mut self, tokens: &[u32], visit: impl FnMut(usize, &[f32])) -> Result<()> {
-        self.pipeline.truncate(0);
         self.pipeline.score(tokens, visit)
     }
 
@@ -208,8 +208,7 @@ impl Generation<'_> {
             self.finish = Some(Finish::Context);
         } else {
             let start = Instant::now();
-            let best = self.sampler.wants_best();
-            self.next = Some(self.sampler.sample(self.model.pipeline.extend(&[token], best, || Ok(()))?)?);
+            self.next = Some(self.sampler.sample(self.model.pipeline.extend(&[token], || Ok(()))?)?);
             self.decode += start.elapsed();
         }
         Ok(piece)

@@ -4,7 +4,7 @@ use candle_core::{Device, Tensor};
 use candle_transformers::generation::{LogitsProcessor, Sampling as Method};
 use candle_transformers::utils::apply_repeat_penalty;
 
-use crate::backend::Behind;
+use crate::backend::{Behind, Choice};
 use crate::error::{Error, Result};
 
 /// How a token is chosen: the logits are penalized, divided by the
@@ -57,6 +57,19 @@ impl Sampling {
         Err(Error::usage(wrong))
     }
 
+    /// As a device is told that chooses by itself.
+    #[expect(clippy::cast_possible_truncation, reason = "probabilities are f32")]
+    pub(super) fn choice(&self) -> Choice {
+        Choice {
+            // The likeliest alone.
+            temperature: if self.top_k == Some(1) { 0.0 } else { self.temperature as f32 },
+            top_k: self.top_k.map_or(u32::MAX, |k| u32::try_from(k).unwrap_or(u32::MAX)),
+            top_p: self.top_p.unwrap_or(1.0) as f32,
+            min_p: self.min_p.unwrap_or(0.0) as f32,
+            penalty: self.repetition_penalty,
+        }
+    }
+
     fn method(&self) -> Method {
         let temperature = self.temperature;
         if temperature == 0.0 {
@@ -86,7 +99,7 @@ impl Sampler {
     }
 
     /// Whether the token with the largest logit is all that it looks at.
-    pub fn wants_best(&self) -> bool {
+    fn wants_best(&self) -> bool {
         #[expect(clippy::float_cmp, reason = "exactly 1 is the default, which does nothing")]
         let is_plain = self.sampling.repetition_penalty == 1.0;
         self.sampling.temperature == 0.0 && is_plain
@@ -95,7 +108,7 @@ impl Sampler {
     /// The next token.
     pub fn sample(&mut self, behind: Behind) -> Result<u32> {
         let token = match behind {
-            Behind::Best(token) => token,
+            Behind::Token(token) => token,
             Behind::Logits(logits) if self.wants_best() => largest(logits),
             Behind::Logits(logits) => {
                 self.choose(logits).map_err(|e| Error::input("no token can be sampled").caused_by(e))?

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use hf_hub::HFError;
 
+use super::HubOptions;
 use super::link::{Failure, Link, is_json_error};
 use crate::error::{Error, printable};
 
@@ -12,7 +13,7 @@ impl Link {
     pub(super) fn explain(&self, failure: Failure, file: Option<&str>) -> Error {
         const NETWORK: &str = "check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 uses what is in the cache";
         const PORTAL: &str = "a login page of the network or a proxy may have answered; open the address in a browser";
-        let Self { endpoint, id, revision, .. } = self;
+        let Self { options: HubOptions { endpoint, cache, .. }, id, revision, .. } = self;
         let place = match file {
             Some(file) => format!("`{}` of `{id}@{revision}`", printable(file)),
             None => format!("`{id}@{revision}`"),
@@ -36,7 +37,7 @@ impl Link {
                             .hint("run the command again; files that are whole are not downloaded again")
                     }
                     HFError::MalformedResponse { what, .. } => broken().caused_by(printable(&what)),
-                    HFError::Io(source) => Error::io("write to the cache", &self.cache, source),
+                    HFError::Io(source) => Error::io("write to the cache", cache, source),
                     HFError::CacheLockTimeout { path } => lock_held(&path),
                     error => Error::input(format!("cannot read {place}")).caused_by(printable(&error.to_string())),
                 },
@@ -64,20 +65,20 @@ impl Link {
 
     fn explain_answer(&self, answer: &Answer, place: &str, file: Option<&str>, error: &HFError) -> Error {
         const TOKEN: &str = "set HF_TOKEN to the token of an account that may read it";
-        let Self { endpoint, id, revision, .. } = self;
+        let Self { options: HubOptions { endpoint, token, .. }, id, revision, .. } = self;
         let page = format!("{endpoint}/{id}");
         let error = match (answer.status, answer.code.as_deref()) {
             (_, Some("GatedRepo")) => {
                 let gated = Error::input(format!("`{id}` is gated, and access has not been granted"))
                     .hint(format!("request access at {page}"));
-                if self.has_token { gated } else { gated.hint(TOKEN) }
+                if token.is_some() { gated } else { gated.hint(TOKEN) }
             }
             (401 | 404, Some("RepoNotFound")) => {
                 Error::input(format!("repository `{id}` is not at {endpoint}, or is private"))
                     .hint(format!("check the name at {page}"))
                     .hint(TOKEN)
             }
-            (401, _) if self.has_token => Error::input(format!("{endpoint} refused the token, asked for {place}"))
+            (401, _) if token.is_some() => Error::input(format!("{endpoint} refused the token, asked for {place}"))
                 .hint("`hf auth login` stores a valid token; HF_TOKEN, where it is set, comes before it"),
             (401, _) => Error::input(format!("{place} is not there, or may not be read without a token"))
                 .hint(format!("check the name at {page}"))
@@ -97,7 +98,7 @@ impl Link {
                     }
                     _ => limited,
                 };
-                if self.has_token {
+                if token.is_some() {
                     limited
                 } else {
                     limited.hint("set HF_TOKEN: an account may ask more often than a stranger")

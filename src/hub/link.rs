@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::path::PathBuf;
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,7 +12,7 @@ use hf_hub::progress::{DownloadEvent, Progress, ProgressEvent, ProgressHandler};
 use hf_hub::repository::RepoTreeEntry;
 use hf_hub::{HFError, HFRepositorySync, HFResult, RepoTypeModel};
 
-use super::{HubEvent, LOCK_WAIT, RepoId};
+use super::{HubEvent, HubOptions, LOCK_WAIT, RepoId};
 use crate::bytes::{Bytes, MIB};
 use crate::error::Result;
 
@@ -120,12 +119,9 @@ impl ProgressHandler for Meter {
 #[derive(Debug)]
 pub(super) struct Link {
     pub(super) repository: HFRepositorySync<RepoTypeModel>,
-    pub(super) endpoint: String,
+    pub(super) options: HubOptions,
     pub(super) id: RepoId,
     pub(super) revision: String,
-    pub(super) cache: PathBuf,
-    pub(super) has_token: bool,
-    pub(super) timeout: Duration,
 }
 
 impl Link {
@@ -134,7 +130,7 @@ impl Link {
         let none = Limits { declared: 0, arriving: 0 };
         let info = self.retry(QUIET_WAIT, &mut quiet, |note| {
             let revision = self.revision.clone();
-            self.call(self.timeout, none, note, |repository, _| {
+            self.call(self.options.timeout, none, note, |repository, _| {
                 let expand = vec!["sha".to_owned(), "siblings".to_owned()];
                 repository.info().revision(revision).expand(expand).send()
             })
@@ -146,7 +142,7 @@ impl Link {
         for names in names.chunks(PATHS) {
             let entries = self.retry(QUIET_WAIT, &mut quiet, |note| {
                 let (names, commit) = (names.to_vec(), commit.clone());
-                self.call(self.timeout, none, note, |repository, _| {
+                self.call(self.options.timeout, none, note, |repository, _| {
                     repository.get_paths_info().paths(names).revision(commit).send()
                 })
             })?;

@@ -80,12 +80,9 @@ impl Repository {
             let (owner, name) = split_id(&id.0);
             let link = Link {
                 repository: client.model(owner, name),
-                endpoint: hub.options.endpoint.clone(),
+                options: hub.options.clone(),
                 id: id.clone(),
                 revision: revision.to_owned(),
-                cache: hub.options.cache.clone(),
-                has_token: hub.options.token.is_some(),
-                timeout: hub.options.timeout,
             };
             let (commit, files) = link.open().map_err(|failure| {
                 let unreachable = failure.is_unreachable();
@@ -140,9 +137,9 @@ impl Repository {
             let missing = self.missing(&wanted)?;
             let bytes = missing.iter().map(|(_, size)| Bytes(*size)).sum();
             on_event(HubEvent::Total { bytes, files: missing.len() });
-            let free = fs::free_space(&link.cache)?;
+            let free = fs::free_space(&link.options.cache)?;
             if bytes > free {
-                let cache = link.cache.display();
+                let cache = link.options.cache.display();
                 return Err(Error::does_not_fit(format!(
                     "{bytes} must be downloaded, and `{cache}` has room for {free}"
                 ))
@@ -298,7 +295,7 @@ impl Repository {
             // A link to nothing or to a file of another size is no download.
             let replace = path.symlink_metadata().is_ok();
             let (name, commit) = (file.to_owned(), self.commit.clone());
-            let silence = link.timeout + FILE_LOCK_WAIT;
+            let silence = link.options.timeout + FILE_LOCK_WAIT;
             let placed =
                 link.call(silence, Limits { declared: size, arriving: size }, note, move |repository, progress| {
                     let download = repository.download_file().filename(name).revision(commit);
@@ -325,7 +322,7 @@ impl Repository {
         let bytes = link.retry(QUIET_WAIT, &mut quiet, |note| {
             let (name, commit) = (file.to_owned(), self.commit.clone());
             let limits = Limits { declared: size, arriving: len };
-            let bytes = link.call(link.timeout, limits, note, move |repository, progress| {
+            let bytes = link.call(link.options.timeout, limits, note, move |repository, progress| {
                 let download = repository.download_file_to_bytes().filename(name).revision(commit);
                 download.range(offset..offset + len).progress(progress).send()
             })?;

@@ -1,6 +1,6 @@
 //! The families of models that are read: one row each, all that tells them apart.
 
-use super::family::{Activation, Biases, ExpertDefaults, Family, Keys, NormKind, Role, Windows};
+use super::family::{Activation, Biases, BlockPart, ExpertDefaults, Family, Keys, NormKind, Role, Windows};
 
 const KEYS: Keys = Keys {
     hidden_size: "hidden_size",
@@ -14,19 +14,24 @@ const KEYS: Keys = Keys {
 
 const GEMMA_KEYS: Keys = Keys { activation: "hidden_activation", ..KEYS };
 
-const INPUT_NORM: (Role, &str) = (Role::InputNorm, "input_layernorm");
-const QUERY: (Role, &str) = (Role::Query, "self_attn.q_proj");
-const KEY: (Role, &str) = (Role::Key, "self_attn.k_proj");
-const VALUE: (Role, &str) = (Role::Value, "self_attn.v_proj");
-const QUERY_NORM: (Role, &str) = (Role::QueryNorm, "self_attn.q_norm");
-const KEY_NORM: (Role, &str) = (Role::KeyNorm, "self_attn.k_norm");
-const OUTPUT: (Role, &str) = (Role::Output, "self_attn.o_proj");
-const FEED_FORWARD_NORM: (Role, &str) = (Role::FeedForwardNorm, "post_attention_layernorm");
-const GATE: (Role, &str) = (Role::Gate, "mlp.gate_proj");
-const UP: (Role, &str) = (Role::Up, "mlp.up_proj");
-const DOWN: (Role, &str) = (Role::Down, "mlp.down_proj");
-const ATTENTION_OUTPUT_NORM: (Role, &str) = (Role::AttentionOutputNorm, "post_attention_layernorm");
-const FEED_FORWARD_OUTPUT_NORM: (Role, &str) = (Role::FeedForwardOutputNorm, "post_feedforward_layernorm");
+const INPUT_NORM: BlockPart = (Role::InputNorm, "input_layernorm");
+const QUERY: BlockPart = (Role::Query, "self_attn.q_proj");
+const KEY: BlockPart = (Role::Key, "self_attn.k_proj");
+const VALUE: BlockPart = (Role::Value, "self_attn.v_proj");
+const QUERY_NORM: BlockPart = (Role::QueryNorm, "self_attn.q_norm");
+const KEY_NORM: BlockPart = (Role::KeyNorm, "self_attn.k_norm");
+const OUTPUT: BlockPart = (Role::Output, "self_attn.o_proj");
+const FEED_FORWARD_NORM: BlockPart = (Role::FeedForwardNorm, "post_attention_layernorm");
+const PRE_FEED_FORWARD_NORM: BlockPart = (Role::FeedForwardNorm, "pre_feedforward_layernorm");
+const GATE: BlockPart = (Role::Gate, "mlp.gate_proj");
+const UP: BlockPart = (Role::Up, "mlp.up_proj");
+const DOWN: BlockPart = (Role::Down, "mlp.down_proj");
+const ATTENTION_OUTPUT_NORM: BlockPart = (Role::AttentionOutputNorm, "post_attention_layernorm");
+const FEED_FORWARD_OUTPUT_NORM: BlockPart = (Role::FeedForwardOutputNorm, "post_feedforward_layernorm");
+
+const ATTENTION: &[BlockPart] = &[QUERY, KEY, VALUE, OUTPUT];
+const NORMED_ATTENTION: &[BlockPart] = &[QUERY, KEY, VALUE, QUERY_NORM, KEY_NORM, OUTPUT];
+const FEED_FORWARD: &[BlockPart] = &[GATE, UP, DOWN];
 
 const LLAMA: Family = Family {
     models: "Llama 2, 3, 3.1 and later",
@@ -40,7 +45,7 @@ const LLAMA: Family = Family {
     norm: "norm",
     weightless: &["rotary_emb"],
     unread: &[".rotary_emb.inv_freq"],
-    block: &[INPUT_NORM, QUERY, KEY, VALUE, OUTPUT, FEED_FORWARD_NORM, GATE, UP, DOWN],
+    block: &[&[INPUT_NORM], ATTENTION, &[FEED_FORWARD_NORM], FEED_FORWARD],
     is_transposed: false,
     norms_whole_projections: false,
     keys: KEYS,
@@ -77,16 +82,15 @@ const MIXTRAL: Family = Family {
     model_type: "mixtral",
     features: "experts, whose weights sum up to 1",
     block: &[
-        INPUT_NORM,
-        QUERY,
-        KEY,
-        VALUE,
-        OUTPUT,
-        FEED_FORWARD_NORM,
-        (Role::Router, "block_sparse_moe.gate"),
-        (Role::ExpertGate(0), "block_sparse_moe.experts.{}.w1"),
-        (Role::ExpertUp(0), "block_sparse_moe.experts.{}.w3"),
-        (Role::ExpertDown(0), "block_sparse_moe.experts.{}.w2"),
+        &[INPUT_NORM],
+        ATTENTION,
+        &[
+            FEED_FORWARD_NORM,
+            (Role::Router, "block_sparse_moe.gate"),
+            (Role::ExpertGate(0), "block_sparse_moe.experts.{}.w1"),
+            (Role::ExpertUp(0), "block_sparse_moe.experts.{}.w3"),
+            (Role::ExpertDown(0), "block_sparse_moe.experts.{}.w2"),
+        ],
     ],
     norm_eps: 1e-5,
     windows: Windows::All(None),
@@ -110,7 +114,7 @@ const QWEN3: Family = Family {
     architecture: "Qwen3ForCausalLM",
     model_type: "qwen3",
     features: "norm on each head of queries and keys",
-    block: &[INPUT_NORM, QUERY, KEY, VALUE, QUERY_NORM, KEY_NORM, OUTPUT, FEED_FORWARD_NORM, GATE, UP, DOWN],
+    block: &[&[INPUT_NORM], NORMED_ATTENTION, &[FEED_FORWARD_NORM], FEED_FORWARD],
     windows: Windows::UsedAbove,
     head_dim: Some(128),
     ..LLAMA
@@ -122,21 +126,16 @@ const QWEN3_MOE: Family = Family {
     model_type: "qwen3_moe",
     features: "as Qwen3, with experts in all or some blocks",
     block: &[
-        INPUT_NORM,
-        QUERY,
-        KEY,
-        VALUE,
-        QUERY_NORM,
-        KEY_NORM,
-        OUTPUT,
-        FEED_FORWARD_NORM,
-        GATE,
-        UP,
-        DOWN,
-        (Role::Router, "mlp.gate"),
-        (Role::ExpertGate(0), "mlp.experts.{}.gate_proj"),
-        (Role::ExpertUp(0), "mlp.experts.{}.up_proj"),
-        (Role::ExpertDown(0), "mlp.experts.{}.down_proj"),
+        &[INPUT_NORM],
+        NORMED_ATTENTION,
+        &[FEED_FORWARD_NORM],
+        FEED_FORWARD,
+        &[
+            (Role::Router, "mlp.gate"),
+            (Role::ExpertGate(0), "mlp.experts.{}.gate_proj"),
+            (Role::ExpertUp(0), "mlp.experts.{}.up_proj"),
+            (Role::ExpertDown(0), "mlp.experts.{}.down_proj"),
+        ],
     ],
     windows: Windows::Used,
     experts: Some(ExpertDefaults {
@@ -154,17 +153,11 @@ const GEMMA2: Family = Family {
     features: "norms (1 + w) before and after, soft caps on scores and logits, sliding window in every other block, \
                scaled embedding, GeGLU",
     block: &[
-        INPUT_NORM,
-        QUERY,
-        KEY,
-        VALUE,
-        OUTPUT,
-        ATTENTION_OUTPUT_NORM,
-        (Role::FeedForwardNorm, "pre_feedforward_layernorm"),
-        GATE,
-        UP,
-        DOWN,
-        FEED_FORWARD_OUTPUT_NORM,
+        &[INPUT_NORM],
+        ATTENTION,
+        &[ATTENTION_OUTPUT_NORM, PRE_FEED_FORWARD_NORM],
+        FEED_FORWARD,
+        &[FEED_FORWARD_OUTPUT_NORM],
     ],
     keys: GEMMA_KEYS,
     norm_kind: NormKind::RmsPlusOne,
@@ -185,19 +178,11 @@ const GEMMA3: Family = Family {
     features: "as Gemma 2 with a norm on each head of queries and keys, two RoPE bases, five blocks in six with a \
                window, no soft caps",
     block: &[
-        INPUT_NORM,
-        QUERY,
-        KEY,
-        VALUE,
-        QUERY_NORM,
-        KEY_NORM,
-        OUTPUT,
-        ATTENTION_OUTPUT_NORM,
-        (Role::FeedForwardNorm, "pre_feedforward_layernorm"),
-        GATE,
-        UP,
-        DOWN,
-        FEED_FORWARD_OUTPUT_NORM,
+        &[INPUT_NORM],
+        NORMED_ATTENTION,
+        &[ATTENTION_OUTPUT_NORM, PRE_FEED_FORWARD_NORM],
+        FEED_FORWARD,
+        &[FEED_FORWARD_OUTPUT_NORM],
     ],
     weightless: &["rotary_emb", "rotary_emb_local"],
     windows: Windows::Pattern(6),
@@ -212,14 +197,14 @@ const PHI3: Family = Family {
     architecture: "Phi3ForCausalLM",
     model_type: "phi3",
     features: "fused projections, sliding window, LongRoPE, RoPE on a part of a head",
-    block: &[
+    block: &[&[
         INPUT_NORM,
         (Role::QueryKeyValue, "self_attn.qkv_proj"),
         OUTPUT,
         FEED_FORWARD_NORM,
         (Role::GateUp, "mlp.gate_up_proj"),
         DOWN,
-    ],
+    ]],
     weightless: &["rotary_emb", "embed_dropout"],
     norm_eps: 1e-5,
     windows: Windows::All(None),
@@ -239,14 +224,14 @@ const GPT2: Family = Family {
     norm: "ln_f",
     weightless: &["drop"],
     unread: &[".attn.bias", ".attn.masked_bias"],
-    block: &[
+    block: &[&[
         (Role::InputNorm, "ln_1"),
         (Role::QueryKeyValue, "attn.c_attn"),
         (Role::Output, "attn.c_proj"),
         (Role::FeedForwardNorm, "ln_2"),
         (Role::Up, "mlp.c_fc"),
         (Role::Down, "mlp.c_proj"),
-    ],
+    ]],
     is_transposed: true,
     keys: Keys {
         hidden_size: "n_embd",
@@ -270,19 +255,7 @@ const OLMO2: Family = Family {
     architecture: "Olmo2ForCausalLM",
     model_type: "olmo2",
     features: "norms after attention and feed-forward layer only, norm on whole queries and keys",
-    block: &[
-        QUERY,
-        KEY,
-        VALUE,
-        QUERY_NORM,
-        KEY_NORM,
-        OUTPUT,
-        ATTENTION_OUTPUT_NORM,
-        GATE,
-        UP,
-        DOWN,
-        FEED_FORWARD_OUTPUT_NORM,
-    ],
+    block: &[NORMED_ATTENTION, &[ATTENTION_OUTPUT_NORM], FEED_FORWARD, &[FEED_FORWARD_OUTPUT_NORM]],
     norms_whole_projections: true,
     norm_eps: 1e-5,
     ..LLAMA

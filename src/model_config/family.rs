@@ -131,6 +131,9 @@ pub(super) enum Windows {
     UsedWithoutRope,
 }
 
+/// A parameter of a block and its name; `{}` stands for the number of an expert.
+pub type BlockPart = (Role, &'static str);
+
 /// A row of the table of families.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[expect(clippy::struct_excessive_bools, reason = "each says whether a family has something")]
@@ -158,8 +161,7 @@ pub struct Family {
     pub weightless: &'static [&'static str],
     /// Ends of the names of tensors that are not read.
     pub unread: &'static [&'static str],
-    /// The parameters of a block; `{}` stands for the number of an expert.
-    pub block: &'static [(Role, &'static str)],
+    pub(super) block: &'static [&'static [BlockPart]],
     /// Whether a block's matrices are stored as `[in, out]`.
     pub is_transposed: bool,
     /// Whether norms of queries and keys are as wide as all heads, not as one.
@@ -189,6 +191,13 @@ pub struct Family {
     /// Whether there are Granite's four multipliers.
     pub(super) has_multipliers: bool,
     pub(super) experts: Option<ExpertDefaults>,
+}
+
+impl Family {
+    /// The parameters of a block.
+    pub fn block(&self) -> impl Iterator<Item = BlockPart> {
+        self.block.iter().copied().flatten().copied()
+    }
 }
 
 /// Where a family's experts are configured.

@@ -37,12 +37,7 @@ impl<'a> Fields<'a> {
 
     /// A whole number from 1 to `max`.
     pub fn size(&self, key: &str, max: u64) -> Result<usize> {
-        let node = self.required(key)?;
-        let number = node.whole()?;
-        usize::try_from(number)
-            .ok()
-            .filter(|_| (1..=max).contains(&number))
-            .ok_or_else(|| node.error(format!("`{key}` is {number}; it must be from 1 to {max}")))
+        self.required(key)?.size(key, max)
     }
 
     pub fn size_or(&self, key: &str, max: u64, default: usize) -> Result<usize> {

@@ -144,9 +144,6 @@ impl ModelConfig {
     }
 
     /// Reads and checks the text of a config.json; `origin` is its name in messages.
-    ///
-    /// # Errors
-    /// As [`ModelConfig::read`].
     pub fn parse(origin: &str, json: Vec<u8>) -> Result<Self> {
         let document = Document::parse(origin, json)?;
         let fields = Fields::of(document.root())?;
@@ -454,19 +451,16 @@ fn one_each<T>(list: Node, count: usize, read: impl Fn(&Node) -> Result<T>) -> R
 }
 
 fn family(fields: &Fields) -> Result<&'static Family> {
-    if let Some(node) = fields.optional("architectures") {
+    let (node, what, names, of): (_, _, _, fn(&Family) -> &str) = if let Some(node) = fields.optional("architectures") {
         let names = node.elements()?.iter().map(Node::text).collect::<Result<Vec<_>>>()?;
-        let supported = FAMILIES.iter().find(|family| names.iter().any(|name| name == family.architecture));
-        return supported.ok_or_else(|| {
-            let names = first_five(names.iter().map(|name| printable(name)));
-            node.error(format!("architecture {names} is not supported; supported: {}", families::supported()))
-        });
-    }
-    let node = fields.required("model_type")?;
-    let model_type = node.text()?;
-    FAMILIES.iter().find(|family| family.model_type == model_type).ok_or_else(|| {
-        let model_type = printable(&model_type);
-        node.error(format!("model type `{model_type}` is not supported; supported: {}", families::supported()))
+        (node, "architecture", names, |family| family.architecture)
+    } else {
+        let node = fields.required("model_type")?;
+        (node, "model type", vec![node.text()?], |family| family.model_type)
+    };
+    FAMILIES.iter().find(|family| names.iter().any(|name| name == of(family))).ok_or_else(|| {
+        let names = first_five(names.iter().map(|name| printable(name)));
+        node.error(format!("{what} {names} is not supported; supported: {}", families::supported()))
     })
 }
 

@@ -6,7 +6,6 @@ use serde::Serialize;
 
 use super::{DevicePlan, Plan, PlanOptions, Quantize, Speed, Strategy, Subject, mixed};
 use crate::bytes::Bytes;
-use crate::device::DeviceId;
 use crate::error::Result;
 use crate::quant::Scheme;
 
@@ -35,7 +34,7 @@ pub struct Outline {
 
 impl Outline {
     fn of(plan: &Plan, placement: Strategy) -> Self {
-        let gpus = || plan.devices.iter().filter(|device| matches!(device.id, DeviceId::Cuda(_)) && device.modules > 0);
+        let gpus = || plan.devices.iter().filter(|device| device.id.is_gpu() && device.modules > 0);
         let share = |device: &DevicePlan| device.total().0 as f64 / device.budget.0.max(1) as f64;
         Self {
             placement,
@@ -114,7 +113,7 @@ pub fn with_scheme(subject: &Subject, options: &PlanOptions) -> Result<(PlanOpti
 /// The outline of every strategy for the same model and machine, that of the
 /// options first; none where there are no GPUs to choose from or a map decides.
 pub fn placements(subject: &Subject, options: &PlanOptions, plan: &Plan) -> Vec<Outline> {
-    let has_gpus = subject.inventory.devices.iter().any(|device| matches!(device.id, DeviceId::Cuda(_)));
+    let has_gpus = subject.inventory.devices.iter().any(|device| device.id.is_gpu());
     if !has_gpus || options.device_map.is_some() {
         return Vec::new();
     }

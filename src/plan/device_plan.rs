@@ -32,6 +32,13 @@ impl PlannedModule {
     pub fn is_block(&self) -> bool {
         matches!(self.kind, ModuleKind::Block(_))
     }
+
+    /// A block of so many bytes, with a KV cache of one.
+    #[cfg(test)]
+    pub(super) fn block(bytes: u64) -> Self {
+        let (weights, kind) = (Bytes(bytes), ModuleKind::Block(0));
+        Self { path: String::new(), device: DeviceId::Cpu, weights, kv_cache: Bytes(1), read: weights, kind }
+    }
 }
 
 /// What a device has and what the plan takes of it.
@@ -117,7 +124,7 @@ impl DevicePlan {
 
     /// Bytes that the budget lacks.
     pub fn missing(&self) -> Bytes {
-        self.total().saturating_sub(self.budget)
+        self.total() - self.budget
     }
 }
 

@@ -1,6 +1,7 @@
 //! The placement with the least predicted time for a token.
 
-use super::placement::{Capacity, Cost, sequential};
+use super::PlannedModule;
+use super::placement::{Capacity, sequential};
 use super::speed::Pace;
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
@@ -22,31 +23,24 @@ struct Group {
 /// count as one.
 ///
 /// Where nothing fits, as [`sequential`]. `paces` has one for each device.
-///
-/// # Panics
-/// `devices` is empty.
-pub fn fastest(modules: &[Cost], devices: &[Capacity], paces: &[Pace]) -> Vec<DeviceId> {
+pub fn fastest(modules: &[PlannedModule], devices: &[Capacity], paces: &[Pace]) -> Vec<DeviceId> {
     let count = modules.len();
-    let gpus = devices.iter().take_while(|device| matches!(device.id, DeviceId::Cuda(_))).count();
-    let off = |modules: &[Cost]| off_gpus(modules, &devices[gpus..], &paces[gpus..]);
-    let first: Vec<_> = (0..=count).map(|end| off(&modules[..end])).collect();
-    let last: Vec<_> = (0..=count).map(|begin| off(&modules[begin..])).collect();
-    let nothing = |at| move |index: usize| if index == at { Some(0.0) } else { None };
-    let time = |run: &Option<(Vec<DeviceId>, f64)>| run.as_ref().map(|(_, time)| *time);
+    let gpus = devices.iter().take_while(|device| device.id.is_gpu()).count();
+    let off = |modules: &[PlannedModule]| off_gpus(modules, &devices[gpus..], &paces[gpus..]);
+    let time = |modules: &[PlannedModule]| off(modules).map_or(f64::INFINITY, |(_, time)| time);
+    let host_hop = |at: usize| if at == 0 || at == count { 0.0 } else { paces.get(gpus).map_or(0.0, |pace| pace.hop) };
+    let first: Vec<f64> = (0..=count).map(|end| time(&modules[..end])).collect();
+    let last: Vec<f64> = (0..=count).map(|begin| time(&modules[begin..]) + host_hop(begin)).collect();
+    let nothing = |at| (0..=count).map(|index| if index == at { 0.0 } else { f64::INFINITY }).collect::<Vec<_>>();
 
-    let (gpus, paces, host_hop) = (&devices[..gpus], &paces[..gpus], paces.get(gpus).map_or(0.0, |pace| pace.hop));
-    let behind = |at: usize| time(&last[at]).map(|time| time + if at == 0 || at == count { 0.0 } else { host_hop });
-    let candidates = [
-        runs(modules, gpus, paces, |end| time(&first[end]), nothing(count)),
-        runs(modules, gpus, paces, nothing(0), behind),
-    ];
+    let (on, paces) = (&devices[..gpus], &paces[..gpus]);
+    let candidates = [runs(modules, on, paces, first, &nothing(count)), runs(modules, on, paces, nothing(0), &last)];
     let best = candidates.into_iter().flatten().min_by(|a, b| a.time.total_cmp(&b.time));
     let Some(Runs { begin, end, on_gpus, .. }) = best else {
         return sequential(modules, devices);
     };
-    let before = first[begin].as_ref().map_or(&[][..], |(run, _)| run);
-    let behind = last[end].as_ref().map_or(&[][..], |(run, _)| run);
-    [before, &on_gpus, behind].concat()
+    let off = |modules| off(modules).map_or_else(Vec::new, |(run, _)| run);
+    [off(&modules[..begin]), on_gpus, off(&modules[end..])].concat()
 }
 
 /// The modules from `begin` to `end` on GPUs, and the time of all.
@@ -58,13 +52,13 @@ struct Runs {
 }
 
 /// The fastest runs over the GPUs, where the modules before the first of them
-/// take `before`, and those behind the last take `behind`; `None` for what cannot be.
+/// take `before`, and those behind the last take `behind`, an infinite time for what cannot be.
 fn runs(
-    modules: &[Cost],
+    modules: &[PlannedModule],
     gpus: &[Capacity],
     paces: &[Pace],
-    before: impl Fn(usize) -> Option<f64>,
-    behind: impl Fn(usize) -> Option<f64>,
+    before: Vec<f64>,
+    behind: &[f64],
 ) -> Option<Runs> {
     let count = modules.len();
     let mut groups = groups(gpus, paces);
@@ -84,14 +78,18 @@ fn runs(
 
     let mut time = vec![vec![f64::INFINITY; count + 1]; states];
     let mut from = vec![vec![None; count + 1]; states];
-    time[0] = (0..=count).map(|end| before(end).unwrap_or(f64::INFINITY)).collect();
+    time[0] = before;
+    // The state in which one more GPU of a group holds a run, if one is free.
+    let next = |state: usize, group: usize| {
+        if in_order {
+            (group >= state).then_some(group + 1)
+        } else {
+            (used(state, group) < groups[group].ids.len()).then(|| state + strides[group])
+        }
+    };
     for state in 0..states {
         for (at, group) in groups.iter().enumerate() {
-            let is_free = if in_order { at >= state } else { used(state, at) < group.ids.len() };
-            if !is_free {
-                continue;
-            }
-            let next = if in_order { at + 1 } else { state + strides[at] };
+            let Some(next) = next(state, at) else { continue };
             for begin in 0..count {
                 let mut taken = 0u64;
                 let mut sum = time[state][begin] + if begin == 0 { 0.0 } else { group.pace.hop };
@@ -99,7 +97,7 @@ fn runs(
                     continue;
                 }
                 for (end, module) in modules.iter().enumerate().skip(begin) {
-                    taken = taken.saturating_add((module.weights + module.kv).0);
+                    taken = taken.saturating_add((module.weights + module.kv_cache).0);
                     if taken > group.room {
                         break;
                     }
@@ -114,7 +112,7 @@ fn runs(
     }
 
     let ends = (0..states).flat_map(|state| (0..=count).map(move |end| (state, end)));
-    let total = |(state, end): (usize, usize)| time[state][end] + behind(end).unwrap_or(f64::INFINITY);
+    let total = |(state, end): (usize, usize)| time[state][end] + behind[end];
     let best = ends.min_by(|a, b| total(*a).total_cmp(&total(*b))).filter(|best| total(*best).is_finite())?;
     let (mut state, end) = best;
     let mut on_gpus = vec![DeviceId::Cpu; end];
@@ -127,8 +125,8 @@ fn runs(
     Some(Runs { begin, end, on_gpus: on_gpus.split_off(begin), time: total(best) })
 }
 
-fn seconds(module: &Cost, pace: Pace) -> f64 {
-    (module.read + module.kv).0 as f64 * pace.byte + if module.is_block { pace.block } else { 0.0 }
+fn seconds(module: &PlannedModule, pace: Pace) -> f64 {
+    (module.read + module.kv_cache).0 as f64 * pace.byte + if module.is_block() { pace.block } else { 0.0 }
 }
 
 fn groups(gpus: &[Capacity], paces: &[Pace]) -> Vec<Group> {
@@ -151,7 +149,7 @@ fn one_by_one(gpus: &[Capacity], paces: &[Pace]) -> Vec<Group> {
 }
 
 /// The devices of modules off the GPUs, and their time; `None` where they do not fit.
-fn off_gpus(modules: &[Cost], devices: &[Capacity], paces: &[Pace]) -> Option<(Vec<DeviceId>, f64)> {
+fn off_gpus(modules: &[PlannedModule], devices: &[Capacity], paces: &[Pace]) -> Option<(Vec<DeviceId>, f64)> {
     if modules.is_empty() {
         return Some((Vec::new(), 0.0));
     }
@@ -164,7 +162,7 @@ fn off_gpus(modules: &[Cost], devices: &[Capacity], paces: &[Pace]) -> Option<(V
         let here = || modules.iter().zip(&placement).filter(|(_, id)| **id == device.id).map(|(module, _)| module);
         let kv = match device.id {
             DeviceId::Disk => Bytes::ZERO,
-            _ => modules.iter().map(|module| module.kv).sum(),
+            _ => modules.iter().map(|module| module.kv_cache).sum(),
         };
         if here().map(|module| module.weights).sum::<Bytes>() + kv > device.room {
             return None;
@@ -183,11 +181,14 @@ mod tests {
     const PACE: Pace = Pace { byte: 1.0, block: 2.0, hop: 5.0 };
 
     /// Devices from (id, room, seconds a byte), and modules that read what they weigh.
-    fn case(sizes: &[u64], devices: &[(&str, u64, f64)]) -> (Vec<Cost>, Vec<Capacity>, Vec<Pace>) {
-        let cost = |size: &u64| Cost { weights: Bytes(*size), kv: Bytes(1), read: Bytes(*size), is_block: true };
+    fn case(sizes: &[u64], devices: &[(&str, u64, f64)]) -> (Vec<PlannedModule>, Vec<Capacity>, Vec<Pace>) {
         let capacity = |device: &(&str, u64, f64)| Capacity { id: device.0.parse().unwrap(), room: Bytes(device.1) };
         let pace = |device: &(&str, u64, f64)| Pace { byte: device.2, ..PACE };
-        (sizes.iter().map(cost).collect(), devices.iter().map(capacity).collect(), devices.iter().map(pace).collect())
+        (
+            sizes.iter().map(|size| PlannedModule::block(*size)).collect(),
+            devices.iter().map(capacity).collect(),
+            devices.iter().map(pace).collect(),
+        )
     }
 
     fn placed(sizes: &[u64], devices: &[(&str, u64, f64)]) -> String {
@@ -236,11 +237,11 @@ mod tests {
     }
 
     /// The time of a placement in runs, or `None` where a device overflows or the CPU stands between GPUs.
-    fn time(modules: &[Cost], devices: &[Capacity], paces: &[Pace], placement: &[DeviceId]) -> Option<f64> {
+    fn time(modules: &[PlannedModule], devices: &[Capacity], paces: &[Pace], placement: &[DeviceId]) -> Option<f64> {
         let mut sum = 0.0;
         for (device, pace) in devices.iter().zip(paces) {
             let here = modules.iter().zip(placement).filter(|(_, id)| **id == device.id).map(|(module, _)| module);
-            let taken: Bytes = here.clone().map(|module| module.weights + module.kv).sum();
+            let taken: Bytes = here.clone().map(|module| module.weights + module.kv_cache).sum();
             if taken > device.room {
                 return None;
             }

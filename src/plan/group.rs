@@ -1,5 +1,7 @@
 //! Weights that one scheme is chosen for.
 
+use indexmap::IndexMap;
+
 use crate::architecture::{ModuleTree, Role, Weight};
 use crate::model_config::ModelConfig;
 
@@ -14,7 +16,7 @@ pub struct Group<'a> {
     /// Whether that is a block.
     pub is_in_block: bool,
     /// Its matrices, those of a role together.
-    pub roles: Vec<(Role, Vec<Weight<'a>>)>,
+    pub roles: IndexMap<Role, Vec<Weight<'a>>>,
 }
 
 /// A weight of the embedding or the head counts as so many of a block. In int4, the tied embedding
@@ -26,7 +28,7 @@ impl Group<'_> {
     /// What an error in it counts: the number of weights that a token meets.
     pub fn importance(&self, config: &ModelConfig) -> f64 {
         let weights: f64 = self.weights().map(|w| w.parameter.rows as f64 * w.parameter.cols as f64).sum();
-        let is_expert = self.roles.iter().any(|(role, _)| matches!(role, Role::ExpertGate(_)));
+        let is_expert = self.roles.contains_key(&Role::ExpertGate(0));
         match (self.is_in_block, config.experts) {
             (false, _) if config.tie_word_embeddings => 2.0 * OUTER * weights,
             (false, _) => OUTER * weights,
@@ -37,7 +39,7 @@ impl Group<'_> {
 
     /// All of its matrices.
     pub fn weights(&self) -> impl Iterator<Item = &Weight<'_>> {
-        self.roles.iter().flat_map(|(_, weights)| weights)
+        self.roles.values().flatten()
     }
 }
 
@@ -66,14 +68,11 @@ pub fn groups<'a>(tree: &ModuleTree, weights: &[Weight<'a>]) -> Vec<Group<'a>> {
                 kind: kind.to_owned(),
                 module: weight.module,
                 is_in_block: parent.is_block(),
-                roles: Vec::new(),
+                roles: IndexMap::new(),
             });
         }
         let Some(group) = groups.last_mut() else { unreachable!("one has just been added") };
-        match group.roles.iter_mut().find(|(known, _)| *known == role) {
-            Some((_, weights)) => weights.push(*weight),
-            None => group.roles.push((role, vec![*weight])),
-        }
+        group.roles.entry(role).or_default().push(*weight);
     }
     groups
 }

@@ -35,9 +35,6 @@ impl Inventory {
     /// A machine that need not be there, from descriptions separated by
     /// commas: `cuda:0=24GiB`, or with the bandwidth behind it,
     /// `cuda:0=24GiB@936GB/s` or `cuda:0=24GiB@RTX 3090`.
-    ///
-    /// # Errors
-    /// A description is malformed, or names a device twice.
     pub fn described(text: &str) -> Result<Self> {
         let mut devices = Vec::new();
         for description in text.split(',') {

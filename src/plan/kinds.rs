@@ -1,5 +1,6 @@
 //! Bits a weight and the measured error of each kind of module.
 
+use indexmap::IndexMap;
 use serde::Serialize;
 
 use super::group::groups;
@@ -31,15 +32,13 @@ pub struct KindReport {
 pub fn report(subject: &Subject, rules: &QuantizeRules) -> Result<Vec<KindReport>> {
     let groups = groups(subject.tree, &subject.weights);
     let losses = losses(subject.checkpoint, &groups)?;
-    let mut kinds: Vec<KindReport> = Vec::new();
+    let mut kinds: IndexMap<&str, KindReport> = IndexMap::new();
     for (at, group) in groups.iter().enumerate() {
-        let known = kinds.iter().position(|kind| kind.kind == group.kind).unwrap_or_else(|| {
-            let error = losses.as_ref().map(|_| 0.0);
-            let (kind, schemes) = (group.kind.clone(), Vec::new());
-            kinds.push(KindReport { kind, schemes, parameters: 0, weights: Bytes::ZERO, bits: 0.0, error });
-            kinds.len() - 1
+        let kind = kinds.entry(&group.kind).or_insert_with(|| {
+            let (kind, schemes, error) = (group.kind.clone(), Vec::new(), losses.as_ref().map(|_| 0.0));
+            KindReport { kind, schemes, parameters: 0, weights: Bytes::ZERO, bits: 0.0, error }
         });
-        let (kind, scheme) = (&mut kinds[known], rules.scheme(&group.path));
+        let scheme = rules.scheme(&group.path);
         for weight in group.weights() {
             kind.parameters += (weight.parameter.rows * weight.parameter.cols) as u64;
             kind.weights += memory::layout(weight, rules).map_or(Bytes::ZERO, |layout| layout.size());
@@ -53,13 +52,13 @@ pub fn report(subject: &Subject, rules: &QuantizeRules) -> Result<Vec<KindReport
             *sum += losses[at].of(scheme);
         }
     }
-    for kind in &mut kinds {
+    for kind in kinds.values_mut() {
         let modules: usize = kind.schemes.iter().map(|(_, count)| count).sum();
         kind.bits = kind.weights.0 as f64 * 8.0 / kind.parameters as f64;
         kind.error = kind.error.map(|sum| (sum / modules as f64).sqrt());
         kind.schemes.sort_by_key(|(scheme, _)| *scheme);
     }
-    Ok(kinds)
+    Ok(kinds.into_values().collect())
 }
 
 impl Plan {

@@ -40,9 +40,6 @@ pub struct Placed<'a> {
 
 /// Every weight with its layout and its offset in the arena of its device;
 /// `devices` has one for every module of the tree.
-///
-/// # Errors
-/// A size is beyond what a plan can hold.
 pub fn lay_out<'a>(weights: &[Weight<'a>], devices: &[DeviceId], rules: &QuantizeRules) -> Result<Vec<Placed<'a>>> {
     let mut ends: BTreeMap<DeviceId, u64> = BTreeMap::new();
     weights
@@ -216,6 +213,32 @@ impl CudaAttention {
     }
 }
 
+/// What a GPU needs to choose a token among the logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CudaChoice {
+    /// Blocks of threads, each of which takes as many logits.
+    pub blocks: usize,
+    /// Bytes of what launches and blocks leave each other.
+    pub scratch: usize,
+    /// Bytes of a bit for each token.
+    pub seen: usize,
+}
+
+impl CudaChoice {
+    /// Bytes of a chosen token, a flag, and the random number behind it.
+    pub const CHOSEN: usize = 3 * size_of::<u32>();
+
+    /// For so many logits.
+    pub fn new(logits: usize) -> Self {
+        /// Logits of a block, and bytes of what all share and of what each leaves, as in choose.cu.
+        const SHARE: usize = 1024;
+        const SHARED: usize = 24_616;
+        const LEFT: usize = size_of::<u64>() + size_of::<u32>();
+        let blocks = logits.div_ceil(SHARE);
+        Self { blocks, scratch: SHARED + blocks * LEFT, seen: logits.div_ceil(32) * size_of::<u32>() }
+    }
+}
+
 /// The most blocks of threads that share out a product of a few tokens, and the f32 that each leaves: what
 /// it has of the first and of the last rows that it shares, for 16 rows and 8 tokens.
 pub const CUDA_FEW_BLOCKS: usize = 512;
@@ -223,24 +246,27 @@ pub const CUDA_FEW_BLOCKS: usize = 512;
 pub const CUDA_FEW_PARTS: usize = 2 * 16 * 8;
 
 /// Number of buffers in a GPU's workspace.
-pub const CUDA_BUFFERS: usize = 19;
+pub const CUDA_BUFFERS: usize = 21;
 
 /// The buffers of a GPU's workspace: the hidden state and the normalized one;
 /// queries, keys, values and what attention gives; gate and up; what a half of
 /// a block gives where that is not added at once; the experts' scores, the
 /// inputs and the outputs of one, its tokens and their weights; logits, tokens,
-/// the frequencies of all ropes, what blocks that share attention or a product leave, how many are done, and the position. Tokens are u32; normalized states, queries
+/// the frequencies of all ropes, what blocks that share attention or a product leave, how many are done, the
+/// position, what launches that choose a token leave each other, and a bit for each token that occurred. Tokens
+/// are u32, with room for what is chosen; normalized states, queries
 /// to up, and the experts' inputs f16; all others f32.
 pub fn cuda_workspace(config: &ModelConfig, context: usize) -> [Bytes; CUDA_BUFFERS] {
     const HALF: usize = 2;
     const WORD: usize = 4;
     let layout = WorkspaceLayout::new(config, chunk(context));
-    let roles = || config.family.block.iter().map(|(role, _)| *role);
+    let roles = || config.family.block().map(|(role, _)| role);
     let norms_outputs = roles().any(|role| matches!(role, Role::AttentionOutputNorm | Role::FeedForwardOutputNorm));
     let routed =
         if layout.routes > 0 { config.experts.map_or(0, |experts| layout.tokens * experts.per_token) } else { 0 };
     let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
     let [parts, arrivals] = CudaAttention::scratch(heads, kv_heads, config.head_dim, layout.tokens, context);
+    let choice = CudaChoice::new(config.vocab_size);
     let rotated: usize = config.ropes.iter().map(|rope| rope.rotary_dim / 2).sum();
     [
         layout.normed * WORD,
@@ -257,11 +283,13 @@ pub fn cuda_workspace(config: &ModelConfig, context: usize) -> [Bytes; CUDA_BUFF
         layout.mixed * WORD,
         2 * routed * WORD,
         config.vocab_size * WORD,
-        layout.tokens * WORD,
+        (layout.tokens * WORD).max(CudaChoice::CHOSEN),
         rotated * WORD,
         parts.max(CUDA_FEW_BLOCKS * CUDA_FEW_PARTS * WORD),
         arrivals.max(CUDA_FEW_BLOCKS * WORD),
         WORD,
+        choice.scratch,
+        choice.seen,
     ]
     .map(cuda_aligned)
 }

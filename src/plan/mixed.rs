@@ -21,8 +21,8 @@ pub fn refine(subject: &Subject, options: &PlanOptions, plan: &Plan) -> Result<O
     let Some(losses) = losses(subject.checkpoint, &all)? else {
         return Ok(None);
     };
-    let has_gpus = plan.devices.iter().any(|device| matches!(device.id, DeviceId::Cuda(_)));
-    let is_meant = |device: DeviceId| matches!(device, DeviceId::Cuda(_)) == has_gpus;
+    let has_gpus = plan.devices.iter().any(|device| device.id.is_gpu());
+    let is_meant = |device: DeviceId| device.is_gpu() == has_gpus;
     let candidates: Vec<Candidate> = all
         .iter()
         .zip(losses)
@@ -39,7 +39,7 @@ pub fn refine(subject: &Subject, options: &PlanOptions, plan: &Plan) -> Result<O
     let room = plan.devices.iter().filter(|device| is_meant(device.id)).map(|d| d.budget - (d.total() - d.weights));
     let kept = plan.modules.iter().zip(&rest).filter(|(m, _)| is_meant(m.device)).map(|(_, size)| size.packed);
     let items: Vec<Vec<Choice>> = candidates.iter().map(Candidate::choices).collect();
-    let Some(frontier) = Frontier::new(&items, room.sum::<Bytes>().saturating_sub(kept.sum()).0) else {
+    let Some(frontier) = Frontier::new(&items, (room.sum::<Bytes>() - kept.sum()).0) else {
         return Ok(None);
     };
 

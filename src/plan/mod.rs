@@ -15,12 +15,11 @@ pub mod memory;
 mod mixed;
 mod options;
 mod picture;
-pub mod placement;
+mod placement;
 mod remedies;
 mod report;
 mod sample;
 mod speed;
-mod strategy;
 mod subject;
 
 use serde::Serialize;
@@ -36,13 +35,11 @@ use subject::Subject;
 
 pub use alternatives::Outline;
 pub use device_plan::{DevicePlan, PlannedModule};
-pub use fastest::fastest;
 pub use inventory::{Device, Inventory};
 pub use kinds::KindReport;
-pub use options::{DEFAULT_CONTEXT, DEFAULT_RESERVE, PlanOptions, Quantize};
+pub use options::{DEFAULT_CONTEXT, DEFAULT_RESERVE, PlanOptions, Quantize, Strategy};
 pub use remedies::{Change, Remedy};
 pub use speed::{Bandwidth, Pace, ParseBandwidthError, Speed};
-pub use strategy::Strategy;
 
 /// A complete plan.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -111,9 +108,6 @@ impl Plan {
 
     /// The longest context that fits, in tokens, with no more modules off the
     /// GPUs than the shortest one needs; `None` where not even one token fits.
-    ///
-    /// # Errors
-    /// As [`Plan::new`].
     pub fn longest_context(
         checkpoint: &Checkpoint,
         inventory: &Inventory,
@@ -125,9 +119,6 @@ impl Plan {
 
     /// The most sequences at once that fit, with no more modules off the GPUs
     /// than one needs; `None` where not even one fits.
-    ///
-    /// # Errors
-    /// As [`Plan::new`].
     pub fn largest_batch(
         checkpoint: &Checkpoint,
         inventory: &Inventory,
@@ -166,7 +157,7 @@ impl Plan {
 
     /// Modules that are in host memory or on the disk.
     pub fn off_gpus(&self) -> usize {
-        self.modules.iter().filter(|module| !matches!(module.device, DeviceId::Cuda(_))).count()
+        self.modules.iter().filter(|module| !module.device.is_gpu()).count()
     }
 
     /// All that the plan takes, over all devices.

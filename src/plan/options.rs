@@ -3,12 +3,11 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::Strategy;
 use crate::bytes::{Bytes, MIB};
 use crate::checkpoint::Checkpoint;
 use crate::device_map::{DeviceMap, MaxMemory};
 use crate::error::{Error, Result};
-use crate::name::ParseNameError;
+use crate::name::{ParseNameError, named};
 use crate::quant::{KvDtype, QuantizeRules, Scheme};
 
 /// Bytes of every device that a plan leaves free, unless told otherwise.
@@ -43,6 +42,44 @@ pub struct PlanOptions {
     pub kinds: bool,
 }
 
+/// How modules are placed where no device map says it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Strategy {
+    /// The fullest GPU has the least share of its memory taken.
+    #[default]
+    Balanced,
+    /// As few GPUs as hold the model.
+    Packed,
+    /// Each device is filled in turn.
+    Sequential,
+    /// The least predicted time for a token.
+    Fastest,
+    /// What Transformers chooses for `device_map="auto"`, which is `balanced`: every GPU but the last is limited
+    /// to a share of the model.
+    HfAuto,
+    /// What Transformers chooses for `balanced_low_0`: with as little as possible on GPU 0.
+    HfBalancedLowZero,
+    /// What Transformers chooses for `sequential`: every GPU is filled in turn.
+    HfSequential,
+}
+
+impl Strategy {
+    /// Whether Transformers is asked.
+    pub fn is_transformers(self) -> bool {
+        matches!(self, Self::HfAuto | Self::HfBalancedLowZero | Self::HfSequential)
+    }
+}
+
+named!(Strategy, "a placement", {
+    Balanced => "balanced",
+    Packed => "packed",
+    Sequential => "sequential",
+    Fastest => "fastest",
+    HfAuto => "hf-auto",
+    HfBalancedLowZero => "hf-balanced_low_0",
+    HfSequential => "hf-sequential",
+});
+
 /// How the schemes are chosen.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Quantize {
@@ -65,11 +102,13 @@ impl FromStr for Quantize {
     type Err = ParseNameError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let names = || Scheme::ALL.into_iter().map(Scheme::name).chain(["auto"]);
         match text.parse::<Scheme>() {
             Ok(scheme) => Ok(scheme.into()),
             Err(_) if text == "auto" => Ok(Self::Auto),
-            Err(_) => Err(ParseNameError::new(text, "a scheme", names())),
+            Err(_) => {
+                let names: Vec<_> = Scheme::ALL.into_iter().map(Scheme::name).chain(["auto"]).collect();
+                Err(ParseNameError::new(text, "a scheme", &names))
+            }
         }
     }
 }
@@ -84,11 +123,8 @@ impl fmt::Display for Quantize {
                 if count > MOST_RULES {
                     return write!(f, "mixed by {count} rules");
                 }
-                for (at, (path, scheme)) in rules.iter().enumerate() {
-                    let (comma, space) = (if at == 0 { "" } else { ", " }, if path.is_empty() { "" } else { " " });
-                    write!(f, "{comma}{path}{space}{scheme}")?;
-                }
-                Ok(())
+                let rule = |(path, scheme)| format!("{path} {scheme}").trim_start().to_owned();
+                f.write_str(&rules.iter().map(rule).collect::<Vec<_>>().join(", "))
             }
         }
     }

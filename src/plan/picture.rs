@@ -3,8 +3,6 @@
 //! A device's bar is its free memory, or what the plan takes where that is
 //! more; its parts stand in it by their share.
 
-use std::fmt::Write;
-
 use super::{DevicePlan, Plan};
 use crate::bytes::Bytes;
 
@@ -36,6 +34,10 @@ const PARTS: [Part; 5] = [
 
 /// Characters of a bar on a terminal.
 const WIDTH: usize = 60;
+/// Where a bar begins in a picture.
+const LEFT: usize = 20;
+/// Its width there.
+const BAR: usize = 720;
 
 impl DevicePlan {
     /// The bytes that the whole bar stands for.
@@ -60,9 +62,8 @@ impl Plan {
         let mut text = String::new();
         for device in &self.devices {
             text += &format!("{:<name_width$}  ", device.id);
-            let mut edges = Edges::new(device, WIDTH as f64);
-            for part in &PARTS {
-                let (start, end) = edges.next((part.bytes)(device));
+            let edges = edges(device, WIDTH as f64, PARTS.iter().map(|part| (part.bytes)(device)));
+            for (part, (start, end)) in PARTS.iter().zip(edges) {
                 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "from 0 to WIDTH")]
                 let characters = (end.round() - start.round()) as usize;
                 text += &paint(part, &part.glyph.to_string().repeat(characters));
@@ -75,8 +76,6 @@ impl Plan {
 
     /// The plan as an SVG picture.
     pub fn to_svg(&self) -> String {
-        const LEFT: usize = 20;
-        const BAR: usize = 720;
         const ROW: usize = 78;
         let height = 92 + ROW * self.devices.len();
         let verdict = if self.fits() { "it fits" } else { "it does not fit" };
@@ -95,66 +94,24 @@ impl Plan {
             let color = if device.fits() { "#222222" } else { "#b00020" };
             let name = device.name.as_ref().map_or(String::new(), |name| format!(" ({name})"));
             let title = format!("{}{name}: {}", device.id, device.taken());
-            // Writing to a String cannot fail.
-            let _ = writeln!(svg, "<text x=\"{LEFT}\" y=\"{}\" fill=\"{color}\">{}</text>", top + 14, escape(&title));
-            let mut edges = Edges::new(device, BAR as f64);
-            for part in &PARTS {
-                let bytes = (part.bytes)(device);
-                let (start, end) = edges.next(bytes);
-                if end > start {
-                    let _ = writeln!(
-                        svg,
-                        "<rect x=\"{:.1}\" y=\"{}\" width=\"{:.1}\" height=\"26\" fill=\"{}\"><title>{}: {bytes}</title></rect>",
-                        LEFT as f64 + start,
-                        top + 20,
-                        end - start,
-                        part.fill,
-                        part.name
-                    );
-                }
-            }
-            self.draw_modules(&mut svg, device, LEFT as f64, top + 20, BAR as f64);
-            let _ = writeln!(
-                svg,
-                "<text x=\"{LEFT}\" y=\"{}\" fill=\"#555555\">{}</text>",
-                top + 60,
-                escape(&self.content(device.id))
-            );
+            svg += &text(LEFT, top + 14, color, &title);
+            let parts = PARTS.iter().map(|part| ((part.bytes)(device), format!("fill=\"{}\"", part.fill), part.name));
+            svg += &rectangles(device, top + 20, parts.collect());
+            // Lines between the modules, in the part of the weights.
+            let line = "fill=\"none\" stroke=\"#ffffff\" stroke-width=\"0.6\" pointer-events=\"all\"";
+            let modules = self.modules.iter().filter(|module| module.device == device.id);
+            let modules = modules.map(|module| (module.weights, line.to_owned(), module.path.as_str()));
+            svg += &rectangles(device, top + 20, modules.collect());
+            svg += &text(LEFT, top + 60, "#555555", &self.content(device.id));
         }
         let mut x = LEFT;
-        for part in &PARTS {
-            let y = height - 24;
-            let _ = writeln!(
-                svg,
-                "<rect x=\"{x}\" y=\"{y}\" width=\"12\" height=\"12\" fill=\"{}\"/>\
-                 <text x=\"{}\" y=\"{}\" fill=\"#555555\">{}</text>",
-                part.fill,
-                x + 17,
-                y + 11,
-                part.name
-            );
-            x += 36 + 7 * part.name.len();
+        let y = height - 24;
+        for Part { name, fill, .. } in &PARTS {
+            svg += &format!("<rect x=\"{x}\" y=\"{y}\" width=\"12\" height=\"12\" fill=\"{fill}\"/>");
+            svg += &text(x + 17, y + 11, "#555555", name);
+            x += 36 + 7 * name.len();
         }
         svg + "</svg>\n"
-    }
-
-    /// Lines between the modules in the weights' part of a bar.
-    fn draw_modules(&self, svg: &mut String, device: &DevicePlan, left: f64, top: usize, width: f64) {
-        let mut edges = Edges::new(device, width);
-        for module in self.modules.iter().filter(|module| module.device == device.id) {
-            let (start, end) = edges.next(module.weights);
-            if end > start {
-                let _ = writeln!(
-                    svg,
-                    "<rect x=\"{:.1}\" y=\"{top}\" width=\"{:.1}\" height=\"26\" fill=\"none\" stroke=\"#ffffff\" \
-                     stroke-width=\"0.6\" pointer-events=\"all\"><title>{}: {}</title></rect>",
-                    left + start,
-                    end - start,
-                    escape(&module.path),
-                    module.weights
-                );
-            }
-        }
     }
 
     /// The plan as a page that needs no other file: the picture and the table.
@@ -169,22 +126,33 @@ impl Plan {
     }
 }
 
-/// Where the parts of a bar begin and end.
-struct Edges {
-    scale: f64,
-    before: Bytes,
+/// Where parts of these bytes begin and end in a device's bar of `width`.
+fn edges(device: &DevicePlan, width: f64, parts: impl Iterator<Item = Bytes>) -> impl Iterator<Item = (f64, f64)> {
+    let scale = width / device.extent().0.max(1) as f64;
+    parts.scan(Bytes::ZERO, move |end, bytes| {
+        let start = *end;
+        *end += bytes;
+        Some((start.0 as f64 * scale, end.0 as f64 * scale))
+    })
 }
 
-impl Edges {
-    fn new(device: &DevicePlan, width: f64) -> Self {
-        Self { scale: width / device.extent().0.max(1) as f64, before: Bytes::ZERO }
-    }
+/// Parts of a device's bar in a picture: their bytes, how they look and what they are.
+fn rectangles(device: &DevicePlan, top: usize, parts: Vec<(Bytes, String, &str)>) -> String {
+    let edges: Vec<_> = edges(device, BAR as f64, parts.iter().map(|(bytes, ..)| *bytes)).collect();
+    let parts = parts.into_iter().zip(edges).filter(|(_, (start, end))| end > start);
+    let rectangle = |((bytes, style, name), (start, end)): ((Bytes, String, &str), (f64, f64))| {
+        let (x, width, name) = (LEFT as f64 + start, end - start, escape(name));
+        format!(
+            "<rect x=\"{x:.1}\" y=\"{top}\" width=\"{width:.1}\" height=\"26\" {style}>\
+             <title>{name}: {bytes}</title></rect>\n"
+        )
+    };
+    parts.map(rectangle).collect()
+}
 
-    fn next(&mut self, bytes: Bytes) -> (f64, f64) {
-        let start = self.before;
-        self.before += bytes;
-        (start.0 as f64 * self.scale, self.before.0 as f64 * self.scale)
-    }
+/// A line of text in a picture.
+fn text(x: usize, y: usize, color: &str, text: &str) -> String {
+    format!("<text x=\"{x}\" y=\"{y}\" fill=\"{color}\">{}</text>\n", escape(text))
 }
 
 fn escape(text: &str) -> String {

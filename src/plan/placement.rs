@@ -2,26 +2,13 @@
 
 use std::ops::Range;
 
+use super::PlannedModule;
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
 
-/// What a module takes of the device that holds it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Cost {
-    /// Packed weights.
-    pub weights: Bytes,
-    /// KV cache; for a module on the disk it is in host memory.
-    pub kv: Bytes,
-    /// Bytes of weights that a token reads.
-    pub read: Bytes,
-    /// Whether it is a block.
-    pub is_block: bool,
-}
-
 /// What a device can give.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub struct Capacity {
-    /// The device.
     pub id: DeviceId,
     /// Bytes that modules may take, when the device is used at all.
     pub room: Bytes,
@@ -33,11 +20,8 @@ pub struct Capacity {
 /// the least share of its room taken, found exactly by dynamic programming.
 /// Else as many modules leave the GPUs as must (`off_gpus`), and the rest is
 /// split so; without other devices, as [`sequential`].
-///
-/// # Panics
-/// `devices` is empty.
-pub fn balanced(modules: &[Cost], devices: &[Capacity]) -> Vec<DeviceId> {
-    place(modules, devices, min_max_share)
+pub fn balanced(modules: &[PlannedModule], devices: &[Capacity]) -> Vec<DeviceId> {
+    place(modules, devices, |modules, gpus| min_max_share(modules, gpus, false))
 }
 
 /// The device of every module, in runs.
@@ -45,20 +29,14 @@ pub fn balanced(modules: &[Cost], devices: &[Capacity]) -> Vec<DeviceId> {
 /// If the GPUs hold all modules, as few of them as do are used; of the splits
 /// over so few, it is the one whose fullest GPU has the least share of its
 /// room taken, found exactly by dynamic programming. Else as [`balanced`].
-///
-/// # Panics
-/// `devices` is empty.
-pub fn packed(modules: &[Cost], devices: &[Capacity]) -> Vec<DeviceId> {
-    place(modules, devices, fewest_gpus)
+pub fn packed(modules: &[PlannedModule], devices: &[Capacity]) -> Vec<DeviceId> {
+    place(modules, devices, |modules, gpus| min_max_share(modules, gpus, true))
 }
 
 /// The device of every module, in runs: each GPU is filled in turn. If they do
 /// not hold all modules, as many leave them as must (`off_gpus`); what no
 /// device holds is left on the last one, whose overflow says what is missing.
-///
-/// # Panics
-/// `devices` is empty.
-pub fn sequential(modules: &[Cost], devices: &[Capacity]) -> Vec<DeviceId> {
+pub fn sequential(modules: &[PlannedModule], devices: &[Capacity]) -> Vec<DeviceId> {
     place(modules, devices, |modules, gpus| {
         fits(modules, gpus).then(|| if modules.is_empty() { Vec::new() } else { in_turn(modules, gpus) })
     })
@@ -66,9 +44,9 @@ pub fn sequential(modules: &[Cost], devices: &[Capacity]) -> Vec<DeviceId> {
 
 /// Places all modules by `on_gpus`, or those that it can place, and the others on the host.
 fn place(
-    modules: &[Cost],
+    modules: &[PlannedModule],
     devices: &[Capacity],
-    on_gpus: impl Fn(&[Cost], &[Capacity]) -> Option<Vec<DeviceId>>,
+    on_gpus: impl Fn(&[PlannedModule], &[Capacity]) -> Option<Vec<DeviceId>>,
 ) -> Vec<DeviceId> {
     assert!(!devices.is_empty(), "a placement needs a device");
     let gpus = gpus(devices);
@@ -90,17 +68,17 @@ fn place(
 /// The modules that leave the GPUs where not all fit: the first ones or the
 /// last ones, as few as it takes, whichever have fewer bytes for a token to
 /// read. The first ones begin with the embedding, of which it reads a row.
-fn off_gpus(modules: &[Cost], gpus: &[Capacity]) -> Range<usize> {
+fn off_gpus(modules: &[PlannedModule], gpus: &[Capacity]) -> Range<usize> {
     let count = modules.len();
     let first = 0..(0..count).find(|end| fits(&modules[*end..], gpus)).unwrap_or(count);
     let last = (0..=count).rev().find(|start| fits(&modules[..*start], gpus)).unwrap_or(0)..count;
     let read =
-        |range: &Range<usize>| modules[range.clone()].iter().map(|module| module.read + module.kv).sum::<Bytes>();
+        |range: &Range<usize>| modules[range.clone()].iter().map(|module| module.read + module.kv_cache).sum::<Bytes>();
     if read(&last) < read(&first) { last } else { first }
 }
 
 /// Whether the GPUs hold all modules, each filled in turn.
-fn fits(modules: &[Cost], gpus: &[Capacity]) -> bool {
+fn fits(modules: &[PlannedModule], gpus: &[Capacity]) -> bool {
     let mut rest = modules;
     for gpu in gpus {
         rest = &rest[fitting(rest, gpu)..];
@@ -109,27 +87,36 @@ fn fits(modules: &[Cost], gpus: &[Capacity]) -> bool {
 }
 
 /// How many of the first modules a GPU holds.
-fn fitting(modules: &[Cost], gpu: &Capacity) -> usize {
-    let mut taken = Bytes::ZERO;
-    let overflows = |module: &Cost| {
-        taken += module.weights + module.kv;
-        taken > gpu.room
+fn fitting(modules: &[PlannedModule], gpu: &Capacity) -> usize {
+    how_many(modules, Bytes::ZERO, gpu.room, |module| module.weights + module.kv_cache)
+}
+
+/// How many of the first modules `room` holds beside what is `taken` of it.
+fn how_many(
+    modules: &[PlannedModule],
+    mut taken: Bytes,
+    room: Bytes,
+    bytes: impl Fn(&PlannedModule) -> Bytes,
+) -> usize {
+    let overflows = |module: &PlannedModule| {
+        taken += bytes(module);
+        taken > room
     };
     modules.iter().position(overflows).unwrap_or(modules.len())
 }
 
 /// The GPUs, which come before all other devices.
 fn gpus(devices: &[Capacity]) -> &[Capacity] {
-    let is_gpu = |device: &&Capacity| matches!(device.id, DeviceId::Cuda(_));
+    let is_gpu = |device: &&Capacity| device.id.is_gpu();
     &devices[..devices.iter().take_while(is_gpu).count()]
 }
 
 /// Sums of the first n modules' bytes on a GPU.
-fn prefix_sums(modules: &[Cost]) -> Vec<u64> {
+fn prefix_sums(modules: &[PlannedModule]) -> Vec<u64> {
     let mut sums = vec![0u64];
     for module in modules {
         let last = sums[sums.len() - 1];
-        sums.push(last.saturating_add((module.weights + module.kv).0));
+        sums.push(last.saturating_add((module.weights + module.kv_cache).0));
     }
     sums
 }
@@ -139,66 +126,29 @@ fn share(taken: u64, device: &Capacity) -> f64 {
     if taken == 0 { 0.0 } else { taken as f64 / device.room.0 as f64 }
 }
 
-/// The contiguous partition over `gpus` with the least largest share, or `None` where none fits.
-fn min_max_share(modules: &[Cost], gpus: &[Capacity]) -> Option<Vec<DeviceId>> {
+/// The contiguous partition over `gpus` with the least largest share, or with `fewest` of those
+/// over as few of them as hold all modules; `None` where none fits.
+fn min_max_share(modules: &[PlannedModule], gpus: &[Capacity], fewest: bool) -> Option<Vec<DeviceId>> {
     let sums = prefix_sums(modules);
     let count = modules.len();
-    // least[n]: the least largest share with the first n modules on the GPUs so far;
-    // starts[g][n]: where the run of GPU g begins in that partition.
-    let mut least = vec![f64::INFINITY; count + 1];
-    least[0] = 0.0;
-    let mut starts = Vec::with_capacity(gpus.len());
-    for gpu in gpus {
-        let mut next = vec![f64::INFINITY; count + 1];
-        let mut start = vec![0; count + 1];
-        for end in 0..=count {
-            for begin in (0..=end).rev() {
-                let taken = sums[end] - sums[begin];
-                if taken > gpu.room.0 {
-                    break;
-                }
-                let worst = least[begin].max(share(taken, gpu));
-                if worst < next[end] {
-                    (next[end], start[end]) = (worst, begin);
-                }
-            }
-        }
-        least = next;
-        starts.push(start);
-    }
-    if !least[count].is_finite() {
-        return None;
-    }
-    let mut placement = vec![DeviceId::Cpu; count];
-    let mut end = count;
-    for (gpu, start) in gpus.iter().zip(&starts).rev() {
-        placement[start[end]..end].fill(gpu.id);
-        end = start[end];
-    }
-    Some(placement)
-}
-
-/// Of the contiguous partitions over the fewest of `gpus` that hold all
-/// modules, the one with the least largest share; `None` where none fits.
-fn fewest_gpus(modules: &[Cost], gpus: &[Capacity]) -> Option<Vec<DeviceId>> {
-    let sums = prefix_sums(modules);
-    let count = modules.len();
-    // least[used][n]: the least largest share with the first n modules on `used` of the GPUs so far;
-    // starts[g][used][n]: where the run of GPU g begins in that partition, n if it has none.
-    let mut least = vec![vec![f64::INFINITY; count + 1]; gpus.len() + 1];
+    // least[used][n]: the least largest share with the first n modules on the GPUs so far, of which
+    // `used` have a run where that counts; starts[g][used][n]: where the run of GPU g begins in that
+    // partition, n if it has none.
+    let (step, most) = if fewest { (1, gpus.len()) } else { (0, 0) };
+    let mut least = vec![vec![f64::INFINITY; count + 1]; most + 1];
     least[0][0] = 0.0;
     let mut starts = Vec::with_capacity(gpus.len());
     for gpu in gpus {
         let mut next = least.clone();
-        let mut start = vec![(0..=count).collect::<Vec<_>>(); gpus.len() + 1];
+        let mut start = vec![(0..=count).collect::<Vec<_>>(); most + 1];
         for end in 1..=count {
             for begin in (0..end).rev() {
                 let taken = sums[end] - sums[begin];
                 if taken > gpu.room.0 {
                     break;
                 }
-                for used in 1..=gpus.len() {
-                    let worst = least[used - 1][begin].max(share(taken, gpu));
+                for used in step..=most {
+                    let worst = least[used - step][begin].max(share(taken, gpu));
                     if worst < next[used][end] {
                         (next[used][end], start[used][end]) = (worst, begin);
                     }
@@ -214,14 +164,14 @@ fn fewest_gpus(modules: &[Cost], gpus: &[Capacity]) -> Option<Vec<DeviceId>> {
     for (gpu, start) in gpus.iter().zip(&starts).rev() {
         let begin = start[used][end];
         placement[begin..end].fill(gpu.id);
-        used -= usize::from(begin < end);
+        used -= if begin < end { step } else { 0 };
         end = begin;
     }
     Some(placement)
 }
 
 /// Each GPU filled in turn, then the CPU, then the disk.
-fn in_turn(modules: &[Cost], devices: &[Capacity]) -> Vec<DeviceId> {
+fn in_turn(modules: &[PlannedModule], devices: &[Capacity]) -> Vec<DeviceId> {
     let mut placement = Vec::with_capacity(modules.len());
     let (last, before) = devices.split_last().unwrap_or_else(|| unreachable!("checked by the caller"));
     for device in before {
@@ -230,17 +180,8 @@ fn in_turn(modules: &[Cost], devices: &[Capacity]) -> Vec<DeviceId> {
             DeviceId::Cuda(_) => fitting(rest, device),
             // Blocks on the disk keep their KV cache in host memory, so all of the rest counts here.
             DeviceId::Cpu | DeviceId::Disk => {
-                let kv: Bytes = rest.iter().map(|module| module.kv).sum();
-                let mut sum = kv;
-                let mut fitting = 0;
-                for (at, module) in rest.iter().enumerate() {
-                    sum += module.weights;
-                    if sum > device.room {
-                        break;
-                    }
-                    fitting = at + 1;
-                }
-                fitting
+                let kv = rest.iter().map(|module| module.kv_cache).sum();
+                how_many(rest, kv, device.room, |module| module.weights)
             }
         };
         placement.extend(std::iter::repeat_n(device.id, count));
@@ -255,9 +196,8 @@ mod tests {
 
     use super::*;
 
-    fn modules(sizes: &[u64]) -> Vec<Cost> {
-        let cost = |size: &u64| Cost { weights: Bytes(*size), kv: Bytes(1), read: Bytes(*size), is_block: true };
-        sizes.iter().map(cost).collect()
+    fn modules(sizes: &[u64]) -> Vec<PlannedModule> {
+        sizes.iter().map(|size| PlannedModule::block(*size)).collect()
     }
 
     fn devices(rooms: &[(&str, u64)]) -> Vec<Capacity> {
@@ -265,7 +205,7 @@ mod tests {
         rooms.iter().map(capacity).collect()
     }
 
-    type Place = fn(&[Cost], &[Capacity]) -> Vec<DeviceId>;
+    type Place = fn(&[PlannedModule], &[Capacity]) -> Vec<DeviceId>;
 
     fn placed(place: Place, sizes: &[u64], rooms: &[(&str, u64)]) -> String {
         place(&modules(sizes), &devices(rooms))
@@ -318,10 +258,10 @@ mod tests {
     }
 
     /// The largest share of a placement, or `None` where a GPU overflows.
-    fn largest_share(modules: &[Cost], gpus: &[Capacity], placement: &[DeviceId]) -> Option<f64> {
+    fn largest_share(modules: &[PlannedModule], gpus: &[Capacity], placement: &[DeviceId]) -> Option<f64> {
         let shares = gpus.iter().map(|gpu| {
             let taken: Bytes =
-                modules.iter().zip(placement).filter(|(_, d)| **d == gpu.id).map(|(m, _)| m.weights + m.kv).sum();
+                modules.iter().zip(placement).filter(|(_, d)| **d == gpu.id).map(|(m, _)| m.weights + m.kv_cache).sum();
             (taken <= gpu.room).then(|| if taken.0 == 0 { 0.0 } else { taken.0 as f64 / gpu.room.0 as f64 })
         });
         shares.collect::<Option<Vec<_>>>().map(|shares| shares.into_iter().fold(0.0, f64::max))
@@ -356,7 +296,7 @@ mod tests {
         fn no_split_over_gpus_is_better(sizes in prop::collection::vec(1u64..50, 1..8), rooms in prop::collection::vec(0u64..150, 1..4)) {
             let (modules, gpus) = (modules(&sizes), gpus_with(&rooms));
             let best = contiguous(modules.len(), &gpus).iter().filter_map(|p| largest_share(&modules, &gpus, p)).min_by(f64::total_cmp);
-            let ours = min_max_share(&modules, &gpus).map(|p| largest_share(&modules, &gpus, &p).expect("a GPU overflows"));
+            let ours = min_max_share(&modules, &gpus, false).map(|p| largest_share(&modules, &gpus, &p).expect("a GPU overflows"));
             prop_assert_eq!(ours, best);
         }
 
@@ -366,7 +306,7 @@ mod tests {
             let rate = |p: &Vec<DeviceId>| Some((used(p), largest_share(&modules, &gpus, p)?));
             let all = contiguous(modules.len(), &gpus);
             let best = all.iter().filter_map(rate).min_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
-            let ours = fewest_gpus(&modules, &gpus).map(|p| rate(&p).expect("a GPU overflows"));
+            let ours = min_max_share(&modules, &gpus, true).map(|p| rate(&p).expect("a GPU overflows"));
             prop_assert_eq!(ours, best);
         }
 
@@ -385,15 +325,15 @@ mod tests {
                 prop_assert_eq!(placement.len(), modules.len());
                 let mut runs = placement.clone();
                 runs.dedup();
-                let off = runs.iter().position(|id| !matches!(id, DeviceId::Cuda(_)));
-                let gpus: Vec<_> = runs.iter().filter(|id| matches!(id, DeviceId::Cuda(_))).collect();
+                let off = runs.iter().position(|id| !id.is_gpu());
+                let gpus: Vec<_> = runs.iter().filter(|id| id.is_gpu()).collect();
                 prop_assert!(gpus.is_sorted() && runs.len() <= devices.len());
                 prop_assert!(off.is_none_or(|at| at == 0 || at == gpus.len()));
                 for device in &devices[..devices.len() - 1] {
                     let is_here = |id: DeviceId| id == device.id || (device.id == DeviceId::Cpu && id == DeviceId::Disk);
                     let taken = modules.iter().zip(&placement).filter(|(_, id)| is_here(**id)).map(|(module, id)| match id {
-                        DeviceId::Cuda(_) | DeviceId::Cpu => module.weights + module.kv,
-                        DeviceId::Disk => module.kv,
+                        DeviceId::Cuda(_) | DeviceId::Cpu => module.weights + module.kv_cache,
+                        DeviceId::Disk => module.kv_cache,
                     });
                     let taken: Bytes = taken.sum();
                     prop_assert!(taken <= device.room || !placement.contains(&device.id));
@@ -409,10 +349,10 @@ mod tests {
             for gpu in &gpus[..gpus.len() - 1] {
                 let mut taken = Bytes::ZERO;
                 while at < modules.len() && placement[at] == gpu.id {
-                    taken += modules[at].weights + modules[at].kv;
+                    taken += modules[at].weights + modules[at].kv_cache;
                     at += 1;
                 }
-                prop_assert!(at == modules.len() || taken + modules[at].weights + modules[at].kv > gpu.room);
+                prop_assert!(at == modules.len() || taken + modules[at].weights + modules[at].kv_cache > gpu.room);
             }
         }
     }

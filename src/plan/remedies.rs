@@ -115,10 +115,8 @@ impl fmt::Display for Change {
 
 impl fmt::Display for Remedy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (at, change) in self.changes.iter().enumerate() {
-            write!(f, "{}{change}", if at == 0 { "" } else { " and " })?;
-        }
-        write!(f, ": {} in all", self.total)?;
+        let changes: Vec<_> = self.changes.iter().map(ToString::to_string).collect();
+        write!(f, "{}: {} in all", changes.join(" and "), self.total)?;
         let is_new = |change: &Change| matches!(change, Change::Memory { device: DeviceId::Cpu, free, missing, .. } if free == missing);
         if self.changes.iter().any(is_new) {
             let modules = if self.off_gpus == 1 { "module" } else { "modules" };

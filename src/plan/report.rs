@@ -3,6 +3,7 @@
 use std::fmt::{self, Write};
 
 use serde::Serialize;
+use serde_json::{Value, json};
 
 use super::{DevicePlan, Plan, PlannedModule, Quantize, Speed, speed};
 use crate::architecture::ModuleKind;
@@ -31,25 +32,15 @@ struct Json<'a> {
     fits: bool,
     #[serde(flatten)]
     plan: &'a Plan,
-    totals: Vec<DeviceTotal>,
-}
-
-#[derive(Serialize)]
-struct DeviceTotal {
-    id: DeviceId,
-    total: Bytes,
-    headroom: Bytes,
-    missing: Bytes,
+    totals: Vec<Value>,
 }
 
 impl Plan {
     /// The plan as JSON; sizes are bytes.
     pub fn to_json(&self) -> String {
-        let totals = self.devices.iter().map(|device| DeviceTotal {
-            id: device.id,
-            total: device.total(),
-            headroom: device.budget - device.total(),
-            missing: device.missing(),
+        let totals = self.devices.iter().map(|device| {
+            let (total, missing) = (device.total(), device.missing());
+            json!({"id": device.id, "total": total, "headroom": device.budget - total, "missing": missing})
         });
         let json = Json { schema_version: SCHEMA_VERSION, fits: self.fits(), plan: self, totals: totals.collect() };
         // Every field is a number, a text, or a list or map with text keys.
@@ -58,27 +49,18 @@ impl Plan {
 
     /// Blocks of `device` as ranges, `0-11, 14`.
     fn blocks(&self, device: DeviceId) -> String {
-        let mut ranges: Vec<(usize, usize)> = Vec::new();
-        for module in self.modules.iter().filter(|module| module.device == device) {
-            let ModuleKind::Block(index) = module.kind else {
-                continue;
-            };
-            match ranges.last_mut() {
-                Some((_, last)) if *last + 1 == index => *last = index,
-                _ => ranges.push((index, index)),
-            }
-        }
-        let texts = ranges.iter().map(
-            |(first, last)| {
-                if first == last { first.to_string() } else { format!("{first}-{last}") }
-            },
-        );
-        texts.collect::<Vec<_>>().join(", ")
+        let runs = self.modules.chunk_by(|a, b| a.is_block() && b.is_block() && a.device == b.device);
+        let text = |run: &[PlannedModule]| match (run[0].kind, run[run.len() - 1].kind) {
+            (ModuleKind::Block(first), ModuleKind::Block(last)) if first < last => Some(format!("{first}-{last}")),
+            (ModuleKind::Block(only), _) => Some(only.to_string()),
+            _ => None,
+        };
+        runs.filter(|run| run[0].device == device).filter_map(text).collect::<Vec<_>>().join(", ")
     }
 
     /// What else than blocks is on `device`.
     fn others(&self, device: DeviceId) -> Vec<&str> {
-        let other = |module: &&PlannedModule| module.device == device && !matches!(module.kind, ModuleKind::Block(_));
+        let other = |module: &&PlannedModule| module.device == device && !module.is_block();
         self.modules.iter().filter(other).filter_map(|module| module.path.rsplit('.').next()).collect()
     }
 }
@@ -118,37 +100,35 @@ impl Plan {
     }
 
     fn write(&self, f: &mut dyn fmt::Write, bars: &str) -> fmt::Result {
-        let blocks = self.modules.iter().filter(|module| matches!(module.kind, ModuleKind::Block(_))).count();
+        let blocks = self.modules.iter().filter(|module| module.is_block()).count();
         write!(f, "{}: {}, {blocks} blocks, {} parameters", self.model, self.architecture, count(self.parameters))?;
         if let Some(dtype) = &self.dtype {
             write!(f, ", {dtype}")?;
         }
         writeln!(f, "\n{}\n", self.conditions())?;
 
-        let mut rows: Vec<Vec<String>> = vec![vec![String::new()]];
-        rows[0].extend(self.devices.iter().map(|device| device.id.to_string()));
-        for (name, part) in ROWS {
-            let mut row = vec![(*name).to_owned()];
-            row.extend(self.devices.iter().map(|device| match part(device) {
+        let row = |name: &str, cell: &dyn Fn(&DevicePlan) -> String| -> Vec<String> {
+            std::iter::once(name.to_owned()).chain(self.devices.iter().map(cell)).collect()
+        };
+        let mut rows = vec![row("", &|device| device.id.to_string())];
+        rows.extend(ROWS.iter().map(|(name, part)| {
+            row(name, &|device| match part(device) {
                 Bytes::ZERO => "-".to_owned(),
                 bytes => bytes.to_string(),
-            }));
-            rows.push(row);
-        }
-        let mut headroom = vec!["headroom".to_owned()];
-        headroom.extend(self.devices.iter().map(|device| {
+            })
+        }));
+        rows.push(row("headroom", &|device| {
             if device.fits() { (device.budget - device.total()).to_string() } else { format!("-{}", device.missing()) }
         }));
-        rows.push(headroom);
-        let mut placed = vec!["blocks".to_owned()];
-        placed.extend(self.devices.iter().map(|device| dash(self.blocks(device.id))));
-        rows.push(placed);
-        let others: Vec<_> = self.devices.iter().map(|device| self.others(device.id)).collect();
-        for line in 0..others.iter().map(Vec::len).max().unwrap_or(0) {
-            let mut row = vec![if line == 0 { "also" } else { "" }.to_owned()];
-            row.extend(others.iter().map(|names| names.get(line).copied().unwrap_or_default().to_owned()));
-            rows.push(row);
-        }
+        rows.push(row("blocks", &|device| {
+            let blocks = self.blocks(device.id);
+            if blocks.is_empty() { "-".to_owned() } else { blocks }
+        }));
+        let most = self.devices.iter().map(|device| self.others(device.id).len()).max().unwrap_or(0);
+        rows.extend((0..most).map(|line| {
+            let name = if line == 0 { "also" } else { "" };
+            row(name, &|device| self.others(device.id).get(line).copied().unwrap_or_default().to_owned())
+        }));
         f.write_str(&table(&rows))?;
         if !bars.is_empty() {
             write!(f, "\n{bars}")?;
@@ -212,10 +192,6 @@ impl Plan {
 /// The first of some lines has a label.
 fn label(at: usize, text: &str) -> String {
     if at == 0 { format!("\n{text:<8}  ") } else { " ".repeat(10) }
-}
-
-fn dash(text: String) -> String {
-    if text.is_empty() { "-".to_owned() } else { text }
 }
 
 /// `1234567` as `1.2 M`.

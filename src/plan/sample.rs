@@ -72,9 +72,6 @@ struct ShardState {
 
 /// The loss of every group, in their order. `None` where the weights are not in a local directory,
 /// are packed already, or are ones that no scheme can pack: loading says which.
-///
-/// # Errors
-/// A shard cannot be read.
 pub fn losses(checkpoint: &Checkpoint, groups: &[Group]) -> Result<Option<Vec<Loss>>> {
     let Some(directory) = checkpoint.directory.as_deref().filter(|_| checkpoint.config.packed.is_none()) else {
         return Ok(None);
@@ -113,7 +110,7 @@ fn open(directory: &Path, name: &str) -> Result<(File, ShardState)> {
 fn measure(shards: &[File], group: &Group) -> Result<Option<Loss>> {
     let mut random = Random::new(&group.path);
     let mut sum = Loss { int8: 0.0, int4: 0.0, nl4: 0.0 };
-    for (_, weights) in &group.roles {
+    for weights in group.roles.values() {
         let rows = if group.is_in_block { ROWS } else { ROWS_ELSEWHERE };
         let Some((dtype, cols)) = weights.first().and_then(|weight| Some((weight.dtype()?, weight.parameter.cols)))
         else {

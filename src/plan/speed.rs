@@ -10,7 +10,6 @@ use std::str::FromStr;
 use serde::Serialize;
 
 use super::{DevicePlan, PlannedModule};
-use crate::architecture::ModuleKind;
 use crate::device::DeviceId;
 use crate::error::printable;
 
@@ -173,7 +172,7 @@ impl Speed {
             let device = devices.iter().find(|device| device.id == module.device)?;
             let pace = Pace::new(device.id, device.bandwidth)?;
             at_first += module.read.0 as f64 * pace.byte;
-            if matches!(module.kind, ModuleKind::Block(_)) {
+            if module.is_block() {
                 at_first += pace.block;
             }
             if current.is_some_and(|current| current != device.id) {

@@ -14,7 +14,7 @@ use crate::device::DeviceId;
 use crate::device_map::{DeviceMap, MaxMemory};
 use crate::error::{Error, Result, first_five};
 use crate::model_config::ModelConfig;
-use crate::quant::{QuantizeRules, Scheme, WeightDtype};
+use crate::quant::{QuantizeRules, WeightDtype};
 
 /// What is planned, and for what: a checkpoint whose tensors have been found, and a machine.
 pub struct Subject<'a> {
@@ -66,10 +66,8 @@ impl<'a> Subject<'a> {
             .collect();
         let placement = match &options.device_map {
             Some(map) => map.resolve(tree)?,
-            None => match options.strategy.transformers() {
-                Some(mode) => as_transformers(self, conditions, mode)?,
-                None => automatic(tree, &modules, &devices, options.strategy)?,
-            },
+            None if options.strategy.is_transformers() => as_transformers(self, conditions, options.strategy)?,
+            None => automatic(tree, &modules, &devices, options.strategy)?,
         };
         check_devices(&placement, inventory)?;
         for (module, device) in modules.iter_mut().zip(placement) {
@@ -155,18 +153,10 @@ fn automatic(
     devices: &[DevicePlan],
     strategy: Strategy,
 ) -> Result<Vec<DeviceId>> {
-    let mut costs: Vec<placement::Cost> = modules
-        .iter()
-        .map(|module| placement::Cost {
-            weights: module.weights,
-            kv: module.kv_cache,
-            read: module.read,
-            is_block: module.is_block(),
-        })
-        .collect();
+    let mut modules = modules.to_vec();
     // A tied head costs nothing and runs where the embedding is.
-    if let Some(head) = costs.pop_if(|_| tree.tied) {
-        costs[0].read = head.read;
+    if let Some(head) = modules.pop_if(|_| tree.tied) {
+        modules[0].read = head.read;
     }
     let capacities: Vec<placement::Capacity> = devices
         .iter()
@@ -176,10 +166,10 @@ fn automatic(
         return Err(Error::usage("there is no device to place the model on"));
     }
     let mut placement = match strategy {
-        Strategy::Packed => placement::packed(&costs, &capacities),
-        Strategy::Sequential => placement::sequential(&costs, &capacities),
-        Strategy::Fastest => fastest(&costs, &capacities, &paces(devices)?),
-        _ => placement::balanced(&costs, &capacities),
+        Strategy::Packed => placement::packed(&modules, &capacities),
+        Strategy::Sequential => placement::sequential(&modules, &capacities),
+        Strategy::Fastest => fastest::fastest(&modules, &capacities, &paces(devices)?),
+        _ => placement::balanced(&modules, &capacities),
     };
     if tree.tied {
         placement.push(placement[0]);
@@ -200,19 +190,14 @@ fn paces(devices: &[DevicePlan]) -> Result<Vec<Pace>> {
 }
 
 /// What Transformers would choose, which sees free memory, our limits and the bytes of weights alone.
-fn as_transformers(subject: &Subject, conditions: &Conditions, mode: hf::Mode) -> Result<Vec<DeviceId>> {
+fn as_transformers(subject: &Subject, conditions: &Conditions, strategy: Strategy) -> Result<Vec<DeviceId>> {
     let Subject { checkpoint, inventory, tree, weights } = subject;
     let dtype = weights.iter().find_map(Weight::dtype).unwrap_or(WeightDtype::Bf16);
-    let quantization = match conditions.quantize.scheme("") {
-        Scheme::None => hf::Quantization::None,
-        Scheme::Int8 => hf::Quantization::EightBit,
-        Scheme::Int4 | Scheme::Nl4 => hf::Quantization::FourBit,
-    };
-    let model = hf::tree_of(&checkpoint.config, tree, dtype, quantization);
+    let model = hf::tree_of(&checkpoint.config, tree, dtype, conditions.quantize.scheme(""));
     let memory = inventory.devices.iter().filter(|device| device.id != DeviceId::Disk);
     let free: MaxMemory = memory.map(|device| (device.id, device.free)).collect();
     let limits = (!conditions.max_memory.is_empty()).then_some(&conditions.max_memory);
-    let placement = hf::place(&model, &free, limits, mode)?;
+    let placement = hf::place(&model, &free, limits, strategy)?;
     let device_of = |module: &Module| {
         let nowhere = || Error::input(format!("Transformers leaves `{}` without a device", module.path));
         placement.device_of(&module.path).ok_or_else(nowhere)
@@ -252,7 +237,7 @@ fn check_devices(placement: &[DeviceId], inventory: &Inventory) -> Result<()> {
         error.hint(format!(
             "{first} is there but cannot be used: evenkeel needs compute capability 7.5 and the NVIDIA driver 550"
         ))
-    } else if matches!(first, DeviceId::Cuda(_)) {
+    } else if first.is_gpu() {
         error
             .hint(format!("no NVIDIA driver was found, or it shows no {first}; `--device-map auto` uses what is there"))
     } else {

@@ -3,7 +3,7 @@
 //! A head's vector of a token is stored as its elements; in 8 bits also with
 //! one f32 scale, its largest magnitude over 127, in a section behind all codes.
 
-use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::name::named;
@@ -23,19 +23,6 @@ pub enum KvDtype {
 }
 
 impl KvDtype {
-    /// All of them.
-    pub const ALL: [Self; 4] = [Self::F32, Self::F16, Self::Bf16, Self::Int8];
-
-    /// The name in flags and maps.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::F16 => "f16",
-            Self::Bf16 => "bf16",
-            Self::Int8 => "int8",
-        }
-    }
-
     /// Bytes of a head's vector of `head_dim` elements without its scale.
     pub fn code_bytes(self, head_dim: usize) -> usize {
         match self {
@@ -56,18 +43,9 @@ impl KvDtype {
     /// Stores `vector`; returns its scale, which is 1 where there is none to store.
     pub fn encode(self, vector: &[f32], codes: &mut [u8]) -> f32 {
         match self {
-            Self::F32 => {
-                bytemuck::cast_slice_mut(codes).copy_from_slice(vector);
-                1.0
-            }
-            Self::F16 => {
-                bytemuck::cast_slice_mut::<_, u16>(codes).reinterpret_cast_mut::<f16>().convert_from_f32_slice(vector);
-                1.0
-            }
-            Self::Bf16 => {
-                bytemuck::cast_slice_mut::<_, u16>(codes).reinterpret_cast_mut::<bf16>().convert_from_f32_slice(vector);
-                1.0
-            }
+            Self::F32 => bytemuck::cast_slice_mut(codes).copy_from_slice(vector),
+            Self::F16 => bytemuck::cast_slice_mut::<_, f16>(codes).convert_from_f32_slice(vector),
+            Self::Bf16 => bytemuck::cast_slice_mut::<_, bf16>(codes).convert_from_f32_slice(vector),
             Self::Int8 => {
                 let largest = vector.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
                 let scale = if largest > 0.0 { largest / 127.0 } else { 1.0 };
@@ -77,21 +55,18 @@ impl KvDtype {
                     let rounded = (x / scale).round() as i8;
                     *code = rounded;
                 }
-                scale
+                return scale;
             }
         }
+        1.0
     }
 
     /// Reads what [`KvDtype::encode`] stored.
     pub fn decode(self, codes: &[u8], scale: f32, vector: &mut [f32]) {
         match self {
             Self::F32 => vector.copy_from_slice(bytemuck::cast_slice(codes)),
-            Self::F16 => {
-                bytemuck::cast_slice::<_, u16>(codes).reinterpret_cast::<f16>().convert_to_f32_slice(vector);
-            }
-            Self::Bf16 => {
-                bytemuck::cast_slice::<_, u16>(codes).reinterpret_cast::<bf16>().convert_to_f32_slice(vector);
-            }
+            Self::F16 => bytemuck::cast_slice::<_, f16>(codes).convert_to_f32_slice(vector),
+            Self::Bf16 => bytemuck::cast_slice::<_, bf16>(codes).convert_to_f32_slice(vector),
             Self::Int8 => {
                 for (x, code) in vector.iter_mut().zip(bytemuck::cast_slice::<_, i8>(codes)) {
                     *x = f32::from(*code) * scale;
@@ -101,7 +76,12 @@ impl KvDtype {
     }
 }
 
-named!(KvDtype, "a type of a KV cache");
+named!(KvDtype, "a type of a KV cache", {
+    F32 => "f32",
+    F16 => "f16",
+    Bf16 => "bf16",
+    Int8 => "int8",
+});
 
 #[cfg(test)]
 mod tests {

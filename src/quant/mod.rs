@@ -11,7 +11,6 @@
 mod groups;
 mod kv_cache;
 mod layout;
-mod loss;
 mod nl4;
 mod quantize;
 pub mod reference;
@@ -24,9 +23,8 @@ use crate::name::named;
 
 pub use kv_cache::KvDtype;
 pub use layout::{ALIGNMENT, GROUP_SIZE, Matrix, MatrixLayout, PACKED_ROW};
-pub use loss::squared_error;
 pub use nl4::{NL4_LEVELS, NL4_UNIT};
-pub use quantize::{PackedRows, QuantizeError, quantize_activations, quantize_rows};
+pub use quantize::{PackedRows, QuantizeError, quantize_activations, quantize_rows, squared_error};
 pub use rules::QuantizeRules;
 
 /// How the weights of a module are to be stored.
@@ -43,23 +41,16 @@ pub enum Scheme {
 }
 
 impl Scheme {
-    /// All schemes, most bits first.
-    pub const ALL: [Self; 4] = [Self::None, Self::Int8, Self::Int4, Self::Nl4];
     /// Those that every device computes, most bits first; a plan chooses among them.
     pub const AUTOMATIC: [Self; 3] = [Self::None, Self::Int8, Self::Int4];
-
-    /// The name in flags and maps.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::Int8 => "int8",
-            Self::Int4 => "int4",
-            Self::Nl4 => "nl4",
-        }
-    }
 }
 
-named!(Scheme, "a scheme");
+named!(Scheme, "a scheme", {
+    None => "none",
+    Int8 => "int8",
+    Int4 => "int4",
+    Nl4 => "nl4",
+});
 
 /// The dtypes that a checkpoint's weights may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::groups::{self, Int4};
 use super::nl4::Nl4;
-use super::{GROUP_SIZE, MatrixLayout, Storage, WeightDtype};
+use super::{GROUP_SIZE, Matrix, MatrixLayout, Storage, WeightDtype};
 use crate::bytes::Bytes;
 use crate::simd::{Isa, vectorized};
 
@@ -83,9 +83,6 @@ impl PackedRows {
 /// Quantizes whole rows, `weights` of `[rows][K]` in the checkpoint's dtype,
 /// into `packed`, on all threads of the pool.
 ///
-/// # Errors
-/// A weight is not finite, or a row's scale does not fit its type.
-///
 /// # Panics
 /// `layout` is of plain storage, which is copied and not quantized.
 pub fn quantize_rows(
@@ -151,6 +148,37 @@ vectorized! {
         scale.copy_from_slice(&factor.to_le_bytes());
         Ok(())
     }
+}
+
+/// The squared error of rows of `cols` weights in `storage`, and the squared weights.
+///
+/// # Panics
+/// `storage` is plain.
+pub fn squared_error(
+    storage: Storage,
+    dtype: WeightDtype,
+    cols: usize,
+    weights: &[u8],
+) -> Result<(f64, f64), QuantizeError> {
+    let row_bytes = cols * dtype.size();
+    let rows = weights.len() / row_bytes;
+    let (Some(layout), mut packed) = (MatrixLayout::new(storage, rows, cols), PackedRows::default()) else {
+        unreachable!("the rows are in memory")
+    };
+    quantize_rows(&layout, dtype, weights, &mut packed)?;
+    let bytes = packed.matrix(&layout);
+    let matrix = Matrix::new(&layout, &bytes);
+    let (mut exact, mut values) = (vec![0.0; cols], vec![0.0; cols]);
+    let (mut error, mut norm) = (0.0, 0.0);
+    for (row, bytes) in weights.chunks(row_bytes).enumerate() {
+        dtype.decode(bytes, &mut exact);
+        matrix.dequantize_row(row, &mut values);
+        for (exact, value) in exact.iter().zip(&values) {
+            error += f64::from(exact - value).powi(2);
+            norm += f64::from(*exact).powi(2);
+        }
+    }
+    Ok((error, norm))
 }
 
 /// The largest magnitude; not finite where a value is not. Magnitudes compare

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use indexmap::IndexMap;
 use serde::{Serialize, Serializer};
 
 use super::Scheme;
@@ -42,7 +43,7 @@ impl QuantizeRules {
         for (path, scheme) in schemes {
             let mut node = &mut root;
             for (at, _) in path.match_indices('.').chain([(path.len(), "")]) {
-                node = node.child(&path[..at]);
+                node = node.children.entry(&path[..at]).or_default();
             }
             node.scheme = Some(*scheme);
         }
@@ -53,9 +54,6 @@ impl QuantizeRules {
     }
 
     /// The rules that the weights of a checkpoint are packed by; `None` where they are not packed.
-    ///
-    /// # Errors
-    /// config.json names a scheme that is not known.
     pub fn of_checkpoint(config: &ModelConfig) -> Result<Option<Self>> {
         let rule = |(path, scheme): &(String, String)| match scheme.parse() {
             Ok(scheme) => Ok((path.clone(), scheme)),
@@ -98,25 +96,17 @@ impl QuantizeRules {
 #[derive(Default)]
 struct Node<'a> {
     scheme: Option<Scheme>,
-    children: Vec<(&'a str, Node<'a>)>,
+    children: IndexMap<&'a str, Node<'a>>,
     /// Rules for all under it, where the rule that holds for it names each of [`Scheme::ALL`].
     rules: [usize; Scheme::ALL.len()],
 }
 
-impl<'a> Node<'a> {
-    fn child(&mut self, path: &'a str) -> &mut Self {
-        let at = self.children.iter().position(|(known, _)| *known == path).unwrap_or_else(|| {
-            self.children.push((path, Self::default()));
-            self.children.len() - 1
-        });
-        &mut self.children[at].1
-    }
-
+impl Node<'_> {
     fn count(&mut self) {
-        self.children.iter_mut().for_each(|(_, child)| child.count());
+        self.children.values_mut().for_each(Self::count);
         let under = |at: usize, scheme| match self.scheme {
             Some(own) => usize::from(own != scheme),
-            None => self.children.iter().map(|(_, child)| child.rules[at].min(child.rules[child.best_at()] + 1)).sum(),
+            None => self.children.values().map(|child| child.rules[at].min(child.rules[child.best_at()] + 1)).sum(),
         };
         self.rules = std::array::from_fn(|at| under(at, Scheme::ALL[at]));
     }

@@ -49,10 +49,18 @@ struct dim3 {
 // ---- the engine's interface (fibers.cpp) -----------------------------------
 namespace fk {
 struct BlockCtx { uint3 bid, bdim, gdim; };
+// The cp.async of a thread that it has not waited for, and where each of their groups ends.
+struct AsyncCopies {
+    static constexpr unsigned kMost = 256;
+    struct { void* to; const void* from; unsigned size; bool is_there; } copies[kMost];
+    unsigned ends[kMost];
+};
 struct ThreadCtx {           // what a CUDA thread can see about itself
     uint3 tid;
     unsigned lane, warp;
     const BlockCtx* blk;
+    mutable unsigned copies, groups;  // of `async`
+    AsyncCopies* async;
 };
 constexpr uintptr_t kStackSize = 64 * 1024;  // every fiber stack is one aligned slot of this size
 
@@ -158,6 +166,7 @@ static inline T atomic_rmw(T* p, F f) {
 }
 }  // namespace fk
 template <class T, class U> static inline T atomicAdd(T* p, U v) { return fk::atomic_rmw(p, [=](T o) { return T(o + v); }); }
+template <class T> static inline T atomicMax(T* p, T v) { return fk::atomic_rmw(p, [=](T o) { return o < v ? v : o; }); }
 static inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 // ---- loads, bits, integers ---------------------------------------------------------------------
@@ -177,6 +186,7 @@ static inline int __float_as_int(float f) { return fk::bits<int>(f); }
 static inline float __uint_as_float(unsigned u) { return fk::bits<float>(u); }
 static inline float __int_as_float(int i) { return fk::bits<float>(i); }
 
+static inline int __clz(int v) { return v ? __builtin_clz((unsigned)v) : 32; }
 static inline unsigned __byte_perm(unsigned a, unsigned b, unsigned sel) {
     unsigned long long v = (unsigned long long)b << 32 | a;
     unsigned r = 0;
@@ -322,19 +332,38 @@ static inline void ldmatrix_transposed(unsigned* d, const void* row) {
     fk::warp_collective(0xffffffffu, &fk::LoadMatrix::complete, &load);
 }
 static inline float exp2_approximate(float x) { return exp2f(x); }
-// The copy happens at once: a missing wait is not noticed.
+// Copies happen when they are waited for; until then there is NaN.
 namespace fk {
-template <unsigned N>
-static inline void copy(void* to, const void* from, bool is_there) {
-    if (((uintptr_t)to | (uintptr_t)from) % N) trap(716, "misaligned address of cp.async");
-    if (is_there) memcpy(to, from, N);
-    else memset(to, 0, N);
+static inline void copy_async(void* to, const void* from, unsigned size, bool is_there) {
+    if (((uintptr_t)to | (uintptr_t)from) % size) trap(716, "cp.async address not aligned");
+    const ThreadCtx* t = self();
+    if (t->copies == AsyncCopies::kMost) trap(719, "more cp.async on their way than are emulated");
+    memset(to, 0xff, size);
+    t->async->copies[t->copies++] = {to, from, size, is_there};
 }
 }  // namespace fk
-static inline void cp_async_16(void* to, const void* from, bool is_there) { fk::copy<16>(to, from, is_there); }
-static inline void cp_async_8(void* to, const void* from, bool is_there) { fk::copy<8>(to, from, is_there); }
-static inline void cp_async_commit() {}
+static inline void cp_async_16(void* to, const void* from, bool is_there) { fk::copy_async(to, from, 16, is_there); }
+static inline void cp_async_8(void* to, const void* from, bool is_there) { fk::copy_async(to, from, 8, is_there); }
+static inline void cp_async_commit() {
+    const fk::ThreadCtx* t = fk::self();
+    if (t->groups == fk::AsyncCopies::kMost) fk::trap(719, "more cp.async on their way than are emulated");
+    t->async->ends[t->groups++] = t->copies;
+}
 template <int N>
-static inline void cp_async_wait() {}
+static inline void cp_async_wait() {
+    const fk::ThreadCtx* t = fk::self();
+    if (t->groups <= N) return;
+    fk::AsyncCopies& async = *t->async;
+    unsigned end = async.ends[t->groups - N - 1];
+    for (unsigned i = 0; i < end; i++) {
+        auto& copy = async.copies[i];
+        if (copy.is_there) memcpy(copy.to, copy.from, copy.size);
+        else memset(copy.to, 0, copy.size);
+    }
+    // What is left moves to the front.
+    for (unsigned i = 0; i < N; i++) async.ends[i] = async.ends[t->groups - N + i] - end;
+    memmove(async.copies, async.copies + end, (t->copies - end) * sizeof *async.copies);
+    t->copies -= end, t->groups = N;
+}
 static inline uint4 load_once(const uint4* from, bool there) { return there ? *from : uint4{0, 0, 0, 0}; }
 static inline unsigned and_or(unsigned a, unsigned b, unsigned c) { return (a & b) | c; }

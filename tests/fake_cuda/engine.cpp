@@ -138,7 +138,7 @@ static void setup_launch(Worker* w, const LaunchDesc& l) {
     uint3 t{0, 0, 0};
     for (unsigned i = 0; i < w->nthreads; i++) {
         Fiber& f = w->fibers[i];
-        f.tid = t, f.lane = i & 31, f.warp = i >> 5, f.blk = &w->blk, f.w = w;
+        f.tid = t, f.lane = i & 31, f.warp = i >> 5, f.blk = &w->blk, f.w = w, f.copies = f.groups = 0, f.async = &w->async[i];
         w->warp_exist[f.warp] |= 1u << f.lane;
         if (++t.x == l.block.x) {
             t.x = 0;

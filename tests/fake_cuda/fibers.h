@@ -27,6 +27,7 @@ struct Fiber : ThreadCtx {
 struct Worker {
     BlockCtx blk;
     Fiber fibers[kMaxThreads];
+    AsyncCopies async[kMaxThreads];
     unsigned warp_waiting[32];  // per warp: lanes inside a collective
     unsigned warp_exist[32];    // per warp: lanes the block has
     unsigned warp_done[32];     // per warp: lanes that returned

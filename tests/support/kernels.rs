@@ -12,11 +12,18 @@ use evenkeel::plan::memory::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS, CudaAttention, KvL
 use evenkeel::quant::{KvDtype, Matrix, MatrixLayout, PackedRows, Storage, WeightDtype, quantize_rows, reference};
 use half::{bf16, f16};
 
+mod choices;
+#[allow(unused_imports, reason = "each test binary uses a part")]
+pub use choices::*;
+
 /// The functions here that hold a kernel against its reference, for a macro that makes tests of them.
 #[allow(unused_macros, reason = "each test binary uses a part")]
 macro_rules! every_case {
     ($tests:ident) => {
         $tests! {
+            a_logit_that_is_not_finite_is_found
+            a_token_is_drawn_as_the_reference_draws_it
+            a_token_that_was_chosen_is_penalized
             activations_equal_the_reference
             attention_equals_the_reference
             embeddings_are_the_rows
@@ -28,8 +35,9 @@ macro_rules! every_case {
             hidden_states_are_normalized_on_the_way
             quantizing_is_bit_for_bit_the_hosts
             rotation_equals_the_reference
-            the_best_logits_are_found
+            the_first_of_the_largest_logits_is_found
             the_tokens_of_an_expert_go_there_and_back
+            tokens_are_drawn_as_often_as_they_are_likely
             what_cannot_be_packed_is_noticed
         }
     };
@@ -795,27 +803,4 @@ pub fn the_tokens_of_an_expert_go_there_and_back(gpu: &Arc<Gpu>) {
         }
     }
     near("the sum", &download(&sum, WeightDtype::F32), &exact, 1e-6, Output::F32);
-}
-
-pub fn the_best_logits_are_found(gpu: &Arc<Gpu>) {
-    let best = |logits: &[f32], k: usize| -> Vec<u32> {
-        let indices = buffer(gpu, k * 4);
-        gpu.top_k(&floats(gpu, logits), logits.len(), &indices).unwrap();
-        let mut bytes = vec![0; k * 4];
-        indices.read(&mut bytes).unwrap();
-        bytes.as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect()
-    };
-    for (count, k) in [(1, 1), (5, 5), (300, 1), (1000, 17)] {
-        let mut logits = random(count, 23);
-        logits[count / 2] = logits[0];
-        let mut order: Vec<u32> = (0..count as u32).collect();
-        order.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b)));
-        assert_eq!(best(&logits, k), order[..k], "{count} logits");
-    }
-    // What is not a number is found, wherever it is.
-    for at in [0, 255, 299] {
-        let mut logits = random(300, 23);
-        logits[at] = f32::NAN;
-        assert_eq!(best(&logits, 1), [at as u32]);
-    }
 }

@@ -39,7 +39,8 @@ macro_rules! module {
 pub(super) const MODULES: &[Module] = &[
     module!("attention", NEEDED_CAPABILITY, ["attend_1", "attend_4", "rotate_and_store"]),
     module!("attention_mma", TENSOR_CORES, ["attend_many_128", "attend_many_256", "attend_many_64"]),
-    module!("elementwise", NEEDED_CAPABILITY, ["activate", "embed", "gather", "scatter_add", "top_k"]),
+    module!("choose", NEEDED_CAPABILITY, ["cut", "draw", "largest"]),
+    module!("elementwise", NEEDED_CAPABILITY, ["activate", "embed", "gather", "scatter_add"]),
     module!(
         "matmul",
         NEEDED_CAPABILITY,
@@ -127,7 +128,7 @@ fn activation_number(activation: Activation) -> i32 {
 }
 
 /// A dimension as a kernel takes it. Configurations allow none above 2^28.
-fn int(n: usize) -> Argument<'static> {
+pub(super) fn int(n: usize) -> Argument<'static> {
     Argument::I32(i32::try_from(n).unwrap_or_else(|_| unreachable!("a dimension of {n}")))
 }
 
@@ -573,19 +574,5 @@ impl Gpu {
         let regions = [x, tokens, weights].map(Argument::Region);
         let arguments = [&regions[..], &[int(width), Argument::Region(out)]].concat();
         self.launch("scatter_add", (count, 1), 256, &arguments)
-    }
-
-    /// The indices of the largest of `count` f32 in `logits`, best first, as many as `indices` has u32.
-    ///
-    /// # Errors
-    /// The driver fails.
-    ///
-    /// # Panics
-    /// A region is shorter than the shapes say.
-    pub fn top_k(&self, logits: &Region, count: usize, indices: &Region) -> Result<()> {
-        let k = indices.len() / size_of::<u32>();
-        assert!(k <= count, "more of the best than there are");
-        holds(logits, count, FLOAT);
-        self.launch("top_k", (1, 1), 256, &[Argument::Region(logits), int(count), int(k), Argument::Region(indices)])
     }
 }

@@ -5,11 +5,13 @@
 //! | --- | --- |
 //! | `driver.rs` | contexts, memory, copies |
 //! | `kernels.rs` | a typed launch for each kernel of `kernels/*.cu` |
+//! | `choice.rs` | the launches that choose a token |
 //! | `launch.rs` | launches, and those that are repeated in one call; with `driver.rs` all that is unsafe |
 //! | `operands.rs` | what they are given: matrices, norms, caches |
 //! | `stage.rs` | a run of modules on one GPU |
 //! | `upload.rs` | rows from the host into the canonical packing |
 
+mod choice;
 mod driver;
 mod kernels;
 mod launch;
@@ -17,6 +19,7 @@ mod operands;
 mod stage;
 mod upload;
 
+pub use choice::Choosing;
 pub use driver::{Buffer, Gpu, Pinned, Region};
 pub use operands::{Affine, Attention, Cache, DeviceMatrix, Input, MAX_HEAD_DIM, Norm, Output, Scratch};
 pub use stage::{CudaStage, Parameters, Workspace};

@@ -5,13 +5,15 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::launch::Graph;
-use super::{Affine, Attention, Cache, DeviceMatrix, Gpu, Input, MAX_HEAD_DIM, Norm, Output, Region, Scratch, arena};
+use super::{
+    Affine, Attention, Cache, Choosing, DeviceMatrix, Gpu, Input, MAX_HEAD_DIM, Norm, Output, Region, Scratch, arena,
+};
 use crate::architecture::{Part, Role};
 use crate::backend::cpu::{route, soft_cap};
-use crate::backend::{Best, Hidden, Stage};
+use crate::backend::{Choice, Chosen, Hidden, Stage};
 use crate::error::{Error, Result};
 use crate::model_config::{Experts, Layer, ModelConfig};
-use crate::plan::memory::{self, CUDA_BUFFERS};
+use crate::plan::memory::{self, CUDA_BUFFERS, CudaChoice};
 use crate::quant::WeightDtype;
 
 /// Bytes of a u32 or an f32.
@@ -64,6 +66,8 @@ pub struct Workspace {
     frequencies: Vec<Region>,
     scratch: Scratch,
     position: Region,
+    choice: Region,
+    seen: Region,
 }
 
 impl Workspace {
@@ -84,8 +88,10 @@ impl Workspace {
             unreachable!("an arena has a region for every size")
         };
         let [hidden, normed, query, key, value, attended, gate, up, rest @ ..] = regions;
-        let [branch, routes, gathered, expert, shares, logits, tokens, table, parts, arrivals, position] = rest;
+        let [branch, routes, gathered, expert, shares, logits, tokens, table, parts, arrivals, position, choice, seen] =
+            rest;
         arrivals.clear()?;
+        choice.clear()?;
         let mut end = 0;
         let frequencies = config.ropes.iter().map(|rope| {
             let frequencies = rope.frequencies(context);
@@ -113,6 +119,8 @@ impl Workspace {
             tokens,
             scratch: Scratch { parts, arrivals },
             position,
+            choice,
+            seen,
         })
     }
 }
@@ -144,13 +152,22 @@ pub struct CudaStage {
     parameters: Parameters,
     blocks: Vec<Block>,
     step: Step,
+    choice: Choice,
 }
 
 impl CudaStage {
     /// A stage without modules, for sequences of at most `context` tokens.
     pub fn new(config: &ModelConfig, context: usize, workspace: Arc<Workspace>) -> Self {
         let config = config.clone();
-        Self { workspace, config, context, parameters: Parameters::default(), blocks: Vec::new(), step: Step::New }
+        Self {
+            workspace,
+            config,
+            context,
+            parameters: Parameters::default(),
+            blocks: Vec::new(),
+            step: Step::New,
+            choice: Choice::GREEDY,
+        }
     }
 
     /// Gives the stage the parameters of a module that is no block.
@@ -418,17 +435,31 @@ impl Stage for CudaStage {
         Ok(())
     }
 
-    fn best(&mut self, hidden: &mut Hidden) -> Result<Option<Best>> {
-        if !self.head(hidden)? {
-            return Ok(None);
+    fn prepare(&mut self, choice: &Choice, seen: &[u32]) -> Result<bool> {
+        if self.parameters.find(Role::Head).is_none() {
+            return Ok(false);
         }
-        // A soft cap keeps the order.
+        self.choice = *choice;
+        if choice.is_penalized() {
+            let mut bits = vec![0u32; self.config.vocab_size.div_ceil(32)];
+            for token in seen {
+                bits[*token as usize / 32] |= 1 << (token % 32);
+            }
+            self.workspace.seen.write(bytemuck::must_cast_slice(&bits))?;
+        }
+        Ok(true)
+    }
+
+    fn choose(&mut self, hidden: &mut Hidden, draw: u32) -> Result<Chosen> {
+        self.head(hidden)?;
         let w = &*self.workspace;
-        let index = w.tokens.part(0, WORD);
-        w.gpu.top_k(&w.logits, self.config.vocab_size, &index)?;
-        let (mut token, mut logit) = ([0u32], [0.0f32]);
-        index.read(bytemuck::must_cast_slice_mut(&mut token))?;
-        w.logits.part(token[0] as usize * WORD, WORD).read(bytemuck::must_cast_slice_mut(&mut logit))?;
-        Ok(Some(Best { token: token[0], logit: logit[0] }))
+        let chosen = w.tokens.part(0, CudaChoice::CHOSEN);
+        chosen.part(2 * WORD, WORD).fill(draw)?;
+        let choosing = Choosing { scratch: &w.choice, seen: &w.seen, chosen: &chosen };
+        let softcap = self.config.logit_softcap.unwrap_or(0.0);
+        w.gpu.choose(&self.choice, softcap, &w.logits, self.config.vocab_size, &choosing)?;
+        let mut words = [0u32; 2];
+        chosen.read(bytemuck::must_cast_slice_mut(&mut words))?;
+        Ok(Chosen { token: words[0], is_finite: words[1] == 0 })
     }
 }

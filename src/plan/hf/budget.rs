@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::flat::Flat;
-use super::{Mode, Model};
+use super::{Model, Strategy};
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::device_map::MaxMemory;
@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 /// The part of free memory that is planned with.
 const USED: f64 = 0.9;
 
-/// The budgets of `mode`, in whole bytes; the disk has no limit.
+/// The budgets of `strategy`, in whole bytes; the disk has no limit.
 ///
 /// - `max_memory` holds as it is, also above what is free, and a device that
 ///   it does not name is not used; without it, `free` holds, the host's at 90 %;
@@ -30,15 +30,20 @@ const USED: f64 = 0.9;
 /// # Errors
 /// `balanced_low_0` and GPUs that are not numbered from 0 without a gap,
 /// for which Transformers raises a `KeyError`.
-pub fn budgets(model: &Model, free: &MaxMemory, max_memory: Option<&MaxMemory>, mode: Mode) -> Result<MaxMemory> {
+pub fn budgets(
+    model: &Model,
+    free: &MaxMemory,
+    max_memory: Option<&MaxMemory>,
+    strategy: Strategy,
+) -> Result<MaxMemory> {
     let mut budgets: BTreeMap<DeviceId, f64> =
         max_memory.unwrap_or(free).iter().map(|(id, bytes)| (*id, bytes.0 as f64)).collect();
     if max_memory.is_none() {
         budgets.remove(&DeviceId::Disk);
         budgets.entry(DeviceId::Cpu).and_modify(|budget| *budget *= USED);
     }
-    if mode != Mode::Sequential {
-        balance(model, &mut budgets, max_memory.is_none(), mode == Mode::BalancedLowZero)?;
+    if strategy != Strategy::HfSequential {
+        balance(model, &mut budgets, max_memory.is_none(), strategy == Strategy::HfBalancedLowZero)?;
     }
     if model.is_quantized {
         for budget in budgets.values_mut() {
@@ -49,7 +54,7 @@ pub fn budgets(model: &Model, free: &MaxMemory, max_memory: Option<&MaxMemory>, 
 }
 
 fn balance(model: &Model, budgets: &mut BTreeMap<DeviceId, f64>, is_default: bool, low_zero: bool) -> Result<()> {
-    let is_gpu = |id: &DeviceId| matches!(id, DeviceId::Cuda(_));
+    let is_gpu = |id: &DeviceId| id.is_gpu();
     let usable: Vec<DeviceId> =
         budgets.iter().filter(|(id, budget)| is_gpu(id) && **budget > 0.0).map(|(id, _)| *id).collect();
     let Some((_, all_but_last)) = usable.split_last() else {

@@ -1,7 +1,5 @@
 //! A model's tree as a list in which every subtree is a range.
 
-use std::ops::Range;
-
 use super::{Model, Module, Tensor, join};
 
 /// A module, a parameter or a buffer.
@@ -12,28 +10,24 @@ pub struct Node {
     pub bytes: u64,
     /// One behind the last node that it holds.
     pub end: usize,
-    /// Whether it is a module and no tensor.
-    pub is_module: bool,
-    /// Whether it must not be split.
-    pub is_whole: bool,
-    /// Its own parameters.
-    pub parameters: Range<usize>,
-    /// Its own buffers.
-    pub buffers: Range<usize>,
-    /// Its children.
-    pub children: Vec<usize>,
+    /// What it is.
+    pub kind: Kind,
+}
+
+/// What a node is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Buffer,
+    Module,
+    Parameter,
+    /// A module that must not be split.
+    Whole,
 }
 
 impl Node {
-    /// Whether it may be replaced by its parts.
-    pub fn is_splittable(&self) -> bool {
-        !self.children.is_empty() && !self.is_whole
-    }
-
-    /// What takes its place when it is split. Its own buffers are not among
-    /// it: Transformers forgets them.
-    pub fn parts(&self) -> impl DoubleEndedIterator<Item = usize> {
-        self.parameters.clone().chain(self.children.iter().copied())
+    /// Whether it is a module and no tensor.
+    pub fn is_module(&self) -> bool {
+        matches!(self.kind, Kind::Module | Kind::Whole)
     }
 
     /// Whether `path` holds this node's path as Transformers tests it: as a
@@ -43,7 +37,7 @@ impl Node {
     }
 }
 
-/// All nodes, each before what it holds; the root is the first.
+/// All nodes, each before what it holds: parameters, buffers, modules. The root is the first.
 pub struct Flat {
     pub nodes: Vec<Node>,
 }
@@ -51,58 +45,52 @@ pub struct Flat {
 impl Flat {
     pub fn new(model: &Model) -> Self {
         let mut flat = Self { nodes: Vec::new() };
-        flat.add(model, &model.root, String::new());
+        flat.add(model, &model.root, "");
         flat
     }
 
-    fn add(&mut self, model: &Model, module: &Module, path: String) -> usize {
+    fn add(&mut self, model: &Model, module: &Module, path: &str) {
         let at = self.nodes.len();
-        let paths: Vec<String> = module.children.iter().map(|(name, _)| join(&path, name)).collect();
-        let mut tensors = Vec::new();
-        for Tensor { name, bytes } in module.parameters.iter().chain(&module.buffers) {
-            let path = join(&path, name);
-            tensors.push((if model.ties.contains_key(&path) { 0 } else { bytes.0 }, path));
+        let kind = if module.is_whole { Kind::Whole } else { Kind::Module };
+        self.nodes.push(Node { path: path.to_owned(), bytes: 0, end: at, kind });
+        let parameters = module.parameters.iter().map(|tensor| (tensor, Kind::Parameter));
+        for (Tensor { name, bytes }, kind) in parameters.chain(module.buffers.iter().map(|t| (t, Kind::Buffer))) {
+            let path = join(path, name);
+            let bytes = if model.ties.contains_key(&path) { 0 } else { bytes.0 };
+            self.nodes.push(Node { path, bytes, end: self.nodes.len() + 1, kind });
         }
-        let parameters = at + 1..at + 1 + module.parameters.len();
-        let buffers = parameters.end..parameters.end + module.buffers.len();
-        self.nodes.push(Node {
-            path,
-            bytes: 0,
-            end: 0,
-            is_module: true,
-            is_whole: module.is_whole,
-            parameters,
-            buffers,
-            children: Vec::new(),
-        });
-        for (bytes, path) in tensors {
-            let tensor = self.nodes.len();
-            self.nodes.push(Node {
-                path,
-                bytes,
-                end: tensor + 1,
-                is_module: false,
-                is_whole: false,
-                parameters: 0..0,
-                buffers: 0..0,
-                children: Vec::new(),
-            });
+        for (name, child) in &module.children {
+            self.add(model, child, &join(path, name));
         }
-        let mut bytes = self.own_bytes(at);
-        for ((_, child), path) in module.children.iter().zip(paths) {
-            let child = self.add(model, child, path);
-            bytes = bytes.saturating_add(self.nodes[child].bytes);
-            self.nodes[at].children.push(child);
-        }
-        (self.nodes[at].bytes, self.nodes[at].end) = (bytes, self.nodes.len());
-        at
+        self.nodes[at].end = self.nodes.len();
+        self.nodes[at].bytes = self.bytes(self.children(at));
     }
 
-    /// Bytes of a module's own parameters and buffers.
-    fn own_bytes(&self, module: usize) -> u64 {
-        let node = &self.nodes[module];
-        let tensors = &self.nodes[node.parameters.start..node.buffers.end];
-        tensors.iter().fold(0, |sum, tensor| sum.saturating_add(tensor.bytes))
+    /// What a node holds itself.
+    pub fn children(&self, node: usize) -> impl Iterator<Item = usize> {
+        let end = self.nodes[node].end;
+        let is_inside = move |at: &usize| *at < end;
+        std::iter::successors(Some(node + 1).filter(is_inside), move |at| Some(self.nodes[*at].end).filter(is_inside))
+    }
+
+    /// The modules that a node holds itself.
+    pub fn modules(&self, node: usize) -> impl Iterator<Item = usize> {
+        self.children(node).filter(|child| self.nodes[*child].is_module())
+    }
+
+    /// What takes a node's place when it is split. Its own buffers are not among
+    /// it: Transformers forgets them.
+    pub fn parts(&self, node: usize) -> impl Iterator<Item = usize> {
+        self.children(node).filter(|child| self.nodes[*child].kind != Kind::Buffer)
+    }
+
+    /// Whether a node may be replaced by its parts.
+    pub fn is_splittable(&self, node: usize) -> bool {
+        self.nodes[node].kind == Kind::Module && self.modules(node).next().is_some()
+    }
+
+    fn bytes(&self, nodes: impl Iterator<Item = usize>) -> u64 {
+        nodes.fold(0, |sum, node| sum.saturating_add(self.nodes[node].bytes))
     }
 
     /// Bytes of the whole model.
@@ -113,13 +101,9 @@ impl Flat {
     /// Bytes of the largest module that must not be split, or of the largest
     /// that modules other than the root hold themselves, whichever are more.
     pub fn largest_unit(&self) -> u64 {
-        let whole = self.nodes.iter().filter(|node| node.is_whole).map(|node| node.bytes);
-        let leaves = (1..self.nodes.len()).filter(|at| self.nodes[*at].is_module);
-        whole.chain(leaves.map(|at| self.own_bytes(at))).max().unwrap_or(0)
-    }
-
-    /// The node of a path.
-    pub fn find(&self, path: &str) -> Option<usize> {
-        self.nodes.iter().position(|node| node.path == path)
+        let whole = self.nodes.iter().filter(|node| node.kind == Kind::Whole).map(|node| node.bytes);
+        let own_tensors = |module| self.children(module).filter(|child| !self.nodes[*child].is_module());
+        let modules = (1..self.nodes.len()).filter(|at| self.nodes[*at].is_module());
+        whole.chain(modules.map(|module| self.bytes(own_tensors(module)))).max().unwrap_or(0)
     }
 }

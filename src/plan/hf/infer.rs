@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use super::flat::Flat;
+use super::flat::{Flat, Kind};
 use super::{Model, Placement, join};
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
@@ -45,17 +45,14 @@ pub fn infer_auto_device_map(model: &Model, budgets: &MaxMemory) -> Result<Place
             placed.extend([node].into_iter().chain(partners).map(|node| (node, device)));
             continue;
         }
-        let is_splittable = |other: &&usize| flat.nodes[**other].is_splittable();
+        walk.queue.push_front(node);
         if fits(bytes)
-            && let Some(other) = partners.iter().find(is_splittable)
+            && let Some(other) = partners.iter().find(|other| flat.is_splittable(**other))
         {
-            walk.queue.push_front(node);
             walk.split(*other);
-        } else if flat.nodes[node].is_splittable() {
-            walk.queue.push_front(node);
+        } else if flat.is_splittable(node) {
             walk.split(node);
         } else {
-            walk.queue.push_front(node);
             (device, used) = (devices.next().unwrap_or(DeviceId::Disk), 0);
         }
     }
@@ -80,13 +77,9 @@ struct Walk<'a> {
 
 impl<'a> Walk<'a> {
     fn new(flat: &'a Flat) -> Self {
-        let root = &flat.nodes[0];
-        let mut walk = Self {
-            flat,
-            queue: root.parts().chain(root.buffers.clone()).collect(),
-            largest: 0,
-            largest_layers: Vec::new(),
-        };
+        let buffers = flat.children(0).filter(|child| flat.nodes[*child].kind == Kind::Buffer);
+        let queue = flat.parts(0).chain(buffers).collect();
+        let mut walk = Self { flat, queue, largest: 0, largest_layers: Vec::new() };
         walk.find_largest(true);
         walk
     }
@@ -107,11 +100,11 @@ impl<'a> Walk<'a> {
     fn find_largest(&mut self, with_tensors: bool) {
         (self.largest, self.largest_layers) = (0, Vec::new());
         let mut left: Vec<usize> = self.queue.iter().copied().collect();
-        left.retain(|at| with_tensors || self.flat.nodes[*at].is_module);
+        left.retain(|at| with_tensors || self.flat.nodes[*at].is_module());
         while let Some(at) = left.pop() {
             let node = &self.flat.nodes[at];
-            if node.is_splittable() {
-                left.extend(&node.children);
+            if self.flat.is_splittable(at) {
+                left.extend(self.flat.modules(at));
                 continue;
             }
             if node.bytes > self.largest {
@@ -125,7 +118,7 @@ impl<'a> Walk<'a> {
 
     /// Puts the parts of a module of the queue in its place.
     fn split(&mut self, node: usize) {
-        let parts: Vec<usize> = self.flat.nodes[node].parts().collect();
+        let parts: Vec<usize> = self.flat.parts(node).collect();
         let replace = |at: usize| if at == node { parts.clone() } else { vec![at] };
         self.queue = self.queue.drain(..).flat_map(replace).collect();
         self.find_largest(false);
@@ -155,7 +148,7 @@ fn tie_groups(model: &Model, flat: &Flat) -> Result<Vec<Vec<usize>>> {
     for (target, source) in &model.ties {
         groups.entry(source).or_default().extend([target.as_str(), source]);
     }
-    let node = |path: &str| flat.find(path).ok_or_else(|| cannot_tie(path));
+    let node = |path: &str| flat.nodes.iter().position(|node| node.path == path).ok_or_else(|| cannot_tie(path));
     groups.into_values().map(|group| group.into_iter().map(node).collect()).collect()
 }
 

@@ -14,8 +14,10 @@ mod infer;
 mod tree;
 
 use std::collections::BTreeMap;
-use std::fmt;
 
+use indexmap::IndexMap;
+
+use super::Strategy;
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::device_map::MaxMemory;
@@ -24,38 +26,7 @@ use crate::module_path::longest_prefix;
 
 pub use budget::budgets;
 pub use infer::{clean_device_map, infer_auto_device_map};
-pub use tree::{Quantization, tree_of};
-
-/// How the budgets are made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Mode {
-    /// `auto`, which is `balanced`: every GPU but the last is limited to a share of the model.
-    Auto,
-    /// `balanced_low_0`: as `auto`, with as little as possible on GPU 0.
-    BalancedLowZero,
-    /// `sequential`: every GPU is filled in turn.
-    Sequential,
-}
-
-impl Mode {
-    /// All modes.
-    pub const ALL: [Self; 3] = [Self::Auto, Self::BalancedLowZero, Self::Sequential];
-
-    /// The name that Transformers gives it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Auto => "auto",
-            Self::BalancedLowZero => "balanced_low_0",
-            Self::Sequential => "sequential",
-        }
-    }
-}
-
-impl fmt::Display for Mode {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
-    }
-}
+pub use tree::tree_of;
 
 /// A parameter or a buffer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,7 +47,7 @@ pub struct Module {
     /// Its own buffers, persistent or not.
     pub buffers: Vec<Tensor>,
     /// Its children and their names, in the order they are registered. A name has no dot.
-    pub children: Vec<(String, Module)>,
+    pub children: IndexMap<String, Module>,
 }
 
 /// A model to place.
@@ -106,23 +77,13 @@ impl Placement {
         let at = longest_prefix(self.device_map.keys().map(String::as_str), path)?;
         self.device_map.values().nth(at).copied()
     }
-
-    /// Whether Transformers refuses to load a model that bitsandbytes quantizes
-    /// this way: a part of it, but not all of it on the CPU, is off the GPUs.
-    pub fn is_refused_by_bitsandbytes(&self) -> bool {
-        let is_off = |device: &DeviceId| !matches!(device, DeviceId::Cuda(_));
-        self.device_map.values().any(is_off) && self.device_map.values().any(|device| *device != DeviceId::Cpu)
-    }
 }
 
-/// What `from_pretrained(device_map=mode, max_memory=max_memory)` chooses where
+/// What `from_pretrained(device_map=strategy, max_memory=max_memory)` chooses where
 /// `free` bytes are free: those of every GPU as `mem_get_info` gives them, and
 /// those of the host.
-///
-/// # Errors
-/// Transformers fails: see [`budgets`] and [`infer_auto_device_map`].
-pub fn place(model: &Model, free: &MaxMemory, max_memory: Option<&MaxMemory>, mode: Mode) -> Result<Placement> {
-    infer_auto_device_map(model, &budgets(model, free, max_memory, mode)?)
+pub fn place(model: &Model, free: &MaxMemory, max_memory: Option<&MaxMemory>, strategy: Strategy) -> Result<Placement> {
+    infer_auto_device_map(model, &budgets(model, free, max_memory, strategy)?)
 }
 
 /// The path of `name` in the module at `path`.

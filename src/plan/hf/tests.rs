@@ -68,7 +68,7 @@ fn maps_of_small_models() {
 #[test]
 fn what_is_tied_goes_together() {
     let mut shared = small();
-    shared.children[0].1.parameters[0] = tensor("weight", 20);
+    shared.children[0].parameters[0] = tensor("weight", 20);
     let shared = tied(shared, &[("linear2.weight", "linear1.weight")]);
     assert_map(&shared, &json!({"0": 200, "1": 200}), &json!({"": 0}));
 
@@ -125,7 +125,7 @@ fn balanced_budgets() {
         (json!({"0": 0, "1": 300, "2": 300}), json!({"0": 0, "1": 243, "2": 300})),
         (json!({"0": 0, "cpu": 100}), json!({"0": 0, "cpu": 100})),
     ] {
-        let budgets = super::budgets(&model, &MaxMemory::new(), Some(&memory(&user)), Mode::Auto).unwrap();
+        let budgets = super::budgets(&model, &MaxMemory::new(), Some(&memory(&user)), Strategy::HfAuto).unwrap();
         assert_eq!(budgets, memory(&expected), "{user}");
     }
 }
@@ -135,20 +135,20 @@ fn what_is_kept_free() {
     let mut model = tied(small(), &[]);
     let free = memory(&json!({"0": 1001, "cpu": 10_001, "disk": 5}));
     let budgets = |model: &Model, mode| super::budgets(model, &free, None, mode).unwrap();
-    assert_eq!(budgets(&model, Mode::Auto), memory(&json!({"0": 900, "cpu": 9000})));
-    assert_eq!(budgets(&model, Mode::BalancedLowZero), memory(&json!({"0": 900, "cpu": 9000})));
-    assert_eq!(budgets(&model, Mode::Sequential), memory(&json!({"0": 1001, "cpu": 9000})));
+    assert_eq!(budgets(&model, Strategy::HfAuto), memory(&json!({"0": 900, "cpu": 9000})));
+    assert_eq!(budgets(&model, Strategy::HfBalancedLowZero), memory(&json!({"0": 900, "cpu": 9000})));
+    assert_eq!(budgets(&model, Strategy::HfSequential), memory(&json!({"0": 1001, "cpu": 9000})));
     model.is_quantized = true;
     // 1001 * 0.9 * 0.9 and 10001 * 0.9 * 0.9; only the last product is cut.
-    assert_eq!(budgets(&model, Mode::Auto), memory(&json!({"0": 810, "cpu": 8100})));
-    assert_eq!(budgets(&model, Mode::Sequential), memory(&json!({"0": 900, "cpu": 8100})));
+    assert_eq!(budgets(&model, Strategy::HfAuto), memory(&json!({"0": 810, "cpu": 8100})));
+    assert_eq!(budgets(&model, Strategy::HfSequential), memory(&json!({"0": 900, "cpu": 8100})));
 }
 
 #[test]
 fn what_makes_transformers_fail_is_an_error() {
     let model = tied(small(), &[]);
     for gap in [json!({"0": 300, "2": 300}), json!({"1": 300, "2": 300})] {
-        let error = budgets(&model, &memory(&gap), None, Mode::BalancedLowZero).unwrap_err();
+        let error = budgets(&model, &memory(&gap), None, Strategy::HfBalancedLowZero).unwrap_err();
         assert!(error.to_string().contains("without a gap"), "{error}");
     }
     let both = Module { parameters: vec![tensor("a", 9), tensor("b", 9)], ..Module::default() };

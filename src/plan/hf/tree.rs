@@ -6,55 +6,43 @@ use super::{Model, Module, Tensor, join};
 use crate::architecture::{ModuleKind, ModuleTree, Parameter, Part, Role};
 use crate::bytes::Bytes;
 use crate::model_config::{ModelConfig, Rope};
-use crate::quant::WeightDtype;
+use crate::quant::{Scheme, WeightDtype};
 
-/// What bitsandbytes makes of the linear layers of the blocks. The embedding,
-/// the head, norms and biases keep their dtype.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Quantization {
-    /// `load_in_4bit`: half a byte a weight, scales not counted.
-    FourBit,
-    /// `load_in_8bit`: one byte a weight, scales not counted.
-    EightBit,
-    /// Nothing.
-    None,
-}
-
-impl Quantization {
-    /// Bytes of a parameter whose dtype is `dtype`.
-    fn bytes(self, parameter: &Parameter, dtype: WeightDtype) -> u64 {
-        let elements = (parameter.rows as u64).saturating_mul(parameter.cols as u64);
-        match self {
-            Self::FourBit => elements.div_ceil(2),
-            Self::EightBit => elements,
-            Self::None => elements.saturating_mul(dtype.size() as u64),
-        }
+/// Bytes of a parameter whose dtype is `dtype`, as bitsandbytes' counterpart of `scheme` stores it:
+/// half a byte a weight for `load_in_4bit`, one for `load_in_8bit`, scales not counted.
+fn bytes(parameter: &Parameter, dtype: WeightDtype, scheme: Scheme) -> u64 {
+    let elements = (parameter.rows as u64).saturating_mul(parameter.cols as u64);
+    match scheme {
+        Scheme::Int4 | Scheme::Nl4 => elements.div_ceil(2),
+        Scheme::Int8 => elements,
+        Scheme::None => elements.saturating_mul(dtype.size() as u64),
     }
 }
 
 /// `modules` as Transformers counts them when it loads every weight as `dtype`,
-/// which is config.json's, or the checkpoint's where that names none.
+/// which is config.json's, or the checkpoint's where that names none, and bitsandbytes
+/// quantizes the linear layers of the blocks.
 ///
 /// The order is that of registration: in a block attention, feed-forward layer
 /// and norms; then the final norm, the frequencies of RoPE (two f32 buffers of
 /// `rotary_dim / 2` for each of the model's ropes) and the head. The matrices of
 /// all experts are parameters of one module and no linear layers, so that
 /// bitsandbytes leaves them as they are; so are the scores of the experts.
-pub fn tree_of(config: &ModelConfig, modules: &ModuleTree, dtype: WeightDtype, quantization: Quantization) -> Model {
+pub fn tree_of(config: &ModelConfig, modules: &ModuleTree, dtype: WeightDtype, scheme: Scheme) -> Model {
     let mut root = Module::default();
     for module in &modules.modules {
-        let is_block = matches!(module.kind, ModuleKind::Block(_));
+        let is_block = module.is_block();
         descend(&mut root, &module.path).is_whole = is_block;
         let mut parameters: Vec<&Parameter> = module.parameters.iter().collect();
         parameters.sort_by_key(|parameter| parameter.role.is_norm());
         for parameter in parameters {
             let is_expert = matches!(parameter.role, Role::ExpertGate(_) | Role::ExpertUp(_) | Role::ExpertDown(_));
             let is_quantized = is_block && parameter.is_quantizable() && !is_expert;
-            let stored = if is_quantized { quantization } else { Quantization::None };
+            let stored = if is_quantized { scheme } else { Scheme::None };
             // An expert's module is `experts.N.up_proj`, which Transformers holds in `experts`.
             let path = parameter.module.rsplitn(if is_expert { 3 } else { 1 }, '.').last().unwrap_or_default();
             let name = if parameter.part == Part::Bias { "bias" } else { WEIGHT };
-            let tensor = Tensor { name: name.to_owned(), bytes: Bytes(stored.bytes(parameter, dtype)) };
+            let tensor = Tensor { name: name.to_owned(), bytes: Bytes(bytes(parameter, dtype, stored)) };
             descend(&mut root, path).parameters.push(tensor);
         }
         let buffer = |name: String, bytes: usize| Tensor { name, bytes: Bytes(bytes as u64) };
@@ -86,12 +74,12 @@ pub fn tree_of(config: &ModelConfig, modules: &ModuleTree, dtype: WeightDtype, q
         && let [embedding, .., head] = modules.modules.as_slice()
     {
         for parameter in &embedding.parameters {
-            let bytes = Bytes(Quantization::None.bytes(parameter, dtype));
+            let bytes = Bytes(bytes(parameter, dtype, Scheme::None));
             descend(&mut root, &head.path).parameters.push(Tensor { name: WEIGHT.to_owned(), bytes });
             ties.insert(join(&head.path, WEIGHT), parameter.tensor());
         }
     }
-    Model { root, ties, is_quantized: quantization != Quantization::None }
+    Model { root, ties, is_quantized: scheme != Scheme::None }
 }
 
 /// The name of a weight in its module.
@@ -99,11 +87,5 @@ const WEIGHT: &str = "weight";
 
 /// The module at `path` under `module`, made where it is not there yet.
 fn descend<'a>(module: &'a mut Module, path: &str) -> &'a mut Module {
-    path.split('.').fold(module, |module, name| {
-        let at = module.children.iter().position(|(child, _)| child == name).unwrap_or_else(|| {
-            module.children.push((name.to_owned(), Module::default()));
-            module.children.len() - 1
-        });
-        &mut module.children[at].1
-    })
+    path.split('.').fold(module, |module, name| module.children.entry(name.to_owned()).or_default())
 }

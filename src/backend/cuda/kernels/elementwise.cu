@@ -1,4 +1,4 @@
-// Embedding rows, activations, the tokens of an expert, and the best of the logits.
+// Embedding rows, activations, and the tokens of an expert.
 #include "common.cuh"
 
 // hidden[t] = scale * row tokens[t] of the embedding, or hidden[t] += the same if `add`; the embedding is
@@ -48,38 +48,4 @@ KERNEL(256) scatter_add(const float* x, const unsigned* tokens, const float* wei
     begin();
     float* row = out + (size_t)tokens[blockIdx.x] * width;
     for (int i = threadIdx.x; i < width; i += blockDim.x) row[i] = fmaf(weights[blockIdx.x], x[(size_t)blockIdx.x * width + i], row[i]);
-}
-
-// The k largest of `count` logits, best first, the lower index first among equals; k = 1 is argmax.
-// What is not a number counts as infinity, so that it is found.
-// logits: f32 [count]. indices: u32 [k]. k: at most count. Launch: 1 block of 256 threads.
-KERNEL(256) top_k(const float* logits, int count, int k, unsigned* indices) {
-    begin();
-    __shared__ float values[256];
-    __shared__ int places[256];
-    float last = __uint_as_float(0x7f800000u);
-    int last_place = -1;
-    for (int rank = 0; rank < k; rank++) {
-        float best = __uint_as_float(0xff800000u);
-        int place = count;
-        for (int i = threadIdx.x; i < count; i += blockDim.x) {
-            float v = logits[i] == logits[i] ? logits[i] : __uint_as_float(0x7f800000u);
-            bool is_left = v < last || (v == last && i > last_place);
-            if (is_left && (place == count || v > best)) best = v, place = i;
-        }
-        values[threadIdx.x] = best, places[threadIdx.x] = place;
-        for (int half = blockDim.x / 2; half > 0; half /= 2) {
-            __syncthreads();
-            int other = threadIdx.x + half;
-            if ((int)threadIdx.x < half && places[other] < count) {
-                float a = values[threadIdx.x], b = values[other];
-                if (places[threadIdx.x] == count || b > a || (b == a && places[other] < places[threadIdx.x]))
-                    values[threadIdx.x] = b, places[threadIdx.x] = places[other];
-            }
-        }
-        __syncthreads();
-        last = values[0], last_place = places[0];
-        if (threadIdx.x == 0) indices[rank] = last_place;
-        __syncthreads();
-    }
 }
