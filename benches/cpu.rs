@@ -18,6 +18,7 @@ use evenkeel::generate::GenerateOptions;
 use evenkeel::loader::{LoadOptions, Model};
 use evenkeel::plan::{Inventory, Plan, PlanOptions};
 use evenkeel::quant::{GROUP_SIZE, Matrix, MatrixLayout, Scheme, Storage, WeightDtype};
+use synthetic::{SHAPES, Shape};
 
 /// Bytes that are read to measure the bandwidth: far more than caches hold.
 const MEMORY: usize = 1 << 30;
@@ -27,6 +28,7 @@ const STORAGES: [(&str, Storage); 4] = [
     ("nl4", Storage::Nl4),
     ("bf16", Storage::Plain(WeightDtype::Bf16)),
 ];
+const SHAPE: Shape = SHAPES[1];
 /// Tokens of the prompt, and how many are generated behind it.
 const TOKENS: (usize, usize) = (512, 64);
 
@@ -136,9 +138,9 @@ fn load(checkpoint: &Checkpoint, scheme: Scheme) -> Model {
 
 #[allow(clippy::print_stdout, reason = "shares are what this is for")]
 fn model(criterion: &mut Criterion) {
-    let checkpoint = Checkpoint::open(synthetic::checkpoint()).expect("a checkpoint");
+    let checkpoint = Checkpoint::open(SHAPE.checkpoint()).expect("a checkpoint");
     let bandwidth = bandwidth(&Pool::of_all_cores());
-    let prompt: Vec<u32> = (0..31_000).map(|i| 3 + i * 61 % 31_000).take(TOKENS.0).collect();
+    let prompt = SHAPE.tokens(TOKENS.0);
     for scheme in [Scheme::Int8, Scheme::Int4, Scheme::Nl4, Scheme::None] {
         // Loaded by the first of those that are not filtered out.
         let mut loaded = None;
@@ -172,7 +174,8 @@ fn model(criterion: &mut Criterion) {
         let Some(model) = loaded else { continue };
         let weights: u64 = model.plan.devices.iter().map(|device| device.weights.0).sum();
         // A token reads one row of the embedding.
-        let read = weights - synthetic::VOCABULARY * synthetic::HIDDEN * if scheme == Scheme::None { 2 } else { 1 };
+        let element = if scheme == Scheme::None { 2 } else { 1 };
+        let read = weights - (SHAPE.vocabulary * SHAPE.hidden * element) as u64;
         let rate = read as f64 * (TOKENS.1 as f64 - 1.0) / fastest;
         println!("{scheme}: loaded {} in {:.2} s", model.report.read, model.report.seconds);
         println!("{scheme}: decode reads {:.1} GB/s, {:.0} % of the bandwidth", rate / 1e9, 100.0 * rate / bandwidth);

@@ -1,137 +1,229 @@
-//! How fast the GPU's kernels are: products of one token and of many, with tensor cores and without,
-//! a block's products in one launch, quantizing, and one token's attention.
-//! The throughput of few tokens is in bytes of weights or of the cache, that of many in multiplications and
-//! additions. Without a GPU nothing is measured.
-#![allow(clippy::print_stdout, reason = "says why nothing is measured")]
+//! How fast the first GPU is, beside what its memory gives in the same run: products, quantizing,
+//! attention, a step, and a whole model: load, prefill, decode by a graph and by launches.
+//!
+//! `cargo bench --bench gpu [-- PART... SHAPE]` prints a page for benches/results. The parts are `products`,
+//! `quantize`, `attention`, `step` and `model`, and all without any; the shapes are those of
+//! support/synthetic.rs, `8b` unless another is named. `model` writes the checkpoint to `target/` once.
+//! Without a GPU nothing is measured.
+#![allow(clippy::print_stdout, reason = "a page is what this is for")]
 
+#[path = "support/gpu_model.rs"]
+mod gpu_model;
+#[path = "support/synthetic.rs"]
+mod synthetic;
+#[path = "support/table.rs"]
+mod table;
+
+use std::process::Command;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use evenkeel::backend::cuda::{Affine, Attention, Cache, DeviceMatrix, Gpu, Input, Output, Region, Scratch};
+use evenkeel::backend::cuda::{
+    Affine, Attention, Cache, DeviceMatrix, Gpu, Input, Installation, Output, Region, Scratch, measure_bandwidth,
+};
 use evenkeel::bytes::Bytes;
 use evenkeel::model_config::Activation;
 use evenkeel::plan::memory::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS, CudaAttention, KvLayout};
 use evenkeel::quant::{KvDtype, MatrixLayout, Storage, WeightDtype};
+use synthetic::Shape;
+use table::{Amount, head, row, seconds};
 
-/// Zeros: what the kernels do does not depend on the numbers, but a GPU's clock may.
-fn zeros(gpu: &Arc<Gpu>, len: usize) -> Region {
-    let region = Region::new(&gpu.allocate("a benchmark", Bytes(len as u64)).expect("memory"), 0, len);
-    region.clear().expect("a GPU that works");
+type Part = (&'static str, fn(&Bench));
+
+const PARTS: [Part; 5] = [
+    ("products", products),
+    ("quantize", quantize),
+    ("attention", attention),
+    ("step", step),
+    ("model", |bench| gpu_model::model(&bench.gpu, &bench.shape)),
+];
+const STORAGES: [(&str, Storage); 4] = [
+    ("bf16", Storage::Plain(WeightDtype::Bf16)),
+    ("int8", Storage::Int8),
+    ("int4", Storage::Int4),
+    ("nl4", Storage::Nl4),
+];
+/// The last compute capability whose kernels do without tensor cores.
+const PLAIN: (i32, i32) = (7, 5);
+/// Bytes of 0x38 are small numbers as codes, as scales, in f16 and in bf16.
+const SMALL: u32 = 0x3838_3838;
+
+/// The GPU, and the shapes of the model that its kernels work for.
+struct Bench {
+    gpu: Arc<Gpu>,
+    shape: Shape,
+}
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
+    let (shapes, parts): (Vec<_>, Vec<_>) = arguments.iter().partition(|name| Shape::named(name).is_some());
+    for part in &parts {
+        assert!(PARTS.iter().any(|(name, _)| name == part), "`{part}` is no part and no shape");
+    }
+    let gpu = match Gpu::open(0) {
+        Ok(gpu) => gpu,
+        Err(error) => return println!("nothing to measure: {error}"),
+    };
+    let shape = shapes.last().map_or("8b", |name| name.as_str());
+    describe(shape, &arguments);
+    let bench = Bench { gpu, shape: Shape::named(shape).expect("a known shape") };
+    for (_, run) in PARTS.iter().filter(|(name, _)| parts.is_empty() || parts.iter().any(|part| part == name)) {
+        run(&bench);
+    }
+}
+
+/// What is measured, on what, and by which command.
+fn describe(shape: &str, arguments: &[String]) {
+    let installed = Installation::find().expect("a driver");
+    let gpu = &installed.gpus[0];
+    let output = |command: &str, arguments: &[&str]| {
+        let output = Command::new(command).args(arguments).output().ok()?;
+        Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    let driver = output("nvidia-smi", &["--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]);
+    let commit = output("git", &["describe", "--always", "--dirty"]);
+    let unknown = || "unknown".to_owned();
+    println!("# {}", gpu.device.name.clone().unwrap_or_else(unknown));
+    println!();
+    println!(
+        "Compute capability {}.{}, {}; driver {}, CUDA {}.{}; evenkeel {} at {}; {} threads.",
+        gpu.capability.0,
+        gpu.capability.1,
+        gpu.device.total,
+        driver.unwrap_or_else(unknown),
+        installed.version.0,
+        installed.version.1,
+        env!("CARGO_PKG_VERSION"),
+        commit.unwrap_or_else(unknown),
+        std::thread::available_parallelism().map_or(1, usize::from)
+    );
+    println!();
+    println!(
+        "`cargo bench --bench gpu -- {}`: shapes of a Llama `{shape}`; medians; limits are measured in the same run.",
+        arguments.join(" ")
+    );
+}
+
+/// How fast the GPU copies within its memory, in bytes that are read or written a second.
+fn copy() -> f64 {
+    let measured = measure_bandwidth(0).expect("a GPU that works").bytes_per_second as f64;
+    row("copy within the GPU", 1.0, Amount::Bytes(measured), None);
+    measured
+}
+
+fn allocate(gpu: &Arc<Gpu>, len: usize) -> Region {
+    let len = len.next_multiple_of(size_of::<u32>());
+    Region::new(&gpu.allocate("a benchmark", Bytes(len as u64)).expect("memory"), 0, len)
+}
+
+fn small(gpu: &Arc<Gpu>, len: usize) -> Region {
+    let region = allocate(gpu, len);
+    region.fill(SMALL).expect("a GPU that works");
     region
 }
 
-/// What blocks that share a product need.
-fn scratch(gpu: &Arc<Gpu>) -> Scratch {
-    let parts = zeros(gpu, CUDA_FEW_BLOCKS * CUDA_FEW_PARTS * 4);
-    Scratch { parts, arrivals: zeros(gpu, CUDA_FEW_BLOCKS * 4) }
+fn tokens_of(count: usize) -> String {
+    if count == 1 { "1 token".to_owned() } else { format!("{count} tokens") }
 }
 
-/// The time of `count` launches, queued one behind the other.
-fn time(gpu: &Gpu, count: u64, mut launch: impl FnMut()) -> Duration {
-    gpu.synchronize().expect("a GPU that works");
-    let start = Instant::now();
-    (0..count).for_each(|_| launch());
-    gpu.synchronize().expect("a GPU that works");
-    start.elapsed()
+/// For products, and for the attention of `tokens`.
+fn scratch(gpu: &Arc<Gpu>, shape: &Shape, tokens: usize, context: usize) -> Scratch {
+    let head_dim = shape.hidden / shape.heads;
+    let [parts, arrivals] = CudaAttention::scratch(shape.heads, shape.kv_heads, head_dim, tokens, context);
+    let parts = allocate(gpu, parts.max(CUDA_FEW_BLOCKS * CUDA_FEW_PARTS * 4));
+    let arrivals = allocate(gpu, arrivals.max(CUDA_FEW_BLOCKS * 4));
+    arrivals.clear().expect("a GPU that works");
+    Scratch { parts, arrivals }
 }
 
-/// The last compute capability whose kernels do without tensor cores.
-const PLAIN: (i32, i32) = (7, 5);
+fn matrix(gpu: &Arc<Gpu>, storage: Storage, rows: usize, cols: usize) -> DeviceMatrix {
+    let layout = MatrixLayout::new(storage, rows, cols).expect("a size");
+    let size = layout.size().as_usize().expect("a size");
+    DeviceMatrix::new(layout, small(gpu, size))
+}
 
-fn kernels(criterion: &mut Criterion) {
-    let (gpu, plain) = match (Gpu::open(0), Gpu::open_as(0, PLAIN)) {
-        (Ok(gpu), Ok(plain)) => (gpu, plain),
-        (Err(error), _) | (_, Err(error)) => return println!("nothing to measure: {error}"),
-    };
-    let mut group = criterion.benchmark_group("gpu");
-    for (name, storage) in [
-        ("bf16", Storage::Plain(WeightDtype::Bf16)),
-        ("int8", Storage::Int8),
-        ("int4", Storage::Int4),
-        ("nl4", Storage::Nl4),
-    ] {
-        for (rows, cols) in [(4096, 4096), (14_336, 4096), (4096, 14_336)] {
-            let layout = MatrixLayout::new(storage, rows, cols).expect("a size");
-            let size = layout.size().as_usize().expect("a size");
-            let quantized = !matches!(storage, Storage::Plain(_));
-            for (gpu, which) in [(&gpu, ""), (&plain, ", plain kernels")] {
-                let matrix = DeviceMatrix::new(layout.clone(), zeros(gpu, size));
-                let scratch = scratch(gpu);
-                for tokens in [1, 8, 512, 4096] {
-                    let (x, y) = (zeros(gpu, tokens * cols * 2), zeros(gpu, tokens * rows * 2));
-                    group.throughput(match tokens {
-                        1 | 8 => Throughput::Bytes(size as u64),
-                        _ => Throughput::Elements((2 * rows * cols * tokens) as u64),
-                    });
-                    group.bench_function(format!("{name} {rows}×{cols}, {tokens} tokens{which}"), |bencher| {
-                        bencher.iter_custom(|count| {
-                            time(gpu, count, || {
-                                let affine = Affine::new(&matrix, None);
-                                let y = (&y, Output::F16, 1.0);
-                                gpu.matmul(&affine, Input::Half(&x), tokens, y, &scratch).expect("a launch");
-                            })
-                        });
-                    });
+fn bytes<'a>(matrices: impl IntoIterator<Item = &'a DeviceMatrix>) -> f64 {
+    matrices.into_iter().map(|matrix| matrix.layout().size().0 as f64).sum()
+}
+
+/// So many matrices in turn that no cache holds them.
+fn rotated(gpu: &Arc<Gpu>, shape: &Shape, storage: Storage, rows: usize, cols: usize) -> Vec<DeviceMatrix> {
+    let size = MatrixLayout::new(storage, rows, cols).expect("a size").size().as_usize().expect("a size");
+    let count = (8 * shape.hidden * shape.feed_forward / size).max(1);
+    (0..count).map(|_| matrix(gpu, storage, rows, cols)).collect()
+}
+
+/// Each product with one token, with eight, with a chunk of a prompt and with all of it, by tensor cores and
+/// without.
+fn products(Bench { gpu, shape }: &Bench) {
+    head("Products");
+    let copy = copy();
+    let plain = Gpu::open_as(0, PLAIN).expect("the same GPU");
+    for (name, storage) in STORAGES {
+        for (rows, cols) in
+            [(shape.hidden, shape.hidden), (shape.feed_forward, shape.hidden), (shape.hidden, shape.feed_forward)]
+        {
+            for (gpu, which) in [(gpu, ""), (&plain, ", without tensor cores")] {
+                let matrices = rotated(gpu, shape, storage, rows, cols);
+                let scratch = scratch(gpu, shape, 1, 1);
+                let mut counts = vec![1, 8, shape.prompt.min(512), shape.prompt];
+                counts.dedup();
+                for tokens in counts {
+                    let (x, y) = (small(gpu, tokens * cols * 2), allocate(gpu, tokens * rows * 2));
+                    let mut at = 0;
+                    let seconds = seconds(
+                        || {
+                            at = (at + 1) % matrices.len();
+                            let affine = Affine::new(&matrices[at], None);
+                            let y = (&y, Output::F16, 1.0);
+                            gpu.matmul(&affine, Input::Half(&x), tokens, y, &scratch).expect("a launch");
+                        },
+                        || gpu.synchronize().expect("a GPU that works"),
+                    );
+                    let what = format!("{name} {rows}×{cols}, {}{which}", tokens_of(tokens));
+                    if tokens > 8 {
+                        row(&what, seconds, Amount::Operations((2 * tokens * rows * cols) as f64), None);
+                    } else {
+                        row(&what, seconds, Amount::Bytes(bytes(&matrices[..1])), Some(copy));
+                    }
                 }
-            }
-            if quantized {
-                let matrix = DeviceMatrix::new(layout, zeros(&gpu, size));
-                let (weights, failed) = (zeros(&gpu, rows * cols * 2), zeros(&gpu, 4));
-                group.throughput(Throughput::Bytes((rows * cols * 2) as u64));
-                group.bench_function(format!("quantize bf16 to {name}, {rows}×{cols}"), |bencher| {
-                    bencher.iter_custom(|count| {
-                        time(&gpu, count, || {
-                            gpu.quantize(&matrix, 0, rows, WeightDtype::Bf16, &weights, &failed).expect("a launch");
-                        })
-                    });
-                });
             }
         }
     }
 }
 
-/// Products of a block of Llama-3-8B that share a launch, for one token.
-fn launches(criterion: &mut Criterion) {
-    let Ok(gpu) = Gpu::open(0) else { return };
-    let mut group = criterion.benchmark_group("gpu");
-    let (cols, wide) = (4096, 14_336);
-    let (x, y, scratch) = (zeros(&gpu, 2 * cols), zeros(&gpu, 2 * wide), scratch(&gpu));
-    let x = Input::Half(&x);
-    for (name, storage) in [("int8", Storage::Int8), ("int4", Storage::Int4)] {
-        let matrices = [4096, 1024, 1024, wide, wide].map(|rows| {
-            let layout = MatrixLayout::new(storage, rows, cols).expect("a size");
-            let size = layout.size().as_usize().expect("a size");
-            DeviceMatrix::new(layout, zeros(&gpu, size))
-        });
-        let [query, key, value, gate, up] = matrices.each_ref().map(|matrix| Affine::new(matrix, None));
-        let bytes = |matrices: &[DeviceMatrix]| matrices.iter().map(|matrix| matrix.layout().size().0).sum();
-        group.throughput(Throughput::Bytes(bytes(&matrices[..3])));
-        group.bench_function(format!("{name} queries, keys and values, 1 token"), |bencher| {
-            let parts = [(&query, &y), (&key, &y), (&value, &y)];
-            bencher.iter_custom(|count| time(&gpu, count, || gpu.matmuls(&parts, x, 1, &scratch).expect("a launch")));
-        });
-        group.throughput(Throughput::Bytes(bytes(&matrices[3..])));
-        group.bench_function(format!("{name} gate and up, 1 token"), |bencher| {
-            bencher.iter_custom(|count| {
-                time(&gpu, count, || {
-                    let (pair, rooms) = ((Some(&gate), &up), [&y, &y]);
-                    gpu.gated(Activation::Silu, pair, x, 1, rooms, &scratch).expect("a launch");
-                })
-            });
-        });
+/// From bf16, whose bytes and those of the result are counted.
+fn quantize(Bench { gpu, shape }: &Bench) {
+    head("Quantizing");
+    let copy = copy();
+    let (rows, cols) = (shape.feed_forward, shape.hidden);
+    let (weights, failed) = (small(gpu, rows * cols * 2), small(gpu, 4));
+    for (name, storage) in &STORAGES[1..] {
+        let matrix = matrix(gpu, *storage, rows, cols);
+        let seconds = seconds(
+            || gpu.quantize(&matrix, 0, rows, WeightDtype::Bf16, &weights, &failed).expect("a launch"),
+            || gpu.synchronize().expect("a GPU that works"),
+        );
+        let moved = (rows * cols * 2) as f64 + bytes([&matrix]);
+        row(&format!("bf16 to {name}, {rows}×{cols}"), seconds, Amount::Bytes(moved), Some(copy));
     }
 }
 
-/// One token of Llama-3-8B behind many, and a chunk of a prompt.
-fn attention(criterion: &mut Criterion) {
-    let Ok(gpu) = Gpu::open(0) else { return };
-    let mut group = criterion.benchmark_group("gpu");
-    let (heads, kv_heads, head_dim) = (32, 8, 128);
-    for (tokens, context) in [(1, 8192), (1, 131_072), (512, 4096), (512, 32_768)] {
-        let shape = Attention {
-            heads,
-            kv_heads,
+/// A block's attention for the last `tokens` of a context, and what it needs.
+struct Attending {
+    shape: Attention,
+    cache: Cache,
+    position: Region,
+    query: Region,
+    out: Region,
+    bytes: f64,
+}
+
+impl Attending {
+    fn new(gpu: &Arc<Gpu>, shape: &Shape, (tokens, context): (usize, usize), dtype: KvDtype) -> Self {
+        let head_dim = shape.hidden / shape.heads;
+        let attention = Attention {
+            heads: shape.heads,
+            kv_heads: shape.kv_heads,
             head_dim,
             context,
             position: context - tokens,
@@ -140,33 +232,111 @@ fn attention(criterion: &mut Criterion) {
             scale: 0.1,
             softcap: 0.0,
         };
-        let scratch = CudaAttention::scratch(heads, kv_heads, head_dim, tokens, context);
-        let [parts, arrivals] = scratch.map(|len| zeros(&gpu, len));
-        let scratch = Scratch { parts, arrivals };
-        let position = zeros(&gpu, 4);
-        position.fill(u32::try_from(shape.position).expect("a position")).expect("a GPU that works");
-        let [query, out] = [(); 2].map(|()| zeros(&gpu, tokens * heads * head_dim * 2));
+        let vectors = shape.kv_heads * context;
+        let layout =
+            KvLayout { dtype, codes: vectors * dtype.code_bytes(head_dim), scales: vectors * dtype.scale_bytes() };
+        let bytes = layout.bytes().as_usize().expect("a size");
+        let position = allocate(gpu, 4);
+        position.fill(u32::try_from(context - tokens).expect("a position")).expect("a GPU that works");
+        Self {
+            shape: attention,
+            cache: Cache::new(layout, &[small(gpu, bytes), small(gpu, bytes)]),
+            position,
+            query: small(gpu, tokens * shape.hidden * 2),
+            out: allocate(gpu, tokens * shape.hidden * 2),
+            bytes: 2.0 * bytes as f64,
+        }
+    }
+
+    fn launch(&self, gpu: &Gpu, scratch: &Scratch) -> evenkeel::Result<()> {
+        gpu.attend(&self.shape, &self.query, &self.cache, &self.out, &self.position, scratch)
+    }
+}
+
+/// Of one token, what counts is the cache; of a chunk of a prompt, multiplications and additions: two for each
+/// element of keys and of values that a head sees.
+fn attention(Bench { gpu, shape }: &Bench) {
+    head("Attention");
+    let copy = copy();
+    let chunk = shape.prompt.min(512);
+    for (tokens, context) in
+        [(1, 2 * shape.prompt), (1, 32 * shape.prompt), (chunk, shape.prompt), (chunk, 8 * shape.prompt)]
+    {
+        let scratch = scratch(gpu, shape, tokens, context);
         for dtype in [KvDtype::F16, KvDtype::Int8] {
-            let vectors = kv_heads * context;
-            let layout =
-                KvLayout { dtype, codes: vectors * dtype.code_bytes(head_dim), scales: vectors * dtype.scale_bytes() };
-            let bytes = layout.bytes().as_usize().expect("a size");
-            let cache = Cache::new(layout, &[zeros(&gpu, bytes), zeros(&gpu, bytes)]);
-            let seen = tokens * context - tokens * (tokens - 1) / 2;
-            group.throughput(match tokens {
-                1 => Throughput::Bytes(2 * bytes as u64),
-                _ => Throughput::Elements((4 * seen * heads * head_dim) as u64),
-            });
-            group.bench_function(format!("attention of {tokens} over {context} keys in {dtype}"), |bencher| {
-                bencher.iter_custom(|count| {
-                    time(&gpu, count, || {
-                        gpu.attend(&shape, &query, &cache, &out, &position, &scratch).expect("a launch");
-                    })
-                });
-            });
+            let attending = Attending::new(gpu, shape, (tokens, context), dtype);
+            let seconds = seconds(
+                || attending.launch(gpu, &scratch).expect("a launch"),
+                || gpu.synchronize().expect("a GPU that works"),
+            );
+            let what = format!("{} over {context} keys in {dtype}", tokens_of(tokens));
+            if tokens == 1 {
+                row(&what, seconds, Amount::Bytes(attending.bytes), Some(copy));
+            } else {
+                let seen = tokens * context - tokens * (tokens - 1) / 2;
+                row(&what, seconds, Amount::Operations((4 * seen * shape.hidden) as f64), None);
+            }
         }
     }
 }
 
-criterion_group!(benches, kernels, launches, attention);
-criterion_main!(benches);
+/// The products of a block that share a launch; then the products and the attention of all blocks. The
+/// weights of some blocks are used in turn, so that no cache holds them.
+fn step(Bench { gpu, shape }: &Bench) {
+    head("A step of one token");
+    let copy = copy();
+    let (hidden, wide) = (shape.hidden, shape.feed_forward);
+    let keys = hidden / shape.heads * shape.kv_heads;
+    let context = shape.prompt.min(1024);
+    let attending = Attending::new(gpu, shape, (1, context), KvDtype::F16);
+    let scratch = scratch(gpu, shape, 1, context);
+    let [input, result, gated, apart] = [hidden, hidden, wide, wide].map(|width| small(gpu, 2 * width));
+    let wait = || gpu.synchronize().expect("a GPU that works");
+    let sizes = [
+        (hidden, hidden),
+        (keys, hidden),
+        (keys, hidden),
+        (hidden, hidden),
+        (wide, hidden),
+        (wide, hidden),
+        (hidden, wide),
+    ];
+    for (name, storage) in [("int8", Storage::Int8), ("int4", Storage::Int4)] {
+        let blocks: [[DeviceMatrix; 7]; 4] =
+            std::array::from_fn(|_| sizes.map(|(rows, cols)| matrix(gpu, storage, rows, cols)));
+        let affines = blocks.each_ref().map(|block| block.each_ref().map(|matrix| Affine::new(matrix, None)));
+        let in_turn = |at: usize| affines[at % affines.len()].as_slice();
+        let inputs = |block: &[Affine]| {
+            let parts = [(&block[0], &result), (&block[1], &result), (&block[2], &result)];
+            gpu.matmuls(&parts, Input::Half(&input), 1, &scratch)
+        };
+        let gate_up = |block: &[Affine]| {
+            let pair = (Some(&block[4]), &block[5]);
+            gpu.gated(Activation::Silu, pair, Input::Half(&input), 1, [&gated, &apart], &scratch)
+        };
+        let launch = || {
+            (0..shape.blocks).map(in_turn).try_for_each(|block| {
+                inputs(block)?;
+                attending.launch(gpu, &scratch)?;
+                gpu.matmul(&block[3], Input::Half(&attending.out), 1, (&result, Output::F16, 1.0), &scratch)?;
+                gate_up(block)?;
+                gpu.matmul(&block[6], Input::Half(&gated), 1, (&result, Output::F16, 1.0), &scratch)
+            })
+        };
+        for (what, launch, matrices) in [
+            ("queries, keys and values", &inputs as &dyn Fn(&[Affine]) -> evenkeel::Result<()>, 0..3),
+            ("gate and up", &gate_up, 4..6),
+        ] {
+            let mut at = 0;
+            let mut next = || {
+                at += 1;
+                launch(in_turn(at)).expect("a launch");
+            };
+            let amount = Amount::Bytes(bytes(&blocks[0][matrices]));
+            row(&format!("{name} {what}"), seconds(&mut next, wait), amount, Some(copy));
+        }
+        let amount = Amount::Bytes(shape.blocks as f64 * (bytes(&blocks[0]) + attending.bytes));
+        let what = format!("{name} products and attention of {} blocks", shape.blocks);
+        row(&what, seconds(|| launch().expect("launches"), wait), amount, Some(copy));
+    }
+}

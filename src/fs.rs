@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use crate::bytes::Bytes;
@@ -15,6 +16,36 @@ pub fn open_regular(path: &Path) -> Result<File> {
         return Err(Error::input(format!("`{}` is {kind}, not a regular file", path.display())));
     }
     File::open(path).map_err(|e| Error::io("open", path, e))
+}
+
+/// `file` again, for reads past the page cache: whole blocks of it, into memory that begins on a block.
+/// `None` where the system or the file system has no such reads; some refuse them one by one.
+#[cfg(target_os = "linux")]
+pub fn past_cache(file: &File) -> Option<File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let direct = rustix::fs::OFlags::DIRECT.bits().cast_signed();
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    File::options().read(true).custom_flags(direct).open(path).ok()
+}
+
+/// Whether the page of `file` at `offset` is in the page cache, as far as the system tells.
+#[cfg(target_os = "linux")]
+pub fn is_cached(file: &File, offset: u64) -> bool {
+    let mut byte = [0];
+    let buffers = &mut [std::io::IoSliceMut::new(&mut byte)];
+    rustix::io::preadv2(file, buffers, offset, rustix::io::ReadWriteFlags::NOWAIT) != Err(rustix::io::Errno::AGAIN)
+}
+
+/// `file` again, for reads past the page cache: not on this system.
+#[cfg(not(target_os = "linux"))]
+pub fn past_cache(_: &File) -> Option<File> {
+    None
+}
+
+/// Whether the page of `file` at `offset` is in the page cache: this system does not tell.
+#[cfg(not(target_os = "linux"))]
+pub fn is_cached(_: &File, _: u64) -> bool {
+    true
 }
 
 /// Reads a whole regular file of at most `cap` bytes.

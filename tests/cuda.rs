@@ -188,20 +188,24 @@ fn a_step_that_is_repeated_gives_what_its_launches_do() {
         [("parity/gpt2", true, 40), ("parity/llama31", true, 270), ("parity/qwen3_moe", false, 40)]
     {
         let checkpoint = Checkpoint::open(fixture(name)).unwrap();
-        let run = |devices: &[&str], keep: &str| {
+        let run = |devices: &[&str], keep: &str, each: bool| {
             fake.set("GRAPHS", keep);
             let plan = plan(&checkpoint, Scheme::Int8, &map(&checkpoint, devices), Some(context));
             let mut model = load(&plan, &checkpoint, true).unwrap();
             let before = fake.stat("graph_launches", 0);
             model.limit_prefill_chunk(1);
+            if each {
+                model.launch_each_kernel();
+            }
             let all = logits(&mut model, &tokens[..context]);
             (all, fake.stat("graph_launches", 0) - before)
         };
-        let (launched, none) = run(&["cuda:0"], "0");
+        let (launched, none) = run(&["cuda:0"], "0", false);
         assert_eq!(none, 0);
+        assert_eq!(run(&["cuda:0"], "1", true), (launched.clone(), 0));
         for (devices, streams) in [(&["cuda:0"][..], "eager"), (&["cuda:0", "cuda:1", "cuda:0"][..], "lazy")] {
             fake.set("STREAMS", streams);
-            let (repeated, count) = run(devices, "1");
+            let (repeated, count) = run(devices, "1", false);
             assert_eq!(repeated, launched, "{name} {streams}");
             assert_eq!(count > 0, graphs, "{name} {streams}: {count}");
         }

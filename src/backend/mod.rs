@@ -60,6 +60,9 @@ pub trait Stage: Send {
     fn choose(&mut self, _hidden: &mut Hidden, _draw: u32) -> Result<Chosen> {
         unreachable!("a stage that is not prepared is not asked")
     }
+
+    /// Launches every kernel of a step by itself from now on, where the stage would repeat them as one.
+    fn launch_each_kernel(&mut self) {}
 }
 
 /// A token that a device has chosen.

@@ -92,6 +92,11 @@ impl Pipeline {
         self.chunk = tokens.clamp(1, self.largest_chunk);
     }
 
+    /// Launches every kernel of a step by itself from now on.
+    pub fn launch_each_kernel(&mut self) {
+        self.stages.iter_mut().for_each(|stage| stage.launch_each_kernel());
+    }
+
     /// Appends `tokens` and gives the token that is chosen behind the last of them, or the logits
     /// where no device chooses.
     ///

@@ -173,7 +173,10 @@ impl Printer {
     fn stats(&self, loaded: &LoadReport, generated: &GenerateReport) {
         let rate = |count: usize, seconds: f64| if seconds > 0.0 { count as f64 / seconds } else { 0.0 };
         let gigabytes = loaded.read.0 as f64 / 1e9 / loaded.seconds;
-        self.note(&format!("load      {} in {:.2} s, {gigabytes:.2} GB/s", loaded.read, loaded.seconds));
+        let LoadReport { read, seconds, past_cache, .. } = loaded;
+        self.note(&format!(
+            "load      {read} in {seconds:.2} s, {gigabytes:.2} GB/s; {past_cache} past the page cache"
+        ));
         let LoadTimes { read, pack, gpus } = loaded.times;
         self.note(&format!(
             "          waited {read:.2} s for reading, {gpus:.2} s for GPUs; packed or copied for {pack:.2} s on the CPU"

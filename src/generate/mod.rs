@@ -160,6 +160,12 @@ impl Model {
     pub fn limit_prefill_chunk(&mut self, tokens: usize) {
         self.pipeline.limit_chunk(tokens);
     }
+
+    /// Launches every kernel of a step by itself from now on, where GPUs would repeat them as one; to
+    /// measure what that saves.
+    pub fn launch_each_kernel(&mut self) {
+        self.pipeline.launch_each_kernel();
+    }
 }
 
 /// A generation that runs as it is iterated.

@@ -1,6 +1,7 @@
 //! Every weight from its shard into its arena.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::Ordering;
@@ -24,12 +25,21 @@ const IN_FLIGHT: usize = STAGING_SLABS / 2;
 struct Sent {
     weight: usize,
     row: usize,
-    len: usize,
+    range: Range<usize>,
     slab: InFlight,
 }
 
-/// Reads every weight, packs it and puts it in place. Returns the bytes of the staging ring, and what was
-/// waited for.
+/// What filling took.
+pub struct Filled {
+    /// Bytes of the staging ring.
+    pub staged: Bytes,
+    /// Bytes that were read past the page cache.
+    pub past_cache: Bytes,
+    /// What was waited for.
+    pub times: LoadTimes,
+}
+
+/// Reads every weight, packs it and puts it in place.
 ///
 /// # Errors
 /// A shard or the scratch file cannot be read or written, a weight cannot be packed, a GPU
@@ -42,10 +52,10 @@ pub fn fill(
     staging: HostStaging,
     options: &LoadOptions,
     on_event: &mut impl FnMut(LoadEvent),
-) -> Result<(Bytes, LoadTimes)> {
+) -> Result<Filled> {
     let buffer = |_| match arenas.gpus.values().next() {
         Some(arenas) => arenas.gpu.allocate_pinned(staging.slab).map(SlabBuffer::Pinned),
-        None => Ok(SlabBuffer::Heap(vec![0; staging.slab])),
+        None => SlabBuffer::heap(staging),
     };
     let buffers = (0..STAGING_SLABS).map(buffer).collect::<Result<Vec<_>>>()?;
     let mut packed = PackedRows::default();
@@ -57,25 +67,25 @@ pub fn fill(
         let bytes = Bytes(len as u64);
         on_event(LoadEvent::Placed { module: &target.weight.parameter.module, device: target.device, bytes });
     };
-    let waited = reader::read(checkpoint, directory, placed, buffers, staging.transposed, |slab, back| {
+    let read = reader::read(checkpoint, directory, placed, buffers, staging.transposed, |slab, back| {
         if options.cancel.load(Ordering::Relaxed) {
             return Err(Error::interrupted());
         }
-        let Slab { weight, row, len, buffer } = slab;
+        let Slab { weight, row, range, buffer } = slab;
         let target = &placed[weight];
         let buffer = match (buffer, arenas.gpus.get_mut(&target.device)) {
             (SlabBuffer::Pinned(buffer), Some(gpu)) => {
                 let (Some(upload), matrix) = (&mut gpu.upload, &gpu.matrices[&weight]) else {
                     unreachable!("the ring is there until all is filled")
                 };
-                check_scales(target, row, &buffer[..len])?;
-                let slab = upload.start(matrix, row, target.weight.data, buffer, len)?;
-                sent.push_back(Sent { weight, row, len, slab });
+                check_scales(target, row, &buffer[range.clone()])?;
+                let slab = upload.start(matrix, row, target.weight.data, buffer, range.clone())?;
+                sent.push_back(Sent { weight, row, range, slab });
                 if sent.len() < IN_FLIGHT {
                     return Ok(());
                 }
                 let Some(first) = sent.pop_front() else { return Ok(()) };
-                put(first.weight, first.len);
+                put(first.weight, first.range.len());
                 let start = Instant::now();
                 let buffer = receive(arenas, placed, first)?;
                 times.gpus += start.elapsed().as_secs_f64();
@@ -83,9 +93,9 @@ pub fn fill(
             }
             (buffer, _) => {
                 let start = Instant::now();
-                most_packed = most_packed.max(pack(arenas, target, row, &buffer[..len], &mut packed, options)?);
+                most_packed = most_packed.max(pack(arenas, target, row, &buffer[range.clone()], &mut packed, options)?);
                 times.pack += start.elapsed().as_secs_f64();
-                put(weight, len);
+                put(weight, range.len());
                 buffer
             }
         };
@@ -95,15 +105,15 @@ pub fn fill(
     })?;
     let start = Instant::now();
     for slab in sent {
-        put(slab.weight, slab.len);
+        put(slab.weight, slab.range.len());
         receive(arenas, placed, slab)?;
     }
     times.gpus += start.elapsed().as_secs_f64();
-    times.read = waited.as_secs_f64();
+    times.read = read.waited.as_secs_f64();
     for gpu in arenas.gpus.values_mut() {
         gpu.upload = None;
     }
-    Ok((staging.ring() + most_packed, times))
+    Ok(Filled { staged: staging.ring() + most_packed, past_cache: read.past_cache, times })
 }
 
 /// Waits for a slab on its way to a GPU and gives its buffer back.
@@ -116,7 +126,7 @@ fn receive(arenas: &mut Arenas, placed: &[Placed], sent: Sent) -> Result<SlabBuf
     let (buffer, is_packed) = upload.finish(sent.slab)?;
     if let (false, Some(dtype)) = (is_packed, target.weight.dtype()) {
         // The GPU knows only that there is a weight that cannot be packed; the host finds it.
-        quantize_rows(&target.layout, dtype, &buffer[..sent.len], &mut PackedRows::default())
+        quantize_rows(&target.layout, dtype, &buffer[sent.range], &mut PackedRows::default())
             .map_err(|e| broken_weight(target, sent.row, e))?;
         let tensor = target.weight.parameter.tensor();
         return Err(Error::device(format!("{} cannot pack tensor `{tensor}`, and the host can", target.device)));

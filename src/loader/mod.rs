@@ -1,8 +1,8 @@
 //! Carries out a plan: reads each shard once, quantizes on the way, and puts
 //! every matrix where the plan has it.
 //!
-//! Threads fill a small ring of slabs of whole rows; the pool
-//! quantizes each slab and its packed rows go straight to their place in the
+//! Threads fill a small ring of slabs of whole rows, from the page cache or past
+//! it; the pool quantizes each slab and its packed rows go straight to their place in the
 //! arena, in memory or in a scratch file. What goes to a GPU is copied there as
 //! it is, and packed there. No tensor is ever held whole.
 
@@ -12,6 +12,7 @@ mod compressed_tensors;
 mod fill;
 mod reader;
 mod save;
+mod shard;
 
 use std::num::NonZeroUsize;
 use std::path::Path;
@@ -72,6 +73,8 @@ pub struct LoadOptions<'a> {
 pub struct LoadReport {
     /// Bytes read from shards.
     pub read: Bytes,
+    /// Those of them that were read past the page cache, as they were not in it.
+    pub past_cache: Bytes,
     /// Wall time.
     pub seconds: f64,
     /// Where it went.
@@ -144,11 +147,13 @@ impl Plan {
         let read: Bytes = placed.iter().map(|p| p.weight.tensor.size()).sum();
         let mut arenas = Arenas::take(self, &checkpoint.config, &placed, staging, options)?;
         on_event(LoadEvent::Started { bytes: read });
-        let (staged, times) = fill::fill(&mut arenas, checkpoint, directory, &placed, staging, options, &mut on_event)?;
+        let fill::Filled { staged, past_cache, times } =
+            fill::fill(&mut arenas, checkpoint, directory, &placed, staging, options, &mut on_event)?;
         let (pipeline, mut measured) = build::build(self, checkpoint, &tree, &placed, arenas, options)?;
         *measured.entry(DeviceId::Cpu).or_default() += staged;
         let report = LoadReport {
             read,
+            past_cache,
             seconds: start.elapsed().max(Duration::from_nanos(1)).as_secs_f64(),
             times,
             devices: self

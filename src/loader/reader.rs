@@ -5,32 +5,43 @@
 //! them are fed until the end.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::{File, Metadata};
-use std::ops::{Deref, DerefMut};
-use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::ops::{Deref, DerefMut, Range};
+use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::architecture::Weight;
+use super::shard::{PastCache, Shard};
+use crate::backend::cpu;
 use crate::backend::cuda::Pinned;
 use crate::bytes::Bytes;
 use crate::checkpoint::Checkpoint;
 use crate::device::DeviceId;
-use crate::error::{Error, Result};
-use crate::fs;
-use crate::plan::memory::Placed;
+use crate::error::Result;
+use crate::plan::memory::{HostStaging, Placed, SLAB_MARGIN};
 
 /// The most threads that read: a copy from the page cache takes the time of several.
 const READERS: usize = 4;
 
 /// Host memory that a slab is read into.
 pub enum SlabBuffer {
-    /// Ordinary memory.
-    Heap(Vec<u8>),
+    /// Ordinary memory, in large pages where there are such: a disk fills them with fewer requests.
+    Heap(memmap2::MmapMut),
     /// Memory that GPUs copy from beside the host's work.
     Pinned(Pinned),
+}
+
+impl SlabBuffer {
+    /// A slab in ordinary memory.
+    ///
+    /// # Errors
+    /// The memory is not to be had.
+    pub fn heap(staging: HostStaging) -> Result<Self> {
+        let mut memory = cpu::zeroed("a staging slab", Bytes(staging.slab as u64))?;
+        // Taken from the system now, so that the time of the first reads is the disk's own.
+        memory.fill(0);
+        Ok(Self::Heap(memory))
+    }
 }
 
 impl Deref for SlabBuffer {
@@ -59,17 +70,31 @@ pub struct Slab {
     pub weight: usize,
     /// First row.
     pub row: usize,
-    /// Bytes of the rows, at the start of the buffer.
-    pub len: usize,
-    /// Where they are; goes back to the reader when they are no longer needed.
+    /// Where in the buffer they are.
+    pub range: Range<usize>,
+    /// Goes back to the reader when the rows are no longer needed.
     pub buffer: SlabBuffer,
+}
+
+impl Slab {
+    /// The rows.
+    pub fn bytes(&self) -> &[u8] {
+        &self.buffer[self.range.clone()]
+    }
+}
+
+/// How reading went.
+pub struct Read {
+    /// What was spent waiting for slabs.
+    pub waited: Duration,
+    /// What was read past the page cache.
+    pub past_cache: Bytes,
 }
 
 /// Reads `placed`, which is sorted by shard and offset, and calls `visit` with
 /// each slab in turn, and with the way that buffers go back. `visit` may keep
 /// some of the buffers, but not all. `transposed` bytes are taken for rows of
-/// tensors that are stored the other way round. Gives the time that
-/// was spent waiting for slabs.
+/// tensors that are stored the other way round.
 ///
 /// # Errors
 /// A shard cannot be read or has changed since its header was, or `visit` fails.
@@ -80,8 +105,8 @@ pub fn read(
     buffers: Vec<SlabBuffer>,
     transposed: usize,
     mut visit: impl FnMut(Slab, &SyncSender<SlabBuffer>) -> Result<()>,
-) -> Result<Duration> {
-    let jobs = jobs(placed, buffers.first().map_or(0, |buffer| buffer.len()));
+) -> Result<Read> {
+    let jobs = jobs(placed, buffers.first().map_or(0, |buffer| buffer.len() - SLAB_MARGIN));
     let mut left: HashMap<usize, usize> = HashMap::new();
     for job in &jobs {
         *left.entry(placed[job.weight].weight.tensor.shard).or_default() += 1;
@@ -95,10 +120,11 @@ pub fn read(
     }
     let queue = Queue { next: 0, empty, shards: HashMap::new(), left: left.clone() };
     let (queue, gathered) = (Mutex::new(queue), Mutex::new(vec![0; transposed]));
-    let reader = &Reader { checkpoint, directory, placed, jobs: &jobs, queue, gathered };
+    let past_cache = PastCache::by(threads);
+    let reader = &Reader { checkpoint, directory, placed, jobs: &jobs, queue, gathered, past_cache };
     // Both ends that the visitor holds are dropped with its closure, so that
     // readers that wait end where the visitor fails.
-    std::thread::scope(move |scope| {
+    let waited = std::thread::scope(move |scope| {
         for _ in 0..threads {
             let filled = filled_out.clone();
             scope.spawn(move || reader.run(&filled));
@@ -126,7 +152,8 @@ pub fn read(
             }
         }
         Ok(waited)
-    })
+    });
+    Ok(Read { waited: waited?, past_cache: reader.past_cache.bytes() })
 }
 
 /// The place of a slab in the order, and the slab with the shard that it is of.
@@ -179,6 +206,7 @@ struct Reader<'a> {
     jobs: &'a [Job],
     queue: Mutex<Queue>,
     gathered: Mutex<Vec<u8>>,
+    past_cache: PastCache,
 }
 
 impl Reader<'_> {
@@ -219,85 +247,20 @@ impl Reader<'_> {
     fn fill(&self, job: &Job, mut buffer: SlabBuffer, shard: &Shard) -> Result<Slab> {
         let (weight, row) = (&self.placed[job.weight].weight, job.row);
         let len = job.rows * weight.row_bytes();
-        if weight.is_transposed() {
+        let range = if weight.is_transposed() {
             shard.read_transposed(&mut buffer[..len], weight, row, &mut lock(&self.gathered)[..len])?;
+            0..len
         } else {
-            shard.read(&mut buffer[..len], weight.tensor.range.start + (row * weight.row_bytes()) as u64)?;
-        }
-        Ok(Slab { weight: job.weight, row, len, buffer })
+            let offset = weight.tensor.range.start + (row * weight.row_bytes()) as u64;
+            shard.read_slab(&mut buffer, offset, len, &self.past_cache)?
+        };
+        Ok(Slab { weight: job.weight, row, range, buffer })
     }
 }
 
 /// The lock, though a thread that had it may have panicked: then the load ends with that.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// A shard that is open, as it was when it was opened.
-struct Shard {
-    index: usize,
-    path: PathBuf,
-    file: File,
-    opened: Metadata,
-}
-
-impl Shard {
-    fn open(checkpoint: &Checkpoint, directory: &Path, index: usize) -> Result<Self> {
-        let name = &checkpoint.shards[index];
-        let path = fs::confined(directory, name)?;
-        let file = fs::open_regular(&path)?;
-        let opened = file.metadata().map_err(|e| Error::io("read", &path, e))?;
-        let shard = Self { index, path, file, opened };
-        if Bytes(shard.opened.len()) == checkpoint.shard_sizes[index] { Ok(shard) } else { Err(shard.changed()) }
-    }
-
-    fn read(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
-        self.file.read_exact_at(buffer, offset).map_err(|e| match e.kind() {
-            std::io::ErrorKind::UnexpectedEof => self.changed(),
-            _ => Error::io("read", &self.path, e),
-        })
-    }
-
-    /// Fills `buffer` with rows of a tensor that is stored as `[cols, rows]`:
-    /// their part of each stored row is read into `gathered`, which is as long.
-    fn read_transposed(&self, buffer: &mut [u8], weight: &Weight, row: usize, gathered: &mut [u8]) -> Result<()> {
-        let cols = weight.parameter.cols;
-        let element = weight.row_bytes() / cols;
-        let stored = weight.parameter.rows * element;
-        let rows = buffer.len() / (cols * element);
-        for (col, part) in gathered.chunks_mut(rows * element).enumerate() {
-            self.read(part, weight.tensor.range.start + (col * stored + row * element) as u64)?;
-        }
-        match element {
-            2 => transpose::<2>(gathered, rows, buffer),
-            _ => transpose::<4>(gathered, rows, buffer),
-        }
-        Ok(())
-    }
-
-    fn check_unchanged(&self) -> Result<()> {
-        let now = self.file.metadata().map_err(|e| Error::io("read", &self.path, e))?;
-        let same = |part: fn(&Metadata) -> i128| part(&now) == part(&self.opened);
-        let unchanged = same(|m| i128::from(m.len()))
-            && same(|m| i128::from(m.mtime()) * 1_000_000_000 + i128::from(m.mtime_nsec()));
-        if unchanged { Ok(()) } else { Err(self.changed()) }
-    }
-
-    fn changed(&self) -> Error {
-        Error::input(format!("`{}` has changed while it was being loaded", self.path.display()))
-            .hint("load again once the file is complete")
-    }
-}
-
-/// Turns elements of N bytes from `[cols][rows]` into `[rows][cols]`.
-fn transpose<const N: usize>(from: &[u8], rows: usize, to: &mut [u8]) {
-    let from = from.as_chunks::<N>().0;
-    let cols = from.len() / rows;
-    for (row, to) in to.as_chunks_mut::<N>().0.chunks_mut(cols).enumerate() {
-        for (to, from) in to.iter_mut().zip(from[row..].iter().step_by(rows)) {
-            *to = *from;
-        }
-    }
 }
 
 #[cfg(test)]
@@ -320,10 +283,11 @@ mod tests {
         assert_eq!(placed.len(), 4 * 3);
         // One row of the widest matrix, some rows, all of them.
         for slab in [512, 4099, 1 << 20] {
-            let buffers = (0..4).map(|_| SlabBuffer::Heap(vec![0; slab])).collect();
+            let staging = HostStaging { slab: slab + SLAB_MARGIN, packed: 0, transposed: slab };
+            let buffers = (0..4).map(|_| SlabBuffer::heap(staging).unwrap()).collect();
             let mut read_back = vec![Vec::new(); placed.len()];
             let read = read(&checkpoint, &directory, &placed, buffers, slab, |slab, back| {
-                read_back[slab.weight].extend_from_slice(&slab.buffer[..slab.len]);
+                read_back[slab.weight].extend_from_slice(slab.bytes());
                 let _ = back.send(slab.buffer);
                 Ok(())
             });

@@ -133,13 +133,13 @@ pub fn save_quantized(
     write_small_files(checkpoint, directory, &output, quantization)?;
     on_event(LoadEvent::Started { bytes: read });
     let (mut packed, mut compressed) = (PackedRows::default(), Rows::default());
-    let buffers = (0..STAGING_SLABS).map(|_| SlabBuffer::Heap(vec![0; staging.slab])).collect();
+    let buffers = (0..STAGING_SLABS).map(|_| SlabBuffer::heap(staging)).collect::<Result<_>>()?;
     reader::read(checkpoint, directory, &placed, buffers, staging.transposed, |slab, back| {
         if options.cancel.load(Ordering::Relaxed) {
             return Err(Error::interrupted());
         }
         let target = &placed[slab.weight];
-        let (layout, bytes) = (&target.layout, &slab.buffer[..slab.len]);
+        let (layout, bytes) = (&target.layout, slab.bytes());
         let write = |tensor: usize, at: u64, bytes: &[u8]| {
             let (file, start) = &files[slab.weight][tensor];
             file.write_all_at(bytes, start + at).map_err(|e| Error::io("write into", options.output, e))
@@ -164,7 +164,7 @@ pub fn save_quantized(
         on_event(LoadEvent::Placed {
             module: &target.weight.parameter.module,
             device: target.device,
-            bytes: Bytes(slab.len as u64),
+            bytes: Bytes(slab.range.len() as u64),
         });
         // The reader is gone once all is read.
         let _ = back.send(slab.buffer);

@@ -18,6 +18,10 @@ const CUDA_CONTEXT: Bytes = Bytes(330 * MIB);
 const CUDA_ALIGNMENT: u64 = 256;
 /// Bytes of a slab of the host's staging ring, unless a single row is longer.
 const SLAB: u64 = 2 * MIB;
+/// What reads past the page cache are multiples of: their place in the file, their length, and where they go.
+pub const BLOCK: usize = 4096;
+/// Of a slab, what the whole blocks around rows may take beside them.
+pub const SLAB_MARGIN: usize = 2 * BLOCK;
 /// Slabs in the host's staging ring.
 pub const STAGING_SLABS: usize = 8;
 /// Bytes of a group of quantized activations on the CPU: its codes, its scale and their sum.
@@ -326,16 +330,17 @@ pub struct HostStaging {
 }
 
 impl HostStaging {
-    /// A ring for `weights`: slabs of 2 MiB, or of the longest row, or of half the largest tensor where that is less.
+    /// A ring for `weights`: slabs of 2 MiB, or of the blocks around the longest row, or of half the largest tensor
+    /// where that is less.
     pub fn new(weights: &[Weight], rules: &QuantizeRules) -> Self {
         let longest_row = weights.iter().map(Weight::row_bytes).max().unwrap_or(0);
         let largest = weights.iter().map(|weight| weight.tensor.size().0).max().unwrap_or(0);
-        let slab = usize::try_from(SLAB.min(largest.div_ceil(2))).unwrap_or(usize::MAX).max(longest_row);
+        let slab = usize::try_from(SLAB.min(largest.div_ceil(2))).unwrap_or(usize::MAX).max(longest_row + SLAB_MARGIN);
         let packed = weights
             .iter()
             .filter_map(|weight| {
                 let layout = layout(weight, rules)?;
-                let rows = (slab / weight.row_bytes().max(1)).min(layout.rows);
+                let rows = ((slab - SLAB_MARGIN) / weight.row_bytes().max(1)).min(layout.rows);
                 let per_row = layout.code_row + layout.sub_scale_row + layout.scale_row;
                 (layout.storage != weight.data).then_some(rows * per_row)
             })

@@ -6,6 +6,7 @@
 #![expect(unsafe_code, reason = "the driver's interface is C")]
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys::CUdevice_attribute;
@@ -360,7 +361,7 @@ impl Region {
         queued.map_err(|e| gpu.failure("cannot fill memory", e))
     }
 
-    /// Queues a copy of the first `len` bytes of `pinned` on the copy stream;
+    /// Queues a copy of the bytes `range` of `pinned` on the copy stream;
     /// the compute stream goes on behind it. Until an event that is recorded
     /// later is reached, the caller keeps `pinned` and leaves it unchanged.
     ///
@@ -369,12 +370,13 @@ impl Region {
     ///
     /// # Panics
     /// The region or `pinned` is shorter.
-    pub fn write_from(&self, pinned: &Pinned, len: usize) -> Result<()> {
+    pub fn write_from(&self, pinned: &Pinned, range: Range<usize>) -> Result<()> {
+        let len = range.len();
         assert!(len <= self.len, "a write beyond its region");
         let gpu = self.gpu();
         gpu.bind()?;
         // SAFETY: both are that long; the memory of `pinned` stays until the GPU is idle (`Pinned::drop`).
-        let queued = unsafe { result::memcpy_htod_async(self.pointer(), &pinned[..len], gpu.copies.cu_stream()) };
+        let queued = unsafe { result::memcpy_htod_async(self.pointer(), &pinned[range], gpu.copies.cu_stream()) };
         let done = queued.and_then(|()| gpu.stream.join(&gpu.copies));
         done.map_err(|e| gpu.failure(&format!("cannot take {} from the host", Bytes(len as u64)), e))
     }

@@ -435,6 +435,10 @@ impl Stage for CudaStage {
         Ok(())
     }
 
+    fn launch_each_kernel(&mut self) {
+        self.step = Step::Apart;
+    }
+
     fn prepare(&mut self, choice: &Choice, seen: &[u32]) -> Result<bool> {
         if self.parameters.find(Role::Head).is_none() {
             return Ok(false);

@@ -1,6 +1,7 @@
 //! Rows from page-locked host memory into the canonical packing: copied to a
 //! small ring on the GPU, and packed from there by a kernel into their place.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::CudaEvent;
@@ -51,8 +52,7 @@ impl Upload {
         })
     }
 
-    /// Queues the first `len` bytes of `buffer`, whole rows as `data` stores them, for those of `matrix`
-    /// from `row` on. At most [`STAGING_SLABS`] slabs may be on their way at once.
+    /// Queues the bytes `range` of `buffer`, whole rows as `data` stores them, for those of `matrix` from `row` on. At most [`STAGING_SLABS`] slabs may be on their way at once.
     ///
     /// # Errors
     /// The GPU failed.
@@ -62,11 +62,11 @@ impl Upload {
         row: usize,
         data: Storage,
         buffer: Pinned,
-        len: usize,
+        range: Range<usize>,
     ) -> Result<InFlight> {
         let slot = self.next;
         self.next = (slot + 1) % STAGING_SLABS;
-        match self.queue(slot, matrix, row, data, &buffer, len) {
+        match self.queue(slot, matrix, row, data, &buffer, range) {
             Ok(done) => Ok(InFlight { gpu: Arc::clone(&self.gpu), buffer: Some(buffer), slot, done }),
             Err(error) => {
                 // The buffer is freed next, and a copy from it may be under way.
@@ -83,17 +83,18 @@ impl Upload {
         row: usize,
         data: Storage,
         buffer: &Pinned,
-        len: usize,
+        range: Range<usize>,
     ) -> Result<CudaEvent> {
         let layout = matrix.layout();
         if data == layout.storage {
-            matrix.at((row * data.stored_row(layout.cols)) as u64).write_from(buffer, len)?;
+            matrix.at((row * data.stored_row(layout.cols)) as u64).write_from(buffer, range)?;
         } else if let Storage::Plain(dtype) = data {
             const WORD: usize = size_of::<u32>();
             let failed = self.staging[STAGING_SLABS].part(slot * WORD, WORD);
             failed.clear()?;
-            self.staging[slot].write_from(buffer, len)?;
-            self.gpu.quantize(matrix, row, len / (layout.cols * dtype.size()), dtype, &self.staging[slot], &failed)?;
+            let rows = range.len() / (layout.cols * dtype.size());
+            self.staging[slot].write_from(buffer, range)?;
+            self.gpu.quantize(matrix, row, rows, dtype, &self.staging[slot], &failed)?;
             failed.read_to(&mut self.failed, slot * WORD)?;
         } else {
             unreachable!("a plan keeps what is packed as it is")
