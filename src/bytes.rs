@@ -7,12 +7,16 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::ParseError;
+
 /// 1 KiB in bytes.
 pub const KIB: u64 = 1 << 10;
 /// 1 MiB in bytes.
 pub const MIB: u64 = 1 << 20;
 /// 1 GiB in bytes.
 pub const GIB: u64 = 1 << 30;
+/// Binary units, the largest first.
+const UNITS: [(u64, &str); 3] = [(GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")];
 
 /// A number of bytes.
 ///
@@ -34,12 +38,11 @@ impl Bytes {
     /// The spelling that a device map carries: the largest binary unit that
     /// divides the number, or a plain integer as text.
     pub fn exact(self) -> String {
-        for (unit, name) in [(GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")] {
-            if self.0 >= unit && self.0.is_multiple_of(unit) {
-                return format!("{}{name}", self.0 / unit);
-            }
+        let divides = |(unit, _): &(u64, &str)| self.0 >= *unit && self.0.is_multiple_of(*unit);
+        match UNITS.into_iter().find(divides) {
+            Some((unit, name)) => format!("{}{name}", self.0 / unit),
+            None => self.0.to_string(),
         }
-        self.0.to_string()
     }
 }
 
@@ -71,31 +74,22 @@ impl Sum for Bytes {
 
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let number = self.0 as f64;
-        let text = match self.0 {
-            0 => "0 B".to_owned(),
-            n if n < KIB => format!("{n} B"),
-            n if n < MIB => format!("{:.1} KiB", number / KIB as f64),
-            n if n < GIB => format!("{:.1} MiB", number / MIB as f64),
-            _ => format!("{:.1} GiB", number / GIB as f64),
-        };
-        f.pad(&text)
+        f.pad(&match UNITS.into_iter().find(|(unit, _)| self.0 >= *unit) {
+            Some((unit, name)) => format!("{:.1} {name}", self.0 as f64 / unit as f64),
+            None => format!("{} B", self.0),
+        })
     }
 }
 
-/// A text that is no number of bytes.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("`{0}` is not a size; write it like `10GiB`, `512MiB`, `10GB` or as a number of bytes")]
-pub struct ParseBytesError(String);
-
 impl FromStr for Bytes {
-    type Err = ParseBytesError;
+    type Err = ParseError;
 
     /// Reads `24GiB`, `1.5GB`, `512 MiB`, `100KB`, `1TiB` or a plain number of
     /// bytes. Case does not matter; a lowercase final `b` after `KB`, `MB` or
     /// `GB` means bits to Accelerate and is refused here as ambiguous.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let error = || ParseBytesError(crate::error::printable(text));
+        const PROBLEM: &str = "not a size; write it like `10GiB`, `512MiB`, `10GB` or as a number of bytes";
+        let error = || ParseError::new(text, PROBLEM);
         let trimmed = text.trim();
         let digits = trimmed.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(trimmed.len());
         let (number, unit) = trimmed.split_at(digits);

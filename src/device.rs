@@ -5,6 +5,8 @@ use std::str::FromStr;
 
 use serde::{Serialize, Serializer};
 
+use crate::error::ParseError;
+
 /// A place for weights, ordered as they are filled: GPUs, the CPU, the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum DeviceId {
@@ -23,11 +25,6 @@ impl DeviceId {
     }
 }
 
-/// A text that names no device.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("`{0}` is not a device; devices are `cuda:0`, `cuda:1`, …, `cpu` and `disk`")]
-pub struct ParseDeviceError(String);
-
 impl fmt::Display for DeviceId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -39,7 +36,7 @@ impl fmt::Display for DeviceId {
 }
 
 impl FromStr for DeviceId {
-    type Err = ParseDeviceError;
+    type Err = ParseError;
 
     /// Reads `cuda:1`, `cpu`, `disk`, and an index alone (`1`) as Hugging Face writes it.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
@@ -52,7 +49,7 @@ impl FromStr for DeviceId {
             "disk" => Some(Self::Disk),
             _ => index(text.strip_prefix("cuda:").unwrap_or(text)).map(Self::Cuda),
         };
-        device.ok_or_else(|| ParseDeviceError(crate::error::printable(text)))
+        device.ok_or_else(|| ParseError::new(text, "not a device; devices are `cuda:0`, `cuda:1`, …, `cpu` and `disk`"))
     }
 }
 

@@ -123,6 +123,18 @@ impl StdError for Error {
     }
 }
 
+/// A text that does not stand for what it should.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct ParseError(String);
+
+impl ParseError {
+    /// `text` is `problem`, such as `not a size`.
+    pub(crate) fn new(text: &str, problem: &str) -> Self {
+        Self(format!("`{}` is {problem}", printable(text)))
+    }
+}
+
 /// The first five of `items`, quoted, and how many more there are.
 pub fn first_five<T: fmt::Display>(items: impl IntoIterator<Item = T>) -> String {
     const SHOWN: usize = 5;

@@ -1,18 +1,11 @@
 //! Types whose values have names in flags and files.
 
-use crate::error::printable;
+use crate::error::ParseError;
 
-/// A text that is none of the names of a type.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct ParseNameError(String);
-
-impl ParseNameError {
-    /// `` `x` is not a scheme; there are `none`, `int8` and `int4` ``: `names` are those of `what`.
-    pub(crate) fn new(text: &str, what: &str, names: &[&str]) -> Self {
-        let (last, others) = names.split_last().unwrap_or((&"", &[]));
-        Self(format!("`{}` is not {what}; there are `{}` and `{last}`", printable(text), others.join("`, `")))
-    }
+/// `` `x` is not a scheme; there are `none`, `int8` and `int4` ``: `names` are those of `what`.
+pub(crate) fn unknown(text: &str, what: &str, names: &[&str]) -> ParseError {
+    let (last, others) = names.split_last().unwrap_or((&"", &[]));
+    ParseError::new(text, &format!("not {what}; there are `{}` and `{last}`", others.join("`, `")))
 }
 
 /// Gives a type without fields its names: `ALL`, `name()`, and what prints, writes and parses it by them.
@@ -43,10 +36,10 @@ macro_rules! named {
         }
 
         impl std::str::FromStr for $type {
-            type Err = $crate::name::ParseNameError;
+            type Err = $crate::error::ParseError;
 
             fn from_str(text: &str) -> Result<Self, Self::Err> {
-                let unknown = || Self::Err::new(text, $what, &Self::ALL.map(Self::name));
+                let unknown = || $crate::name::unknown(text, $what, &Self::ALL.map(Self::name));
                 Self::ALL.into_iter().find(|known| known.name() == text).ok_or_else(unknown)
             }
         }

@@ -47,10 +47,12 @@ impl LocalDirectory {
         }
     }
 
-    fn open(&self, file: &str) -> Result<(PathBuf, File)> {
+    /// A file with its path and its size.
+    fn open(&self, file: &str) -> Result<(PathBuf, File, u64)> {
         let path = fs::confined(&self.0, file)?;
         let opened = fs::open_regular(&path)?;
-        Ok((path, opened))
+        let size = opened.metadata().map_err(|e| Error::io("read", &path, e))?.len();
+        Ok((path, opened, size))
     }
 }
 
@@ -64,15 +66,12 @@ impl Source for LocalDirectory {
     }
 
     fn size(&self, file: &str) -> Result<Bytes> {
-        let (path, file) = self.open(file)?;
-        let metadata = file.metadata().map_err(|e| Error::io("read", &path, e))?;
-        Ok(Bytes(metadata.len()))
+        self.open(file).map(|(_, _, size)| Bytes(size))
     }
 
     fn read_range(&self, file: &str, offset: u64, len: usize) -> Result<Vec<u8>> {
-        let (path, file) = self.open(file)?;
-        let available = file.metadata().map_err(|e| Error::io("read", &path, e))?.len();
-        let len = len.min(usize::try_from(available.saturating_sub(offset)).unwrap_or(usize::MAX));
+        let (path, file, size) = self.open(file)?;
+        let len = len.min(usize::try_from(size.saturating_sub(offset)).unwrap_or(usize::MAX));
         let mut buffer = vec![0; len];
         file.read_exact_at(&mut buffer, offset).map_err(|e| Error::io("read", &path, e))?;
         Ok(buffer)

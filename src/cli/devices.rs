@@ -34,7 +34,7 @@ struct Gpu<'a> {
 /// Shows the devices that a plan for this machine has.
 pub fn run(arguments: &DevicesArguments, process: &Process) -> Outcome {
     let printer = &process.printer;
-    let directory = arguments.offload_dir.clone().unwrap_or_else(|| process.environment.temporary_directory());
+    let directory = process.environment.offload_directory(arguments.offload_dir.as_deref());
     let inventory = Inventory::this_machine(&directory)?;
     let installation = Installation::find();
     let gpus = installation.iter().flat_map(|installation| {

@@ -13,7 +13,7 @@
 
 use std::collections::HashMap;
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The variables that are set, and not empty.
 pub struct Environment(HashMap<String, String>);
@@ -38,9 +38,10 @@ impl Environment {
         self.text(name).is_some_and(|value| ["1", "ON", "YES", "TRUE"].contains(&value.to_uppercase().as_str()))
     }
 
-    /// The directory for large temporary files: not `/tmp`, which is in memory on many systems.
-    pub fn temporary_directory(&self) -> PathBuf {
-        self.path("TMPDIR").unwrap_or_else(|| "/var/tmp".into())
+    /// Where weights on the disk go: `flag`, else a directory for large temporary files. `/tmp` is
+    /// in memory on many systems.
+    pub fn offload_directory(&self, flag: Option<&Path>) -> PathBuf {
+        flag.map(Path::to_owned).or_else(|| self.path("TMPDIR")).unwrap_or_else(|| "/var/tmp".into())
     }
 
     /// The GPUs that the driver was told to show.
@@ -68,7 +69,7 @@ mod hub {
     use evenkeel::bytes::{Bytes, KIB};
     use evenkeel::hub::{ENDPOINT, HubOptions, Token};
 
-    use super::Environment;
+    use super::{Environment, Path};
 
     const TOKEN_CAP: Bytes = Bytes(64 * KIB);
 
@@ -88,7 +89,7 @@ mod hub {
             })
         }
 
-        fn token(&self, home: &std::path::Path) -> Result<Option<Token>> {
+        fn token(&self, home: &Path) -> Result<Option<Token>> {
             if self.is_on("HF_HUB_DISABLE_IMPLICIT_TOKEN") {
                 return Ok(None);
             }

@@ -29,7 +29,7 @@ pub fn run(arguments: &GenerateArguments, process: &Process) -> Outcome {
     sampling.check()?;
     let prompt = read_prompt(&arguments.prompt)?;
     let options = arguments.placement.options(None)?;
-    let offload_directory = arguments.placement.offload_directory(&process.environment);
+    let offload_directory = process.environment.offload_directory(arguments.placement.offload_dir.as_deref());
     let checkpoint = model::open(&arguments.model, Need::Weights, process)?;
     let template = template(&arguments.prompt, &checkpoint)?;
     let load = || model::load(&checkpoint, &options, threads, &offload_directory, &interrupted, printer);
@@ -48,9 +48,10 @@ pub fn run(arguments: &GenerateArguments, process: &Process) -> Outcome {
         }
         None => model.tokenizer.encode(&prompt, true)?,
     };
+    let usual = model.plan.context.saturating_sub(tokens.len()).min(DEFAULT_NEW_TOKENS);
     let options = GenerateOptions {
         sampling,
-        max_new_tokens: Some(new_tokens(&arguments.sampling, model.plan.context, tokens.len())),
+        max_new_tokens: Some(arguments.sampling.max_new_tokens.unwrap_or(usual)),
         stop: arguments.sampling.stop.clone(),
         ignore_eos: arguments.sampling.ignore_eos,
     };
@@ -107,10 +108,6 @@ enum Event<'a> {
 fn json_line(event: &Event) -> String {
     // Numbers, texts and lists of such cannot fail to serialize.
     serde_json::to_string(event).unwrap_or_default() + "\n"
-}
-
-fn new_tokens(arguments: &SamplingArguments, context: usize, prompt: usize) -> usize {
-    arguments.max_new_tokens.unwrap_or_else(|| context.saturating_sub(prompt).min(DEFAULT_NEW_TOKENS))
 }
 
 /// The prompt from the flag, the file or standard input.

@@ -1,7 +1,7 @@
 //! The model and the plan that the arguments name.
 
 use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use evenkeel::checkpoint::Checkpoint;
@@ -12,7 +12,6 @@ use evenkeel::{Error, Result};
 
 use super::Process;
 use super::args::{ModelArguments, PlacementArguments, ThreadsArguments};
-use super::env::Environment;
 use super::plan::with_commands;
 use super::printer::Printer;
 use super::progress::Bar;
@@ -149,10 +148,5 @@ impl PlacementArguments {
             strategy: self.placement,
             kinds: false,
         })
-    }
-
-    /// Where weights on the disk go.
-    pub fn offload_directory(&self, environment: &Environment) -> PathBuf {
-        self.offload_dir.clone().unwrap_or_else(|| environment.temporary_directory())
     }
 }

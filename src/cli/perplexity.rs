@@ -66,7 +66,7 @@ pub fn run(arguments: &PerplexityArguments, process: &Process) -> Outcome {
 
     let measurement = Measurement {
         checkpoint: &checkpoint,
-        offload_directory: arguments.placement.offload_directory(&process.environment),
+        offload_directory: process.environment.offload_directory(arguments.placement.offload_dir.as_deref()),
         interrupted,
         threads,
         tokens,

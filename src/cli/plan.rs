@@ -1,8 +1,7 @@
 //! `evenkeel plan`.
 
-use evenkeel::checkpoint::Checkpoint;
-use evenkeel::plan::{Inventory, Plan, PlanOptions};
-use evenkeel::{Result, fs};
+use evenkeel::fs;
+use evenkeel::plan::{Inventory, Plan};
 
 use super::args::{PlanArguments, PlanFormat};
 use super::command_line::CommandLine;
@@ -16,14 +15,22 @@ pub fn run(arguments: &PlanArguments, process: &Process) -> Outcome {
     options.batch = arguments.batch;
     options.kinds = arguments.verbose;
     let inventory = if arguments.device.is_empty() {
-        let mut inventory = Inventory::this_machine(&arguments.placement.offload_directory(&process.environment))?;
+        let mut inventory = Inventory::this_machine(
+            &process.environment.offload_directory(arguments.placement.offload_dir.as_deref()),
+        )?;
         inventory.measure_bandwidth();
         inventory
     } else {
         Inventory::described(&arguments.device.join(","))?
     };
     let checkpoint = model::open(&arguments.model, Need::Headers, process)?;
-    enlarge(arguments, &checkpoint, &inventory, &mut options)?;
+    // Where no size fits the usual one stays, and the plan says what would.
+    if arguments.max_context {
+        options.context = Plan::longest_context(&checkpoint, &inventory, &options)?.or(options.context);
+    }
+    if arguments.max_batch {
+        options.batch = Plan::largest_batch(&checkpoint, &inventory, &options)?.or(options.batch);
+    }
     let plan = Plan::new(&checkpoint, &inventory, &options)?;
     if let Some(file) = &arguments.output {
         if !plan.fits() {
@@ -40,23 +47,6 @@ pub fn run(arguments: &PlanArguments, process: &Process) -> Outcome {
         PlanFormat::Html => plan.to_html(),
     })?;
     Ok(if plan.fits() { Exit::Done } else { Exit::DoesNotFit })
-}
-
-/// Finds the sizes that were asked to be as large as they may be; where none
-/// fits, the usual ones stay, and the plan says what would.
-fn enlarge(
-    arguments: &PlanArguments,
-    checkpoint: &Checkpoint,
-    inventory: &Inventory,
-    options: &mut PlanOptions,
-) -> Result<()> {
-    if arguments.max_context {
-        options.context = Plan::longest_context(checkpoint, inventory, options)?.or(options.context);
-    }
-    if arguments.max_batch {
-        options.batch = Plan::largest_batch(checkpoint, inventory, options)?.or(options.batch);
-    }
-    Ok(())
 }
 
 /// What would fit, as commands.

@@ -26,23 +26,15 @@ impl Printer {
     /// Decides from flags, environment and terminal.
     pub fn new(arguments: &OutputArguments, environment: &Environment) -> Self {
         let terminal = stderr().is_terminal();
+        let is_wanted = |when: When, auto: bool| when == When::Always || when == When::Auto && auto;
+        let color = |terminal| is_wanted(arguments.color, environment.color(terminal));
+        let has_result_color = arguments.color == When::Always || stdout().is_terminal();
+        let progress = terminal && !arguments.quiet && environment.progress();
         Self {
             quiet: arguments.quiet,
-            color: match arguments.color {
-                When::Auto => environment.color(terminal),
-                When::Always => true,
-                When::Never => false,
-            },
-            result_color: match arguments.color {
-                When::Always => Some(true),
-                When::Auto => stdout().is_terminal().then(|| environment.color(true)),
-                When::Never => stdout().is_terminal().then_some(false),
-            },
-            progress: match arguments.progress {
-                When::Auto => terminal && !arguments.quiet && environment.progress(),
-                When::Always => true,
-                When::Never => false,
-            },
+            color: color(terminal),
+            result_color: has_result_color.then(|| color(true)),
+            progress: is_wanted(arguments.progress, progress),
         }
     }
 

@@ -13,10 +13,11 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::bytes::{Bytes, MIB};
-use crate::device::{DeviceId, ParseDeviceError};
-use crate::error::{Error, Result, did_you_mean, printable};
+use crate::device::DeviceId;
+use crate::error::{Error, ParseError, Result, did_you_mean, printable};
 use crate::fs;
 use crate::json::{Document, Member, Node, Place};
+use crate::model_config::MAX_CONTEXT;
 use crate::quant::{KvDtype, QuantizeRules};
 
 pub use write::{Contents, to_hugging_face, to_json};
@@ -25,8 +26,8 @@ pub use write::{Contents, to_hugging_face, to_json};
 pub const SCHEMA_VERSION: u64 = 1;
 /// The largest map that is read.
 const CAP: Bytes = Bytes(4 * MIB);
-const MAX_BATCH: u64 = 1 << 16;
-const MAX_CONTEXT: u64 = 1 << 28;
+/// The most sequences at once.
+pub const MAX_BATCH: usize = 1 << 16;
 
 /// Budgets by device.
 pub type MaxMemory = BTreeMap<DeviceId, Bytes>;
@@ -85,7 +86,7 @@ impl DeviceMap {
                 "model" => map.model = Some(value.text()?),
                 "quantize" => map.quantize = Some(rules(value)?),
                 "context" => map.context = Some(value.size("context", MAX_CONTEXT)?),
-                "batch" => map.batch = Some(value.size("batch", MAX_BATCH)?),
+                "batch" => map.batch = Some(value.size("batch", MAX_BATCH as u64)?),
                 "kv_cache" => map.kv_cache = Some(value.spelled()?),
                 "max_memory" => map.max_memory = Some(max_memory(value)?),
                 "device_map" => map.entries = entries(value)?,
@@ -118,7 +119,7 @@ fn rules(node: Node) -> Result<QuantizeRules> {
 
 fn max_memory(node: Node) -> Result<MaxMemory> {
     let budget = |Member { name, key, value }: Member| {
-        let device = name.parse().map_err(|e: ParseDeviceError| key.error(e))?;
+        let device = name.parse().map_err(|e: ParseError| key.error(e))?;
         Ok((device, if value.is_text() { value.spelled()? } else { Bytes(value.whole()?) }))
     };
     node.members()?.into_iter().map(budget).collect()

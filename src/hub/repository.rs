@@ -17,10 +17,10 @@ use super::explain::lock_held;
 use super::link::{Failure, Limits, Link, Note, QUIET_WAIT, is_commit, quiet};
 use super::{Hub, HubEvent, LOCK_WAIT, RATE_LIMIT_WAIT, RepoId};
 use crate::bytes::{Bytes, KIB};
-use crate::checkpoint::{Index, index};
+use crate::checkpoint::{Index, SINGLE_FILE, index};
 use crate::error::{Error, Result, printable};
-use crate::fs;
 use crate::source::{LocalDirectory, Source};
+use crate::{fs, model_config};
 
 /// How often a wait for the lock is announced.
 const HEARTBEAT: Duration = Duration::from_secs(10);
@@ -30,8 +30,6 @@ const FILE_LOCK_WAIT: Duration = Duration::from_secs(10);
 const WORKERS: usize = 4;
 /// What is fetched of a shard at its first read: nearly every header is shorter.
 const FIRST_READ: u64 = 128 * KIB;
-const CONFIG: &str = "config.json";
-const SINGLE_FILE: &str = "model.safetensors";
 /// What a load reads besides the configuration and the weights, where it exists.
 const SMALL_FILES: [&str; 5] = [
     "generation_config.json",
@@ -160,7 +158,7 @@ impl Repository {
 
     /// The files that a load reads.
     fn wanted(&self) -> Result<Vec<String>> {
-        let mut wanted = vec![CONFIG.to_owned()];
+        let mut wanted = vec![model_config::FILE.to_owned()];
         for file in SMALL_FILES {
             if self.has(file)? {
                 wanted.push(file.to_owned());

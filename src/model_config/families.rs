@@ -1,6 +1,6 @@
 //! The families of models that are read: one row each, all that tells them apart.
 
-use super::family::{Activation, Biases, BlockPart, ExpertDefaults, Family, Keys, NormKind, Role, Windows};
+use super::family::{Activation, Biases, BlockPart, ExpertDefaults, Family, Keys, NormKind, Role, Windowed, Windows};
 
 const KEYS: Keys = Keys {
     hidden_size: "hidden_size",
@@ -53,7 +53,7 @@ const LLAMA: Family = Family {
     norm_eps: 1e-6,
     activation: Activation::Silu,
     biases: Biases::Configured,
-    windows: Windows::Never,
+    windows: None,
     rope_theta: 10_000.0,
     local_rope_theta: None,
     is_yarn_longrope: false,
@@ -72,7 +72,7 @@ const MISTRAL: Family = Family {
     architecture: "MistralForCausalLM",
     model_type: "mistral",
     features: "sliding window",
-    windows: Windows::All(Some(4096)),
+    windows: Some(Windows { is_switched: false, usual: Some(4096), blocks: Windowed::All }),
     ..LLAMA
 };
 
@@ -93,7 +93,7 @@ const MIXTRAL: Family = Family {
         ],
     ],
     norm_eps: 1e-5,
-    windows: Windows::All(None),
+    windows: Some(Windows { is_switched: false, usual: None, blocks: Windowed::All }),
     rope_theta: 1e6,
     experts: Some(ExpertDefaults { intermediate_size: "intermediate_size", per_token: 2, is_norm_configured: false }),
     ..LLAMA
@@ -105,7 +105,7 @@ const QWEN2: Family = Family {
     model_type: "qwen2",
     features: "bias on queries, keys and values, sliding window in upper blocks",
     biases: Biases::QueryKeyValue,
-    windows: Windows::UsedAbove,
+    windows: Some(Windows { is_switched: true, usual: Some(4096), blocks: Windowed::Upper }),
     ..LLAMA
 };
 
@@ -115,7 +115,7 @@ const QWEN3: Family = Family {
     model_type: "qwen3",
     features: "norm on each head of queries and keys",
     block: &[&[INPUT_NORM], NORMED_ATTENTION, &[FEED_FORWARD_NORM], FEED_FORWARD],
-    windows: Windows::UsedAbove,
+    windows: Some(Windows { is_switched: true, usual: Some(4096), blocks: Windowed::Upper }),
     head_dim: Some(128),
     ..LLAMA
 };
@@ -137,7 +137,7 @@ const QWEN3_MOE: Family = Family {
             (Role::ExpertDown(0), "mlp.experts.{}.down_proj"),
         ],
     ],
-    windows: Windows::Used,
+    windows: Some(Windows { is_switched: true, usual: Some(4096), blocks: Windowed::All }),
     experts: Some(ExpertDefaults {
         intermediate_size: "moe_intermediate_size",
         per_token: 8,
@@ -162,7 +162,7 @@ const GEMMA2: Family = Family {
     keys: GEMMA_KEYS,
     norm_kind: NormKind::RmsPlusOne,
     activation: Activation::GeluTanh,
-    windows: Windows::Pattern(2),
+    windows: Some(Windows { is_switched: false, usual: Some(4096), blocks: Windowed::AllButEvery(2) }),
     head_dim: Some(256),
     is_tied: true,
     scales_embedding: true,
@@ -185,7 +185,7 @@ const GEMMA3: Family = Family {
         &[FEED_FORWARD_OUTPUT_NORM],
     ],
     weightless: &["rotary_emb", "rotary_emb_local"],
-    windows: Windows::Pattern(6),
+    windows: Some(Windows { is_switched: false, usual: Some(4096), blocks: Windowed::AllButEvery(6) }),
     rope_theta: 1e6,
     local_rope_theta: Some(10_000.0),
     softcaps: Some((None, None)),
@@ -207,7 +207,7 @@ const PHI3: Family = Family {
     ]],
     weightless: &["rotary_emb", "embed_dropout"],
     norm_eps: 1e-5,
-    windows: Windows::All(None),
+    windows: Some(Windows { is_switched: false, usual: None, blocks: Windowed::All }),
     is_yarn_longrope: true,
     ..LLAMA
 };
@@ -275,7 +275,7 @@ const SMOLLM3: Family = Family {
     architecture: "SmolLM3ForCausalLM",
     model_type: "smollm3",
     features: "every fourth block without RoPE",
-    windows: Windows::UsedWithoutRope,
+    windows: Some(Windows { is_switched: true, usual: None, blocks: Windowed::WithoutRope }),
     rope_theta: 2e6,
     no_rope_interval: Some(4),
     is_tied: true,

@@ -114,21 +114,25 @@ pub(super) enum Biases {
     QueryKeyValue,
 }
 
-/// Which blocks see a window of the last tokens only.
+/// A window of the last tokens, which some blocks see alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Windows {
-    /// All, where `sliding_window` is a number; its default is this.
-    All(Option<usize>),
-    /// None.
-    Never,
-    /// Those that `layer_types` names, else all but every n-th, in a window of 4096 unless told otherwise.
-    Pattern(usize),
-    /// Where `use_sliding_window` is set, all.
-    Used,
-    /// Where `use_sliding_window` is set, those that `layer_types` names, else those from `max_window_layers` on.
-    UsedAbove,
-    /// Where `use_sliding_window` is set, those that `layer_types` names, else those without RoPE.
-    UsedWithoutRope,
+pub(super) struct Windows {
+    /// Whether there is one only where `use_sliding_window` is set.
+    pub is_switched: bool,
+    /// Its size where `sliding_window` is not there.
+    pub usual: Option<usize>,
+    pub blocks: Windowed,
+}
+
+/// Which blocks see a window; where these are not all, `layer_types` may name others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Windowed {
+    All,
+    /// All but every n-th.
+    AllButEvery(usize),
+    /// Those from `max_window_layers` on.
+    Upper,
+    WithoutRope,
 }
 
 /// A parameter of a block and its name; `{}` stands for the number of an expert.
@@ -172,7 +176,7 @@ pub struct Family {
     pub(super) norm_eps: f64,
     pub(super) activation: Activation,
     pub(super) biases: Biases,
-    pub(super) windows: Windows,
+    pub(super) windows: Option<Windows>,
     /// The base of RoPE unless told otherwise, and that of blocks with a window where it is another.
     pub(super) rope_theta: f64,
     pub(super) local_rope_theta: Option<f64>,

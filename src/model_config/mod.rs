@@ -10,7 +10,7 @@ use crate::bytes::{Bytes, MIB};
 use crate::error::{Result, first_five, printable};
 use crate::json::{Document, Node};
 use crate::source::Source;
-use family::{Biases, Windows};
+use family::{Biases, Windowed, Windows};
 use fields::Fields;
 
 pub use families::{FAMILIES, table};
@@ -31,7 +31,8 @@ const MAX_BLOCKS: u64 = 10_000;
 const MAX_WIDTH: u64 = 1 << 20;
 const MAX_HEADS: u64 = 1 << 16;
 const MAX_VOCABULARY: u64 = 1 << 24;
-const MAX_CONTEXT: u64 = 1 << 28;
+/// The longest context of a model, in tokens.
+pub const MAX_CONTEXT: u64 = 1 << 28;
 const MAX_EXPERTS: u64 = 1 << 16;
 /// Experts in all blocks together.
 const MAX_EXPERTS_OF_MODEL: usize = 1 << 18;
@@ -384,54 +385,37 @@ fn layers(fields: &Fields, family: &Family, count: usize, has_experts: bool) -> 
 
 /// The window of each block.
 fn windowed(fields: &Fields, family: &Family, rotated: &[bool]) -> Result<Vec<Option<usize>>> {
-    const USUAL: usize = 4096;
     let count = rotated.len();
-    let is_used = match family.windows {
-        Windows::Used | Windows::UsedAbove | Windows::UsedWithoutRope => {
-            fields.truth_or("use_sliding_window", false)?
-        }
-        Windows::All(_) | Windows::Pattern(_) => true,
-        Windows::Never => false,
+    let Some(Windows { is_switched, usual, blocks }) = family.windows else {
+        return Ok(vec![None; count]);
     };
-    let default = match family.windows {
-        Windows::All(default) => default,
-        Windows::UsedWithoutRope => None,
-        _ => Some(USUAL),
-    };
+    let is_used = !is_switched || fields.truth_or("use_sliding_window", false)?;
     let size = match (is_used, fields.optional("sliding_window")) {
         (false, _) => None,
         (true, Some(_)) => Some(fields.size("sliding_window", MAX_CONTEXT)?),
-        (true, None) => default.filter(|_| !fields.has("sliding_window")),
+        (true, None) => usual.filter(|_| !fields.has("sliding_window")),
     };
-    let by_type = || {
-        let kind = |node: &Node| match node.text()?.as_str() {
-            "full_attention" => Ok(false),
-            "sliding_attention" => Ok(true),
-            other => {
-                let other = printable(other);
-                Err(node.error(format!(
-                    "attention of type `{other}` is not supported; `full_attention` and `sliding_attention` are"
-                )))
-            }
-        };
-        fields.optional("layer_types").map(|node| one_each(node, count, kind)).transpose()
+    let slides_by_type = |node: &Node| match node.text()?.as_str() {
+        "full_attention" => Ok(false),
+        "sliding_attention" => Ok(true),
+        other => {
+            let other = printable(other);
+            Err(node.error(format!(
+                "attention of type `{other}` is not supported; `full_attention` and `sliding_attention` are"
+            )))
+        }
     };
-    let usual = || {
-        Ok(match family.windows {
-            Windows::Pattern(every) => {
-                all_but_every(fields.size_or("sliding_window_pattern", MAX_BLOCKS, every)?, count)
-            }
-            Windows::UsedAbove => {
-                let first = fields.optional("max_window_layers").map_or(Ok(28), |node| node.whole())?;
-                (0..count as u64).map(|at| at >= first).collect()
-            }
-            Windows::UsedWithoutRope => rotated.iter().map(|rotated| !rotated).collect(),
-            Windows::All(_) | Windows::Used | Windows::Never => vec![true; count],
-        })
-    };
-    let slides = match family.windows {
-        Windows::All(_) | Windows::Used | Windows::Never => usual()?,
-        _ => by_type()?.map_or_else(usual, Ok)?,
+    let slides = match (blocks, fields.optional("layer_types")) {
+        (Windowed::All, _) => vec![true; count],
+        (_, Some(node)) => one_each(node, count, slides_by_type)?,
+        (Windowed::AllButEvery(n), None) => {
+            all_but_every(fields.size_or("sliding_window_pattern", MAX_BLOCKS, n)?, count)
+        }
+        (Windowed::Upper, None) => {
+            let first = fields.optional("max_window_layers").map_or(Ok(28), |node| node.whole())?;
+            (0..count as u64).map(|at| at >= first).collect()
+        }
+        (Windowed::WithoutRope, None) => rotated.iter().map(|rotated| !rotated).collect(),
     };
     Ok(slides.into_iter().map(|slides| size.filter(|_| slides)).collect())
 }

@@ -99,14 +99,14 @@ impl DevicePlan {
     /// Adds what `modules` take of this device. Where GPUs compute all of them, hidden states
     /// and logits (`state`) and what is read (`ring`) still pass through host memory.
     pub(super) fn take(&mut self, modules: &[PlannedModule], state: Bytes, ring: Bytes) {
-        let here = || modules.iter().filter(|module| module.device == self.id);
-        let in_memory_here = || modules.iter().filter(|module| memory_device(module.device) == self.id);
+        let id = self.id;
+        let here = || modules.iter().filter(|module| module.device == id);
+        let in_memory_here = || modules.iter().filter(|module| memory_device(module.device) == id);
+        self.weights = here().map(|module| module.weights).sum();
+        self.modules = here().count();
         self.kv_cache = in_memory_here().map(|module| module.kv_cache).sum();
-        let (weights, count, is_used) =
-            (here().map(|module| module.weights).sum(), here().count(), in_memory_here().next().is_some());
-        (self.weights, self.modules) = (weights, count);
-        if !is_used {
-            let passes = self.id == DeviceId::Cpu;
+        if in_memory_here().next().is_none() {
+            let passes = id == DeviceId::Cpu;
             (self.workspace, self.staging) = if passes { (state, ring) } else { (Bytes::ZERO, Bytes::ZERO) };
             self.driver_context = Bytes::ZERO;
         }

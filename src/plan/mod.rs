@@ -28,7 +28,7 @@ use crate::architecture::ModuleTree;
 use crate::bytes::Bytes;
 use crate::checkpoint::Checkpoint;
 use crate::device::DeviceId;
-use crate::device_map::{self, Contents, MaxMemory};
+use crate::device_map::{self, Contents, MAX_BATCH, MaxMemory};
 use crate::error::{Error, Result};
 use crate::quant::{KvDtype, QuantizeRules};
 use subject::Subject;
@@ -39,7 +39,7 @@ pub use inventory::{Device, Inventory};
 pub use kinds::KindReport;
 pub use options::{DEFAULT_CONTEXT, DEFAULT_RESERVE, PlanOptions, Quantize, Strategy};
 pub use remedies::{Change, Remedy};
-pub use speed::{Bandwidth, Pace, ParseBandwidthError, Speed};
+pub use speed::{Bandwidth, Pace, Speed};
 
 /// A complete plan.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -178,9 +178,6 @@ impl Plan {
         Error::does_not_fit(format!("`{}` does not fit: {}", self.model, short.collect::<Vec<_>>().join(", ")))
     }
 }
-
-/// The most sequences at once that are tried.
-const MAX_BATCH: usize = 1 << 16;
 
 /// The largest size up to `limit` under which a plan fits with no more off the GPUs than under 1.
 fn largest(

@@ -6,8 +6,8 @@ use std::str::FromStr;
 use crate::bytes::{Bytes, MIB};
 use crate::checkpoint::Checkpoint;
 use crate::device_map::{DeviceMap, MaxMemory};
-use crate::error::{Error, Result};
-use crate::name::{ParseNameError, named};
+use crate::error::{Error, ParseError, Result};
+use crate::name::{named, unknown};
 use crate::quant::{KvDtype, QuantizeRules, Scheme};
 
 /// Bytes of every device that a plan leaves free, unless told otherwise.
@@ -99,7 +99,7 @@ impl From<Scheme> for Quantize {
 }
 
 impl FromStr for Quantize {
-    type Err = ParseNameError;
+    type Err = ParseError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         match text.parse::<Scheme>() {
@@ -107,7 +107,7 @@ impl FromStr for Quantize {
             Err(_) if text == "auto" => Ok(Self::Auto),
             Err(_) => {
                 let names: Vec<_> = Scheme::ALL.into_iter().map(Scheme::name).chain(["auto"]).collect();
-                Err(ParseNameError::new(text, "a scheme", &names))
+                Err(unknown(text, "a scheme", &names))
             }
         }
     }

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::{DevicePlan, PlannedModule};
 use crate::device::DeviceId;
-use crate::error::printable;
+use crate::error::ParseError;
 
 /// What is reached of a data sheet's bandwidth.
 const REACHED: f64 = 0.85;
@@ -113,13 +113,8 @@ impl fmt::Display for Bandwidth {
     }
 }
 
-/// A text that states no bandwidth.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("`{0}` is no bandwidth; write it like `936GB/s`, or name a GPU like `RTX 3090`")]
-pub struct ParseBandwidthError(String);
-
 impl FromStr for Bandwidth {
-    type Err = ParseBandwidthError;
+    type Err = ParseError;
 
     /// Reads `936GB/s` or a GPU's name.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
@@ -131,7 +126,8 @@ impl FromStr for Bandwidth {
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "between 1 and MAX")]
             (1.0..=MAX).contains(&bytes).then_some(Self { bytes_per_second: bytes as u64, measured: false })
         };
-        stated().or_else(|| Self::of_gpu(text)).ok_or_else(|| ParseBandwidthError(printable(text)))
+        let problem = "no bandwidth; write it like `936GB/s`, or name a GPU like `RTX 3090`";
+        stated().or_else(|| Self::of_gpu(text)).ok_or_else(|| ParseError::new(text, problem))
     }
 }
 

@@ -47,7 +47,8 @@ impl<'a> Subject<'a> {
         let Self { checkpoint, inventory, tree, weights } = self;
         let config = &checkpoint.config;
         let Conditions { context, batch, kv_cache, .. } = *conditions;
-        let kv = KvLayout::new(config, context, batch, kv_cache).ok_or_else(|| too_large("the KV cache"))?;
+        let kv = KvLayout::new(config, context, batch, kv_cache)
+            .ok_or_else(|| Error::input("the KV cache is too large to plan for"))?;
         let staging = memory::HostStaging::new(weights, &conditions.quantize);
         let empty = |device| DevicePlan::empty(device, conditions, config, staging);
         let mut devices: Vec<DevicePlan> = inventory.devices.iter().map(empty).collect();
@@ -98,10 +99,6 @@ impl<'a> Subject<'a> {
             remedies: Vec::new(),
         })
     }
-}
-
-fn too_large(what: &str) -> Error {
-    Error::input(format!("{what} is too large to plan for"))
 }
 
 /// What weights take, and what a token reads of them.

@@ -122,7 +122,7 @@ impl Node<'_> {
 
     /// Adds the rules for all under it, where a rule for it names `scheme`.
     fn list(&self, scheme: Scheme, rules: &mut Vec<(String, Scheme)>) {
-        let at = Scheme::ALL.iter().position(|known| *known == scheme).unwrap_or(0);
+        let at = scheme as usize;
         for (path, child) in &self.children {
             let keeps = if child.scheme.is_some() {
                 child.rules[at] == 0

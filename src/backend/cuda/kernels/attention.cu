@@ -75,7 +75,7 @@ struct Stored8 {
         if (DTYPE == INT8) *(uint2*)&raw = *(const uint2*)(cache + start + d);
         else raw = *(const uint4*)((const unsigned short*)cache + start + d);
     }
-    __device__ __forceinline__ float get(int i) const { return DTYPE == INT8 ? (float)((const signed char*)&raw)[i] : ::load(&raw, DTYPE, i); }
+    __device__ __forceinline__ float get(int i) const { return DTYPE == INT8 ? (float)((const signed char*)&raw)[i] : load16(&raw, DTYPE, i); }
 };
 
 template <>
@@ -93,44 +93,32 @@ struct AttendShared {
     __align__(16) float q[HEADS][MAX_HEAD];
     __align__(16) float weights[SPAN][HEADS];
     __align__(16) float sums[HEADS][SPAN * 8];
-    float scratch[HEADS][SPAN / 32];
+    float scratch[HEADS][SPAN / 32], largest[HEADS], total[HEADS];
 };
 
-// A block takes HEADS query heads of one key-value head, which share what it reads of the cache, and one of
-// `splits` parts of the keys; its softmax runs along with them, 128 at a time, in f32. A thread takes a key
-// for the scores, and for the sums eight columns of some of the values; several of its loads are on their
-// way.
-// head_dim: at most 512. `arrivals`: [tokens][blocks of heads].
-// Launch: 128 threads, grid (tokens * splits, blocks of heads: kv_heads * (heads / kv_heads / HEADS, rounded up)).
-template <int HEADS, int DTYPE>
-__device__ __forceinline__ void attend(const Attention& a, AttendShared<HEADS>& s) {
+// What a thread has of some keys: of the values eight columns, of every `groups`-th of them.
+template <int HEADS>
+struct OverKeys {
+    size_t first_slot;
+    int start, end, groups, group, column;
+    float sums[HEADS][8], largest[HEADS], total[HEADS];
+};
+
+template <int DTYPE, int HEADS>
+__device__ __forceinline__ void attend_over(OverKeys<HEADS>& p, const Attention& a, AttendShared<HEADS>& s) {
     const int BATCH = DTYPE == ANY ? 1 : 8;
+    int head_dim = a.head_dim;
     bool is_scaled = a.kv_dtype == INT8;
-    int head_dim = a.head_dim, sharing = a.heads / a.kv_heads, blocks = (sharing + HEADS - 1) / HEADS;
-    int token = blockIdx.x / a.splits, split = blockIdx.x % a.splits, kv_head = blockIdx.y / blocks;
-    int first_head = blockIdx.y % blocks * HEADS, count = min(HEADS, sharing - first_head);
-    size_t first_row = (size_t)token * a.heads + kv_head * sharing + first_head, first_slot = (size_t)kv_head * a.context;
-    int behind = a.position + token + 1, first = a.window && behind > a.window ? behind - a.window : 0;
-    int length = ((behind - first + a.splits - 1) / a.splits + SPAN - 1) / SPAN * SPAN, splits = (behind - first + length - 1) / length;
-    int share = first + split * length, end = min(behind, share + length);
-    if (share >= end) return;
-    for (int d = threadIdx.x; d < MAX_HEAD; d += blockDim.x)
-        for (int h = 0; h < HEADS; h++) s.q[h][d] = h < count && d < head_dim ? __half2float(a.query[(first_row + h) * head_dim + d]) * a.scale : 0.0f;
-    // Of the values: eight columns, of every `groups`-th key.
-    int units = (head_dim + 7) / 8, groups = SPAN / units, column = threadIdx.x % units * 8, group = threadIdx.x / units;
-    float sums[HEADS][8] = {}, largest[HEADS], total[HEADS] = {};
-    for (int h = 0; h < HEADS; h++) largest[h] = LEAST;
-    __syncthreads();
-    for (int start = share; start < end; start += SPAN) {
-        int keys = min(SPAN, end - start);
+    for (int start = p.start; start < p.end; start += SPAN) {
+        int keys = min(SPAN, p.end - start);
         bool is_mine = (int)threadIdx.x < keys;
-        size_t slot = first_slot + start + min((int)threadIdx.x, keys - 1);
+        size_t slot = p.first_slot + start + min((int)threadIdx.x, keys - 1);
         Stored8<DTYPE> values[BATCH];
         auto load_values = [&](int first) {
 #pragma unroll
-            for (int j = 0; j < BATCH; j++) values[j].load(a, a.values, (first_slot + start + min(first + j * groups, keys - 1)) * head_dim, column);
+            for (int j = 0; j < BATCH; j++) values[j].load(a, a.values, (p.first_slot + start + min(first + j * p.groups, keys - 1)) * head_dim, p.column);
         };
-        load_values(group);
+        load_values(p.group);
         float scores[HEADS] = {};
         for (int d = 0; d < head_dim; d += BATCH * 8) {
             Stored8<DTYPE> pieces[BATCH];
@@ -158,59 +146,81 @@ __device__ __forceinline__ void attend(const Attention& a, AttendShared<HEADS>& 
         float value_scale = is_scaled ? a.value_scales[slot] : 1.0f;
 #pragma unroll
         for (int h = 0; h < HEADS; h++) {
-            float before = largest[h];
-            for (int i = 0; i < SPAN / 32; i++) largest[h] = fmaxf(largest[h], s.scratch[h][i]);
-            float rescale = expf(before - largest[h]), weight = expf(scores[h] - largest[h]);
-            total[h] = total[h] * rescale + weight;
+            float before = p.largest[h];
+            for (int i = 0; i < SPAN / 32; i++) p.largest[h] = fmaxf(p.largest[h], s.scratch[h][i]);
+            float rescale = expf(before - p.largest[h]), weight = expf(scores[h] - p.largest[h]);
+            p.total[h] = p.total[h] * rescale + weight;
             s.weights[threadIdx.x][h] = weight * value_scale;
-            for (int i = 0; i < 8; i++) sums[h][i] *= rescale;
+            for (int i = 0; i < 8; i++) p.sums[h][i] *= rescale;
         }
         __syncthreads();
-        for (int first = group; first < keys;) {
+        for (int first = p.group; first < keys;) {
 #pragma unroll
             for (int j = 0; j < BATCH; j++) {
-                int key = first + j * groups;
+                int key = first + j * p.groups;
                 if (key >= keys) break;
 #pragma unroll
                 for (int h = 0; h < HEADS; h++)
 #pragma unroll
-                    for (int i = 0; i < 8; i++) sums[h][i] = fmaf(s.weights[key][h], values[j].get(i), sums[h][i]);
+                    for (int i = 0; i < 8; i++) p.sums[h][i] = fmaf(s.weights[key][h], values[j].get(i), p.sums[h][i]);
             }
-            first += BATCH * groups;
+            first += BATCH * p.groups;
             if (first < keys) load_values(first);
         }
         __syncthreads();
     }
-#pragma unroll
-    for (int h = 0; h < HEADS; h++) {
-        total[h] = block_sum(total[h], s.scratch[0]);
-        if (group < groups)
-            for (int i = 0; i < 8; i++) s.sums[h][group * units * 8 + column + i] = sums[h][i];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int h = 0; h < HEADS; h++) {
-        if (h >= count) break;
-        float* mine = splits > 1 ? a.parts + ((first_row + h) * a.splits + split) * (head_dim + 2) : nullptr;
-        for (int d = threadIdx.x; d < head_dim; d += SPAN) {
-            float sum = 0.0f;
-            for (int i = 0; i < groups; i++) sum += s.sums[h][i * units * 8 + d];
-            if (mine) mine[d] = sum;
-            else a.out[(first_row + h) * head_dim + d] = to_half(sum / total[h]);
-        }
-        if (mine && threadIdx.x == 0) mine[head_dim] = largest[h], mine[head_dim + 1] = total[h];
-    }
-    if (splits > 1 && is_last_part(a, token * gridDim.y + blockIdx.y, splits))
-        for (int h = 0; h < count; h++) add_parts(a, first_row + h, splits);
 }
 
+// A block takes HEADS query heads of one key-value head, which share what it reads of the cache, and one of
+// `splits` parts of the keys; its softmax runs along with them, 128 at a time, in f32. A thread takes a key
+// for the scores, and for the sums eight columns of some of the values; several of its loads are on their
+// way. head_dim: at most 512. `arrivals`: [tokens][blocks of heads].
+// Launch: 128 threads, grid (tokens * splits, blocks of heads: kv_heads * (heads / kv_heads / HEADS, rounded up)).
 template <int HEADS>
 __device__ __forceinline__ void attend(const Attention& a) {
-    __shared__ AttendShared<HEADS> shared;
-    if (a.head_dim % 8 != 0 || a.kv_dtype == F32) attend<HEADS, ANY>(a, shared);
-    else if (a.kv_dtype == F16) attend<HEADS, F16>(a, shared);
-    else if (a.kv_dtype == BF16) attend<HEADS, BF16>(a, shared);
-    else attend<HEADS, INT8>(a, shared);
+    __shared__ AttendShared<HEADS> s;
+    int head_dim = a.head_dim, sharing = a.heads / a.kv_heads, blocks = (sharing + HEADS - 1) / HEADS;
+    int token = blockIdx.x / a.splits, split = blockIdx.x % a.splits, kv_head = blockIdx.y / blocks;
+    int first_head = blockIdx.y % blocks * HEADS, count = min(HEADS, sharing - first_head);
+    size_t first_row = (size_t)token * a.heads + kv_head * sharing + first_head;
+    int behind = a.position + token + 1, first = a.window && behind > a.window ? behind - a.window : 0;
+    int length = ((behind - first + a.splits - 1) / a.splits + SPAN - 1) / SPAN * SPAN, splits = (behind - first + length - 1) / length;
+    int units = (head_dim + 7) / 8, start = first + split * length;
+    OverKeys<HEADS> p = {(size_t)kv_head * a.context, start, min(behind, start + length), SPAN / units, (int)threadIdx.x / units, (int)threadIdx.x % units * 8};
+    if (p.start >= p.end) return;
+    for (int h = 0; h < HEADS; h++) p.largest[h] = LEAST;
+#pragma unroll 1
+    for (int d = threadIdx.x; d < MAX_HEAD; d += SPAN)
+        for (int h = 0; h < HEADS; h++) s.q[h][d] = h < count && d < head_dim ? __half2float(a.query[(first_row + h) * head_dim + d]) * a.scale : 0.0f;
+    __syncthreads();
+    if (head_dim % 8 != 0 || a.kv_dtype == F32) attend_over<ANY>(p, a, s);
+    else if (a.kv_dtype == F16) attend_over<F16>(p, a, s);
+    else if (a.kv_dtype == BF16) attend_over<BF16>(p, a, s);
+    else attend_over<INT8>(p, a, s);
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) {
+        float total = block_sum(p.total[h], s.scratch[0]);
+        if (threadIdx.x == 0) s.total[h] = total, s.largest[h] = p.largest[h];
+        if (p.group < p.groups)
+            for (int i = 0; i < 8; i++) s.sums[h][p.group * units * 8 + p.column + i] = p.sums[h][i];
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int h = 0; h < count; h++) {
+        size_t row = first_row + h;
+        float* part = a.parts + (row * a.splits + split) * (head_dim + 2);
+#pragma unroll 1
+        for (int d = threadIdx.x; d < head_dim; d += SPAN) {
+            float sum = 0.0f;
+            for (int i = 0; i < p.groups; i++) sum += s.sums[h][i * units * 8 + d];
+            if (splits > 1) part[d] = sum;
+            else a.out[row * head_dim + d] = to_half(sum / s.total[h]);
+        }
+        if (splits > 1 && threadIdx.x == 0) part[head_dim] = s.largest[h], part[head_dim + 1] = s.total[h];
+    }
+    if (splits > 1 && is_last_part(a, token * gridDim.y + blockIdx.y, splits))
+#pragma unroll 1
+        for (int h = 0; h < count; h++) add_parts(a, first_row + h, splits);
 }
 
 #define ATTEND(heads_of_a_block)                                                                                                                        \

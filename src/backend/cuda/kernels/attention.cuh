@@ -50,7 +50,7 @@ __device__ __forceinline__ void load8_kv(const byte* cache, int dtype, size_t st
         for (int i = 0; i < 8; i += 4) *(float4*)(out + i) = *(const float4*)((const float*)cache + start + d + i);
     } else {
         uint4 raw = *(const uint4*)((const unsigned short*)cache + start + d);
-        for (int i = 0; i < 8; i++) out[i] = load(&raw, dtype, i);
+        for (int i = 0; i < 8; i++) out[i] = load16(&raw, dtype, i);
     }
 }
 

@@ -60,7 +60,7 @@ struct Tile {
         for (unsigned i = 0; i < KEYS; i += STEP) {
             uint4 raw = *place(i), unit;
             for (int j = 0; j < 8; j++)
-                ((__half*)&unit)[j] = to_half(dtype == INT8 ? (float)((const signed char*)&raw)[j] * scale[i / STEP] : load(&raw, BF16, j));
+                ((__half*)&unit)[j] = to_half(dtype == INT8 ? (float)((const signed char*)&raw)[j] * scale[i / STEP] : load16(&raw, BF16, j));
             *place(i) = unit;
         }
     }

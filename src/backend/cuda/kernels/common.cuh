@@ -33,11 +33,12 @@ __device__ __forceinline__ void begin() {
 
 __device__ __forceinline__ float bf16_to_float(unsigned bits) { return __uint_as_float(bits << 16); }
 
-__device__ __forceinline__ float load(const void* x, int dtype, size_t i) {
-    if (dtype == BF16) return bf16_to_float(((const unsigned short*)x)[i]);
-    if (dtype == F16) return __half2float(((const __half*)x)[i]);
-    return ((const float*)x)[i];
+// Of bf16 or f16.
+__device__ __forceinline__ float load16(const void* x, int dtype, size_t i) {
+    return dtype == BF16 ? bf16_to_float(((const unsigned short*)x)[i]) : __half2float(((const __half*)x)[i]);
 }
+
+__device__ __forceinline__ float load(const void* x, int dtype, size_t i) { return dtype == F32 ? ((const float*)x)[i] : load16(x, dtype, i); }
 
 // Beyond the range of f16 the largest number stands for the value; NaN stays.
 __device__ __forceinline__ __half to_half(float v) {
@@ -72,7 +73,7 @@ __device__ __forceinline__ void load8(const void* x, int dtype, size_t start, in
         uint4 raw = make_uint4(0, 0, 0, 0);
         if (count % 8 == 0 && i < count) raw = *(const uint4*)from;
         for (int j = 0; count % 8 != 0 && j < 8; j++) ((unsigned short*)&raw)[j] = i + j < count ? from[j] : (unsigned short)0;
-        for (int j = 0; j < 8; j++) out[j] = load(&raw, dtype, j);
+        for (int j = 0; j < 8; j++) out[j] = load16(&raw, dtype, j);
     }
 }
 

@@ -82,7 +82,7 @@ struct MmaNl4 : MmaInt4<false> {
     enum { PARTS = 2 };
     static __device__ __forceinline__ void dequantize(const Piece& piece, int part, int unit, int step, unsigned& low, unsigned& high) {
         unsigned codes = word(piece.codes, (2 * unit + step) % 4), select = unit < 2 ? 0x4240 : 0x4341;
-        int near = piece.sub_scale + 8 & ~15;
+        int near = (piece.sub_scale + 8) & ~15;
         __half2 sub_scale = __half2half2(__float2half_rn((float)(part == 0 ? near : piece.sub_scale - near)));
         low = scaled(nl4_levels(codes), select, sub_scale), high = scaled(nl4_levels(codes >> 16), select, sub_scale);
     }
