@@ -163,9 +163,6 @@ fn products(Bench { gpu, shape }: &Bench) {
             [(shape.hidden, shape.hidden), (shape.feed_forward, shape.hidden), (shape.hidden, shape.feed_forward)]
         {
             for (gpu, which) in [(gpu, ""), (&plain, ", without tensor cores")] {
-                if storage == Storage::Plain(WeightDtype::Bf16) && !which.is_empty() {
-                    continue;
-                }
                 let matrices = rotated(gpu, shape, storage, rows, cols);
                 let scratch = scratch(gpu, shape, 1, 1);
                 let mut counts = vec![1, 8, shape.prompt.min(512), shape.prompt];

@@ -52,7 +52,7 @@ struct BlockCtx { uint3 bid, bdim, gdim; };
 // The cp.async of a thread that it has not waited for, and where each of their groups ends.
 struct AsyncCopies {
     static constexpr unsigned kMost = 256;
-    struct { void* to; const void* from; bool is_there; } copies[kMost];
+    struct { void* to; const void* from; unsigned size; bool is_there; } copies[kMost];
     unsigned ends[kMost];
 };
 struct ThreadCtx {           // what a CUDA thread can see about itself
@@ -333,13 +333,17 @@ static inline void ldmatrix_transposed(unsigned* d, const void* row) {
 }
 static inline float exp2_approximate(float x) { return exp2f(x); }
 // Copies happen when they are waited for; until then there is NaN.
-static inline void cp_async_16(void* to, const void* from, bool is_there) {
-    if (((uintptr_t)to | (uintptr_t)from) & 15) fk::trap(716, "cp.async address not 16-byte aligned");
-    const fk::ThreadCtx* t = fk::self();
-    if (t->copies == fk::AsyncCopies::kMost) fk::trap(719, "more cp.async on their way than are emulated");
-    memset(to, 0xff, 16);
-    t->async->copies[t->copies++] = {to, from, is_there};
+namespace fk {
+static inline void copy_async(void* to, const void* from, unsigned size, bool is_there) {
+    if (((uintptr_t)to | (uintptr_t)from) % size) trap(716, "cp.async address not aligned");
+    const ThreadCtx* t = self();
+    if (t->copies == AsyncCopies::kMost) trap(719, "more cp.async on their way than are emulated");
+    memset(to, 0xff, size);
+    t->async->copies[t->copies++] = {to, from, size, is_there};
 }
+}  // namespace fk
+static inline void cp_async_16(void* to, const void* from, bool is_there) { fk::copy_async(to, from, 16, is_there); }
+static inline void cp_async_8(void* to, const void* from, bool is_there) { fk::copy_async(to, from, 8, is_there); }
 static inline void cp_async_commit() {
     const fk::ThreadCtx* t = fk::self();
     if (t->groups == fk::AsyncCopies::kMost) fk::trap(719, "more cp.async on their way than are emulated");
@@ -353,8 +357,8 @@ static inline void cp_async_wait() {
     unsigned end = async.ends[t->groups - N - 1];
     for (unsigned i = 0; i < end; i++) {
         auto& copy = async.copies[i];
-        if (copy.is_there) memcpy(copy.to, copy.from, 16);
-        else memset(copy.to, 0, 16);
+        if (copy.is_there) memcpy(copy.to, copy.from, copy.size);
+        else memset(copy.to, 0, copy.size);
     }
     // What is left moves to the front.
     for (unsigned i = 0; i < N; i++) async.ends[i] = async.ends[t->groups - N + i] - end;

@@ -64,6 +64,10 @@ pub(super) const MODULES: &[Module] = &[
         "mma_many",
         TENSOR_CORES,
         [
+            "mma_many_bf16_128",
+            "mma_many_bf16_64",
+            "mma_many_f16_128",
+            "mma_many_f16_64",
             "mma_many_int4_128",
             "mma_many_int4_64",
             "mma_many_int8_128",
@@ -307,6 +311,8 @@ impl Gpu {
         assert!(parts.iter().all(|(affine, _)| affine.cols() == cols && affine.weight.layout.storage == storage));
         let mma = self.capability >= TENSOR_CORES;
         let (few_kernel, many_kernels) = match storage {
+            Storage::Plain(WeightDtype::Bf16) if mma => ("few_bf16", ["mma_many_bf16_64", "mma_many_bf16_128"]),
+            Storage::Plain(WeightDtype::F16) if mma => ("few_f16", ["mma_many_f16_64", "mma_many_f16_128"]),
             Storage::Plain(WeightDtype::Bf16) => ("few_bf16", ["many_bf16"; 2]),
             Storage::Plain(WeightDtype::F16) => ("few_f16", ["many_f16"; 2]),
             Storage::Plain(WeightDtype::F32) => ("few_f32", ["many_f32"; 2]),

@@ -22,32 +22,49 @@
 // neighbouring units of two, are in different banks.
 __device__ __forceinline__ unsigned turn(unsigned key) { return key % 2 * 4 + key / 2 % 4; }
 
-// Eight elements of the cache times their scale.
-__device__ __forceinline__ uint4 unit_of(const byte* cache, const float* scales, int dtype, size_t slot, int d, int head_dim) {
-    float piece[8], scale = dtype == INT8 ? scales[slot] : 1.0f;
-    load8_kv(cache, dtype, slot * head_dim, d, head_dim, piece);
-    uint4 unit;
-    for (int i = 0; i < 8; i++) ((__half*)&unit)[i] = to_half(piece[i] * scale);
-    return unit;
-}
-
-// Queues the vectors of KEYS slots for `to`; zero from slot `end` on.
+// The units of a tile of keys or of values that a thread copies: one of every `STEP`th key.
 template <int WIDTH, int KEYS>
-__device__ __forceinline__ void stage(uint4* to, const byte* cache, const float* scales, const Attention& a, size_t slot, size_t end) {
-    const unsigned units = WIDTH / 8, step = 128 / units;
-    unsigned first = threadIdx.x / units, unit = threadIdx.x % units, there = unit * 8 < a.head_dim ? (unsigned)min((size_t)KEYS, end - slot) : 0;
-    const __half* from = (const __half*)cache + (slot + first) * a.head_dim + unit * 8;
-    if (a.kv_dtype == F16) {
-#pragma unroll
-        for (unsigned i = 0; i < KEYS; i += step, from += step * a.head_dim)
-            cp_async_16(&to[(first + i) * units + (unit ^ turn(first + i % 8))], from, first + i < there);
-    } else {
-#pragma unroll 1
-        for (unsigned key = first; key < KEYS; key += step)
-            to[key * units + (unit ^ turn(key))] = key < there ? unit_of(cache, scales, a.kv_dtype, slot + key, unit * 8, a.head_dim) : make_uint4(0, 0, 0, 0);
+struct Tile {
+    enum { UNITS = WIDTH / 8, STEP = 128 / UNITS };
+    uint4* to;
+    const byte* cache;
+    const float* scales;
+
+    __device__ __forceinline__ uint4* place(unsigned i) const {
+        unsigned first = threadIdx.x / UNITS, unit = threadIdx.x % UNITS;
+        return &to[(first + i) * UNITS + (unit ^ turn(first + i % 8))];
     }
-    cp_async_commit();
-}
+    // Queues the vectors from `slot` on, as they are; zero from slot `end` on.
+    __device__ __forceinline__ void stage(const Attention& a, size_t slot, size_t end, float* scale) const {
+        unsigned first = threadIdx.x / UNITS, d = threadIdx.x % UNITS * 8, there = d < a.head_dim ? (unsigned)min((size_t)KEYS, end - slot) : 0;
+        size_t at = (slot + first) * a.head_dim + d;
+        if (a.kv_dtype == INT8) {
+            const byte* from = cache + at;
+#pragma unroll
+            for (unsigned i = 0; i < KEYS; i += STEP, from += STEP * a.head_dim) {
+                cp_async_8(place(i), from, first + i < there);
+                scale[i / STEP] = first + i < there ? scales[slot + first + i] : 0.0f;
+            }
+        } else {
+            const unsigned short* from = (const unsigned short*)cache + at;
+#pragma unroll
+            for (unsigned i = 0; i < KEYS; i += STEP, from += STEP * a.head_dim) cp_async_16(place(i), from, first + i < there);
+        }
+        cp_async_commit();
+    }
+    // Makes f16 of what this thread has copied.
+    __device__ __forceinline__ void arrive(int dtype, const float* scale) const {
+        cp_async_wait<0>();
+        if (dtype == F16) return;
+#pragma unroll
+        for (unsigned i = 0; i < KEYS; i += STEP) {
+            uint4 raw = *place(i), unit;
+            for (int j = 0; j < 8; j++)
+                ((__half*)&unit)[j] = to_half(dtype == INT8 ? (float)((const signed char*)&raw)[j] * scale[i / STEP] : load16(&raw, BF16, j));
+            *place(i) = unit;
+        }
+    }
+};
 
 __device__ __forceinline__ unsigned halves(float low, float high) {
     __half2 both = __floats2half2_rn(low, high);
@@ -60,6 +77,8 @@ __device__ __forceinline__ void attend_many(const Attention& a, int tokens) {
     // A wider query is read anew for each tile; there are not enough registers.
     const bool is_held = WIDTH <= 128;
     __shared__ uint4 keys[KEYS * units], values[KEYS * units];
+    Tile<WIDTH, KEYS> tile_of_keys = {keys, a.keys, a.key_scales}, tile_of_values = {values, a.values, a.value_scales};
+    float scale[KEYS * units / 128];
     int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, sharing = a.heads / a.kv_heads, kv_head = blockIdx.y;
     int blocks = gridDim.x / a.splits, split = blockIdx.x % a.splits;
     // The last rows see the most keys and come first.
@@ -93,11 +112,11 @@ __device__ __forceinline__ void attend_many(const Attention& a, int tokens) {
     int start = first + split * length, end = min(behind, start + length);
     size_t first_slot = (size_t)kv_head * a.context;
     float factor = (a.softcap != 0.0f ? a.softcap : a.scale) * LOG2_E, to_cap = a.scale / a.softcap;
-    if (start < end) stage<WIDTH, KEYS>(keys, a.keys, a.key_scales, a, first_slot + start, first_slot + end);
+    if (start < end) tile_of_keys.stage(a, first_slot + start, first_slot + end, scale);
     for (; start < end; start += KEYS) {
-        cp_async_wait<0>();
+        tile_of_keys.arrive(a.kv_dtype, scale);
         __syncthreads();
-        stage<WIDTH, KEYS>(values, a.values, a.value_scales, a, first_slot + start, first_slot + end);
+        tile_of_values.stage(a, first_slot + start, first_slot + end, scale);
         float scores[KEYS / 8][4] = {};
 #pragma unroll
         for (int group = 0; group < groups; group++) {
@@ -110,9 +129,9 @@ __device__ __forceinline__ void attend_many(const Attention& a, int tokens) {
                 mma_m16n8k16(scores[tile], high, key.z, key.w);
             }
         }
-        cp_async_wait<0>();
+        tile_of_values.arrive(a.kv_dtype, scale);
         __syncthreads();
-        if (start + KEYS < end) stage<WIDTH, KEYS>(keys, a.keys, a.key_scales, a, first_slot + start + KEYS, first_slot + end);
+        if (start + KEYS < end) tile_of_keys.stage(a, first_slot + start + KEYS, first_slot + end, scale);
 
         // In bits: the exponents of two.
         if (a.softcap != 0.0f)

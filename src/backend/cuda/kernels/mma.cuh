@@ -19,7 +19,7 @@
 #define SLOTS 16
 
 // What a lane loads of one row.
-struct Piece {
+struct PackedPiece {
     uint4 codes;
     int sub_scale;
 };
@@ -35,6 +35,7 @@ __device__ __forceinline__ unsigned subtract(unsigned a, unsigned b) {
 // A storage loads the columns from k on of a row, nothing beyond the matrix, and dequantizes four of
 // them: those of half `step` of a unit, to two words. Weights are the sum of PARTS of such words.
 struct MmaInt8 {
+    typedef PackedPiece Piece;
     enum { COLS = 16, UNITS = COLS / 8, CHUNK = 4 * COLS, PARTS = 1 };
     static __device__ __forceinline__ Piece load(const Matrix& w, int cols, int row, int k) {
         int padded = (cols + 31) / 32 * 32;
@@ -53,6 +54,7 @@ struct MmaInt8 {
 // SWAPPED: of four columns side by side, the first and the third make a word, then the second and the fourth.
 template <bool SWAPPED>
 struct MmaInt4 {
+    typedef PackedPiece Piece;
     enum { COLS = 32, UNITS = COLS / 8, CHUNK = 4 * COLS, PARTS = 1 };
     static __device__ __forceinline__ Piece load(const Matrix& w, int cols, int row, int k) {
         int groups = (cols + 31) / 32, group = k / 32;
@@ -95,7 +97,7 @@ struct MmaNl4 : MmaInt4<false> {
 
 // The weights of a unit, for its two mma, of rows r and r + 8.
 template <class Storage>
-__device__ __forceinline__ void weights_of(const Piece* pieces, int part, int unit, unsigned (*weights)[4]) {
+__device__ __forceinline__ void weights_of(const typename Storage::Piece* pieces, int part, int unit, unsigned (*weights)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; i++) Storage::dequantize(pieces[i % 2], part, unit, i / 2, weights[i / 2][i % 2], weights[i / 2][i % 2 + 2]);
 }

@@ -98,7 +98,7 @@ struct Rows {
         codes[HALF] = (const uint4*)m.codes, sub_scales[HALF] = m.sub_scales;
         start[HALF] = row < m.rows ? (long long)row * Storage::pieces(cols) : -1;
     }
-    __device__ __forceinline__ void load(int piece, int pieces, Piece* to) const {
+    __device__ __forceinline__ void load(int piece, int pieces, typename Storage::Piece* to) const {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             bool there = start[half] >= 0 && piece < pieces;
@@ -126,7 +126,7 @@ __device__ __forceinline__ uint4 input_unit(const Few& few, int token, int k, Mo
 
 // A chunk of 16 rows by the tokens; a lane's units are `stride` apart in `x`.
 template <class Storage>
-__device__ __forceinline__ void multiply(const Piece* pieces, const uint4* x, int stride, float* sums) {
+__device__ __forceinline__ void multiply(const typename Storage::Piece* pieces, const uint4* x, int stride, float* sums) {
 #pragma unroll
     for (int at = 0; at < Storage::UNITS * Storage::PARTS; at++) {
         unsigned weights[2][4];
@@ -157,8 +157,8 @@ __device__ __forceinline__ void mma_few(const Few& few) {
     // The next unit whose weights are asked for.
     int row_block = unit / steps, first = unit % steps, next = unit, next_block = row_block, next_step = first;
     Rows<Storage> rows(few, next_block, lane);
-    Piece ahead[AHEAD][2];
-    auto load_next = [&](Piece* to) {
+    typename Storage::Piece ahead[AHEAD][2];
+    auto load_next = [&](typename Storage::Piece* to) {
         if (next < end) {
             if (next_step == steps) next_step = 0, rows = Rows<Storage>(few, ++next_block, lane);
             rows.load((next_step * WARPS + warp) * 4 + lane % 4, pieces, to);
@@ -209,7 +209,7 @@ __device__ __forceinline__ void mma_few(const Few& few) {
             // The oldest first again.
 #pragma unroll 1
             for (int i = 0; i < count % AHEAD; i++) {
-                Piece oldest[2] = {ahead[0][0], ahead[0][1]};
+                typename Storage::Piece oldest[2] = {ahead[0][0], ahead[0][1]};
 #pragma unroll
                 for (int j = 1; j < AHEAD; j++) ahead[j - 1][0] = ahead[j][0], ahead[j - 1][1] = ahead[j][1];
                 ahead[AHEAD - 1][0] = oldest[0], ahead[AHEAD - 1][1] = oldest[1];

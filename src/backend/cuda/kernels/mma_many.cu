@@ -1,4 +1,4 @@
-// Matrix products of any number of tokens by tensor cores; see mma.cuh.
+// Matrix products of any number of tokens by tensor cores; see mma.cuh. Also with bf16 and f16 weights.
 //
 // mma_many_<storage>_<slots>: a block takes so many slots for rows and 64 tokens, and 64 columns in a step, whose
 // activations come in while the steps before are multiplied. Each of its four warps takes a quarter of the slots,
@@ -41,9 +41,45 @@ __device__ __forceinline__ void stage(const Product& p, int first_token, int ste
     }
 }
 
+struct PlainPiece {
+    uint4 elements[2];
+};
+
+// bf16 or f16, 16 columns a lane as of int8. A bf16 becomes the f16 next to it: the same number, but that those below
+// 2^-17 are rounded to multiples of 2^-24, and those of 65520 and more become infinite.
+template <int DTYPE>
+struct MmaPlain {
+    typedef PlainPiece Piece;
+    enum { COLS = 16, UNITS = COLS / 8, CHUNK = 4 * COLS, PARTS = 1 };
+    static __device__ __forceinline__ Piece load(const Matrix& w, int cols, int row, int k) {
+        Piece piece = {};
+        if (row >= w.rows) return piece;
+        const unsigned short* from = (const unsigned short*)w.codes + (size_t)row * cols + k;
+        if (cols % 8 == 0) {
+            if (k < cols) piece.elements[0] = __ldg((const uint4*)from);
+            if (k + 8 < cols) piece.elements[1] = __ldg((const uint4*)from + 1);
+        } else {
+#pragma unroll
+            for (int i = 0; i < COLS; i++)
+                if (k + i < cols) ((unsigned short*)piece.elements)[i] = from[i];
+        }
+        return piece;
+    }
+    static __device__ __forceinline__ void dequantize(const Piece& piece, int, int unit, int step, unsigned& low, unsigned& high) {
+        low = half_of(word(piece.elements[unit], 2 * step)), high = half_of(word(piece.elements[unit], 2 * step + 1));
+    }
+    // Two elements in a word.
+    static __device__ __forceinline__ unsigned half_of(unsigned elements) {
+        if (DTYPE == F16) return elements;
+        __half2 both = __floats2half2_rn(__uint_as_float(elements << 16), __uint_as_float(elements & 0xffff0000));
+        return *(const unsigned*)&both;
+    }
+    static __device__ __forceinline__ float scale(const Matrix&, int) { return 1.0f; }
+};
+
 // The pieces of a lane: of slot `slot`, and of the one 8 behind it.
 template <class Storage>
-__device__ __forceinline__ void load_pieces(const Product& p, int slot, int k, Piece* pieces) {
+__device__ __forceinline__ void load_pieces(const Product& p, int slot, int k, typename Storage::Piece* pieces) {
     pieces[0] = Storage::load(p.first, p.cols, row_of<8>(p, slot), k);
     pieces[1] = Storage::load(p.second, p.cols, row_of<8>(p, slot + 8), k);
 }
@@ -56,7 +92,7 @@ __device__ __forceinline__ void mma_many(const Product& p, int tile_of_tokens) {
     int slot = warp * TILES * SLOTS + lane / 4, my_cols = lane % 4 * Storage::COLS;
     int steps = (p.cols + Storage::CHUNK - 1) / Storage::CHUNK * steps_of_chunk;
     float sums[TILES][MANY_TOKENS / 8][4] = {};
-    Piece next[TILES][2];
+    typename Storage::Piece next[TILES][2];
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) load_pieces<Storage>(p, slot + tile * SLOTS, my_cols, next[tile]);
 #pragma unroll
@@ -66,7 +102,7 @@ __device__ __forceinline__ void mma_many(const Product& p, int tile_of_tokens) {
     }
     int current = 0;
     for (int start = 0; start < steps; start += steps_of_chunk) {
-        Piece pieces[TILES][2];
+        typename Storage::Piece pieces[TILES][2];
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
             pieces[tile][0] = next[tile][0], pieces[tile][1] = next[tile][1];
@@ -126,3 +162,5 @@ __device__ __forceinline__ void mma_many(const Product& p, int tile_of_tokens) {
 MMA_MANY(int8, MmaInt8)
 MMA_MANY(int4, MmaInt4<false>)
 MMA_MANY(nl4, MmaNl4)
+MMA_MANY(bf16, MmaPlain<BF16>)
+MMA_MANY(f16, MmaPlain<F16>)

@@ -10,10 +10,14 @@ __device__ __forceinline__ void mma_m16n8k16(float* d, const unsigned* a, unsign
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-// Queues a copy of 16 bytes; of zeros, if nothing is there.
+// Queues a copy of 16 bytes, or of 8; of zeros, if nothing is there.
 __device__ __forceinline__ void cp_async_16(void* to, const void* from, bool is_there) {
     unsigned shared = (unsigned)__cvta_generic_to_shared(to);
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(is_there ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void cp_async_8(void* to, const void* from, bool is_there) {
+    unsigned shared = (unsigned)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared), "l"(from), "r"(is_there ? 8 : 0) : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits for all groups of this thread but the last `N`.
