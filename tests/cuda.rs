@@ -5,6 +5,7 @@ mod fake_cuda;
 mod kernels;
 mod support;
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -13,9 +14,9 @@ use evenkeel::backend::cuda::{Gpu, Output};
 use evenkeel::bytes::Bytes;
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device::DeviceId;
-use evenkeel::generate::GenerateOptions;
-use evenkeel::loader::{DEFAULT_SHARD_SIZE, LoadEvent, LoadOptions, SaveFormat, SaveOptions, save_quantized};
-use evenkeel::plan::{Plan, Quantize};
+use evenkeel::generate::{GenerateOptions, Sampling};
+use evenkeel::loader::{DEFAULT_SHARD_SIZE, LoadEvent, LoadOptions, Model, SaveFormat, SaveOptions, save_quantized};
+use evenkeel::plan::{Plan, Quantize, memory};
 use evenkeel::quant::{KvDtype, QuantizeRules, Scheme, WeightDtype};
 use fake_cuda::FakeCuda;
 use support::broken::Broken;
@@ -232,6 +233,8 @@ fn the_peak_of_every_gpu_is_the_planned_one() {
                     fake.stat("reset_peak", device);
                 }
                 let model = load(&plan, &checkpoint, false).unwrap();
+                let gpus = plan.devices.iter().filter(|device| device.driver_context > Bytes::ZERO).count();
+                assert_eq!(fake.stat("host_bytes", 0), gpus as u64 * memory::CUDA_ANSWERS.0, "{name} {scheme} {map}");
                 for device in &model.report.devices {
                     if let DeviceId::Cuda(index) = device.id {
                         let peak = Bytes(fake.stat("peak_bytes", i32::try_from(index).unwrap()));
@@ -372,4 +375,156 @@ fn a_pointer_of_another_gpu_is_caught() {
         fake.last_error(),
         "normalize: parameter 9 points to memory of device 1, but the kernel runs on device 0"
     );
+}
+
+/// Settings that a device chooses by: the largest, a draw of all, and one with all bounds.
+fn samplings() -> [Sampling; 3] {
+    let drawn = Sampling { temperature: 0.9, seed: 3, ..Sampling::greedy() };
+    let bounds =
+        Sampling { top_k: Some(30), top_p: Some(0.95), min_p: Some(0.01), repetition_penalty: 1.2, ..drawn.clone() };
+    [Sampling::greedy(), drawn, bounds]
+}
+
+/// The tokens of a generation and why it ended, or the error.
+fn generated(model: &mut Model, options: &GenerateOptions) -> (Vec<u32>, String) {
+    let mut generation = model.generate_from(&[1, 2, 3], options.clone(), &NEVER).unwrap();
+    let mut tokens = Vec::new();
+    for piece in generation.by_ref() {
+        match piece {
+            Ok(piece) => tokens.extend(piece.token),
+            Err(e) => return (tokens, e.to_string()),
+        }
+    }
+    let report = generation.report();
+    assert_eq!(report.generated_tokens, tokens.len());
+    (tokens, format!("{:?}", report.finish))
+}
+
+#[test]
+fn tokens_that_run_ahead_are_those_of_one_step_after_the_other() {
+    let Some((fake, _turn)) = fake_cuda::load(GPUS) else { return };
+    for (name, whole) in
+        [("parity/gpt2", true), ("parity/llama31", true), ("parity/gemma2", true), ("parity/qwen3_moe", false)]
+    {
+        let checkpoint = Checkpoint::open(fixture(name)).unwrap();
+        let load_over = |devices: &[&str]| {
+            load(&plan(&checkpoint, Scheme::None, &map(&checkpoint, devices), Some(24)), &checkpoint, true).unwrap()
+        };
+        let runs = [("lazy", "1"), ("eager", "0"), ("eager", "1")];
+        for (sampling, (streams, graphs)) in samplings().into_iter().zip(runs) {
+            let options = GenerateOptions { sampling, ignore_eos: true, ..GenerateOptions::default() };
+            let most = |tokens| GenerateOptions { max_new_tokens: Some(tokens), ..options.clone() };
+            // Over two GPUs the host waits for every token.
+            fake.set("STREAMS", "eager");
+            let mut apart = load_over(&["cuda:0", "cuda:1"]);
+            let (tokens, finish) = generated(&mut apart, &options);
+            assert_eq!((tokens.len(), &*finish), (22, "Context"), "{name}, {options:?}");
+            let what = format!("{name}, {options:?}, {streams}, graphs {graphs}");
+            fake.set("STREAMS", streams);
+            fake.set("GRAPHS", graphs);
+            let mut model = load_over(&["cuda:0"]);
+            let before = fake.stat("graph_launches", 0);
+            assert_eq!(generated(&mut model, &options), (tokens.clone(), finish.clone()), "{what}");
+            let repeated = fake.stat("graph_launches", 0) - before;
+            // All but the prompt and the first step, and no step for nothing.
+            assert_eq!(repeated, if whole && graphs == "1" { 20 } else { 0 }, "{what}");
+
+            // A generation that is left leaves nothing to the next one, whatever ends it.
+            let left: Vec<u32> = model
+                .generate_from(&[1, 2, 3], options.clone(), &NEVER)
+                .unwrap()
+                .take(4)
+                .map(|p| p.unwrap().token.unwrap())
+                .collect();
+            assert_eq!(left, tokens[..4], "{what}");
+            assert_eq!(generated(&mut model, &most(9)), (tokens[..9].to_vec(), "MaxNewTokens".into()), "{what}");
+            assert_eq!(logits(&mut model, &tokens[..5]), logits(&mut apart, &tokens[..5]), "{what}");
+            let at = tokens.iter().position(|token| *token == tokens[6]).unwrap();
+            model.eos_token_ids = vec![tokens[at]];
+            let ended = generated(&mut model, &GenerateOptions { ignore_eos: false, ..options.clone() });
+            assert_eq!(ended, (tokens[..=at].to_vec(), "EndOfText".into()), "{what}");
+            assert_eq!(generated(&mut model, &options), (tokens.clone(), finish.clone()), "{what}");
+        }
+        assert_nothing_left(fake, name);
+    }
+}
+
+#[test]
+fn one_step_runs_ahead_and_no_more() {
+    let Some((fake, _turn)) = fake_cuda::load(GPUS) else { return };
+    let checkpoint = Checkpoint::open(fixture("parity/llama")).unwrap();
+    let plan = plan(&checkpoint, Scheme::None, r#"{"": "cuda:0"}"#, None);
+    let mut model = load(&plan, &checkpoint, false).unwrap();
+    let mut launches = |options: &GenerateOptions| {
+        let before = fake.stat("launches", 0);
+        let tokens = generated(&mut model, options).0;
+        (fake.stat("launches", 0) - before, tokens)
+    };
+    let most =
+        |tokens| GenerateOptions { max_new_tokens: Some(tokens), ignore_eos: true, ..GenerateOptions::default() };
+    let (three, _) = launches(&most(3));
+    let (four, _) = launches(&most(4));
+    let (eight, tokens) = launches(&most(8));
+    let step = four - three;
+    assert_eq!(eight, four + 4 * step);
+    // The end of a text is known only when the step behind it is under way.
+    let at = tokens.iter().position(|token| *token == tokens[3]).unwrap();
+    model.eos_token_ids = vec![tokens[3]];
+    let before = fake.stat("launches", 0);
+    assert_eq!(generated(&mut model, &GenerateOptions::default()).0, tokens[..=at]);
+    assert_eq!(fake.stat("launches", 0) - before, three + (at as u64 - 1) * step);
+}
+
+#[test]
+fn a_logit_that_is_no_number_is_reported_behind_its_token() {
+    let Some((fake, _turn)) = fake_cuda::load(GPUS) else { return };
+    let broken = Broken::sharded();
+    let run = |devices: &[&str]| {
+        let checkpoint = Checkpoint::open(broken.directory()).unwrap();
+        let plan = plan(&checkpoint, Scheme::None, &map(&checkpoint, devices), None);
+        let options = GenerateOptions { max_new_tokens: Some(12), ignore_eos: true, ..GenerateOptions::default() };
+        generated(&mut load(&plan, &checkpoint, false).unwrap(), &options)
+    };
+    let (tokens, _) = run(&["cuda:0"]);
+    // The row of a token that is generated: what comes behind it is no number.
+    let at = (4..12).find(|at| !tokens[..*at].contains(&tokens[*at])).unwrap();
+    let checkpoint = Checkpoint::open(broken.directory()).unwrap();
+    let tensor = &checkpoint.catalog["model.embed_tokens.weight"];
+    let shard = &checkpoint.shards[tensor.shard];
+    let mut bytes = broken.read(shard);
+    let row = usize::try_from(tensor.range.start + 4 * tensor.shape[1] * u64::from(tokens[at])).unwrap();
+    bytes[row..row + 4].copy_from_slice(&f32::NAN.to_le_bytes());
+    broken.write(shard, &bytes);
+    for devices in [&["cpu"][..], &["cuda:0", "cuda:1"], &["cuda:0"]] {
+        let (before, error) = run(devices);
+        assert_eq!(before, tokens[..at], "{devices:?}");
+        assert_eq!(error, format!("a logit behind token {} is not a number", 3 + at + 1), "{devices:?}");
+    }
+    assert_nothing_left(fake, "the model failed");
+}
+
+#[test]
+fn the_same_tokens_can_come_from_a_gpu_and_from_the_cpu() {
+    let Some((_, _turn)) = fake_cuda::load(GPUS) else { return };
+    let checkpoint = Checkpoint::open(fixture("parity/llama")).unwrap();
+    let drawn = Sampling { temperature: 1.0, ..Sampling::greedy() };
+    for sampling in [
+        Sampling { top_k: Some(3), ..drawn.clone() },
+        Sampling { top_k: Some(1), ..drawn.clone() },
+        Sampling { temperature: 0.5, top_p: Some(0.05), ..drawn.clone() },
+        Sampling { min_p: Some(0.7), ..drawn },
+    ] {
+        let [gpu, cpu] = [&["cuda:0"], &["cpu"]].map(|devices| {
+            let plan = plan(&checkpoint, Scheme::None, &map(&checkpoint, devices), None);
+            let mut model = load(&plan, &checkpoint, false).unwrap();
+            let mut tokens = BTreeSet::new();
+            for seed in 0..48 {
+                let sampling = Sampling { seed, ..sampling.clone() };
+                let options = GenerateOptions { sampling, max_new_tokens: Some(1), ..GenerateOptions::default() };
+                tokens.extend(generated(&mut model, &options).0);
+            }
+            tokens
+        });
+        assert_eq!(gpu, cpu, "{sampling:?}");
+    }
 }

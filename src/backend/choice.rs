@@ -20,6 +20,11 @@ impl Choice {
     /// The largest logit.
     pub const GREEDY: Self = Self { temperature: 0.0, top_k: u32::MAX, top_p: 1.0, min_p: 0.0, penalty: 1.0 };
 
+    /// Whether the largest is taken, so that no random number is looked at.
+    pub fn is_greedy(&self) -> bool {
+        self.temperature == 0.0
+    }
+
     /// Whether only so many of the likeliest tokens may come.
     pub fn is_cut(&self) -> bool {
         self.top_k < u32::MAX || self.top_p < 1.0

@@ -57,8 +57,26 @@ pub trait Stage: Send {
     ///
     /// # Errors
     /// The device failed.
-    fn choose(&mut self, _hidden: &mut Hidden, _draw: u32) -> Result<Chosen> {
+    fn choose(&mut self, _hidden: &mut Hidden, _draw: u32) -> Result<()> {
         unreachable!("a stage that is not prepared is not asked")
+    }
+
+    /// Runs `token`, or without one the token that was chosen last, from its embedding on and chooses the one
+    /// behind it, as [`Stage::choose`] does; false where the stage does not do all of that at once. It may do
+    /// so while the host goes on.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn step(&mut self, _token: Option<u32>, _position: usize, _draw: u32) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// The first token that was chosen and not asked for yet.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn chosen(&mut self) -> Result<Chosen> {
+        unreachable!("a stage that has chosen nothing is not asked")
     }
 
     /// Launches every kernel of a step by itself from now on, where the stage would repeat them as one.

@@ -39,6 +39,8 @@ pub struct Pipeline {
     logits: Vec<f32>,
     /// The random numbers for tokens, where the head's device chooses them.
     draws: Option<Draws>,
+    /// Whether the step behind the token that was given out last is under way.
+    is_ahead: bool,
 }
 
 impl Pipeline {
@@ -56,6 +58,7 @@ impl Pipeline {
             largest_chunk: chunk,
             logits: vec![0.0; config.vocab_size],
             draws: None,
+            is_ahead: false,
         }
     }
 
@@ -80,7 +83,7 @@ impl Pipeline {
     /// # Errors
     /// The device failed.
     pub fn begin(&mut self, choice: &Choice, seed: u64, prompt: &[u32]) -> Result<()> {
-        self.length = 0;
+        (self.length, self.is_ahead) = (0, false);
         self.check(prompt)?;
         let chooses = self.stages[self.roles.head].prepare(choice, prompt)?;
         self.draws = chooses.then(|| Draws::new(seed));
@@ -116,6 +119,40 @@ impl Pipeline {
             Some(token) => Behind::Token(token),
             None => Behind::Logits(&self.logits),
         })
+    }
+
+    /// Whether the device has begun on the token that was given out last.
+    pub fn is_ahead(&self) -> bool {
+        self.is_ahead
+    }
+
+    /// As [`Pipeline::extend`] by the one token that comes next: that which was chosen, where a device chooses.
+    /// With `more`, the step behind the token that is given out is begun at once, where it can be.
+    ///
+    /// # Errors
+    /// As [`Pipeline::extend`].
+    pub fn follow(&mut self, token: u32, more: bool) -> Result<Behind<'_>> {
+        if !self.is_ahead {
+            self.check(&[token])?;
+            if !self.step(Some(token))? {
+                return self.extend(&[token], || Ok(()));
+            }
+        }
+        self.length += 1;
+        self.is_ahead = more && self.length < self.context && self.step(None)?;
+        let chosen = self.stages[self.roles.head].chosen()?;
+        self.finite(chosen.is_finite).map(|()| Behind::Token(chosen.token))
+    }
+
+    /// Begins a whole step; false where no device does that.
+    fn step(&mut self, token: Option<u32>) -> Result<bool> {
+        let Some(draws) = &mut self.draws else { return Ok(false) };
+        let mut next = draws.clone();
+        let begun = self.stages[self.roles.head].step(token, self.length, next.draw())?;
+        if begun {
+            *draws = next;
+        }
+        Ok(begun)
     }
 
     /// Runs a sequence of `tokens` and calls `visit` with each one's position and the logits behind it.
@@ -171,18 +208,28 @@ impl Pipeline {
         let chunk = self.hidden.select(at);
         self.stages[self.roles.norm].norm(&mut self.hidden)?;
         let head = &mut self.stages[self.roles.head];
-        let chosen = draw.map(|draw| head.choose(&mut self.hidden, draw)).transpose()?;
+        let chosen = match draw {
+            Some(draw) => {
+                head.choose(&mut self.hidden, draw)?;
+                Some(head.chosen()?)
+            }
+            None => None,
+        };
         if chosen.is_none() {
             head.logits(&mut self.hidden, &mut self.logits)?;
         }
         self.hidden.restore(chunk);
-        let is_finite =
-            chosen.map_or_else(|| self.logits.iter().all(|logit| logit.is_finite()), |chosen| chosen.is_finite);
+        let all_finite = || self.logits.iter().all(|logit| logit.is_finite());
+        self.finite(chosen.map_or_else(all_finite, |chosen| chosen.is_finite))?;
+        Ok(chosen.map(|chosen| chosen.token))
+    }
+
+    /// Fails where not all logits behind the last token are finite.
+    fn finite(&self, is_finite: bool) -> Result<()> {
         if is_finite {
-            Ok(chosen.map(|chosen| chosen.token))
-        } else {
-            Err(Error::input(format!("a logit behind token {} is not a number", self.length))
-                .hint("the checkpoint's weights are broken, or overflow in this scheme; try `--quantize none`"))
+            return Ok(());
         }
+        Err(Error::input(format!("a logit behind token {} is not a number", self.length))
+            .hint("the checkpoint's weights are broken, or overflow in this scheme; try `--quantize none`"))
     }
 }

@@ -225,7 +225,7 @@ pub struct SamplingArguments {
     /// Divide the logits of tokens that occurred by this.
     #[arg(long, value_name = "X", default_value_t = 1.0, allow_negative_numbers = true)]
     pub repetition_penalty: f32,
-    /// The same seed gives the same text.
+    /// The same seed gives the same text on the same devices.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
     /// End before this text; repeat it for several.

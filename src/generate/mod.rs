@@ -124,6 +124,7 @@ impl Model {
             decode: Duration::ZERO,
             generated: 0,
             next,
+            since: Instant::now(),
             finish: if next.is_none() { Some(Finish::MaxNewTokens) } else { None },
             stream: TextStream::new(options.stop.clone()),
             model: self,
@@ -181,6 +182,8 @@ pub struct Generation<'m> {
     prefill: Duration,
     decode: Duration,
     finish: Option<Finish>,
+    /// When the last token was known.
+    since: Instant,
 }
 
 impl Generation<'_> {
@@ -213,9 +216,12 @@ impl Generation<'_> {
         } else if self.model.pipeline.length() == self.model.pipeline.context() {
             self.finish = Some(Finish::Context);
         } else {
-            let start = Instant::now();
-            self.next = Some(self.sampler.sample(self.model.pipeline.extend(&[token], || Ok(()))?)?);
-            self.decode += start.elapsed();
+            let pipeline = &mut self.model.pipeline;
+            let start = if pipeline.is_ahead() { self.since } else { Instant::now() };
+            let more = self.options.max_new_tokens.is_none_or(|most| self.generated + 1 < most);
+            self.next = Some(self.sampler.sample(pipeline.follow(token, more)?)?);
+            self.since = Instant::now();
+            self.decode += self.since - start;
         }
         Ok(piece)
     }

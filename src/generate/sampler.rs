@@ -21,7 +21,7 @@ pub struct Sampling {
     pub min_p: Option<f64>,
     /// Positive logits of tokens that occurred are divided by this, negative ones multiplied; 1 does nothing.
     pub repetition_penalty: f32,
-    /// The same seed gives the same text.
+    /// The same seed gives the same text on the same devices.
     pub seed: u64,
 }
 

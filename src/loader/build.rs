@@ -120,6 +120,7 @@ pub fn build(
     }
     let kv_bytes: Bytes =
         stages.iter().map(|stage| if let Run::Cpu(stage) = stage { stage.kv_bytes() } else { Bytes::ZERO }).sum();
+    let answers: Bytes = gpus.values().map(|_| memory::CUDA_ANSWERS).sum();
     let stage = |run| -> Box<dyn Stage> {
         match run {
             Run::Cpu(stage) => Box::new(stage),
@@ -131,6 +132,7 @@ pub fn build(
         let used = placed.iter().any(|target| target.device == *device);
         measured.insert(*device, if used { Bytes(arena.bytes().len() as u64) } else { Bytes::ZERO });
     }
-    *measured.entry(DeviceId::Cpu).or_default() += kv_bytes + workspace_bytes + Bytes(pipeline.host_bytes() as u64);
+    *measured.entry(DeviceId::Cpu).or_default() +=
+        kv_bytes + workspace_bytes + answers + Bytes(pipeline.host_bytes() as u64);
     Ok((pipeline, measured))
 }

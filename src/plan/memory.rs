@@ -168,6 +168,9 @@ pub fn host_state(config: &ModelConfig, context: usize) -> Bytes {
     Bytes(((chunk(context) * config.hidden_size + config.vocab_size) * size_of::<f32>()) as u64)
 }
 
+/// Page-locked memory of the host for what a GPU answers.
+pub const CUDA_ANSWERS: Bytes = Bytes((CudaChoice::ANSWER * CudaChoice::ANSWERS) as u64);
+
 /// The workspace of a device that computes.
 pub fn workspace(config: &ModelConfig, context: usize, device: DeviceId) -> Bytes {
     let layout = WorkspaceLayout::new(config, chunk(context));
@@ -231,6 +234,10 @@ pub struct CudaChoice {
 impl CudaChoice {
     /// Bytes of a chosen token, a flag, and the random number behind it.
     pub const CHOSEN: usize = 3 * size_of::<u32>();
+    /// Bytes of the first two, in page-locked memory of the host.
+    pub const ANSWER: usize = 2 * size_of::<u32>();
+    /// Tokens that are on their way to the host at once: one step runs ahead.
+    pub const ANSWERS: usize = 2;
 
     /// For so many logits.
     pub fn new(logits: usize) -> Self {

@@ -77,6 +77,11 @@ impl<'a> Subject<'a> {
         for device in &mut devices {
             device.take(&modules, memory::host_state(config, context), staging.ring());
         }
+        let answers =
+            devices.iter().filter(|device| device.driver_context > Bytes::ZERO).map(|_| memory::CUDA_ANSWERS).sum();
+        if let Some(host) = devices.iter_mut().find(|device| device.id == DeviceId::Cpu) {
+            host.workspace += answers;
+        }
         Ok(Plan {
             model: checkpoint.name.clone(),
             architecture: config.family.architecture.to_owned(),

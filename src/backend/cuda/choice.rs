@@ -1,10 +1,15 @@
 //! The launches that choose a token among the logits.
 
-use super::driver::{Gpu, Region};
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use cudarc::driver::CudaEvent;
+
+use super::driver::{Gpu, Pinned, Region};
 use super::kernels::int;
 use super::launch::Argument;
 use super::operands::{FLOAT, holds};
-use crate::backend::Choice;
+use crate::backend::{Choice, Chosen};
 use crate::error::Result;
 use crate::plan::memory::CudaChoice;
 
@@ -23,6 +28,63 @@ pub struct Choosing<'a> {
     pub chosen: &'a Region,
 }
 
+/// Tokens on their way to the host, in the order in which they are chosen.
+pub struct Answers {
+    free: Vec<Pinned>,
+    waiting: VecDeque<(Pinned, CudaEvent)>,
+}
+
+impl Answers {
+    /// Takes page-locked memory for [`CudaChoice::ANSWERS`] of them.
+    ///
+    /// # Errors
+    /// The memory is not to be had.
+    pub fn take(gpu: &Arc<Gpu>) -> Result<Self> {
+        let slots = (0..CudaChoice::ANSWERS).map(|_| gpu.allocate_pinned(CudaChoice::ANSWER));
+        Ok(Self { free: slots.collect::<Result<_>>()?, waiting: VecDeque::new() })
+    }
+
+    /// Queues that the host is told what `chosen` holds then.
+    ///
+    /// # Errors
+    /// The driver fails.
+    ///
+    /// # Panics
+    /// As many as there is memory for are on their way.
+    pub fn send(&mut self, chosen: &Region) -> Result<()> {
+        let Some(mut slot) = self.free.pop() else { unreachable!("no more tokens are on their way at once") };
+        let sent = chosen.part(0, CudaChoice::ANSWER).read_to(&mut slot, 0).and_then(|()| chosen.gpu().event());
+        match sent {
+            Ok(event) => self.waiting.push_back((slot, event)),
+            Err(e) => {
+                self.free.push(slot);
+                return Err(e);
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for the first.
+    ///
+    /// # Errors
+    /// The GPU failed.
+    ///
+    /// # Panics
+    /// None is on its way.
+    pub fn receive(&mut self, gpu: &Gpu) -> Result<Chosen> {
+        let Some((slot, event)) = self.waiting.pop_front() else { unreachable!("a token was asked for") };
+        let arrived = gpu.wait(&event);
+        let [token, is_broken]: [u32; 2] = bytemuck::pod_read_unaligned(&slot);
+        self.free.push(slot);
+        arrived.map(|()| Chosen { token, is_finite: is_broken == 0 })
+    }
+
+    /// Forgets those that are on their way. What uses their memory next is queued behind them.
+    pub fn forget(&mut self) {
+        self.free.extend(self.waiting.drain(..).map(|(slot, _)| slot));
+    }
+}
+
 impl Gpu {
     /// Chooses one of the `count` f32 in `logits`, after a soft cap if that is not 0, and leaves it in
     /// `chosen`; the logits may change. One that is not finite is found, and then no token is chosen.
@@ -38,7 +100,7 @@ impl Gpu {
         holds(at.scratch, needed.scratch, 1);
         holds(at.seen, needed.seen, 1);
         holds(at.chosen, CudaChoice::CHOSEN, 1);
-        let is_greedy = choice.temperature == 0.0;
+        let is_greedy = choice.is_greedy();
         let seen = if choice.is_penalized() { Argument::Region(at.seen) } else { Argument::Null };
         let [logits, scratch, chosen] = [logits, at.scratch, at.chosen].map(Argument::Region);
         // A soft cap keeps the order.

@@ -8,6 +8,7 @@
 //! | `choice.rs` | the launches that choose a token |
 //! | `launch.rs` | launches, and those that are repeated in one call; with `driver.rs` all that is unsafe |
 //! | `operands.rs` | what they are given: matrices, norms, caches |
+//! | `repeat.rs` | launches that come again and again |
 //! | `stage.rs` | a run of modules on one GPU |
 //! | `upload.rs` | rows from the host into the canonical packing |
 
@@ -16,6 +17,7 @@ mod driver;
 mod kernels;
 mod launch;
 mod operands;
+mod repeat;
 mod stage;
 mod upload;
 

@@ -2,9 +2,10 @@
 //! allocates no memory there, and what it queues runs in order on the compute stream.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::launch::Graph;
+use super::choice::Answers;
+use super::repeat::Repeated;
 use super::{
     Affine, Attention, Cache, Choosing, DeviceMatrix, Gpu, Input, MAX_HEAD_DIM, Norm, Output, Region, Scratch, arena,
 };
@@ -68,6 +69,7 @@ pub struct Workspace {
     position: Region,
     choice: Region,
     seen: Region,
+    answers: Mutex<Answers>,
 }
 
 impl Workspace {
@@ -101,6 +103,7 @@ impl Workspace {
         });
         Ok(Self {
             frequencies: frequencies.collect::<Result<_>>()?,
+            answers: Mutex::new(Answers::take(gpu)?),
             gpu: Arc::clone(gpu),
             hidden,
             normed,
@@ -131,16 +134,15 @@ struct Block {
     cache: Cache,
 }
 
-/// What a step of one token through the blocks is made of.
-enum Step {
-    /// It has not run yet; the driver loads kernels at their first launch.
-    New,
-    /// It was launched one by one.
-    Launched,
-    /// Its launches were kept.
-    Kept(Graph),
-    /// Its launches cannot be kept.
-    Apart,
+impl Workspace {
+    fn answers(&self) -> MutexGuard<'_, Answers> {
+        self.answers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A chosen token, a flag, and the random number behind it; the token stands where the next step looks for its own.
+    fn chosen(&self) -> Region {
+        self.tokens.part(0, CudaChoice::CHOSEN)
+    }
 }
 
 /// A run of modules that a GPU computes.
@@ -151,7 +153,8 @@ pub struct CudaStage {
     /// All that is in no block.
     parameters: Parameters,
     blocks: Vec<Block>,
-    step: Step,
+    /// The launches of a step of one token: through the blocks alone, or all of it to this choice.
+    step: Repeated<Option<Choice>>,
     choice: Choice,
 }
 
@@ -165,7 +168,7 @@ impl CudaStage {
             context,
             parameters: Parameters::default(),
             blocks: Vec::new(),
-            step: Step::New,
+            step: Repeated::New,
             choice: Choice::GREEDY,
         }
     }
@@ -316,13 +319,89 @@ impl CudaStage {
 impl CudaStage {
     /// Leaves the logits before the soft cap in the workspace; false where the head is elsewhere.
     fn head(&self, hidden: &mut Hidden) -> Result<bool> {
-        let Some(head) = self.parameters.find(Role::Head) else { return Ok(false) };
-        let w = &*self.workspace;
-        let states = hidden.on_gpu(&w.hidden)?;
-        let logits = (&w.logits, Output::F32, self.config.logit_scale);
-        w.gpu.matmul(&head, self.input(&states, None), 1, logits, &w.scratch)?;
+        if self.parameters.find(Role::Head).is_none() {
+            return Ok(false);
+        }
+        let states = hidden.on_gpu(&self.workspace.hidden)?;
+        self.head_of(&states, None)?;
         Ok(true)
     }
+
+    /// The logits of one hidden state, with a norm before them or as it is.
+    fn head_of(&self, states: &Region, norm: Option<&Norm>) -> Result<()> {
+        let (w, head) = (&*self.workspace, self.parameters.of(Role::Head));
+        let logits = (&w.logits, Output::F32, self.config.logit_scale);
+        w.gpu.matmul(&head, self.input(states, norm), 1, logits, &w.scratch)
+    }
+
+    /// Chooses among the logits of the workspace.
+    fn choose_one(&self) -> Result<()> {
+        let w = &*self.workspace;
+        let at = Choosing { scratch: &w.choice, seen: &w.seen, chosen: &w.chosen() };
+        let softcap = self.config.logit_softcap.unwrap_or(0.0);
+        w.gpu.choose(&self.choice, softcap, &w.logits, self.config.vocab_size, &at)
+    }
+
+    /// Puts the random number of the next choice where it is looked for.
+    fn place(&self, draw: u32) -> Result<()> {
+        if self.choice.is_greedy() { Ok(()) } else { self.workspace.chosen().part(2 * WORD, WORD).fill(draw) }
+    }
+
+    /// Runs hidden states through all blocks. The workspace holds the position; of one token, its own region says it too.
+    fn through(&self, states: &Region, position: usize, tokens: usize) -> Result<()> {
+        let w = &*self.workspace;
+        if let Some(positions) = self.parameters.find(Role::Positions) {
+            let ids = if tokens == 1 {
+                w.position.part(0, WORD)
+            } else {
+                let rows: Vec<u32> = (position..position + tokens).map(row).collect();
+                let ids = w.tokens.part(0, size_of_val(&*rows));
+                ids.write(bytemuck::must_cast_slice(&rows))?;
+                ids
+            };
+            w.gpu.embed(&positions, &ids, 1.0, states, Output::Add)?;
+        }
+        self.blocks.iter().try_for_each(|block| self.run(block, states, position, tokens))
+    }
+
+    /// One token from its embedding to the choice of the next.
+    fn whole(&self, states: &Region, position: usize) -> Result<()> {
+        let (w, embedding) = (&*self.workspace, self.parameters.of(Role::Embedding));
+        w.gpu.embed(&embedding, &w.chosen().part(0, WORD), self.config.embedding_scale, states, Output::F32)?;
+        self.through(states, position, 1)?;
+        self.head_of(states, Some(&self.with(self.parameters.of(Role::OutputNorm))))?;
+        self.choose_one()
+    }
+
+    /// Whether the host reads the scores of experts between launches.
+    fn has_experts(&self) -> bool {
+        self.blocks.iter().any(|block| block.layer.has_experts)
+    }
+
+    /// Whether the stage does a whole step without the host.
+    fn is_whole(&self) -> bool {
+        let roles = [Role::Embedding, Role::OutputNorm, Role::Head];
+        self.blocks.len() == self.config.layers.len()
+            && roles.into_iter().all(|role| self.parameters.find(role).is_some())
+            && !self.has_experts()
+    }
+
+    /// Queues a step of one token at `position`: through the blocks, or with a choice all of it.
+    fn repeat(&mut self, position: usize, choice: Option<Choice>, states: &Region) -> Result<()> {
+        let mut step = std::mem::take(&mut self.step);
+        let queued = step.queue(&self.workspace.gpu, choice, || match choice {
+            Some(_) => self.whole(states, position),
+            None => self.through(states, position, 1),
+        });
+        self.step = step;
+        queued
+    }
+}
+
+/// A position as kernels take it: it is below the context, which a configuration bounds.
+#[expect(clippy::cast_possible_truncation, reason = "below 2^28")]
+fn row(position: usize) -> u32 {
+    position as u32
 }
 
 /// What a half of a block gives: onto the hidden state at once, or into a buffer
@@ -374,46 +453,16 @@ impl Stage for CudaStage {
     }
 
     fn run_blocks(&mut self, hidden: &mut Hidden, position: usize) -> Result<()> {
-        let positions = self.parameters.find(Role::Positions);
-        if self.blocks.is_empty() && positions.is_none() {
+        if self.blocks.is_empty() && self.parameters.find(Role::Positions).is_none() {
             return Ok(());
         }
-        let (w, tokens) = (&*self.workspace, hidden.tokens());
-        let states = hidden.on_gpu(&w.hidden)?;
-        if let Some(positions) = positions {
-            // A position is below the context, which a configuration bounds.
-            #[expect(clippy::cast_possible_truncation, reason = "below 2^28")]
-            let rows: Vec<u32> = (position..position + tokens).map(|row| row as u32).collect();
-            let ids = w.tokens.part(0, size_of_val(&*rows));
-            ids.write(bytemuck::must_cast_slice(&rows))?;
-            w.gpu.embed(&positions, &ids, 1.0, &states, Output::Add)?;
+        let tokens = hidden.tokens();
+        let states = hidden.on_gpu(&self.workspace.hidden)?;
+        self.workspace.position.fill(row(position))?;
+        if tokens > 1 || self.has_experts() {
+            return self.through(&states, position, tokens);
         }
-        // Below the context, as above.
-        #[expect(clippy::cast_possible_truncation, reason = "below 2^28")]
-        w.position.fill(position as u32)?;
-        let launch = || self.blocks.iter().try_for_each(|block| self.run(block, &states, position, tokens));
-        // The host reads the scores of experts between launches.
-        if tokens > 1 || self.blocks.iter().any(|block| block.layer.has_experts) {
-            return launch();
-        }
-        self.step = match &self.step {
-            Step::Kept(graph) => return w.gpu.replay(graph),
-            Step::Apart => return launch(),
-            Step::New => {
-                launch()?;
-                Step::Launched
-            }
-            Step::Launched => {
-                if let Some(graph) = w.gpu.capture(launch) {
-                    w.gpu.replay(&graph)?;
-                    Step::Kept(graph)
-                } else {
-                    launch()?;
-                    Step::Apart
-                }
-            }
-        };
-        Ok(())
+        self.repeat(position, None, &states)
     }
 
     fn norm(&mut self, hidden: &mut Hidden) -> Result<()> {
@@ -436,7 +485,7 @@ impl Stage for CudaStage {
     }
 
     fn launch_each_kernel(&mut self) {
-        self.step = Step::Apart;
+        self.step = Repeated::Apart;
     }
 
     fn prepare(&mut self, choice: &Choice, seen: &[u32]) -> Result<bool> {
@@ -444,6 +493,7 @@ impl Stage for CudaStage {
             return Ok(false);
         }
         self.choice = *choice;
+        self.workspace.answers().forget();
         if choice.is_penalized() {
             let mut bits = vec![0u32; self.config.vocab_size.div_ceil(32)];
             for token in seen {
@@ -454,16 +504,30 @@ impl Stage for CudaStage {
         Ok(true)
     }
 
-    fn choose(&mut self, hidden: &mut Hidden, draw: u32) -> Result<Chosen> {
+    fn choose(&mut self, hidden: &mut Hidden, draw: u32) -> Result<()> {
         self.head(hidden)?;
-        let w = &*self.workspace;
-        let chosen = w.tokens.part(0, CudaChoice::CHOSEN);
-        chosen.part(2 * WORD, WORD).fill(draw)?;
-        let choosing = Choosing { scratch: &w.choice, seen: &w.seen, chosen: &chosen };
-        let softcap = self.config.logit_softcap.unwrap_or(0.0);
-        w.gpu.choose(&self.choice, softcap, &w.logits, self.config.vocab_size, &choosing)?;
-        let mut words = [0u32; 2];
-        chosen.read(bytemuck::must_cast_slice_mut(&mut words))?;
-        Ok(Chosen { token: words[0], is_finite: words[1] == 0 })
+        self.place(draw)?;
+        self.choose_one()?;
+        self.workspace.answers().send(&self.workspace.chosen())
+    }
+
+    fn step(&mut self, token: Option<u32>, position: usize, draw: u32) -> Result<bool> {
+        if !self.is_whole() {
+            return Ok(false);
+        }
+        let w = Arc::clone(&self.workspace);
+        if let Some(token) = token {
+            w.chosen().part(0, WORD).fill(token)?;
+        }
+        w.position.fill(row(position))?;
+        self.place(draw)?;
+        let states = w.hidden.part(0, self.config.hidden_size * WORD);
+        self.repeat(position, Some(self.choice), &states)?;
+        w.answers().send(&w.chosen())?;
+        Ok(true)
+    }
+
+    fn chosen(&mut self) -> Result<Chosen> {
+        self.workspace.answers().receive(&self.workspace.gpu)
     }
 }
