@@ -72,17 +72,11 @@ pub struct Gpu {
 
 impl Gpu {
     /// Opens the GPU at `index` among those that the driver shows, and loads the kernels.
-    ///
-    /// # Errors
-    /// There is no such GPU, or it is too old for the kernels, or the driver is.
     pub fn open(index: u32) -> Result<Arc<Self>> {
         Self::open_as(index, (i32::MAX, 0))
     }
 
     /// As [`Gpu::open`], with the kernels that a GPU of `capability` runs where this one has more.
-    ///
-    /// # Errors
-    /// As those of [`Gpu::open`].
     pub fn open_as(index: u32, capability: (i32, i32)) -> Result<Arc<Self>> {
         let mut gpu = Self::without_kernels(index)?;
         gpu.capability = gpu.capability.min(capability);
@@ -107,9 +101,6 @@ impl Gpu {
     }
 
     /// Opens a GPU for memory and copies alone, which takes the driver less time.
-    ///
-    /// # Errors
-    /// There is no such GPU.
     pub fn without_kernels(index: u32) -> Result<Self> {
         let id = DeviceId::Cuda(index);
         if driver().is_none_or(|(count, _)| index >= count) {
@@ -134,18 +125,12 @@ impl Gpu {
     }
 
     /// Bytes that can be allocated now, and all that the GPU has.
-    ///
-    /// # Errors
-    /// The driver fails.
     pub fn memory(&self) -> Result<(Bytes, Bytes)> {
         let (free, total) = self.context.mem_get_info().map_err(|e| self.failure("does not tell its memory", e))?;
         Ok((Bytes(free as u64), Bytes(total as u64)))
     }
 
     /// Allocates `len` bytes, of unknown content, for `what`.
-    ///
-    /// # Errors
-    /// The memory is not to be had.
     pub fn allocate(self: &Arc<Self>, what: &str, len: Bytes) -> Result<Arc<Buffer>> {
         let refused = |why: &dyn std::fmt::Display| {
             let free =
@@ -168,9 +153,6 @@ impl Gpu {
     }
 
     /// Allocates `len` bytes of page-locked host memory, zeroed.
-    ///
-    /// # Errors
-    /// The memory is not to be had.
     pub fn allocate_pinned(self: &Arc<Self>, len: usize) -> Result<Pinned> {
         self.bind()?;
         // SAFETY: the context is bound; the pointer is freed once, in `Pinned::drop`.
@@ -183,26 +165,17 @@ impl Gpu {
     }
 
     /// Waits until everything that was queued is done.
-    ///
-    /// # Errors
-    /// Something that was queued has failed.
     pub fn synchronize(&self) -> Result<()> {
         let done = self.copies.synchronize().and_then(|()| self.stream.synchronize());
         done.map_err(|e| self.failure("has failed at work that was queued", e))
     }
 
     /// An event behind what the compute stream has been given so far.
-    ///
-    /// # Errors
-    /// The driver fails.
     pub fn event(&self) -> Result<CudaEvent> {
         self.stream.record_event(None).map_err(|e| self.failure("cannot record an event", e))
     }
 
     /// Waits for an event.
-    ///
-    /// # Errors
-    /// Something queued before it has failed.
     pub fn wait(&self, event: &CudaEvent) -> Result<()> {
         event.synchronize().map_err(|e| self.failure("has failed at work that was queued", e))
     }
@@ -302,9 +275,6 @@ impl Region {
 
     /// Copies `bytes` to the start of the region, in the order of the compute stream.
     ///
-    /// # Errors
-    /// The copy, or something queued before it, has failed.
-    ///
     /// # Panics
     /// The region is shorter.
     pub fn write(&self, bytes: &[u8]) -> Result<()> {
@@ -318,9 +288,6 @@ impl Region {
     }
 
     /// Copies the start of the region to `bytes`, in the order of the compute stream.
-    ///
-    /// # Errors
-    /// The copy, or something queued before it, has failed.
     ///
     /// # Panics
     /// The region is shorter.
@@ -336,9 +303,6 @@ impl Region {
     }
 
     /// Queues zeros for the whole region.
-    ///
-    /// # Errors
-    /// The driver fails.
     pub fn clear(&self) -> Result<()> {
         let gpu = self.gpu();
         gpu.bind()?;
@@ -348,9 +312,6 @@ impl Region {
     }
 
     /// Queues `word` for each u32 of the region.
-    ///
-    /// # Errors
-    /// The driver fails.
     pub fn fill(&self, word: u32) -> Result<()> {
         let gpu = self.gpu();
         gpu.bind()?;
@@ -364,9 +325,6 @@ impl Region {
     /// Queues a copy of the bytes `range` of `pinned` on the copy stream;
     /// the compute stream goes on behind it. Until an event that is recorded
     /// later is reached, the caller keeps `pinned` and leaves it unchanged.
-    ///
-    /// # Errors
-    /// The driver fails.
     ///
     /// # Panics
     /// The region or `pinned` is shorter.
@@ -384,9 +342,6 @@ impl Region {
     /// Queues a copy of the region's first bytes to `pinned` from `offset` on,
     /// on the compute stream; the same care is needed as for [`Region::write_from`].
     ///
-    /// # Errors
-    /// The driver fails.
-    ///
     /// # Panics
     /// `pinned` ends before.
     pub fn read_to(&self, pinned: &mut Pinned, offset: usize) -> Result<()> {
@@ -400,9 +355,6 @@ impl Region {
 
     /// Queues a copy of all of `source`, which may be on another GPU: it waits
     /// for what was queued there, and what is queued there later waits for it.
-    ///
-    /// # Errors
-    /// A driver fails.
     ///
     /// # Panics
     /// The region is shorter.
