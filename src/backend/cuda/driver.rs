@@ -7,6 +7,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::panic::resume_unwind;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys::CUdevice_attribute;
@@ -80,12 +81,17 @@ impl Gpu {
     pub fn open_as(index: u32, capability: (i32, i32)) -> Result<Arc<Self>> {
         let mut gpu = Self::without_kernels(index)?;
         gpu.capability = gpu.capability.min(capability);
-        for Module { name, capability: needed, ptx, kernels } in MODULES {
-            // Without the least that any file needs, the driver says what is wrong.
-            if gpu.capability < *needed && *needed > NEEDED_CAPABILITY {
-                continue;
-            }
-            let module = gpu.context.load_module(Ptx::from_src(ptx_for(ptx, gpu.capability)));
+        let (context, capability) = (&gpu.context, gpu.capability);
+        // Without the least that any file needs, the driver says what is wrong.
+        let has = capability.max(NEEDED_CAPABILITY);
+        let wanted: Vec<_> = MODULES.iter().filter(|module| module.capability <= has).collect();
+        // The driver compiles what it has not compiled before, each file on one processor.
+        let load = |module: &Module| context.load_module(Ptx::from_src(ptx_for(module.ptx, capability)));
+        let loaded: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = wanted.iter().map(|module| scope.spawn(move || load(module))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap_or_else(|e| resume_unwind(e))).collect()
+        });
+        for (Module { name, kernels, .. }, module) in wanted.into_iter().zip(loaded) {
             let module = module.map_err(|e| {
                 gpu.failure(&format!("cannot load the kernels `{name}`"), e).hint(
                     "evenkeel needs the NVIDIA driver 550 or newer, and a GPU of compute capability 7.5 or higher",
