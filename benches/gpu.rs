@@ -1,8 +1,8 @@
 //! How fast the first GPU is, beside what its memory gives in the same run: products, quantizing,
-//! attention, a step, and a whole model: load, prefill, decode by a graph and by launches.
+//! attention, the choice of a token, a step, and a whole model: load, prefill, decode by a graph and by launches.
 //!
 //! `cargo bench --bench gpu [-- PART... SHAPE]` prints a page for benches/results. The parts are `products`,
-//! `quantize`, `attention`, `step` and `model`, and all without any; the shapes are those of
+//! `quantize`, `attention`, `choice`, `step` and `model`, and all without any; the shapes are those of
 //! support/synthetic.rs, `8b` unless another is named. `model` writes the checkpoint to `target/` once.
 //! Without a GPU nothing is measured.
 #![allow(clippy::print_stdout, reason = "a page is what this is for")]
@@ -17,22 +17,25 @@ mod table;
 use std::process::Command;
 use std::sync::Arc;
 
+use evenkeel::backend::Choice;
 use evenkeel::backend::cuda::{
-    Affine, Attention, Cache, DeviceMatrix, Gpu, Input, Installation, Output, Region, Scratch, measure_bandwidth,
+    Affine, Attention, Cache, Choosing, DeviceMatrix, Gpu, Input, Installation, Output, Region, Scratch,
+    measure_bandwidth,
 };
 use evenkeel::bytes::Bytes;
 use evenkeel::model_config::Activation;
-use evenkeel::plan::memory::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS, CudaAttention, KvLayout};
+use evenkeel::plan::memory::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS, CudaAttention, CudaChoice, KvLayout};
 use evenkeel::quant::{KvDtype, MatrixLayout, Storage, WeightDtype};
 use synthetic::Shape;
 use table::{Amount, head, row, seconds};
 
 type Part = (&'static str, fn(&Bench));
 
-const PARTS: [Part; 5] = [
+const PARTS: [Part; 6] = [
     ("products", products),
     ("quantize", quantize),
     ("attention", attention),
+    ("choice", choice),
     ("step", step),
     ("model", |bench| gpu_model::model(&bench.gpu, &bench.shape)),
 ];
@@ -106,7 +109,7 @@ fn describe(shape: &str, arguments: &[String]) {
 /// How fast the GPU copies within its memory, in bytes that are read or written a second.
 fn copy() -> f64 {
     let measured = measure_bandwidth(0).expect("a GPU that works").bytes_per_second as f64;
-    row("copy within the GPU", 1.0, Amount::Bytes(measured), None);
+    println!("| copy within the GPU | | {:.1} GB/s | | |", measured / 1e9);
     measured
 }
 
@@ -250,6 +253,32 @@ impl Attending {
 
     fn launch(&self, gpu: &Gpu, scratch: &Scratch) -> evenkeel::Result<()> {
         gpu.attend(&self.shape, &self.query, &self.cache, &self.out, &self.position, scratch)
+    }
+}
+
+/// Among logits that differ; their bytes are counted once.
+fn choice(Bench { gpu, shape }: &Bench) {
+    head("Choosing a token");
+    let copy = copy();
+    let count = shape.vocabulary;
+    let numbers: Vec<u8> =
+        (0..count).flat_map(|at| ((at * 7919 % count) as f32 / count as f32).to_le_bytes()).collect();
+    let logits = allocate(gpu, numbers.len());
+    logits.write(&numbers).expect("a GPU that works");
+    let needed = CudaChoice::new(count);
+    let [scratch, seen, chosen] = [needed.scratch, needed.seen, CudaChoice::CHOSEN].map(|len| allocate(gpu, len));
+    for region in [&scratch, &seen, &chosen] {
+        region.clear().expect("a GPU that works");
+    }
+    let at = Choosing { scratch: &scratch, seen: &seen, chosen: &chosen };
+    let drawn = Choice { temperature: 0.8, ..Choice::GREEDY };
+    let cut = Choice { top_k: 50, top_p: 0.9, ..drawn };
+    for (name, choice) in [("the likeliest", Choice::GREEDY), ("drawn", drawn), ("drawn of the likeliest", cut)] {
+        let seconds = seconds(
+            || gpu.choose(&choice, 0.0, &logits, count, &at).expect("a launch"),
+            || gpu.synchronize().expect("a GPU that works"),
+        );
+        row(&format!("{name} of {count}"), seconds, Amount::Bytes(numbers.len() as f64), Some(copy));
     }
 }
 

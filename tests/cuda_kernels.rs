@@ -27,3 +27,15 @@ macro_rules! on_the_stand_in {
 }
 
 kernels::every_case!(on_the_stand_in);
+
+#[test]
+fn products_are_the_same_however_many_blocks_share_them() {
+    let Some((fake, _turn)) = fake_cuda::load("1GiB") else { return };
+    for multiprocessors in ["1", "3", "300"] {
+        fake.set("SMS", multiprocessors);
+        let gpu = Gpu::open(0).unwrap();
+        kernels::products_equal_the_reference(&gpu);
+        kernels::gates_are_applied_to_what_up_gives(&gpu);
+        kernels::hidden_states_are_normalized_on_the_way(&gpu);
+    }
+}

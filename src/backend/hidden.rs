@@ -61,9 +61,6 @@ impl Hidden {
     }
 
     /// The hidden states in host memory.
-    ///
-    /// # Errors
-    /// The GPU that holds them failed.
     pub fn on_host(&mut self) -> Result<&mut [f32]> {
         let elements = self.elements();
         if let Some(region) = self.gpu.take() {
@@ -73,9 +70,6 @@ impl Hidden {
     }
 
     /// The hidden states in `region`, which has room for a whole chunk.
-    ///
-    /// # Errors
-    /// That GPU, or the one that holds them, failed.
     pub fn on_gpu(&mut self, region: &Region) -> Result<Region> {
         let part = self.part(region);
         match &self.gpu {

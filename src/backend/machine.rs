@@ -16,9 +16,6 @@ impl Inventory {
     /// The devices of this machine: free host memory under the limit of the
     /// process's control group, the space in `offload_directory`, and the GPUs;
     /// those that are too old, or whose driver is, are listed as idle.
-    ///
-    /// # Errors
-    /// The system does not tell its memory, or the directory is not there.
     pub fn this_machine(offload_directory: &Path) -> Result<Self> {
         let path = Path::new("/proc/meminfo");
         let meminfo = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;

@@ -19,44 +19,26 @@ pub use pipeline::{Behind, Pipeline, StageRoles};
 /// neighbours. It asks [`Hidden`] for them where it computes.
 pub trait Stage: Send {
     /// Makes the embedding of each token the hidden states; only for the stage that holds it.
-    ///
-    /// # Errors
-    /// The device failed.
     fn embed(&mut self, tokens: &[u32], hidden: &mut Hidden) -> Result<()>;
 
     /// Runs the stage's blocks on the hidden states, whose first token stands
     /// at `position`, and appends to the KV cache there.
-    ///
-    /// # Errors
-    /// The device failed.
     fn run_blocks(&mut self, hidden: &mut Hidden, position: usize) -> Result<()>;
 
     /// Normalizes the hidden states; only for the stage that holds the last norm.
-    ///
-    /// # Errors
-    /// The device failed.
     fn norm(&mut self, hidden: &mut Hidden) -> Result<()>;
 
     /// The logits of one token's normalized hidden state; only for the stage that holds the head.
-    ///
-    /// # Errors
-    /// The device failed.
     fn logits(&mut self, hidden: &mut Hidden, logits: &mut [f32]) -> Result<()>;
 
     /// Makes ready to choose tokens behind those that occurred; false where the device does not
     /// choose by itself, or the head is elsewhere.
-    ///
-    /// # Errors
-    /// The device failed.
     fn prepare(&mut self, _choice: &Choice, _seen: &[u32]) -> Result<bool> {
         Ok(false)
     }
 
     /// Chooses the token behind the one hidden state, which is normalized, by a random number; only
     /// where [`Stage::prepare`] has said so.
-    ///
-    /// # Errors
-    /// The device failed.
     fn choose(&mut self, _hidden: &mut Hidden, _draw: u32) -> Result<()> {
         unreachable!("a stage that is not prepared is not asked")
     }
@@ -64,17 +46,11 @@ pub trait Stage: Send {
     /// Runs `token`, or without one the token that was chosen last, from its embedding on and chooses the one
     /// behind it, as [`Stage::choose`] does; false where the stage does not do all of that at once. It may do
     /// so while the host goes on.
-    ///
-    /// # Errors
-    /// The device failed.
     fn step(&mut self, _token: Option<u32>, _position: usize, _draw: u32) -> Result<bool> {
         Ok(false)
     }
 
     /// The first token that was chosen and not asked for yet.
-    ///
-    /// # Errors
-    /// The device failed.
     fn chosen(&mut self) -> Result<Chosen> {
         unreachable!("a stage that has chosen nothing is not asked")
     }

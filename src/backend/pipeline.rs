@@ -79,9 +79,6 @@ impl Pipeline {
 
     /// Begins an empty sequence, behind whose `prompt` tokens are chosen. Where the head's device
     /// chooses by itself, it draws by the numbers of the seed.
-    ///
-    /// # Errors
-    /// The device failed.
     pub fn begin(&mut self, choice: &Choice, seed: u64, prompt: &[u32]) -> Result<()> {
         (self.length, self.is_ahead) = (0, false);
         self.check(prompt)?;
@@ -102,10 +99,6 @@ impl Pipeline {
 
     /// Appends `tokens` and gives the token that is chosen behind the last of them, or the logits
     /// where no device chooses.
-    ///
-    /// # Errors
-    /// A token is not in the vocabulary, the context is full, a logit is not
-    /// a number, or a device failed. `each_chunk` may end the work with an error.
     pub fn extend(&mut self, tokens: &[u32], mut each_chunk: impl FnMut() -> Result<()>) -> Result<Behind<'_>> {
         self.check(tokens)?;
         let mut last = 0;
@@ -128,9 +121,6 @@ impl Pipeline {
 
     /// As [`Pipeline::extend`] by the one token that comes next: that which was chosen, where a device chooses.
     /// With `more`, the step behind the token that is given out is begun at once, where it can be.
-    ///
-    /// # Errors
-    /// As [`Pipeline::extend`].
     pub fn follow(&mut self, token: u32, more: bool) -> Result<Behind<'_>> {
         if !self.is_ahead {
             self.check(&[token])?;
@@ -156,9 +146,6 @@ impl Pipeline {
     }
 
     /// Runs a sequence of `tokens` and calls `visit` with each one's position and the logits behind it.
-    ///
-    /// # Errors
-    /// As [`Pipeline::extend`].
     pub fn score(&mut self, tokens: &[u32], mut visit: impl FnMut(usize, &[f32])) -> Result<()> {
         self.length = 0;
         self.check(tokens)?;

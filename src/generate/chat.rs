@@ -38,9 +38,6 @@ pub struct ChatTemplate {
 
 impl ChatTemplate {
     /// The template in chat_template.jinja, or in tokenizer_config.json.
-    ///
-    /// # Errors
-    /// There is none, or a file is not as it must be.
     pub fn open(directory: &Path) -> Result<Self> {
         let none = || {
             Error::input(format!("`{}` has no chat template", directory.display()))
@@ -74,9 +71,6 @@ impl ChatTemplate {
     }
 
     /// The prompt of a conversation, up to where the assistant is to speak.
-    ///
-    /// # Errors
-    /// The template is broken, runs too long, or refuses the conversation.
     pub fn render(&self, messages: &[Message]) -> Result<String> {
         let mut environment = Environment::new();
         environment.set_fuel(Some(FUEL));

@@ -41,9 +41,6 @@ struct Window {
 
 impl Windows {
     /// Windows of `length` tokens, each beginning `stride` tokens behind the last.
-    ///
-    /// # Errors
-    /// A window has no token to score, or tokens would be left out between windows.
     pub fn new(length: usize, stride: usize) -> Result<Self> {
         if length < 2 {
             return Err(Error::usage(format!("a window of {length} tokens has none to score; 2 is the least")));
@@ -81,9 +78,6 @@ pub struct Predictions {
 
 impl Predictions {
     /// Room for the predictions of `scored` tokens in a scratch file in `directory`.
-    ///
-    /// # Errors
-    /// The directory cannot be written or has no such space.
     pub fn new(directory: &Path, scored: usize, vocab_size: usize) -> Result<Self> {
         let file = fs::scratch_file(directory, Self::bytes(scored, vocab_size))?;
         let row = vec![f16::ZERO; vocab_size];
@@ -155,10 +149,6 @@ pub struct Divergence {
 
 impl Model {
     /// Scores `tokens`, window by window; `on_window` is told how many tokens were run so far.
-    ///
-    /// # Errors
-    /// No token is scored, a window is longer than the plan's context, the
-    /// model or the scratch file fails, or the caller stopped it.
     ///
     /// # Panics
     /// Predictions to compare with were kept for fewer tokens than are scored.

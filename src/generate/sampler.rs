@@ -37,8 +37,7 @@ impl Sampling {
         Self { temperature: 0.0, top_k: None, top_p: None, min_p: None, repetition_penalty: 1.0, seed: 0 }
     }
 
-    /// # Errors
-    /// [`crate::ErrorKind::Usage`] where a number is out of its range.
+    /// Fails where a number is out of its range.
     pub fn check(&self) -> Result<()> {
         let share = |share: f64| (0.0..=1.0).contains(&share);
         let wrong = if !(self.temperature.is_finite() && self.temperature >= 0.0) {

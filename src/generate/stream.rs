@@ -34,9 +34,6 @@ impl TextStream {
     }
 
     /// Adds a token. Gives the text that is complete by now, and whether a stop text was met.
-    ///
-    /// # Errors
-    /// The tokens cannot be decoded.
     pub fn push(&mut self, token: u32, tokenizer: &Tokenizer) -> Result<(String, bool)> {
         self.tokens.push(token);
         let complete = |text: &str, waiting: usize| !text.ends_with('\u{fffd}') || waiting > LONGEST_CHARACTER;
@@ -45,9 +42,6 @@ impl TextStream {
     }
 
     /// The text that was held back; the stream is then empty.
-    ///
-    /// # Errors
-    /// The tokens cannot be decoded.
     pub fn finish(&mut self, tokenizer: &Tokenizer) -> Result<String> {
         self.advance(tokenizer, |_, _| true)?;
         Ok(self.release(true))

@@ -41,9 +41,6 @@ pub struct GpuArenas {
 
 impl Arenas {
     /// Takes the memory and the disk space of all weights, and all that is taken of GPUs.
-    ///
-    /// # Errors
-    /// Memory or disk is not to be had, or a GPU has less free than when the plan was made, or failed.
     pub fn take(
         plan: &Plan,
         config: &ModelConfig,

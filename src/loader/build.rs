@@ -27,9 +27,6 @@ enum Run {
 type Measured = BTreeMap<DeviceId, Bytes>;
 
 /// Builds the stages, and sums up what the arenas hold.
-///
-/// # Errors
-/// Memory for a KV cache is not to be had, or the scratch file cannot be mapped.
 pub fn build(
     plan: &Plan,
     checkpoint: &Checkpoint,

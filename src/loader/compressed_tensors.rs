@@ -23,9 +23,6 @@ use crate::quant::{
 const METHOD: &str = "compressed-tensors";
 
 /// The rules for a model: the embedding and the head are kept, and matrices whose rows do not fill groups or words.
-///
-/// # Errors
-/// The format has no such scheme, or the model stores its matrices the other way round.
 pub fn rules(scheme: Scheme, tree: &ModuleTree, weights: &[Weight]) -> Result<QuantizeRules> {
     let multiple = match scheme {
         Scheme::Int8 => size_of::<u32>(),
@@ -108,9 +105,6 @@ pub struct Rows {
 impl Rows {
     /// Packs whole rows of `weights`: scales are those of our own form, rounded to `dtype`, and codes
     /// are what is nearest under these.
-    ///
-    /// # Errors
-    /// As [`quantize_rows`].
     pub fn pack(&mut self, layout: &MatrixLayout, dtype: WeightDtype, weights: &[u8]) -> Result<(), QuantizeError> {
         quantize_rows(layout, dtype, weights, &mut self.packed)?;
         let row_bytes = layout.cols * dtype.size();

@@ -40,10 +40,6 @@ pub struct Filled {
 }
 
 /// Reads every weight, packs it and puts it in place.
-///
-/// # Errors
-/// A shard or the scratch file cannot be read or written, a weight cannot be packed, a GPU
-/// failed, or the caller stopped it.
 pub fn fill(
     arenas: &mut Arenas,
     checkpoint: &Checkpoint,

@@ -33,9 +33,6 @@ pub enum SlabBuffer {
 
 impl SlabBuffer {
     /// A slab in ordinary memory.
-    ///
-    /// # Errors
-    /// The memory is not to be had.
     pub fn heap(staging: HostStaging) -> Result<Self> {
         let mut memory = cpu::zeroed("a staging slab", Bytes(staging.slab as u64))?;
         // Taken from the system now, so that the time of the first reads is the disk's own.
@@ -95,9 +92,6 @@ pub struct Read {
 /// each slab in turn, and with the way that buffers go back. `visit` may keep
 /// some of the buffers, but not all. `transposed` bytes are taken for rows of
 /// tensors that are stored the other way round.
-///
-/// # Errors
-/// A shard cannot be read or has changed since its header was, or `visit` fails.
 pub fn read(
     checkpoint: &Checkpoint,
     directory: &Path,

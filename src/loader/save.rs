@@ -92,11 +92,6 @@ pub struct SaveReport {
 }
 
 /// Packs the weights of `checkpoint` and writes them as a checkpoint.
-///
-/// # Errors
-/// The checkpoint is packed already or not in a directory, a file of it is
-/// broken, a weight is not finite, `output` is there already, the disk is full,
-/// or the caller stopped it. Nothing stands under `output` then.
 pub fn save_quantized(
     checkpoint: &Checkpoint,
     options: &SaveOptions,

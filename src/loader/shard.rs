@@ -68,8 +68,7 @@ pub struct Shard {
 }
 
 impl Shard {
-    /// # Errors
-    /// There is no such file, or it is not as long as it was when its header was read.
+    /// Fails where there is no such file, or one that is not as long as it was when its header was read.
     pub fn open(checkpoint: &Checkpoint, directory: &Path, index: usize) -> Result<Self> {
         let name = &checkpoint.shards[index];
         let path = fs::confined(directory, name)?;
@@ -81,9 +80,6 @@ impl Shard {
 
     /// Reads `len` bytes at `offset`, and gives their place in `buffer`, which is [`SLAB_MARGIN`] longer: past the
     /// page cache where they are not in it and that works and is fast, else through it.
-    ///
-    /// # Errors
-    /// The file cannot be read, or is shorter than it was.
     pub fn read_slab(
         &self,
         buffer: &mut [u8],
@@ -119,9 +115,6 @@ impl Shard {
 
     /// Fills `buffer` with rows of a tensor that is stored as `[cols, rows]`:
     /// their part of each stored row is read into `gathered`, which is as long.
-    ///
-    /// # Errors
-    /// The file cannot be read, or is shorter than it was.
     pub fn read_transposed(&self, buffer: &mut [u8], weight: &Weight, row: usize, gathered: &mut [u8]) -> Result<()> {
         let cols = weight.parameter.cols;
         let element = weight.row_bytes() / cols;
@@ -137,8 +130,7 @@ impl Shard {
         Ok(())
     }
 
-    /// # Errors
-    /// The file has changed since it was opened.
+    /// Fails where the file has changed since it was opened.
     pub fn check_unchanged(&self) -> Result<()> {
         let now = self.file.metadata().map_err(|e| Error::io("read", &self.path, e))?;
         let same = |part: fn(&Metadata) -> i128| part(&now) == part(&self.opened);

@@ -83,6 +83,7 @@ static bool apply(const std::string& key, const char* v) {
     else if (key == "GRAPHS") g_cfg.graphs = on();
     else if (key == "QUIET") g_cfg.quiet = on();
     else if (key == "CC") g_cfg.cc = (int)(atof(v) * 10 + 0.5);
+    else if (key == "SMS") g_cfg.multiprocessors = std::max(1, atoi(v));
     else if (key == "DRIVER") g_cfg.driver = atoi(v);
     else if (key == "CONTEXT_BYTES") g_cfg.context_bytes = parse_size(v);
     else if (key == "POISON") g_cfg.poison = parse_size(v);
@@ -113,7 +114,7 @@ static void init_devices() {
         d->va = d->bump = (uintptr_t)p;
         g_devices.push_back(d);
     }
-    for (const char* key : {"FAIL_ALLOC", "FAIL_LAUNCH", "STREAMS", "QUIET", "CC", "DRIVER", "CONTEXT_BYTES", "POISON", "REPORT", "THREADS", "SCHED",
+    for (const char* key : {"FAIL_ALLOC", "FAIL_LAUNCH", "STREAMS", "QUIET", "CC", "SMS", "DRIVER", "CONTEXT_BYTES", "POISON", "REPORT", "THREADS", "SCHED",
                             "TIMEOUT_MS", "USED", "GRAPHS"})
         if (const char* v = getenv(("FAKE_CUDA_" + std::string(key)).c_str())) apply(key, v);
 }
@@ -239,7 +240,7 @@ API cuDeviceGetAttribute(int* v, int attr, CUdevice d) {
     NEED_INIT();
     if (bad_device(d)) return CUDA_ERROR_INVALID_DEVICE;
     switch (attr) {
-        case 16: *v = 8; break;  // multiprocessors
+        case 16: *v = g_cfg.multiprocessors; break;
         case 75: *v = g_cfg.cc / 10; break;
         case 76: *v = g_cfg.cc % 10; break;
         default: *v = 0;

@@ -55,7 +55,7 @@ struct Countdown {  // "N[+][:code]": the Nth event from now fails; with +, all 
 };
 struct Config {
     bool lazy = false, quiet = false, graphs = true;
-    int cc = 86, driver = 12080;
+    int cc = 86, driver = 12080, multiprocessors = 8;
     size_t context_bytes = 0, poison = MiB;
     std::string report;
 };

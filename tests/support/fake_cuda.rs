@@ -68,9 +68,15 @@ pub fn load(devices: &str) -> Option<(&'static FakeCuda, MutexGuard<'static, ()>
         fake.set("QUIET", "1");
         fake
     });
-    for (setting, default) in
-        [("FAIL_ALLOC", "0"), ("FAIL_LAUNCH", "0"), ("USED", "0"), ("STREAMS", "eager"), ("GRAPHS", "1"), ("CC", "8.6")]
-    {
+    for (setting, default) in [
+        ("FAIL_ALLOC", "0"),
+        ("FAIL_LAUNCH", "0"),
+        ("USED", "0"),
+        ("STREAMS", "eager"),
+        ("GRAPHS", "1"),
+        ("CC", "8.6"),
+        ("SMS", "8"),
+    ] {
         fake.set(setting, default);
     }
     Some((fake, turn))

@@ -19,9 +19,6 @@ pub enum Arena {
 
 impl Arena {
     /// Maps a scratch file for reading.
-    ///
-    /// # Errors
-    /// The system refuses.
     pub fn map(file: &File, directory: &Path) -> Result<Self> {
         // SAFETY: the file has no name and this process holds its only handle,
         // so nobody truncates or writes it while it is mapped.
@@ -40,9 +37,6 @@ impl Arena {
 
 /// Zeroed host memory, aligned to a page. The system gives pages when they are
 /// first written, and refuses here where it knows that it cannot.
-///
-/// # Errors
-/// The memory is not to be had.
 pub fn zeroed(what: &str, len: Bytes) -> Result<MmapMut> {
     let failed = || Error::does_not_fit(format!("cannot take {len} of host memory for {what}"));
     let len = len.as_usize().ok_or_else(failed)?;

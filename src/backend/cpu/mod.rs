@@ -183,9 +183,6 @@ impl CpuStage {
 
     /// Adds the block at `index` of the model with an empty KV cache: keys and
     /// values as `kv` lays them out.
-    ///
-    /// # Errors
-    /// The memory is not to be had.
     pub fn push_block(&mut self, index: usize, parameters: Parameters, kv: KvLayout) -> Result<()> {
         let empty = || zeroed("the KV cache", kv.bytes());
         let layer = self.setup.config.layers[index];

@@ -36,18 +36,12 @@ pub struct Answers {
 
 impl Answers {
     /// Takes page-locked memory for [`CudaChoice::ANSWERS`] of them.
-    ///
-    /// # Errors
-    /// The memory is not to be had.
     pub fn take(gpu: &Arc<Gpu>) -> Result<Self> {
         let slots = (0..CudaChoice::ANSWERS).map(|_| gpu.allocate_pinned(CudaChoice::ANSWER));
         Ok(Self { free: slots.collect::<Result<_>>()?, waiting: VecDeque::new() })
     }
 
     /// Queues that the host is told what `chosen` holds then.
-    ///
-    /// # Errors
-    /// The driver fails.
     ///
     /// # Panics
     /// As many as there is memory for are on their way.
@@ -65,9 +59,6 @@ impl Answers {
     }
 
     /// Waits for the first.
-    ///
-    /// # Errors
-    /// The GPU failed.
     ///
     /// # Panics
     /// None is on its way.
@@ -88,9 +79,6 @@ impl Answers {
 impl Gpu {
     /// Chooses one of the `count` f32 in `logits`, after a soft cap if that is not 0, and leaves it in
     /// `chosen`; the logits may change. One that is not finite is found, and then no token is chosen.
-    ///
-    /// # Errors
-    /// The driver fails.
     ///
     /// # Panics
     /// A region is shorter than [`CudaChoice`] says.

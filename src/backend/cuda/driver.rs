@@ -7,6 +7,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::panic::resume_unwind;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys::CUdevice_attribute;
@@ -72,26 +73,25 @@ pub struct Gpu {
 
 impl Gpu {
     /// Opens the GPU at `index` among those that the driver shows, and loads the kernels.
-    ///
-    /// # Errors
-    /// There is no such GPU, or it is too old for the kernels, or the driver is.
     pub fn open(index: u32) -> Result<Arc<Self>> {
         Self::open_as(index, (i32::MAX, 0))
     }
 
     /// As [`Gpu::open`], with the kernels that a GPU of `capability` runs where this one has more.
-    ///
-    /// # Errors
-    /// As those of [`Gpu::open`].
     pub fn open_as(index: u32, capability: (i32, i32)) -> Result<Arc<Self>> {
         let mut gpu = Self::without_kernels(index)?;
         gpu.capability = gpu.capability.min(capability);
-        for Module { name, capability: needed, ptx, kernels } in MODULES {
-            // Without the least that any file needs, the driver says what is wrong.
-            if gpu.capability < *needed && *needed > NEEDED_CAPABILITY {
-                continue;
-            }
-            let module = gpu.context.load_module(Ptx::from_src(ptx_for(ptx, gpu.capability)));
+        let (context, capability) = (&gpu.context, gpu.capability);
+        // Without the least that any file needs, the driver says what is wrong.
+        let has = capability.max(NEEDED_CAPABILITY);
+        let wanted: Vec<_> = MODULES.iter().filter(|module| module.capability <= has).collect();
+        // The driver compiles what it has not compiled before, each file on one processor.
+        let load = |module: &Module| context.load_module(Ptx::from_src(ptx_for(module.ptx, capability)));
+        let loaded: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = wanted.iter().map(|module| scope.spawn(move || load(module))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap_or_else(|e| resume_unwind(e))).collect()
+        });
+        for (Module { name, kernels, .. }, module) in wanted.into_iter().zip(loaded) {
             let module = module.map_err(|e| {
                 gpu.failure(&format!("cannot load the kernels `{name}`"), e).hint(
                     "evenkeel needs the NVIDIA driver 550 or newer, and a GPU of compute capability 7.5 or higher",
@@ -107,9 +107,6 @@ impl Gpu {
     }
 
     /// Opens a GPU for memory and copies alone, which takes the driver less time.
-    ///
-    /// # Errors
-    /// There is no such GPU.
     pub fn without_kernels(index: u32) -> Result<Self> {
         let id = DeviceId::Cuda(index);
         if driver().is_none_or(|(count, _)| index >= count) {
@@ -134,18 +131,12 @@ impl Gpu {
     }
 
     /// Bytes that can be allocated now, and all that the GPU has.
-    ///
-    /// # Errors
-    /// The driver fails.
     pub fn memory(&self) -> Result<(Bytes, Bytes)> {
         let (free, total) = self.context.mem_get_info().map_err(|e| self.failure("does not tell its memory", e))?;
         Ok((Bytes(free as u64), Bytes(total as u64)))
     }
 
     /// Allocates `len` bytes, of unknown content, for `what`.
-    ///
-    /// # Errors
-    /// The memory is not to be had.
     pub fn allocate(self: &Arc<Self>, what: &str, len: Bytes) -> Result<Arc<Buffer>> {
         let refused = |why: &dyn std::fmt::Display| {
             let free =
@@ -168,9 +159,6 @@ impl Gpu {
     }
 
     /// Allocates `len` bytes of page-locked host memory, zeroed.
-    ///
-    /// # Errors
-    /// The memory is not to be had.
     pub fn allocate_pinned(self: &Arc<Self>, len: usize) -> Result<Pinned> {
         self.bind()?;
         // SAFETY: the context is bound; the pointer is freed once, in `Pinned::drop`.
@@ -183,26 +171,17 @@ impl Gpu {
     }
 
     /// Waits until everything that was queued is done.
-    ///
-    /// # Errors
-    /// Something that was queued has failed.
     pub fn synchronize(&self) -> Result<()> {
         let done = self.copies.synchronize().and_then(|()| self.stream.synchronize());
         done.map_err(|e| self.failure("has failed at work that was queued", e))
     }
 
     /// An event behind what the compute stream has been given so far.
-    ///
-    /// # Errors
-    /// The driver fails.
     pub fn event(&self) -> Result<CudaEvent> {
         self.stream.record_event(None).map_err(|e| self.failure("cannot record an event", e))
     }
 
     /// Waits for an event.
-    ///
-    /// # Errors
-    /// Something queued before it has failed.
     pub fn wait(&self, event: &CudaEvent) -> Result<()> {
         event.synchronize().map_err(|e| self.failure("has failed at work that was queued", e))
     }
@@ -302,9 +281,6 @@ impl Region {
 
     /// Copies `bytes` to the start of the region, in the order of the compute stream.
     ///
-    /// # Errors
-    /// The copy, or something queued before it, has failed.
-    ///
     /// # Panics
     /// The region is shorter.
     pub fn write(&self, bytes: &[u8]) -> Result<()> {
@@ -318,9 +294,6 @@ impl Region {
     }
 
     /// Copies the start of the region to `bytes`, in the order of the compute stream.
-    ///
-    /// # Errors
-    /// The copy, or something queued before it, has failed.
     ///
     /// # Panics
     /// The region is shorter.
@@ -336,9 +309,6 @@ impl Region {
     }
 
     /// Queues zeros for the whole region.
-    ///
-    /// # Errors
-    /// The driver fails.
     pub fn clear(&self) -> Result<()> {
         let gpu = self.gpu();
         gpu.bind()?;
@@ -348,9 +318,6 @@ impl Region {
     }
 
     /// Queues `word` for each u32 of the region.
-    ///
-    /// # Errors
-    /// The driver fails.
     pub fn fill(&self, word: u32) -> Result<()> {
         let gpu = self.gpu();
         gpu.bind()?;
@@ -364,9 +331,6 @@ impl Region {
     /// Queues a copy of the bytes `range` of `pinned` on the copy stream;
     /// the compute stream goes on behind it. Until an event that is recorded
     /// later is reached, the caller keeps `pinned` and leaves it unchanged.
-    ///
-    /// # Errors
-    /// The driver fails.
     ///
     /// # Panics
     /// The region or `pinned` is shorter.
@@ -384,9 +348,6 @@ impl Region {
     /// Queues a copy of the region's first bytes to `pinned` from `offset` on,
     /// on the compute stream; the same care is needed as for [`Region::write_from`].
     ///
-    /// # Errors
-    /// The driver fails.
-    ///
     /// # Panics
     /// `pinned` ends before.
     pub fn read_to(&self, pinned: &mut Pinned, offset: usize) -> Result<()> {
@@ -400,9 +361,6 @@ impl Region {
 
     /// Queues a copy of all of `source`, which may be on another GPU: it waits
     /// for what was queued there, and what is queued there later waits for it.
-    ///
-    /// # Errors
-    /// A driver fails.
     ///
     /// # Panics
     /// The region is shorter.

@@ -6,14 +6,13 @@ use std::ops::Range;
 use super::NEEDED_CAPABILITY;
 use super::driver::{Gpu, Region};
 use super::launch::Argument;
-use super::operands::{Affine, Attention, Cache, DeviceMatrix, FLOAT, HALF, Input, Norm, Output, Scratch, holds};
+use super::operands::{Affine, Attention, Cache, DeviceMatrix, FLOAT, HALF, Norm, Output, Scratch, holds};
 use crate::error::Result;
 use crate::model_config::{Activation, NormKind};
-use crate::plan::memory::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS};
 use crate::quant::{KvDtype, Storage, WeightDtype};
 
 /// The first compute capability whose tensor cores the kernels use.
-const TENSOR_CORES: (i32, i32) = (8, 0);
+pub(super) const TENSOR_CORES: (i32, i32) = (8, 0);
 
 /// A file of kernels.
 pub(super) struct Module {
@@ -81,20 +80,9 @@ pub(super) const MODULES: &[Module] = &[
 ];
 
 /// The most tokens that take the kernels which read each weight once, `few_…` and `mma_few_…`.
-const FEW: usize = 8;
-/// Rows of a block of `few_…`.
-const FEW_SLOTS: usize = 8;
-/// Rows of a unit of `mma_few_…`, and its bytes of codes of each.
-const MMA_FEW_SLOTS: usize = 16;
-const MMA_FEW_BYTES: usize = 512;
-/// Rows and tokens of a block of the others, and rows of a wide one of `mma_many_…`.
-const TILE: usize = 64;
-const WIDE_SLOTS: usize = 128;
+pub(super) const FEW: usize = 8;
 /// Rows of a block of `attend_many_…`, each a head of a token.
 const ATTEND_ROWS: usize = 64;
-/// The most matrices that one launch multiplies.
-const MATRICES: usize = 3;
-
 /// The kernel of tensor cores for `shape`, if there is one.
 fn attend_many(shape: &Attention, cache: &Cache) -> Option<&'static str> {
     let fits = shape.tokens > FEW && shape.head_dim.is_multiple_of(8) && cache.dtype != KvDtype::F32;
@@ -102,7 +90,7 @@ fn attend_many(shape: &Attention, cache: &Cache) -> Option<&'static str> {
     kernels.into_iter().find(|(width, _)| fits && shape.head_dim <= *width).map(|(_, kernel)| kernel)
 }
 
-fn dtype_number(dtype: WeightDtype) -> i32 {
+pub(super) fn dtype_number(dtype: WeightDtype) -> i32 {
     match dtype {
         WeightDtype::Bf16 => 0,
         WeightDtype::F16 => 1,
@@ -119,7 +107,7 @@ fn storage_number(storage: Storage) -> i32 {
     }
 }
 
-fn activation_number(activation: Activation) -> i32 {
+pub(super) fn activation_number(activation: Activation) -> i32 {
     match activation {
         Activation::Silu => 0,
         Activation::GeluTanh => 1,
@@ -132,12 +120,12 @@ pub(super) fn int(n: usize) -> Argument<'static> {
     Argument::I32(i32::try_from(n).unwrap_or_else(|_| unreachable!("a dimension of {n}")))
 }
 
-fn pointer(region: Option<&Region>) -> Argument<'_> {
+pub(super) fn pointer(region: Option<&Region>) -> Argument<'_> {
     region.map_or(Argument::Null, Argument::Region)
 }
 
 /// The elements at `range` of a plain vector, and its dtype; null where there is none.
-fn vector(matrix: Option<&DeviceMatrix>, range: Range<usize>) -> (Option<Region>, Argument<'static>) {
+pub(super) fn vector(matrix: Option<&DeviceMatrix>, range: Range<usize>) -> (Option<Region>, Argument<'static>) {
     let Some(matrix) = matrix else { return (None, Argument::I32(0)) };
     let Storage::Plain(dtype) = matrix.layout.storage else { unreachable!("norms and biases are plain") };
     assert!(range.end <= matrix.layout.rows * matrix.layout.cols, "a vector that is too short");
@@ -145,20 +133,8 @@ fn vector(matrix: Option<&DeviceMatrix>, range: Range<usize>) -> (Option<Region>
     (Some(elements), Argument::I32(dtype_number(dtype)))
 }
 
-/// What becomes of the sums of a product.
-#[derive(Clone, Copy)]
-struct Epilogue {
-    output: Output,
-    factor: f32,
-    activation: Option<Activation>,
-}
-
-impl Epilogue {
-    const PLAIN: Self = Self { output: Output::F16, factor: 1.0, activation: None };
-}
-
 /// A norm as kernels take it; see norm.cuh.
-struct NormArguments {
+pub(super) struct NormArguments {
     kind: i32,
     vectors: [(Option<Region>, Argument<'static>); 2],
     offset: f32,
@@ -166,7 +142,7 @@ struct NormArguments {
 }
 
 impl NormArguments {
-    fn new(norm: Option<&Norm>, width: usize) -> Self {
+    pub(super) fn new(norm: Option<&Norm>, width: usize) -> Self {
         let (kind, offset) = match norm.map(|norm| norm.kind) {
             Some(NormKind::Rms) => (0, 0.0),
             Some(NormKind::RmsPlusOne) => (0, 1.0),
@@ -178,7 +154,7 @@ impl NormArguments {
         Self { kind, vectors, offset, epsilon: norm.map_or(0.0, |norm| norm.epsilon) }
     }
 
-    fn given(&self) -> [Argument<'_>; 7] {
+    pub(super) fn given(&self) -> [Argument<'_>; 7] {
         let [(weight, weight_dtype), (bias, bias_dtype)] = &self.vectors;
         let (weight, bias) = (pointer(weight.as_ref()), pointer(bias.as_ref()));
         let [offset, epsilon] = [self.offset, self.epsilon].map(Argument::F32);
@@ -190,9 +166,6 @@ impl NormArguments {
 impl Gpu {
     /// Packs `rows` rows of `dtype` from `weights` into `matrix` from row `first` on. Sets the u32
     /// `failed` where [`crate::quant::quantize_rows`] would fail on them.
-    ///
-    /// # Errors
-    /// The driver fails.
     ///
     /// # Panics
     /// A region is shorter than the shapes say.
@@ -222,169 +195,8 @@ impl Gpu {
         self.launch(kernel, (rows, 1), threads, &[&head[..], &sections, &[Argument::Region(failed)]].concat())
     }
 
-    /// `y = factor · (x · wᵀ + bias)` for `tokens` rows in `x`.
-    ///
-    /// # Errors
-    /// The driver fails.
-    ///
-    /// # Panics
-    /// A region is shorter than the shapes say.
-    pub fn matmul(
-        &self,
-        affine: &Affine,
-        x: Input,
-        tokens: usize,
-        (y, output, factor): (&Region, Output, f32),
-        scratch: &Scratch,
-    ) -> Result<()> {
-        self.product(&[(affine, y)], x, tokens, Epilogue { output, factor, activation: None }, scratch)
-    }
-
-    /// [`Gpu::matmul`] of the same `x` into f16 for several matrices, in one launch where their storage is one.
-    ///
-    /// # Errors
-    /// The driver fails.
-    ///
-    /// # Panics
-    /// A region is shorter than the shapes say.
-    pub fn matmuls(&self, parts: &[(&Affine, &Region)], x: Input, tokens: usize, scratch: &Scratch) -> Result<()> {
-        let storage = |part: &(&Affine, &Region)| part.0.weight.layout.storage;
-        let launches = || parts.chunk_by(|a, b| storage(a) == storage(b)).flat_map(|same| same.chunks(MATRICES));
-        let x = if launches().count() > 1 { self.half(x, (tokens, parts[0].0.cols()))? } else { x };
-        launches().try_for_each(|parts| self.product(parts, x, tokens, Epilogue::PLAIN, scratch))
-    }
-
-    /// `y = activation(gate(x)) · up(x)`, or without a gate `activation(up(x))`, in f16. Where gate and up
-    /// differ in storage, `apart` holds what up gives.
-    ///
-    /// # Errors
-    /// The driver fails.
-    ///
-    /// # Panics
-    /// A region is shorter than the shapes say.
-    pub fn gated(
-        &self,
-        activation: Activation,
-        (gate, up): (Option<&Affine>, &Affine),
-        x: Input,
-        tokens: usize,
-        [y, apart]: [&Region; 2],
-        scratch: &Scratch,
-    ) -> Result<()> {
-        let activated = Epilogue { activation: Some(activation), ..Epilogue::PLAIN };
-        match gate {
-            Some(gate) if gate.weight.layout.storage != up.weight.layout.storage => {
-                self.matmuls(&[(gate, y), (up, apart)], x, tokens, scratch)?;
-                self.activate(activation, y, Some(apart), tokens * up.rows())
-            }
-            Some(gate) => self.product(&[(gate, y), (up, y)], x, tokens, activated, scratch),
-            None => self.product(&[(up, y)], x, tokens, activated, scratch),
-        }
-    }
-
-    /// An input as rows of f16, normalized now where it is not yet. The shape is rows and their width.
-    ///
-    /// # Errors
-    /// The driver fails.
-    ///
-    /// # Panics
-    /// A region is shorter than the shapes say.
-    pub fn half<'a>(&self, x: Input<'a>, shape: (usize, usize)) -> Result<Input<'a>> {
-        if let Input::Hidden { states, norm, normed } = x {
-            self.normalize(norm, (states, WeightDtype::F32), shape, normed, Output::F16, 1.0)?;
-            return Ok(Input::Half(normed));
-        }
-        Ok(x)
-    }
-
-    /// A launch of matrices of one storage; with an activation, of one, or of gate and up.
-    fn product(
-        &self,
-        parts: &[(&Affine, &Region)],
-        x: Input,
-        tokens: usize,
-        epilogue: Epilogue,
-        scratch: &Scratch,
-    ) -> Result<()> {
-        let (cols, storage) = (parts[0].0.cols(), parts[0].0.weight.layout.storage);
-        assert!(parts.len() <= MATRICES, "more matrices than a launch takes");
-        assert!(parts.iter().all(|(affine, _)| affine.cols() == cols && affine.weight.layout.storage == storage));
-        let mma = self.capability >= TENSOR_CORES;
-        let (few_kernel, many_kernels) = match storage {
-            Storage::Plain(WeightDtype::Bf16) if mma => ("few_bf16", ["mma_many_bf16_64", "mma_many_bf16_128"]),
-            Storage::Plain(WeightDtype::F16) if mma => ("few_f16", ["mma_many_f16_64", "mma_many_f16_128"]),
-            Storage::Plain(WeightDtype::Bf16) => ("few_bf16", ["many_bf16"; 2]),
-            Storage::Plain(WeightDtype::F16) => ("few_f16", ["many_f16"; 2]),
-            Storage::Plain(WeightDtype::F32) => ("few_f32", ["many_f32"; 2]),
-            Storage::Int8 if mma => ("mma_few_int8", ["mma_many_int8_64", "mma_many_int8_128"]),
-            Storage::Int4 if mma => ("mma_few_int4", ["mma_many_int4_64", "mma_many_int4_128"]),
-            Storage::Nl4 if mma => ("mma_few_nl4", ["mma_many_nl4_64", "mma_many_nl4_128"]),
-            Storage::Int8 => ("few_int8", ["many_int8"; 2]),
-            Storage::Int4 => ("few_int4", ["many_int4"; 2]),
-            Storage::Nl4 => ("few_nl4", ["many_nl4"; 2]),
-        };
-        let mma_few = mma && tokens <= FEW && !matches!(storage, Storage::Plain(_));
-        let x = if mma_few { x } else { self.half(x, (tokens, cols))? };
-        let (states, norm, dtype) = match x {
-            Input::Half(x) => (x, None, WeightDtype::F16),
-            Input::Hidden { states, norm, .. } => (states, norm, WeightDtype::F32),
-        };
-        holds(states, tokens * cols, dtype.size());
-
-        let blocks_of = |slots: usize| match (epilogue.activation, parts) {
-            (Some(_), [(gate, _), (up, _)]) => {
-                assert!(gate.rows() == up.rows(), "a gate of another size");
-                gate.rows().div_ceil(slots / 2)
-            }
-            _ => parts.iter().map(|(affine, _)| affine.rows().div_ceil(slots)).sum(),
-        };
-        let given: Vec<_> = parts
-            .iter()
-            .map(|(affine, y)| {
-                holds(y, tokens * affine.rows(), epilogue.output.size());
-                let sections = affine.weight.sections(affine.rows.start);
-                (sections, affine.rows(), vector(affine.bias, affine.rows.clone()), *y)
-            })
-            .collect();
-        let mut arguments = Vec::new();
-        for ([codes, sub_scales, scales], rows, (bias, bias_dtype), y) in &given {
-            arguments.extend([codes, sub_scales, scales].map(|section| pointer(section.as_ref())));
-            arguments.extend([int(*rows), pointer(bias.as_ref()), *bias_dtype, Argument::Region(y)]);
-        }
-        let (null, zero) = (Argument::Null, Argument::I32(0));
-        for _ in given.len()..MATRICES {
-            arguments.extend([null, null, null, zero, null, zero, null]);
-        }
-        arguments.extend([int(cols), Argument::Region(states)]);
-        arguments.extend(mma_few.then_some(Argument::I32(dtype_number(dtype))));
-        arguments.extend([int(tokens), Argument::I32(epilogue.output as i32), Argument::F32(epilogue.factor)]);
-        arguments.push(Argument::I32(epilogue.activation.map_or(-1, activation_number)));
-        if tokens > FEW {
-            let tiles = tokens.div_ceil(TILE);
-            let is_mma = many_kernels[0] != many_kernels[1];
-            // A wide block needs less of shared memory and of the caches; narrow ones fill more of the GPU.
-            let is_wide = is_mma && blocks_of(WIDE_SLOTS) * tiles >= self.multiprocessors * 3 / 2;
-            let (slots, threads) = (if is_wide { WIDE_SLOTS } else { TILE }, if is_mma { 128 } else { 256 });
-            return self.launch(many_kernels[usize::from(is_wide)], (blocks_of(slots), tiles), threads, &arguments);
-        }
-        if !mma_few {
-            return self.launch(few_kernel, (blocks_of(FEW_SLOTS), 1), 256, &arguments);
-        }
-        let code_row = parts[0].0.weight.layout.code_row;
-        let units: usize = blocks_of(MMA_FEW_SLOTS) * code_row.div_ceil(MMA_FEW_BYTES);
-        let blocks = units.min(self.blocks_at_once(few_kernel, 256)?).min(CUDA_FEW_BLOCKS);
-        scratch.holds(blocks * CUDA_FEW_PARTS, blocks);
-        let norm = NormArguments::new(norm, cols);
-        arguments.extend(norm.given());
-        arguments.extend([Argument::Region(&scratch.parts), Argument::Region(&scratch.arrivals)]);
-        self.launch(few_kernel, (blocks, 1), 256, &arguments)
-    }
-
     /// `factor` times a norm of `rows` rows of `dtype` in `x`; without one, times the rows as they are.
     /// The shape is rows and their width.
-    ///
-    /// # Errors
-    /// The driver fails.
     ///
     /// # Panics
     /// A region is shorter than the shapes say.
@@ -412,9 +224,6 @@ impl Gpu {
     /// positions, and puts keys and values into the cache.
     /// `position` holds that of `shape`, an i32; a rope is an f32 for each pair that is rotated, and the factor
     /// of cosines and sines.
-    ///
-    /// # Errors
-    /// The driver fails.
     ///
     /// # Panics
     /// A region is shorter than the shapes say.
@@ -453,9 +262,6 @@ impl Gpu {
 
     /// Attention of `query` over the cache, into `out`. `position` holds that of `shape`, an i32. The scratch is
     /// as long as [`scratch`](crate::plan::memory::CudaAttention::scratch) says; its second region holds zeros.
-    ///
-    /// # Errors
-    /// The driver fails.
     ///
     /// # Panics
     /// A region is shorter than the shapes say.
@@ -505,9 +311,6 @@ impl Gpu {
 
     /// `scale` times the rows of `matrix` that the u32 in `tokens` name, into f32 or onto it.
     ///
-    /// # Errors
-    /// The driver fails.
-    ///
     /// # Panics
     /// A region is shorter than the shapes say.
     pub fn embed(&self, affine: &Affine, tokens: &Region, scale: f32, hidden: &Region, output: Output) -> Result<()> {
@@ -531,9 +334,6 @@ impl Gpu {
 
     /// `gate = activation(gate) · up` for `count` elements of f16.
     ///
-    /// # Errors
-    /// The driver fails.
-    ///
     /// # Panics
     /// A region is shorter than the shapes say.
     pub fn activate(&self, activation: Activation, gate: &Region, up: Option<&Region>, count: usize) -> Result<()> {
@@ -547,9 +347,6 @@ impl Gpu {
 
     /// The rows of `x`, f16 of `width`, that the u32 in `tokens` name.
     ///
-    /// # Errors
-    /// The driver fails.
-    ///
     /// # Panics
     /// A region is shorter than the shapes say.
     pub fn gather(&self, x: &Region, tokens: &Region, width: usize, out: &Region) -> Result<()> {
@@ -561,9 +358,6 @@ impl Gpu {
 
     /// Adds each row of `x`, f32 of `width`, times its f32 of `weights`, to the row of `out` that its
     /// u32 of `tokens` names; none is named twice.
-    ///
-    /// # Errors
-    /// The driver fails.
     ///
     /// # Panics
     /// A region is shorter than the shapes say.

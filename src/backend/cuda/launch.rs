@@ -99,9 +99,6 @@ impl Gpu {
     }
 
     /// The most blocks of `threads` threads of a kernel that run at once.
-    ///
-    /// # Errors
-    /// The driver fails.
     pub(super) fn blocks_at_once(&self, kernel: &'static str, threads: u32) -> Result<usize> {
         let each = self.functions[kernel].occupancy_max_active_blocks_per_multiprocessor(threads, 0, None);
         let each =
@@ -120,9 +117,6 @@ impl Gpu {
     }
 
     /// Queues the launches of a graph.
-    ///
-    /// # Errors
-    /// The driver fails.
     pub(super) fn replay(&self, graph: &Graph) -> Result<()> {
         graph.0.launch().map_err(|e| self.failure("cannot repeat the launches of a step", e))
     }

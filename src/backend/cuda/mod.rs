@@ -7,9 +7,11 @@
 //! | `kernels.rs` | a typed launch for each kernel of `kernels/*.cu` |
 //! | `choice.rs` | the launches that choose a token |
 //! | `launch.rs` | launches, and those that are repeated in one call; with `driver.rs` all that is unsafe |
+//! | `product.rs` | launches of products |
 //! | `operands.rs` | what they are given: matrices, norms, caches |
 //! | `repeat.rs` | launches that come again and again |
 //! | `stage.rs` | a run of modules on one GPU |
+//! | `workspace.rs` | the buffers of a step |
 //! | `upload.rs` | rows from the host into the canonical packing |
 
 mod choice;
@@ -17,15 +19,18 @@ mod driver;
 mod kernels;
 mod launch;
 mod operands;
+mod product;
 mod repeat;
 mod stage;
 mod upload;
+mod workspace;
 
 pub use choice::Choosing;
 pub use driver::{Buffer, Gpu, Pinned, Region};
 pub use operands::{Affine, Attention, Cache, DeviceMatrix, Input, MAX_HEAD_DIM, Norm, Output, Scratch};
-pub use stage::{CudaStage, Parameters, Workspace};
+pub use stage::{CudaStage, Parameters};
 pub use upload::{InFlight, Upload};
+pub use workspace::Workspace;
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -82,9 +87,6 @@ pub fn devices() -> (Vec<Device>, Vec<Device>) {
 }
 
 /// How fast the GPU at `index` copies within its memory, which it reads and writes for that.
-///
-/// # Errors
-/// The GPU lacks the room, or failed.
 pub fn measure_bandwidth(index: u32) -> Result<Bandwidth> {
     const PROBE: usize = 256 << 20;
     let gpu = Arc::new(Gpu::without_kernels(index)?);
@@ -104,9 +106,6 @@ pub fn measure_bandwidth(index: u32) -> Result<Bandwidth> {
 
 /// Regions of `sizes` bytes on a GPU, for `what`: parts of one buffer, or a
 /// buffer each, so that reading beyond one is noticed.
-///
-/// # Errors
-/// The memory is not to be had.
 pub fn arena(gpu: &Arc<Gpu>, what: &str, sizes: &[Bytes], separate: bool) -> Result<Vec<Region>> {
     let len = |size: &Bytes| size.as_usize().unwrap_or(usize::MAX);
     if separate {

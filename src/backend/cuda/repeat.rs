@@ -20,9 +20,6 @@ pub(super) enum Repeated<K> {
 
 impl<K: PartialEq> Repeated<K> {
     /// Queues what `launch` does, in one call where it is kept. `launch` waits for nothing.
-    ///
-    /// # Errors
-    /// The driver fails.
     pub fn queue(&mut self, gpu: &Gpu, key: K, launch: impl Fn() -> Result<()>) -> Result<()> {
         match self {
             Self::Kept(kept, graph) if *kept == key => gpu.replay(graph)?,

@@ -2,23 +2,17 @@
 //! allocates no memory there, and what it queues runs in order on the compute stream.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
-use super::choice::Answers;
 use super::repeat::Repeated;
-use super::{
-    Affine, Attention, Cache, Choosing, DeviceMatrix, Gpu, Input, MAX_HEAD_DIM, Norm, Output, Region, Scratch, arena,
-};
+use super::workspace::{WORD, Workspace};
+use super::{Affine, Attention, Cache, Choosing, DeviceMatrix, Input, Norm, Output, Region};
 use crate::architecture::{Part, Role};
 use crate::backend::cpu::{route, soft_cap};
 use crate::backend::{Choice, Chosen, Hidden, Stage};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::model_config::{Experts, Layer, ModelConfig};
-use crate::plan::memory::{self, CUDA_BUFFERS, CudaChoice};
 use crate::quant::WeightDtype;
-
-/// Bytes of a u32 or an f32.
-const WORD: usize = 4;
 
 /// The parameters of modules, by what they are for.
 #[derive(Clone, Default)]
@@ -44,105 +38,10 @@ impl Parameters {
     }
 }
 
-/// The buffers of a step on one GPU, shared by all its stages: they run in turn.
-/// What each holds stands at [`memory::cuda_workspace`].
-pub struct Workspace {
-    gpu: Arc<Gpu>,
-    hidden: Region,
-    normed: Region,
-    query: Region,
-    key: Region,
-    value: Region,
-    attended: Region,
-    gate: Region,
-    up: Region,
-    branch: Region,
-    routes: Region,
-    gathered: Region,
-    expert: Region,
-    shares: Region,
-    logits: Region,
-    tokens: Region,
-    /// The frequencies of each rope.
-    frequencies: Vec<Region>,
-    scratch: Scratch,
-    position: Region,
-    choice: Region,
-    seen: Region,
-    answers: Mutex<Answers>,
-}
-
-impl Workspace {
-    /// Takes the buffers that the plan counts.
-    ///
-    /// # Errors
-    /// The memory is not to be had, or the GPU fails, or the model's heads are too wide for the kernels.
-    pub fn take(gpu: &Arc<Gpu>, config: &ModelConfig, context: usize, separate: bool) -> Result<Self> {
-        if config.head_dim > MAX_HEAD_DIM {
-            return Err(Error::input(format!(
-                "heads of width {} cannot be computed on a GPU; the widest are {MAX_HEAD_DIM}",
-                config.head_dim
-            ))
-            .hint("a device map of `{\"\": \"cpu\"}` computes on the CPU"));
-        }
-        let regions = arena(gpu, "the workspace", &memory::cuda_workspace(config, context), separate)?;
-        let Ok(regions) = <[Region; CUDA_BUFFERS]>::try_from(regions) else {
-            unreachable!("an arena has a region for every size")
-        };
-        let [hidden, normed, query, key, value, attended, gate, up, rest @ ..] = regions;
-        let [branch, routes, gathered, expert, shares, logits, tokens, table, parts, arrivals, position, choice, seen] =
-            rest;
-        arrivals.clear()?;
-        choice.clear()?;
-        let mut end = 0;
-        let frequencies = config.ropes.iter().map(|rope| {
-            let frequencies = rope.frequencies(context);
-            let region = table.part(end, frequencies.len() * WORD);
-            end += region.len();
-            region.write(bytemuck::must_cast_slice(&frequencies)).map(|()| region)
-        });
-        Ok(Self {
-            frequencies: frequencies.collect::<Result<_>>()?,
-            answers: Mutex::new(Answers::take(gpu)?),
-            gpu: Arc::clone(gpu),
-            hidden,
-            normed,
-            query,
-            key,
-            value,
-            attended,
-            gate,
-            up,
-            branch,
-            routes,
-            gathered,
-            expert,
-            shares,
-            logits,
-            tokens,
-            scratch: Scratch { parts, arrivals },
-            position,
-            choice,
-            seen,
-        })
-    }
-}
-
 struct Block {
     layer: Layer,
     parameters: Parameters,
     cache: Cache,
-}
-
-impl Workspace {
-    fn answers(&self) -> MutexGuard<'_, Answers> {
-        self.answers.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// A chosen token, a flag, and the random number behind it; the token stands where the next step looks for its own.
-    fn chosen(&self) -> Region {
-        self.tokens.part(0, CudaChoice::CHOSEN)
-    }
 }
 
 /// A run of modules that a GPU computes.

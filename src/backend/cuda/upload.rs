@@ -40,9 +40,6 @@ impl Drop for InFlight {
 
 impl Upload {
     /// Takes a ring for slabs of at most `slab` bytes.
-    ///
-    /// # Errors
-    /// The memory is not to be had.
     pub fn take(gpu: &Arc<Gpu>, slab: usize, separate: bool) -> Result<Self> {
         Ok(Self {
             gpu: Arc::clone(gpu),
@@ -53,9 +50,6 @@ impl Upload {
     }
 
     /// Queues the bytes `range` of `buffer`, whole rows as `data` stores them, for those of `matrix` from `row` on. At most [`STAGING_SLABS`] slabs may be on their way at once.
-    ///
-    /// # Errors
-    /// The GPU failed.
     pub fn start(
         &mut self,
         matrix: &DeviceMatrix,
@@ -103,9 +97,6 @@ impl Upload {
     }
 
     /// Waits for a slab. Gives its buffer back, and whether its rows could be packed.
-    ///
-    /// # Errors
-    /// The GPU failed.
     pub fn finish(&mut self, mut slab: InFlight) -> Result<(Pinned, bool)> {
         self.gpu.wait(&slab.done)?;
         let Some(buffer) = slab.buffer.take() else { unreachable!("a slab is finished once") };

@@ -1,0 +1,198 @@
+//! Products, and what becomes of their input and their sums.
+
+use std::sync::Arc;
+
+use evenkeel::backend::cuda::{Affine, DeviceMatrix, Gpu, Input, Norm, Output};
+use evenkeel::model_config::{Activation, NormKind};
+use evenkeel::quant::{Matrix, MatrixLayout, Storage, WeightDtype, reference};
+
+use super::{
+    STORAGES, buffer, download, encode, floats, halves, near, packed, product_scratch, random, rounded, upload, vector,
+};
+
+pub fn products_equal_the_reference(gpu: &Arc<Gpu>) {
+    let scratch = product_scratch(gpu);
+    for storage in STORAGES {
+        for (rows, cols, tokens) in [
+            (1, 1, 1),
+            (3, 5, 2),
+            (17, 31, 3),
+            (16, 32, 8),
+            (33, 33, 9),
+            (40, 100, 12),
+            (64, 256, 1),
+            (5, 768, 7),
+            (70, 72, 66),
+            (130, 20, 10),
+            (70, 456, 65),
+            // Wide blocks, where a GPU has few multiprocessors.
+            (650, 330, 70),
+            (800, 136, 130),
+            (18, 4200, 8),
+            (3, 16_500, 1),
+            (700, 1100, 1),
+            (300, 2100, 3),
+        ] {
+            let layout = MatrixLayout::new(storage, rows, cols).unwrap();
+            let bytes = packed(&layout, &random(rows * cols, 4));
+            let matrix = DeviceMatrix::new(layout.clone(), upload(gpu, &bytes));
+            let x = rounded(&random(tokens * cols, 5));
+            let product = reference::matmul(&Matrix::new(&layout, &bytes), &x, tokens);
+            let shift = random(rows, 6);
+            let bias = vector(gpu, WeightDtype::F32, &shift);
+            let before = random(tokens * rows, 7);
+            for (output, factor) in [(Output::F16, 1.0), (Output::F32, 0.5), (Output::Add, 2.0)] {
+                let bias = (output == Output::F32).then_some(&bias);
+                let dtype = if output == Output::F16 { WeightDtype::F16 } else { WeightDtype::F32 };
+                let y = upload(gpu, &encode(dtype, &before));
+                let (affine, x) = (Affine::new(&matrix, bias), halves(gpu, &x));
+                gpu.matmul(&affine, Input::Half(&x), tokens, (&y, output, factor), &scratch).unwrap();
+                let exact: Vec<f64> = product
+                    .iter()
+                    .enumerate()
+                    .map(|(i, y)| {
+                        let onto = if output == Output::Add { f64::from(before[i]) } else { 0.0 };
+                        onto + f64::from(factor) * (y + bias.map_or(0.0, |_| f64::from(shift[i % rows])))
+                    })
+                    .collect();
+                let what = format!("{storage:?} {rows}×{cols}, {tokens} tokens, {output:?}");
+                near(&what, &download(&y, dtype), &exact, 2e-6 * (cols as f64).sqrt(), output);
+            }
+            // Some of the rows, as those of a fused matrix.
+            let (first, last) = (rows / 3, rows - rows / 4);
+            let y = buffer(gpu, tokens * (last - first) * 4);
+            let affine = Affine::new(&matrix, Some(&bias)).slice(first..last);
+            gpu.matmul(&affine, Input::Half(&halves(gpu, &x)), tokens, (&y, Output::F32, 1.0), &scratch).unwrap();
+            let exact: Vec<f64> = (0..tokens)
+                .flat_map(|token| (first..last).map(move |row| (token, row)))
+                .map(|(token, row)| product[token * rows + row] + f64::from(shift[row]))
+                .collect();
+            let what = format!("{storage:?} {rows}×{cols}, rows {first} to {last}");
+            near(&what, &download(&y, WeightDtype::F32), &exact, 2e-6 * (cols as f64).sqrt(), Output::F32);
+        }
+    }
+}
+
+/// A matrix of random weights and a bias, on the GPU.
+fn random_affine(gpu: &Arc<Gpu>, storage: Storage, rows: usize, cols: usize, seed: u64) -> [DeviceMatrix; 2] {
+    let layout = MatrixLayout::new(storage, rows, cols).unwrap();
+    let bytes = packed(&layout, &random(rows * cols, seed));
+    [DeviceMatrix::new(layout, upload(gpu, &bytes)), vector(gpu, WeightDtype::F32, &random(rows, seed + 100))]
+}
+
+pub fn products_in_one_launch_are_those_of_each(gpu: &Arc<Gpu>) {
+    let scratch = product_scratch(gpu);
+    for storages in STORAGES.map(|storage| [storage; 3]).into_iter().chain([
+        [Storage::Int4, Storage::Int4, Storage::Int8],
+        [Storage::Nl4, Storage::Plain(WeightDtype::Bf16), Storage::Int4],
+    ]) {
+        for (rows, cols, tokens) in
+            [([40, 7, 16], 72, 1), ([64, 130, 9], 100, 5), ([3, 65, 128], 33, 70), ([300, 900, 70], 72, 70)]
+        {
+            let x = halves(gpu, &random(tokens * cols, 5));
+            let matrices: Vec<_> =
+                (0..3).map(|at| random_affine(gpu, storages[at], rows[at], cols, 30 + at as u64)).collect();
+            let affines: Vec<_> = matrices.iter().map(|[weight, bias]| Affine::new(weight, Some(bias))).collect();
+            let outputs = || rows.map(|rows| buffer(gpu, tokens * rows * 2));
+            let (together, alone) = (outputs(), outputs());
+            let parts: Vec<_> = affines.iter().zip(&together).collect();
+            gpu.matmuls(&parts, Input::Half(&x), tokens, &scratch).unwrap();
+            for ((affine, y), together) in affines.iter().zip(&alone).zip(&together) {
+                gpu.matmul(affine, Input::Half(&x), tokens, (y, Output::F16, 1.0), &scratch).unwrap();
+                let (y, together) = (download(y, WeightDtype::F16), download(together, WeightDtype::F16));
+                let what = format!("{storages:?}, {} rows of {cols}, {tokens} tokens", affine.rows());
+                // What blocks share depends on all that is in the launch.
+                let exact: Vec<f64> = y.into_iter().map(f64::from).collect();
+                near(&what, &together, &exact, 1e-5, Output::F16);
+            }
+        }
+    }
+}
+
+pub fn gates_are_applied_to_what_up_gives(gpu: &Arc<Gpu>) {
+    let scratch = product_scratch(gpu);
+    let pairs = STORAGES.map(|storage| [storage; 2]).into_iter().chain([[Storage::Int8, Storage::Nl4]]);
+    for [gate_storage, up_storage] in pairs {
+        for (rows, cols, tokens) in [(1, 33, 1), (40, 72, 3), (17, 100, 8), (70, 40, 9), (130, 33, 66), (400, 72, 70)] {
+            let what = format!("{gate_storage:?} and {up_storage:?}, {rows}×{cols}, {tokens} tokens");
+            let x = halves(gpu, &random(tokens * cols, 5));
+            let [gate, gate_bias] = random_affine(gpu, gate_storage, rows, cols, 40);
+            let [up, up_bias] = random_affine(gpu, up_storage, rows, cols, 41);
+            let (gate, up) = (Affine::new(&gate, Some(&gate_bias)), Affine::new(&up, Some(&up_bias)));
+            let [of_gate, of_up] = [&gate, &up].map(|affine| {
+                let y = buffer(gpu, tokens * rows * 4);
+                gpu.matmul(affine, Input::Half(&x), tokens, (&y, Output::F32, 1.0), &scratch).unwrap();
+                download(&y, WeightDtype::F32)
+            });
+            let silu = |x: f32| f64::from(x) / (1.0 + (-f64::from(x)).exp());
+            for has_gate in [true, false] {
+                let exact: Vec<f64> = of_gate
+                    .iter()
+                    .zip(&of_up)
+                    .map(|(gate, up)| if has_gate { silu(*gate) * f64::from(*up) } else { silu(*up) })
+                    .collect();
+                let (y, apart) = (buffer(gpu, tokens * rows * 2), buffer(gpu, tokens * rows * 2));
+                let gate = has_gate.then_some(&gate);
+                let rooms = [&y, &apart];
+                gpu.gated(Activation::Silu, (gate, &up), Input::Half(&x), tokens, rooms, &scratch).unwrap();
+                // Where both are multiplied apart, they are rounded to f16 between.
+                let tolerance = if gate_storage == up_storage { 1e-5 } else { 0.02 };
+                near(&what, &download(&y, WeightDtype::F16), &exact, tolerance, Output::F16);
+            }
+        }
+    }
+}
+
+pub fn hidden_states_are_normalized_on_the_way(gpu: &Arc<Gpu>) {
+    let scratch = product_scratch(gpu);
+    for storage in STORAGES {
+        for (rows, cols, tokens) in [(40, 33, 1), (20, 72, 8), (330, 1100, 2), (70, 64, 9)] {
+            let [matrix, bias] = random_affine(gpu, storage, rows, cols, 50);
+            let other = random_affine(gpu, Storage::Int8, rows, cols, 51);
+            let (affine, other) = (Affine::new(&matrix, Some(&bias)), Affine::new(&other[0], None));
+            let states = floats(gpu, &random(tokens * cols, 52).iter().map(|v| v * 5.0 + 1.0).collect::<Vec<_>>());
+            let weight = vector(gpu, WeightDtype::Bf16, &random(cols, 53));
+            let shift = vector(gpu, WeightDtype::F32, &random(cols, 54));
+            for kind in [None, Some(NormKind::Rms), Some(NormKind::RmsPlusOne), Some(NormKind::Layer)] {
+                let bias = (kind == Some(NormKind::Layer)).then_some(&shift);
+                let norm = kind.map(|kind| Norm { kind, epsilon: 1e-5, affine: Affine::new(&weight, bias) });
+                let [before, normed] = [0; 2].map(|_| buffer(gpu, tokens * cols * 2));
+                let shape = (tokens, cols);
+                let f32 = WeightDtype::F32;
+                gpu.normalize(norm.as_ref(), (&states, f32), shape, &before, Output::F16, 1.0).unwrap();
+                let on_the_way = Input::Hidden { states: &states, norm: norm.as_ref(), normed: &normed };
+                let [ours, wanted] = [on_the_way, Input::Half(&before)].map(|x| {
+                    let [y, up, single, other_y] = [0; 4].map(|_| buffer(gpu, tokens * rows * 2));
+                    gpu.gated(Activation::Silu, (Some(&affine), &affine), x, tokens, [&y, &up], &scratch).unwrap();
+                    gpu.matmuls(&[(&affine, &single), (&other, &other_y)], x, tokens, &scratch).unwrap();
+                    [y, single, other_y].map(|y| download(&y, WeightDtype::F16))
+                });
+                assert_eq!(ours, wanted, "{kind:?}, {storage:?}, {rows}×{cols}, {tokens} tokens");
+            }
+        }
+    }
+}
+
+pub fn nan_and_what_overflows_stay_with_their_token(gpu: &Arc<Gpu>) {
+    let scratch = product_scratch(gpu);
+    for storage in STORAGES {
+        for (rows, cols, tokens) in [(17, 40, 4), (17, 40, 12)] {
+            let layout = MatrixLayout::new(storage, rows, cols).unwrap();
+            let matrix = DeviceMatrix::new(layout.clone(), upload(gpu, &packed(&layout, &vec![1.0; rows * cols])));
+            let mut x = vec![1.0; tokens * cols];
+            x[cols + 3] = f32::NAN;
+            x[2 * cols..3 * cols].fill(65504.0);
+            let y = buffer(gpu, tokens * rows * 2);
+            let (affine, x) = (Affine::new(&matrix, None), halves(gpu, &x));
+            gpu.matmul(&affine, Input::Half(&x), tokens, (&y, Output::F16, 1.0), &scratch).unwrap();
+            for (i, y) in download(&y, WeightDtype::F16).iter().enumerate() {
+                let what = format!("{storage:?}, {tokens} tokens, element {i}: {y}");
+                match i / rows {
+                    1 => assert!(y.is_nan(), "{what}"),
+                    2 => assert_eq!(*y, 65504.0, "{what}"),
+                    _ => assert!((y - cols as f32).abs() < 0.1, "{what}"),
+                }
+            }
+        }
+    }
+}
