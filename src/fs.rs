@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use crate::bytes::Bytes;
@@ -22,6 +21,7 @@ pub fn open_regular(path: &Path) -> Result<File> {
 /// `None` where the system or the file system has no such reads; some refuse them one by one.
 #[cfg(target_os = "linux")]
 pub fn past_cache(file: &File) -> Option<File> {
+    use std::os::fd::AsRawFd;
     use std::os::unix::fs::OpenOptionsExt;
     let direct = rustix::fs::OFlags::DIRECT.bits().cast_signed();
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());

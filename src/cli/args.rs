@@ -293,7 +293,7 @@ pub struct QuantizeArguments {
 pub enum PackedFormat {
     /// As evenkeel loads them.
     Evenkeel,
-    /// As vLLM and Transformers read them.
+    /// In the form of compressed-tensors, for vLLM and Transformers.
     CompressedTensors,
 }
 

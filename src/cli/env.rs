@@ -20,6 +20,7 @@ pub struct Environment(HashMap<String, String>);
 
 impl Environment {
     /// The environment of this process.
+    #[expect(clippy::disallowed_methods, reason = "the one place that reads the environment")]
     pub fn of_process() -> Self {
         let text = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
         Self(std::env::vars_os().filter_map(text).filter(|(_, value)| !value.is_empty()).collect())

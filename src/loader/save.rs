@@ -55,7 +55,7 @@ pub enum SaveFormat {
     /// As they are loaded.
     #[default]
     Evenkeel,
-    /// As vLLM and Transformers read them.
+    /// In the form of compressed-tensors, for vLLM and Transformers.
     CompressedTensors,
 }
 

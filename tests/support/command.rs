@@ -8,6 +8,7 @@ use std::process::{Command, Output, Stdio};
 pub fn evenkeel(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_evenkeel"));
     command.args(arguments).current_dir(env!("CARGO_MANIFEST_DIR"));
+    #[allow(clippy::disallowed_methods, reason = "a command is run without this process's variables")]
     for (name, _) in std::env::vars() {
         if name.starts_with("HF_") || ["NO_COLOR", "CLICOLOR_FORCE", "TERM"].contains(&name.as_str()) {
             command.env_remove(name);

@@ -63,10 +63,14 @@ KERNEL(128) rotate_and_store(__half* query, const __half* key, const __half* val
     }
 }
 
+__device__ __forceinline__ float load_kv(const byte* cache, int dtype, size_t i) {
+    return dtype == INT8 ? (float)((const signed char*)cache)[i] : load(cache, dtype, i);
+}
+
 // A dtype that only the launch knows, or vectors that are no multiple of eight.
 enum { ANY = -1 };
 
-// Eight elements of a vector of the cache, as they are stored; zero from `head_dim` on.
+// Eight elements of a vector of the cache, as they are stored.
 template <int DTYPE>
 struct Stored8 {
     uint4 raw;
@@ -78,6 +82,7 @@ struct Stored8 {
     __device__ __forceinline__ float get(int i) const { return DTYPE == INT8 ? (float)((const signed char*)&raw)[i] : load16(&raw, DTYPE, i); }
 };
 
+// Zero from `head_dim` on.
 template <>
 struct Stored8<ANY> {
     float elements[8];
@@ -218,7 +223,7 @@ __device__ __forceinline__ void attend(const Attention& a) {
         }
         if (splits > 1 && threadIdx.x == 0) part[head_dim] = s.largest[h], part[head_dim + 1] = s.total[h];
     }
-    if (splits > 1 && is_last_part(a, token * gridDim.y + blockIdx.y, splits))
+    if (splits > 1 && is_last_block(&a.arrivals[token * gridDim.y + blockIdx.y], splits))
 #pragma unroll 1
         for (int h = 0; h < count; h++) add_parts(a, first_row + h, splits);
 }

@@ -35,38 +35,6 @@ struct Attention {
     float scale, softcap;
 };
 
-__device__ __forceinline__ float load_kv(const byte* cache, int dtype, size_t i) {
-    return dtype == INT8 ? (float)((const signed char*)cache)[i] : load(cache, dtype, i);
-}
-
-// Columns d to d + 7 of a vector of the cache; zero from `head_dim` on.
-__device__ __forceinline__ void load8_kv(const byte* cache, int dtype, size_t start, int d, int head_dim, float* out) {
-    if (head_dim % 8 != 0) {
-        for (int i = 0; i < 8; i++) out[i] = d + i < head_dim ? load_kv(cache, dtype, start + d + i) : 0.0f;
-    } else if (dtype == INT8) {
-        uint2 raw = *(const uint2*)(cache + start + d);
-        for (int i = 0; i < 8; i++) out[i] = (float)((const signed char*)&raw)[i];
-    } else if (dtype == F32) {
-        for (int i = 0; i < 8; i += 4) *(float4*)(out + i) = *(const float4*)((const float*)cache + start + d + i);
-    } else {
-        uint4 raw = *(const uint4*)((const unsigned short*)cache + start + d);
-        for (int i = 0; i < 8; i++) out[i] = load16(&raw, dtype, i);
-    }
-}
-
-// Whether this block is the last of those that count at `at`. All its threads ask, after they have left their part.
-__device__ __forceinline__ bool is_last_part(const Attention& a, size_t at, int splits) {
-    __shared__ bool is_last;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) is_last = atomicAdd(&a.arrivals[at], 1u) == (unsigned)splits - 1;
-    __syncthreads();
-    if (!is_last) return false;
-    __threadfence();
-    if (threadIdx.x == 0) a.arrivals[at] = 0;
-    return true;
-}
-
 // What the first `splits` parts of a row, a head of a token, come to.
 __device__ __forceinline__ void add_parts(const Attention& a, size_t row, int splits) {
     __shared__ float shares[MAX_SPLITS], scratch[4];

@@ -195,7 +195,7 @@ __device__ __forceinline__ void attend_many(const Attention& a, int tokens) {
         }
         if (a.splits > 1 && c == 0) part[a.head_dim] = largest[h] * LN_2, part[a.head_dim + 1] = total[h];
     }
-    if (a.splits > 1 && is_last_part(a, (size_t)block * a.kv_heads + kv_head, a.splits))
+    if (a.splits > 1 && is_last_block(&a.arrivals[(size_t)block * a.kv_heads + kv_head], a.splits))
         for (int row = block * ROWS; row <= last_row; row++) add_parts(a, index(row), a.splits);
 }
 

@@ -19,7 +19,7 @@ struct Part {
 };
 
 // What blocks and launches leave each other; bins, `best` and `arrivals` are zero between launches. Behind it
-// stand a weight for each block, u64, and a count for each, u32. choice.rs takes as much.
+// stand a weight for each block, u64, and a count for each, u32. CudaChoice of plan/memory.rs takes as much.
 struct Scratch {
     u64 weights[BINS];
     unsigned counts[BINS];
@@ -32,20 +32,7 @@ struct Scratch {
     float largest;
     unsigned arrivals;
 };
-static_assert(sizeof(Scratch) == 24616, "choice.rs says the same");
-
-// For the last block of a launch to come here, after what all of them have written.
-__device__ __forceinline__ bool is_last_block(unsigned* arrivals) {
-    __shared__ bool is_last;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) is_last = atomicAdd(arrivals, 1u) == gridDim.x - 1;
-    __syncthreads();
-    if (!is_last) return false;
-    __threadfence();
-    if (threadIdx.x == 0) *arrivals = 0;
-    return true;
-}
+static_assert(sizeof(Scratch) == 24616, "plan/memory.rs says the same");
 
 // What the threads before this one have together; `total` is what all have.
 __device__ __forceinline__ Part before(Part mine, Part& total) {
@@ -109,7 +96,7 @@ KERNEL(THREADS) largest(float* logits, int count, float softcap, unsigned* seen,
         for (int i = 1; i < THREADS / 32; i++) best = max(best, warps[i]);
         atomicMax(&scratch->best, best);
     }
-    if (!is_last_block(&scratch->arrivals) || threadIdx.x != 0) return;
+    if (!is_last_block(&scratch->arrivals, gridDim.x) || threadIdx.x != 0) return;
     best = __ldcg(&scratch->best);
     scratch->best = 0;
     unsigned token = ~(unsigned)best;
@@ -148,7 +135,7 @@ KERNEL(THREADS) cut(const float* logits, int count, float per_temperature, int d
         atomicAdd(&scratch->weights[i], weights[i]);
         atomicAdd(&scratch->counts[i], counts[i]);
     }
-    if (!is_last_block(&scratch->arrivals)) return;
+    if (!is_last_block(&scratch->arrivals, gridDim.x)) return;
 
     Part bins[each], mine = {}, total;
     for (int i = 0; i < each; i++) {
@@ -237,7 +224,7 @@ KERNEL(THREADS) draw(const float* logits, int count, float per_temperature, int 
     }
     before(mine, total);
     if (threadIdx.x == 0) weights[blockIdx.x] = total.weight, ties[blockIdx.x] = total.count;
-    if (!is_last_block(&scratch->arrivals)) return;
+    if (!is_last_block(&scratch->arrivals, gridDim.x)) return;
     u64 one = units(__uint_as_float(key), count);
     auto block = [&](int i) -> Part { return {__ldcg(&weights[i]), __ldcg(&ties[i])}; };
     Place place = find(gridDim.x, block, one, keep, {0, 0, 0}, chosen + 2);

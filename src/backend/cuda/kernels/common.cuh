@@ -126,3 +126,17 @@ __device__ __forceinline__ float block_max(float v, float* scratch) {
     for (int i = 1; i < (int)blockDim.x / 32; i++) v = fmaxf(v, scratch[i]);
     return v;
 }
+
+// Whether this block is the last of `count` that share a result. All its threads ask, after they have left
+// their part; what the others have left can then be read by __ldcg. `arrivals` is zero before and after.
+__device__ __forceinline__ bool is_last_block(unsigned* arrivals, unsigned count) {
+    __shared__ bool is_last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) is_last = atomicAdd(arrivals, 1u) == count - 1;
+    __syncthreads();
+    if (!is_last) return false;
+    __threadfence();
+    if (threadIdx.x == 0) *arrivals = 0;
+    return true;
+}

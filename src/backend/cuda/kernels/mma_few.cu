@@ -144,7 +144,6 @@ __device__ __forceinline__ void mma_few(const Few& few) {
     __shared__ float sums_of_warps[2][WARPS][FEW_SUMS];
     __shared__ float scratch[WARPS];
     __shared__ Moments of_tokens[FEW_TOKENS];
-    __shared__ bool is_last;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tokens = few.tokens;
     int steps = (few.cols + WARPS * chunk - 1) / (WARPS * chunk), pieces = Storage::pieces(few.cols);
     // A token's sums are its own: lanes of tokens that are not there read the first one's.
@@ -233,13 +232,7 @@ __device__ __forceinline__ void mma_few(const Few& few) {
         if (is_shared) {
             int owner = shares.owner(finished * steps), count = shares.owner(finished * steps + steps - 1) - owner + 1;
             if (is_sum) few.partials[(blockIdx.x * 2 + is_first) * FEW_SUMS + threadIdx.x] = sum;
-            __threadfence();
-            __syncthreads();
-            if (threadIdx.x == 0) is_last = atomicAdd(&few.arrivals[owner], 1u) == (unsigned)count - 1;
-            __syncthreads();
-            if (!is_last) continue;
-            __threadfence();
-            if (threadIdx.x == 0) few.arrivals[owner] = 0;
+            if (!is_last_block(&few.arrivals[owner], count)) continue;
             if (is_sum) {
                 sum = __ldcg(&few.partials[(owner * 2 + 1) * FEW_SUMS + threadIdx.x]);
                 for (int i = 1; i < count; i++) sum += __ldcg(&few.partials[(owner + i) * 2 * FEW_SUMS + threadIdx.x]);
