@@ -14,13 +14,14 @@ use cudarc::driver::sys::CUdevice_attribute;
 use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, DriverError, result, sys};
 use cudarc::nvrtc::Ptx;
 
+use super::GpuInfo;
 use super::kernels::{MODULES, Module};
 use super::launch::ptx_for;
-use super::{GpuInfo, NEEDED_CAPABILITY};
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::error::{Error, Result};
-use crate::plan::{Bandwidth, Device, memory};
+use crate::machine::{Bandwidth, Device, NEEDED_CAPABILITY, needs};
+use crate::plan::memory;
 
 /// Memory of every context can be copied from page-locked memory that is allocated with this flag.
 const PORTABLE: u32 = 1;
@@ -92,11 +93,8 @@ impl Gpu {
             threads.into_iter().map(|thread| thread.join().unwrap_or_else(|e| resume_unwind(e))).collect()
         });
         for (Module { name, kernels, .. }, module) in wanted.into_iter().zip(loaded) {
-            let module = module.map_err(|e| {
-                gpu.failure(&format!("cannot load the kernels `{name}`"), e).hint(
-                    "evenkeel needs the NVIDIA driver 550 or newer, and a GPU of compute capability 7.5 or higher",
-                )
-            })?;
+            let module =
+                module.map_err(|e| gpu.failure(&format!("cannot load the kernels `{name}`"), e).hint(needs()))?;
             for kernel in *kernels {
                 let function = module.load_function(kernel);
                 let function = function.map_err(|e| gpu.failure(&format!("has no kernel `{kernel}`"), e))?;

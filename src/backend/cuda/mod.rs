@@ -37,12 +37,7 @@ use std::time::Instant;
 
 use crate::bytes::Bytes;
 use crate::error::Result;
-use crate::plan::{Bandwidth, Device};
-
-/// The version of CUDA that the kernels' PTX needs of the driver, as 1000 · major + 10 · minor.
-const NEEDED_VERSION: i32 = 12_040;
-/// The compute capability that it is for.
-const NEEDED_CAPABILITY: (i32, i32) = (7, 5);
+use crate::machine::{Bandwidth, Device, NEEDED_CAPABILITY, NEEDED_CUDA};
 
 /// A GPU that the driver shows.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,7 +69,7 @@ impl Installation {
 
     /// Whether the kernels run on a GPU: neither it nor the driver is too old.
     pub fn can_use(&self, gpu: &GpuInfo) -> bool {
-        self.version.0 * 1000 + self.version.1 * 10 >= NEEDED_VERSION && gpu.capability >= NEEDED_CAPABILITY
+        self.version.0 * 1000 + self.version.1 * 10 >= NEEDED_CUDA && gpu.capability >= NEEDED_CAPABILITY
     }
 }
 
