@@ -56,8 +56,10 @@ pub mod bytes;
 pub mod checkpoint;
 pub mod device;
 pub mod device_map;
+pub mod engine;
 pub mod error;
 pub mod export;
+pub mod footprint;
 pub mod fs;
 pub mod generate;
 #[cfg(feature = "hub")]

@@ -7,6 +7,7 @@ pub mod index;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -21,22 +22,22 @@ use crate::model_config::ModelConfig;
 /// The file of a checkpoint that has no index.
 pub const SINGLE_FILE: &str = "model.safetensors";
 
-/// A checkpoint whose configuration and headers have been read and checked.
-#[derive(Clone, Debug)]
+/// A checkpoint whose configuration and headers have been read and checked. Its clones share them.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Checkpoint {
     /// What the model is called in messages and maps: the last part of its
     /// directory's path, or the repository id.
     pub name: String,
     /// config.json, checked.
-    pub config: ModelConfig,
+    pub config: Arc<ModelConfig>,
     /// The local directory that holds it, if one does.
     pub directory: Option<PathBuf>,
     /// File names of the shards.
-    pub shards: Vec<String>,
+    pub shards: Arc<[String]>,
     /// Size of each shard.
-    pub shard_sizes: Vec<Bytes>,
+    pub shard_sizes: Arc<[Bytes]>,
     /// Every tensor that the index names, or that the single file holds.
-    pub catalog: BTreeMap<String, Tensor>,
+    pub catalog: Arc<BTreeMap<String, Tensor>>,
     /// Tensors that shards hold and the index does not name; nothing reads them.
     pub unlisted: usize,
 }
@@ -96,11 +97,11 @@ impl Checkpoint {
         };
         Ok(Self {
             name: name.into(),
-            config,
+            config: Arc::new(config),
             directory: source.directory().map(Path::to_path_buf),
-            shards,
-            shard_sizes,
-            catalog,
+            shards: shards.into(),
+            shard_sizes: shard_sizes.into(),
+            catalog: Arc::new(catalog),
             unlisted,
         })
     }

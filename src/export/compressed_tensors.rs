@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::stored::Stored;
 use crate::architecture::{ModuleTree, Weight};
 use crate::error::{Error, Result};
-use crate::plan::memory::Placed;
+use crate::footprint::Placed;
 use crate::quant::{
     GROUP_SIZE, Matrix, MatrixLayout, PackedRows, QuantizeError, QuantizeRules, Scheme, Storage, WeightDtype,
     quantize_rows,

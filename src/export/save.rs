@@ -29,7 +29,7 @@ use crate::fs::{self, NewDirectory};
 use crate::loader::reader::{self, SlabBuffer};
 use crate::loader::{LoadEvent, broken_weight};
 use crate::model_config::{self, PACKED_METHOD, PACKED_VERSION};
-use crate::plan::memory::{self, HostStaging, Placed, STAGING_SLABS};
+use crate::footprint::{HostStaging, Placed, STAGING_SLABS, lay_out};
 use crate::quant::{PACKED_ROW, PackedRows, QuantizeRules, Scheme, Storage, quantize_rows};
 
 /// The largest shard, unless told otherwise; Transformers' own limit.
@@ -112,7 +112,7 @@ pub fn save_quantized(
         SaveFormat::Evenkeel => QuantizeRules::whole_model(options.scheme).for_embedding(tree.embedding()),
         SaveFormat::CompressedTensors => compressed_tensors::rules(options.scheme, &tree, &weights)?,
     };
-    let mut placed = memory::lay_out(&weights, &vec![DeviceId::Disk; tree.modules.len()], &rules)?;
+    let mut placed = lay_out(&weights, &vec![DeviceId::Disk; tree.modules.len()], &rules)?;
     let staging = HostStaging::new(&weights, &rules);
     placed.sort_by_key(|p| (p.weight.tensor.shard, p.weight.tensor.range.start));
     let read: Bytes = placed.iter().map(|p| p.weight.tensor.size()).sum();
@@ -129,7 +129,7 @@ pub fn save_quantized(
     on_event(LoadEvent::Started { bytes: read });
     let (mut packed, mut compressed) = (PackedRows::default(), Rows::default());
     let buffers = (0..STAGING_SLABS).map(|_| SlabBuffer::heap(staging)).collect::<Result<_>>()?;
-    reader::read(checkpoint, directory, &placed, buffers, staging.transposed, |slab, back| {
+    reader::read(checkpoint, &placed, buffers, staging.transposed, |slab, back| {
         if options.cancel.load(Ordering::Relaxed) {
             return Err(Error::interrupted());
         }

@@ -3,7 +3,6 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
@@ -12,10 +11,10 @@ use super::reader::{self, Slab, SlabBuffer};
 use super::{LoadEvent, LoadOptions, LoadTimes};
 use crate::backend::cuda::InFlight;
 use crate::bytes::Bytes;
-use crate::checkpoint::Checkpoint;
 use crate::device::DeviceId;
 use crate::error::{Error, Result};
-use crate::plan::memory::{HostStaging, Placed, STAGING_SLABS};
+use crate::footprint::{Placed, STAGING_SLABS};
+use crate::plan::Plan;
 use crate::quant::{PackedRows, QuantizeError, Storage, quantize_rows};
 
 /// Slabs that may be on their way to GPUs; the readers have the others.
@@ -41,14 +40,13 @@ pub struct Filled {
 
 /// Reads every weight, packs it and puts it in place.
 pub fn fill(
+    plan: &Plan,
     arenas: &mut Arenas,
-    checkpoint: &Checkpoint,
-    directory: &Path,
-    placed: &[Placed],
-    staging: HostStaging,
     options: &LoadOptions,
     on_event: &mut impl FnMut(LoadEvent),
 ) -> Result<Filled> {
+    let (placed, checkpoint) = (&plan.weights[..], plan.checkpoint());
+    let staging = plan.staging()?;
     let buffer = |_| match arenas.gpus.values().next() {
         Some(arenas) => arenas.gpu.allocate_pinned(staging.slab).map(SlabBuffer::Pinned),
         None => SlabBuffer::heap(staging),
@@ -63,7 +61,7 @@ pub fn fill(
         let bytes = Bytes(len as u64);
         on_event(LoadEvent::Placed { module: &target.weight.parameter.module, device: target.device, bytes });
     };
-    let read = reader::read(checkpoint, directory, placed, buffers, staging.transposed, |slab, back| {
+    let read = reader::read(checkpoint, placed, buffers, staging.transposed, |slab, back| {
         if options.cancel.load(Ordering::Relaxed) {
             return Err(Error::interrupted());
         }
@@ -109,7 +107,8 @@ pub fn fill(
     for gpu in arenas.gpus.values_mut() {
         gpu.upload = None;
     }
-    Ok(Filled { staged: staging.ring() + most_packed, past_cache: read.past_cache, times })
+    let ring = Bytes((staging.slab * STAGING_SLABS + staging.transposed) as u64);
+    Ok(Filled { staged: ring + most_packed, past_cache: read.past_cache, times })
 }
 
 /// Waits for a slab on its way to a GPU and gives its buffer back.

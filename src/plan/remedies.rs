@@ -206,7 +206,7 @@ impl Search<'_> {
             }
         }
         let Subject { checkpoint, tree, ref weights, .. } = *self.subject;
-        Subject { checkpoint, inventory, tree, weights: weights.clone() }.plan(&options)
+        Subject { checkpoint, inventory, tree, weights: Cow::Borrowed(weights) }.plan(&options)
     }
 
     /// The remedy of `changes`, if it is one. What cannot be planned is none.

@@ -11,7 +11,7 @@ use super::launch::Argument;
 use super::operands::{FLOAT, holds};
 use crate::backend::{Choice, Chosen};
 use crate::error::Result;
-use crate::plan::memory::CudaChoice;
+use crate::footprint::CudaChoice;
 
 /// Threads of a block.
 const THREADS: u32 = 256;

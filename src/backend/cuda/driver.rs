@@ -21,7 +21,7 @@ use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::error::{Error, Result};
 use crate::machine::{Bandwidth, Device, NEEDED_CAPABILITY, needs};
-use crate::plan::memory;
+use crate::footprint::CUDA_CONTEXT;
 
 /// Memory of every context can be copied from page-locked memory that is allocated with this flag.
 const PORTABLE: u32 = 1;
@@ -46,7 +46,7 @@ pub fn describe(index: u32) -> Result<GpuInfo, DriverError> {
     let context = CudaContext::new(index as usize)?;
     let (free, total) = context.mem_get_info()?;
     let (id, total) = (DeviceId::Cuda(index), Bytes(total as u64));
-    let free = (Bytes(free as u64) + memory::driver_context(id)).min(total);
+    let free = (Bytes(free as u64) + CUDA_CONTEXT).min(total);
     let name = context.name()?;
     let bandwidth = Bandwidth::of_gpu(&name);
     let uuid = context.uuid()?.bytes.map(|byte| format!("{:02x}", byte.cast_unsigned())).concat();

@@ -261,7 +261,7 @@ impl Gpu {
     }
 
     /// Attention of `query` over the cache, into `out`. `position` holds that of `shape`, an i32. The scratch is
-    /// as long as [`scratch`](crate::plan::memory::CudaAttention::scratch) says; its second region holds zeros.
+    /// as long as [`scratch`](crate::footprint::CudaAttention::scratch) says; its second region holds zeros.
     ///
     /// # Panics
     /// A region is shorter than the shapes say.

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::driver::Region;
 use super::launch::Argument;
 use crate::model_config::NormKind;
-use crate::plan::memory::{CudaAttention, KvLayout};
+use crate::footprint::{CudaAttention, KvLayout};
 use crate::quant::{KvDtype, MatrixLayout};
 
 /// The widest head that a kernel takes.

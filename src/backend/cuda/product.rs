@@ -6,7 +6,7 @@ use super::launch::Argument;
 use super::operands::{Affine, Input, Output, Scratch, holds};
 use crate::error::Result;
 use crate::model_config::Activation;
-use crate::plan::memory::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS};
+use crate::footprint::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS};
 use crate::quant::{Storage, WeightDtype};
 
 /// Rows of a block of `few_…`.

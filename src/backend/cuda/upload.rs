@@ -8,7 +8,7 @@ use cudarc::driver::CudaEvent;
 
 use super::{DeviceMatrix, Gpu, Pinned, Region, arena};
 use crate::error::Result;
-use crate::plan::memory::{self, STAGING_SLABS};
+use crate::footprint::{self, STAGING_SLABS};
 use crate::quant::Storage;
 
 /// A GPU while it is filled.

@@ -7,7 +7,7 @@ use super::group::groups;
 use super::sample::losses;
 use crate::bytes::Bytes;
 use crate::error::Result;
-use crate::plan::memory;
+use crate::footprint;
 use crate::plan::subject::Subject;
 use crate::quant::{QuantizeRules, Scheme};
 
@@ -41,7 +41,7 @@ pub fn report(subject: &Subject, rules: &QuantizeRules) -> Result<Vec<KindReport
         let scheme = rules.scheme(&group.path);
         for weight in group.weights() {
             kind.parameters += (weight.parameter.rows * weight.parameter.cols) as u64;
-            kind.weights += memory::layout(weight, rules).map_or(Bytes::ZERO, |layout| layout.size());
+            kind.weights += footprint::layout(weight, rules).map_or(Bytes::ZERO, |layout| layout.size());
         }
         match kind.schemes.iter_mut().find(|(known, _)| *known == scheme) {
             Some((_, count)) => *count += 1,

@@ -8,7 +8,8 @@ use crate::device::DeviceId;
 use crate::error::Result;
 use crate::plan::options::Conditions;
 use crate::plan::subject::{Size, Subject, weight_size};
-use crate::plan::{Plan, PlanOptions, Quantize, halve, memory};
+use crate::footprint;
+use crate::plan::{Plan, PlanOptions, Quantize, halve};
 use crate::quant::{QuantizeRules, Scheme};
 
 /// Options of least measured error with which the plan fits and no more modules leave the GPUs
@@ -89,7 +90,7 @@ impl<'a> Candidate<'a> {
             let rules = QuantizeRules::new(vec![(String::new(), scheme)]);
             for weight in group.weights() {
                 // It was laid out in the plan, where it may have taken more.
-                let packed = memory::layout(weight, &rules).map_or(Bytes::ZERO, |layout| layout.size());
+                let packed = footprint::weight_bytes(weight, &rules).unwrap_or_default();
                 let Size { packed, read } = weight_size(&subject.checkpoint.config, weight, packed);
                 *sum = Size { packed: sum.packed + packed, read: sum.read + read };
             }

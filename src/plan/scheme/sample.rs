@@ -162,7 +162,7 @@ fn read_columns(shards: &[File], weight: &Weight, rows: usize, random: &mut Rand
 }
 
 fn read(shards: &[File], weight: &Weight, offset: usize, bytes: &mut [u8]) -> Result<()> {
-    let tensor = weight.tensor;
+    let tensor = &weight.tensor;
     shards[tensor.shard]
         .read_exact_at(bytes, tensor.range.start + offset as u64)
         .map_err(|e| Error::input(format!("tensor `{}` cannot be read", weight.parameter.tensor())).caused_by(e))

@@ -19,7 +19,7 @@ pub mod plain;
 mod portable;
 
 use super::pool::Pool;
-use crate::plan::memory::ACTIVATION_GROUP;
+use crate::footprint::ACTIVATION_GROUP;
 use crate::quant::{GROUP_SIZE, NL4_LEVELS, quantize_activations};
 use crate::simd::{Isa, Level, vectorized};
 
