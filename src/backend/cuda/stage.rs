@@ -392,7 +392,7 @@ impl Stage for CudaStage {
             return Ok(false);
         }
         self.choice = *choice;
-        self.workspace.answers().forget();
+        self.workspace.answers().forget()?;
         if choice.is_penalized() {
             let mut bits = vec![0u32; self.config.vocab_size.div_ceil(32)];
             for token in seen {
@@ -427,6 +427,6 @@ impl Stage for CudaStage {
     }
 
     fn chosen(&mut self) -> Result<Chosen> {
-        self.workspace.answers().receive(&self.workspace.gpu)
+        self.workspace.answers().receive()
     }
 }

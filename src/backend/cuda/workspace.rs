@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::choice::Answers;
+use super::answers::Answers;
 use super::{Gpu, MAX_HEAD_DIM, Region, Scratch, arena};
 use crate::error::{Error, Result};
 use crate::model_config::ModelConfig;
