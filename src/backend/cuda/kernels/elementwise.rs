@@ -9,7 +9,8 @@ use crate::model_config::Activation;
 
 /// Every launch is queued on the compute stream.
 impl Gpu {
-    /// `scale` times the rows of a matrix that the u32 in `tokens` name, into f32 or onto it.
+    /// `scale` times the rows of a matrix that the u32 in `tokens` name, into f32 or onto it; NaN for one that
+    /// names none.
     ///
     /// # Panics
     /// A region is shorter than the shapes say.
@@ -24,6 +25,7 @@ impl Gpu {
             Argument::optional(sub_scales.as_ref()),
             Argument::optional(scales.as_ref()),
             Argument::storage(matrix.layout.storage),
+            Argument::int(matrix.layout.rows),
             Argument::int(cols),
             Argument::F32(scale),
             Argument::I32(i32::from(output == Output::Add)),
@@ -45,19 +47,20 @@ impl Gpu {
         self.launch(Kernel::activate, (count.div_ceil(256), 1), 256, &arguments)
     }
 
-    /// The rows of `x`, f16 of `width`, that the u32 in `tokens` name.
+    /// The rows of `x`, f16 of `width`, that the u32 in `tokens` name; NaN for one that names none.
     ///
     /// # Panics
     /// A region is shorter than the shapes say.
     pub fn gather(&self, x: &Region, tokens: &Region, width: usize, out: &Region) -> Result<()> {
         let count = tokens.len() / size_of::<u32>();
         holds(out, [count, width], HALF);
-        let arguments = [Argument::Region(x), Argument::Region(tokens), Argument::int(width), Argument::Region(out)];
+        let [rows, width] = [x.len() / (width * HALF), width].map(Argument::int);
+        let arguments = [Argument::Region(x), Argument::Region(tokens), rows, width, Argument::Region(out)];
         self.launch(Kernel::gather, (count, 1), 256, &arguments)
     }
 
     /// Adds each row of `x`, f32 of `width`, times its f32 of `weights`, to the row of `out` that its
-    /// u32 of `tokens` names; none is named twice.
+    /// u32 of `tokens` names, if there is one; none is named twice.
     ///
     /// # Panics
     /// A region is shorter than the shapes say.
@@ -66,7 +69,8 @@ impl Gpu {
         holds(x, [count, width], FLOAT);
         holds(weights, [count], FLOAT);
         let regions = [x, tokens, weights].map(Argument::Region);
-        let arguments = [&regions[..], &[Argument::int(width), Argument::Region(out)]].concat();
+        let [rows, width] = [out.len() / (width * FLOAT), width].map(Argument::int);
+        let arguments = [&regions[..], &[rows, width, Argument::Region(out)]].concat();
         self.launch(Kernel::scatter_add, (count, 1), 256, &arguments)
     }
 }
