@@ -235,7 +235,7 @@ fn the_peak_of_every_gpu_is_the_planned_one() {
                 }
                 let model = load(&plan, &checkpoint, false).unwrap();
                 let gpus = plan.devices.iter().filter(|device| device.driver_context > Bytes::ZERO).count();
-                assert_eq!(fake.stat("host_bytes", 0), gpus as u64 * memory::CUDA_ANSWERS.0, "{name} {scheme} {map}");
+                assert_eq!(fake.stat("host_bytes", 0), gpus as u64 * footprint::CUDA_ANSWERS.0, "{name} {scheme} {map}");
                 for device in &model.report.devices {
                     if let DeviceId::Cuda(index) = device.id {
                         let peak = Bytes(fake.stat("peak_bytes", i32::try_from(index).unwrap()));

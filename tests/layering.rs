@@ -124,7 +124,7 @@ fn unsafe_code_stands_in_few_files() {
             "backend/cpu/kernels/plain.rs",
             "backend/cpu/pool.rs",
             "backend/cuda/driver.rs",
-            "backend/cuda/launch.rs",
+            "backend/cuda/kernels/launch.rs",
             "simd.rs"
         ]
     );
