@@ -143,8 +143,9 @@ impl Pool {
         }
         shared.take_tasks(0);
         wait(None, || shared.undone.0.load(Ordering::Acquire) == 0);
+        let panic = lock(&shared.panic).take();
         self.busy.store(false, Ordering::Release);
-        if let Some(panic) = lock(&shared.panic).take() {
+        if let Some(panic) = panic {
             resume_unwind(panic);
         }
     }
@@ -392,6 +393,8 @@ impl Columns<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Barrier;
+
     use super::*;
 
     fn pool(threads: usize) -> Pool {
@@ -444,6 +447,35 @@ mod tests {
             assert_eq!(*panic.unwrap_err().downcast::<String>().unwrap(), format!("task {bad}"));
             assert_eq!(done.into_inner(), 99);
         }
+        pool.run(10, |_| ());
+    }
+
+    #[test]
+    fn a_panic_reaches_no_other_caller() {
+        let pool = pool(2);
+        let turn = Barrier::new(2);
+        thread::scope(|scope| {
+            let caller = scope.spawn(|| {
+                let task = |task: usize| {
+                    if task == 0 {
+                        resume_unwind(Box::new(()));
+                    }
+                    wait(None, || lock(&pool.shared.panic).is_some());
+                    turn.wait();
+                    turn.wait();
+                };
+                catch_unwind(AssertUnwindSafe(|| pool.run(2, task)))
+            });
+            turn.wait();
+            let panic = lock(&pool.shared.panic);
+            turn.wait();
+            wait(None, || pool.shared.undone.0.load(Ordering::SeqCst) == 0);
+            // All is done, and nobody else may begin before the caller has its panic.
+            thread::sleep(Duration::from_millis(20));
+            assert!(pool.busy.load(Ordering::SeqCst));
+            drop(panic);
+            assert!(caller.join().unwrap().is_err());
+        });
         pool.run(10, |_| ());
     }
 
