@@ -1,7 +1,6 @@
 //! Stages over filled arenas.
 
 use std::collections::{BTreeMap, HashMap};
-use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
@@ -9,7 +8,7 @@ use super::LoadOptions;
 use super::arenas::Arenas;
 use crate::architecture::{ModuleKind, Part, Role};
 use crate::backend::block::{Finder, Modules, WithLayout};
-use crate::backend::cpu::{Arena, CpuStage, KvCache, Parameter, Pool, Workspace};
+use crate::backend::cpu::{Arena, CpuStage, KvCache, Parameter, Workspace};
 use crate::backend::cuda::{CudaStage, DeviceMatrix};
 use crate::backend::{Pipeline, Stage, StageRoles};
 use crate::bytes::Bytes;
@@ -51,11 +50,6 @@ pub fn build(plan: &Plan, arenas: Arenas, options: &LoadOptions) -> Result<(Pipe
     let buffers: usize = workspace.each().map(|(_, buffer)| size_of_val(&**buffer)).sum();
     let mut taken = Bytes(buffers as u64) + gpus.values().map(|_| CUDA_ANSWERS).sum();
     let workspace: Arc<Mutex<Workspace>> = Arc::new(Mutex::new(workspace));
-    let pool = Arc::new(match options.threads {
-        _ if buffers == 0 => Pool::new(NonZeroUsize::MIN),
-        Some(threads) => Pool::new(threads),
-        None => Pool::of_all_cores(),
-    });
 
     let mut stages: Vec<Box<dyn Stage>> = Vec::new();
     let mut roles = StageRoles::default();
@@ -81,7 +75,7 @@ pub fn build(plan: &Plan, arenas: Arenas, options: &LoadOptions) -> Result<(Pipe
             let caches: Vec<_> = states.map(cache).collect::<Result<_>>()?;
             taken += caches.iter().map(KvCache::bytes).sum();
             let parts = (modules(plan, range, |key| on_host.remove(&key))?, caches);
-            let (workspace, pool) = (Arc::clone(&workspace), Arc::clone(&pool));
+            let (workspace, pool) = (Arc::clone(&workspace), Arc::clone(&options.pool));
             stages.push(Box::new(CpuStage::new(config, plan.context, parts, workspace, pool)));
         }
     }

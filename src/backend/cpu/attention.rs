@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::exp::exp;
 use super::flash::{self, QUERIES, Query, Softmax};
 use super::kv::{Cache, KEY_TILE, Stored};
-use super::pool::{Pool, Table};
+use crate::pool::{Pool, Table};
 use crate::simd::{Isa, vectorized};
 
 /// Keys that a query's sums go over before they are added to those of the keys before, however

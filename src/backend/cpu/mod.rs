@@ -13,7 +13,6 @@ mod kernels;
 mod kv;
 mod matmul;
 mod ops;
-mod pool;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -22,13 +21,13 @@ pub use kernels::GROUP_WORDS;
 pub use kv::KvCache;
 pub use matmul::{Activations, Affine, matmul};
 pub(super) use ops::{route, soft_cap};
-pub use pool::{Columns, Pool, Table};
 
 use super::block::{Linear, Modules, WithLayout};
 use super::{Hidden, Run, Stage};
 use crate::error::Result;
 use crate::footprint::CpuBuffers;
 use crate::model_config::ModelConfig;
+use crate::pool::Pool;
 use crate::quant::{Matrix, MatrixLayout};
 use ops::Norm;
 
