@@ -1,7 +1,7 @@
 //! A model's stages in the order they run, and the sequence that is in their KV caches.
 
 use super::{Choice, Draws, Hidden, Stage};
-use crate::error::{Error, Result};
+use crate::error::{Error, Hint, Result, Setting};
 use crate::model_config::ModelConfig;
 use crate::plan::memory;
 
@@ -216,7 +216,8 @@ impl Pipeline {
         if is_finite {
             return Ok(());
         }
+        let what = "the checkpoint's weights are broken, or overflow in this scheme; try {}";
         Err(Error::input(format!("a logit behind token {} is not a number", self.length))
-            .hint("the checkpoint's weights are broken, or overflow in this scheme; try `--quantize none`"))
+            .hint(Hint::naming(what, [Setting::Quantize(Some("none"))])))
     }
 }

@@ -32,6 +32,7 @@ use crate::plan::memory::{self, HostStaging};
 use crate::tokenizer::Tokenizer;
 use arenas::Arenas;
 
+pub use fill::WeightError;
 pub use save::{DEFAULT_SHARD_SIZE, SaveFormat, SaveOptions, SaveReport, save_quantized};
 
 /// What a load tells while it runs.

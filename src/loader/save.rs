@@ -26,7 +26,7 @@ use crate::architecture::ModuleTree;
 use crate::bytes::{Bytes, MIB};
 use crate::checkpoint::{Checkpoint, SINGLE_FILE, index};
 use crate::device::DeviceId;
-use crate::error::{Error, Result};
+use crate::error::{Error, Hint, Result, Setting};
 use crate::fs::{self, NewDirectory};
 use crate::model_config::{self, PACKED_METHOD, PACKED_VERSION};
 use crate::plan::memory::{self, HostStaging, Placed, STAGING_SLABS};
@@ -104,7 +104,8 @@ pub fn save_quantized(
             .hint("name the checkpoint that it was made from"));
     }
     if options.scheme == Scheme::None {
-        return Err(Error::usage("`none` leaves nothing to quantize").hint("`--quantize int4` takes the fewest bytes"));
+        return Err(Error::usage("`none` leaves nothing to quantize")
+            .hint(Hint::naming("{} takes the fewest bytes", [Setting::Quantize(Some("int4"))])));
     }
     let tree = ModuleTree::new(&checkpoint.config);
     let weights = tree.resolve(checkpoint)?;

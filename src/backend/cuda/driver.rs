@@ -18,8 +18,8 @@ use super::kernels::{MODULES, Module};
 use super::launch::ptx_for;
 use super::{GpuInfo, NEEDED_CAPABILITY};
 use crate::bytes::Bytes;
-use crate::device::DeviceId;
-use crate::error::{Error, Result};
+use crate::device::{DeviceError, DeviceId};
+use crate::error::{Error, Hint, Result, Setting};
 use crate::plan::{Bandwidth, Device, memory};
 
 /// Memory of every context can be copied from page-locked memory that is allocated with this flag.
@@ -110,7 +110,7 @@ impl Gpu {
     pub fn without_kernels(index: u32) -> Result<Self> {
         let id = DeviceId::Cuda(index);
         if driver().is_none_or(|(count, _)| index >= count) {
-            return Err(Error::does_not_fit(format!("no NVIDIA driver was found, or it shows no {id}")));
+            return Err(Error::does_not_fit(DeviceError::Absent { device: id }));
         }
         let failed = |what: &str, e| failure(id, what, e);
         let context = CudaContext::new(index as usize).map_err(|e| failed("cannot be opened", e))?;
@@ -138,15 +138,16 @@ impl Gpu {
 
     /// Allocates `len` bytes, of unknown content, for `what`.
     pub fn allocate(self: &Arc<Self>, what: &str, len: Bytes) -> Result<Arc<Buffer>> {
-        let refused = |why: &dyn std::fmt::Display| {
-            let free =
-                self.memory().map_or_else(|_| "an unknown number of bytes".to_owned(), |(free, _)| free.to_string());
-            Error::shortfall(format!("{} cannot give {len} for {what}, {free} are free: {why}", self.id()))
+        let refused = |why: String| {
+            let free = self.memory().ok().map(|(free, _)| free);
+            let (device, what) = (self.id(), what.to_owned());
+            Error::shortfall(DeviceError::Refused { device, needed: len, free, what, why })
+                .hint(Hint::naming("{} plans again with what is left", [Setting::Replan]))
         };
-        let bytes = len.as_usize().ok_or_else(|| refused(&"more than can be addressed"))?;
+        let bytes = len.as_usize().ok_or_else(|| refused("more than can be addressed".to_owned()))?;
         self.bind()?;
         // SAFETY: the context is bound; the pointer is freed once, in `Buffer::drop`.
-        let pointer = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(|e| refused(&name(e)))?;
+        let pointer = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(|e| refused(name(e)))?;
         let mut allocated = self.allocated.lock().unwrap_or_else(PoisonError::into_inner);
         allocated.0 += len;
         allocated.1 = allocated.1.max(allocated.0);
@@ -195,8 +196,8 @@ impl Gpu {
     }
 }
 
-fn failure(id: DeviceId, what: &str, error: DriverError) -> Error {
-    Error::device(format!("{id} {what}: {}", name(error)))
+fn failure(device: DeviceId, what: &str, error: DriverError) -> Error {
+    Error::device(DeviceError::Failed { device, what: format!("{what}: {}", name(error)) })
 }
 
 /// The error's name and text, such as `CUDA_ERROR_LAUNCH_FAILED (unspecified launch failure)`.
