@@ -14,11 +14,13 @@ use evenkeel::ErrorKind;
 use evenkeel::backend::cuda::{Gpu, Output};
 use evenkeel::bytes::Bytes;
 use evenkeel::checkpoint::Checkpoint;
-use evenkeel::device::DeviceId;
+use evenkeel::device::{DeviceError, DeviceId};
 use evenkeel::export::{DEFAULT_SHARD_SIZE, SaveFormat, SaveOptions, save_quantized};
+use evenkeel::error::Setting;
 use evenkeel::generate::{GenerateOptions, Sampling};
 use evenkeel::loader::{LoadEvent, LoadOptions, Model};
-use evenkeel::plan::{Plan, Quantize, memory};
+use evenkeel::footprint;
+use evenkeel::plan::{Plan, Quantize};
 use evenkeel::quant::{KvDtype, QuantizeRules, Scheme, WeightDtype};
 use fake_cuda::FakeCuda;
 use support::broken::Broken;
@@ -273,11 +275,11 @@ fn the_failure_of_any_allocation_is_an_error_and_leaves_nothing() {
         assert_eq!(leaked(), before, "{error}");
     }
     fake.set("FAIL_ALLOC", "1");
-    let error = load(&plan, &checkpoint, false).err().unwrap().to_string();
-    assert!(
-        error.starts_with("cuda:0 cannot give ") && error.contains(" for the weights, 24.0 GiB are free"),
-        "{error}"
-    );
+    let error = load(&plan, &checkpoint, false).err().unwrap();
+    let text = error.to_string();
+    assert!(text.starts_with("cuda:0 cannot give ") && text.contains(" for the weights, 24.0 GiB are free"), "{text}");
+    assert!(matches!(error.cause(), Some(DeviceError::Refused { free: Some(Bytes(free)), .. }) if *free == 24 << 30));
+    assert!(!error.hints().iter().any(|hint| hint.to_string().contains("another process")), "{:?}", error.hints());
 }
 
 #[test]
@@ -294,7 +296,10 @@ fn memory_that_is_taken_after_the_plan_is_noticed_before_anything_is() {
         error.to_string(),
         format!("cuda:1 has {free} free, {missing} less than the {needed} that were planned")
     );
-    assert!(error.hints()[0].ends_with("`--on-shortfall replan` plans again with what is left"), "{:?}", error.hints());
+    let cause = error.cause::<DeviceError>().unwrap();
+    assert_eq!(*cause, DeviceError::Shortfall { device: DeviceId::Cuda(1), planned: needed, free });
+    assert_eq!(error.hints()[0].settings(), [Setting::Replan]);
+    assert!(error.hints()[0].to_string().starts_with("another process has taken memory; "), "{:?}", error.hints());
     assert_nothing_left(fake, "nothing was taken");
     fake.set("USED", "0");
     assert!(load(&plan, &checkpoint, false).is_ok());

@@ -9,7 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use evenkeel::checkpoint::Checkpoint;
-use evenkeel::loader::{LoadEvent, LoadOptions};
+use evenkeel::error::Setting;
+use evenkeel::loader::{LoadEvent, LoadOptions, WeightError};
 use evenkeel::plan::{Plan, PlanOptions};
 use evenkeel::quant::Scheme;
 use evenkeel::{Error, ErrorKind};
@@ -50,7 +51,10 @@ fn a_weight_that_is_not_finite_is_named() {
             let error = refused(&checkpoint, scheme);
             assert_eq!(error.to_string(), format!("tensor `{TENSOR}` has {shown} at row 3, column 5"));
             assert_eq!(error.kind(), ErrorKind::Input);
-            assert_eq!(error.hints(), ["`--quantize none` loads the weights as they are"]);
+            let cause = error.cause::<WeightError>().unwrap();
+            assert!(matches!(cause, WeightError::NotFinite { tensor, row: 3, col: 5, .. } if tensor == TENSOR));
+            assert_eq!(error.hints()[0].settings(), [Setting::Quantize(Some("none"))]);
+            assert_eq!(error.hints()[0].to_string(), "the scheme `none` loads the weights as they are");
         }
         assert!(load_plan(&plan(&checkpoint, Scheme::None), &checkpoint).is_ok());
     }

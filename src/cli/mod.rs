@@ -6,6 +6,7 @@ mod args;
 mod command_line;
 mod devices;
 mod env;
+mod flags;
 mod generate;
 mod model;
 mod perplexity;
@@ -20,6 +21,8 @@ use std::sync::Arc;
 
 use clap::Parser;
 use evenkeel::pool::Pool;
+use evenkeel::device::DeviceError;
+use evenkeel::plan::DoesNotFit;
 use evenkeel::{Error, ErrorKind};
 
 use args::{Arguments, Command};
@@ -74,6 +77,13 @@ fn exit_code(kind: ErrorKind) -> u8 {
     }
 }
 
+/// Whether a GPU failed, is missing, or has too little memory.
+fn is_about_gpus(error: &Error) -> bool {
+    let device = error.cause().is_some_and(|error: &DeviceError| error.devices().iter().any(|device| device.is_gpu()));
+    let plan = error.cause().is_some_and(|plan: &DoesNotFit| plan.devices.iter().any(|device| device.id.is_gpu()));
+    device || plan
+}
+
 /// What a command has beside its arguments.
 pub struct Process {
     pub environment: Environment,
@@ -100,7 +110,7 @@ pub fn run() -> ExitCode {
         Err(Stop::PipeClosed) => Exit::Done.code(),
         Err(Stop::Error(error)) => {
             let error = match process.environment.visible_gpus() {
-                Some(mask) if error.to_string().contains("cuda:") => {
+                Some(mask) if is_about_gpus(&error) => {
                     error.hint(format!("`CUDA_VISIBLE_DEVICES={mask}` says which GPUs there are, and in which order"))
                 }
                 _ => error,

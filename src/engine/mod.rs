@@ -3,7 +3,7 @@
 mod sampler;
 
 use crate::backend::{Draws, Pipeline, Run};
-use crate::error::{Error, Result};
+use crate::error::{Error, Hint, Result, Setting};
 
 use sampler::Sampler;
 pub use sampler::Sampling;
@@ -186,6 +186,7 @@ fn finite(logits: &[f32], tokens: usize) -> Result<&[f32]> {
 }
 
 fn not_a_number(tokens: usize) -> Error {
+    let what = "the checkpoint's weights are broken, or overflow in this scheme; try {}";
     Error::input(format!("a logit behind token {tokens} is not a number"))
-        .hint("the checkpoint's weights are broken, or overflow in this scheme; try `--quantize none`")
+        .hint(Hint::naming(what, [Setting::Quantize(Some("none"))]))
 }

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::stored::Stored;
 use crate::architecture::{ModuleTree, Weight};
-use crate::error::{Error, Result};
+use crate::error::{Error, Hint, Result, Setting};
 use crate::footprint::Placed;
 use crate::pool::Pool;
 use crate::quant::{
@@ -28,7 +28,8 @@ pub fn rules(scheme: Scheme, tree: &ModuleTree, weights: &[Weight]) -> Result<Qu
         Scheme::Int8 => size_of::<u32>(),
         Scheme::Int4 => GROUP_SIZE,
         Scheme::None | Scheme::Nl4 => {
-            return Err(Error::usage(format!("`{METHOD}` has no `{scheme}`")).hint("`--quantize int4` or `int8`"));
+            return Err(Error::usage(format!("`{METHOD}` has no `{scheme}`"))
+                .hint(Hint::naming("{} or `int8`", [Setting::Quantize(Some("int4"))])));
         }
     };
     if let Some(weight) = weights.iter().find(|weight| weight.is_transposed()) {

@@ -24,7 +24,7 @@ use crate::architecture::ModuleTree;
 use crate::bytes::{Bytes, MIB};
 use crate::checkpoint::{Checkpoint, SINGLE_FILE, index};
 use crate::device::DeviceId;
-use crate::error::{Error, Result};
+use crate::error::{Error, Hint, Result, Setting};
 use crate::fs::{self, NewDirectory};
 use crate::loader::reader::{self, SlabBuffer};
 use crate::loader::{LoadEvent, broken_weight};
@@ -107,7 +107,8 @@ pub fn save_quantized(
             .hint("name the checkpoint that it was made from"));
     }
     if options.scheme == Scheme::None {
-        return Err(Error::usage("`none` leaves nothing to quantize").hint("`--quantize int4` takes the fewest bytes"));
+        return Err(Error::usage("`none` leaves nothing to quantize")
+            .hint(Hint::naming("{} takes the fewest bytes", [Setting::Quantize(Some("int4"))])));
     }
     let tree = ModuleTree::new(&checkpoint.config);
     let weights = tree.resolve(checkpoint)?;

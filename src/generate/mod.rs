@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use crate::engine::Sequence;
-use crate::error::{Error, Result};
+use crate::error::{Error, Hint, Result, Setting};
 use crate::loader::Model;
 use stream::TextStream;
 
@@ -70,6 +70,21 @@ pub struct GenerateReport {
     pub decode_seconds: f64,
     /// Why it ended.
     pub finish: Finish,
+}
+
+/// A prompt and its answer are longer than the context.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the context holds {context} tokens, the prompt has {prompt}{}", match wanted {
+    0 => String::new(),
+    wanted => format!(" and {wanted} new ones are asked for"),
+})]
+pub struct TooLong {
+    /// What the context holds, in tokens.
+    pub context: usize,
+    /// Tokens of the prompt.
+    pub prompt: usize,
+    /// New tokens that were asked for; 0 where no number was.
+    pub wanted: usize,
 }
 
 impl Model {
@@ -133,17 +148,14 @@ impl Model {
 
     fn too_long(&self, prompt: usize, wanted: usize) -> Error {
         let (context, longest) = (self.plan.context, self.plan.longest_context);
-        let new = if wanted > 0 { format!(" and {wanted} new ones are asked for") } else { String::new() };
-        let what = format!("the context holds {context} tokens, the prompt has {prompt}{new}");
         let needed = prompt + wanted;
-        if needed <= longest {
-            Error::input(what).hint(format!("`--context {needed}` makes room"))
+        Error::input(TooLong { context, prompt, wanted }).hint(if needed <= longest {
+            Hint::naming("{} makes room", [Setting::Context(needed)])
         } else if prompt < longest {
-            Error::input(what)
-                .hint(format!("`--max-new-tokens {}` is the most that the model has room for", longest - prompt))
+            Hint::naming("{} is the most that the model has room for", [Setting::MaxNewTokens(longest - prompt)])
         } else {
-            Error::input(what).hint(format!("the model was made for {longest} tokens; shorten the prompt"))
-        }
+            format!("the model was made for {longest} tokens; shorten the prompt").into()
+        })
     }
 
     /// Calls `visit` with the position of each of `tokens` and the logits behind it.

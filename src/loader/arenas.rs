@@ -8,8 +8,8 @@ use super::LoadOptions;
 use crate::backend::cpu;
 use crate::backend::cuda::{self, Cache, DeviceMatrix, Gpu, Region, Upload, Workspace};
 use crate::bytes::Bytes;
-use crate::device::DeviceId;
-use crate::error::{Error, Result};
+use crate::device::{DeviceError, DeviceId};
+use crate::error::{Error, Hint, Result, Setting};
 use crate::footprint::{CudaBuffers, Purpose, State};
 use crate::fs;
 use crate::plan::{DevicePlan, Plan};
@@ -59,11 +59,9 @@ impl GpuArenas {
         let (free, _) = gpu.memory()?;
         let needed = device.total() - device.driver_context;
         if free < needed {
-            return Err(Error::shortfall(format!(
-                "{} has {free} free, {} less than the {needed} that were planned",
-                device.id,
-                needed - free
-            )));
+            let what = "another process has taken memory; {} plans again with what is left";
+            return Err(Error::shortfall(DeviceError::Shortfall { device: device.id, planned: needed, free })
+                .hint(Hint::naming(what, [Setting::Replan])));
         }
         let separate = options.separate_buffers;
         let mut here: Vec<usize> = (0..plan.weights.len()).filter(|at| plan.weights[*at].device == device.id).collect();

@@ -11,8 +11,8 @@ use super::reader::{self, Slab, SlabBuffer};
 use super::{LoadEvent, LoadOptions, LoadTimes};
 use crate::backend::cuda::InFlight;
 use crate::bytes::Bytes;
-use crate::device::DeviceId;
-use crate::error::{Error, Result};
+use crate::device::{DeviceError, DeviceId};
+use crate::error::{Error, Hint, Result, Setting};
 use crate::footprint::{Placed, STAGING_SLABS};
 use crate::plan::Plan;
 use crate::pool::Pool;
@@ -124,8 +124,8 @@ fn receive(pool: &Pool, arenas: &mut Arenas, placed: &[Placed], sent: Sent) -> R
         // The GPU knows only that there is a weight that cannot be packed; the host finds it.
         quantize_rows(pool, &target.layout, dtype, &buffer[sent.range], &mut PackedRows::default())
             .map_err(|e| broken_weight(target, sent.row, e))?;
-        let tensor = target.weight.parameter.tensor();
-        return Err(Error::device(format!("{} cannot pack tensor `{tensor}`, and the host can", target.device)));
+        let what = format!("cannot pack tensor `{}`, and the host can", target.weight.parameter.tensor());
+        return Err(Error::device(DeviceError::Failed { device: target.device, what }));
     }
     Ok(SlabBuffer::Pinned(buffer))
 }
@@ -175,22 +175,58 @@ fn check_scales(target: &Placed, row: usize, bytes: &[u8]) -> Result<()> {
         None => target.layout.broken_scale((row * weight.row_bytes()) as u64, bytes),
     };
     broken.map_or(Ok(()), |row| {
-        let tensor = weight.parameter.tensor();
-        Err(Error::input(format!("tensor `{tensor}` has a scale at row {row} that is not finite"))
-            .hint("the file is broken; `evenkeel quantize` makes it again"))
+        Err(Error::input(WeightError::BrokenScale { tensor: weight.parameter.tensor(), row })
+            .hint(Hint::naming("the file is broken; {} makes it again", [Setting::SaveQuantized])))
     })
 }
 
 /// The error of a weight of `target` that cannot be packed, in a slab that begins at `first_row`.
 pub fn broken_weight(target: &Placed, first_row: usize, error: QuantizeError) -> Error {
     let tensor = target.weight.parameter.tensor();
-    let what = match error {
+    let error = match error {
         QuantizeError::NotFinite { row, col, value } => {
-            format!("tensor `{tensor}` has {value} at row {}, column {col}", first_row + row)
+            WeightError::NotFinite { tensor, row: first_row + row, col, value }
         }
         QuantizeError::ScaleOverflow { row, scale } => {
-            format!("tensor `{tensor}` needs a scale of {scale} at row {}, which f16 cannot hold", first_row + row)
+            WeightError::ScaleOverflow { tensor, row: first_row + row, scale }
         }
     };
-    Error::input(what).hint("`--quantize none` loads the weights as they are")
+    let hint = Hint::naming("{} loads the weights as they are", [Setting::Quantize(Some("none"))]);
+    Error::input(error).hint(hint)
+}
+
+/// A weight that cannot be packed, or was not packed by a quantizer.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum WeightError {
+    /// A packed row's scale is NaN or an infinity.
+    #[error("tensor `{tensor}` has a scale at row {row} that is not finite")]
+    BrokenScale {
+        /// The tensor.
+        tensor: String,
+        /// The row.
+        row: usize,
+    },
+    /// NaN or an infinity.
+    #[error("tensor `{tensor}` has {value} at row {row}, column {col}")]
+    NotFinite {
+        /// The tensor.
+        tensor: String,
+        /// The row.
+        row: usize,
+        /// The column.
+        col: usize,
+        /// The value.
+        value: f32,
+    },
+    /// The weights are too large for an f16 scale.
+    #[error("tensor `{tensor}` needs a scale of {scale} at row {row}, which f16 cannot hold")]
+    ScaleOverflow {
+        /// The tensor.
+        tensor: String,
+        /// The row.
+        row: usize,
+        /// The scale.
+        scale: f32,
+    },
 }

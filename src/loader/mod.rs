@@ -29,6 +29,7 @@ use crate::tokenizer::Tokenizer;
 use arenas::Arenas;
 
 pub(crate) use fill::broken_weight;
+pub use fill::WeightError;
 
 /// What a load tells while it runs.
 #[derive(Clone, Debug)]

@@ -210,11 +210,21 @@ impl Plan {
 
     /// An error that says what is missing; [`Plan::remedies`] says what would fit.
     pub fn does_not_fit(&self) -> Error {
-        let short = self.devices.iter().filter(|device| !device.fits()).map(|device| {
-            format!("{} lacks {} ({} of {})", device.id, device.missing(), device.total(), device.budget)
-        });
-        Error::does_not_fit(format!("`{}` does not fit: {}", self.model, short.collect::<Vec<_>>().join(", ")))
+        let short = self.devices.iter().filter(|device| !device.fits()).cloned().collect();
+        Error::does_not_fit(DoesNotFit { model: self.model.clone(), devices: short })
     }
+}
+
+/// A plan that does not fit, as the cause of an error.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[error("`{model}` does not fit: {}", .devices.iter().map(|device| {
+    format!("{} lacks {} ({} of {})", device.id, device.missing(), device.total(), device.budget)
+}).collect::<Vec<_>>().join(", "))]
+pub struct DoesNotFit {
+    /// The model's name.
+    pub model: String,
+    /// The devices that have too little, with what is to be taken of each.
+    pub devices: Vec<DevicePlan>,
 }
 
 /// The largest size up to `limit` under which a plan fits with no more off the GPUs than under 1.

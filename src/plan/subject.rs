@@ -8,9 +8,9 @@ use super::{DevicePlan, Pace, Plan, PlanOptions, PlannedModule, Speed, Strategy,
 use crate::architecture::{Module, ModuleKind, ModuleTree, Role, Weight};
 use crate::bytes::Bytes;
 use crate::checkpoint::Checkpoint;
-use crate::device::DeviceId;
+use crate::device::{DeviceError, DeviceId};
 use crate::device_map::{DeviceMap, MaxMemory};
-use crate::error::{Error, Result, first_five};
+use crate::error::{Error, Hint, Result, Setting};
 use crate::footprint::{self, HostStaging, MAX_BYTES, State};
 use crate::machine::{self, Inventory};
 use crate::model_config::ModelConfig;
@@ -190,10 +190,10 @@ fn automatic(
 fn paces(devices: &[DevicePlan]) -> Result<Vec<Pace>> {
     let pace = |device: &DevicePlan| {
         Pace::new(device.id, device.bandwidth).ok_or_else(|| {
-            Error::usage(format!("`--placement fastest` needs the bandwidth of {}", device.id)).hint(format!(
-                "state it, or name the GPU: `--device {id}=SIZE@936GB/s`, `--device \"{id}=SIZE@RTX 3090\"`",
-                id = device.id
-            ))
+            let id = device.id;
+            let examples = ["936GB/s", "RTX 3090"].map(|speed| Setting::Device(format!("{id}=SIZE@{speed}")));
+            Error::usage(format!("`fastest` placement needs the bandwidth of {id}"))
+                .hint(Hint::naming("state it, or name the GPU: {}, {}", examples))
         })
     };
     devices.iter().map(pace).collect()
@@ -220,35 +220,31 @@ fn check_model(options: &PlanOptions, checkpoint: &Checkpoint) -> Result<()> {
     match options.device_map.as_ref().and_then(|map: &DeviceMap| map.model.as_deref()) {
         Some(model) if !options.any_model && base(model) != base(&checkpoint.name) => {
             Err(Error::input(format!("the device map was made for `{model}`, not for `{}`", checkpoint.name))
-                .hint("`--any-model` uses it for this one too"))
+                .hint(Hint::naming("{} uses it for this one too", [Setting::AnyModel])))
         }
         _ => Ok(()),
     }
 }
 
 fn check_devices(placement: &[DeviceId], inventory: &Inventory) -> Result<()> {
-    let mut absent: Vec<_> = placement.iter().filter(|id| inventory.device(**id).is_none()).collect();
+    let mut absent: Vec<_> = placement.iter().copied().filter(|id| inventory.device(*id).is_none()).collect();
     // Blocks on the disk are computed in host memory.
     if placement.contains(&DeviceId::Disk) && inventory.device(DeviceId::Cpu).is_none() {
-        absent.push(&DeviceId::Cpu);
+        absent.push(DeviceId::Cpu);
     }
     absent.sort();
     absent.dedup();
     let Some(first) = absent.first() else {
         return Ok(());
     };
-    let present: Vec<_> = inventory.devices.iter().map(|device| device.id.to_string()).collect();
-    let error = Error::does_not_fit(format!(
-        "the placement needs {}; what can be used is {}",
-        first_five(&absent),
-        present.join(", ")
-    ));
-    Err(if inventory.idle.iter().any(|device| device.id == **first) {
+    let usable = inventory.devices.iter().map(|device| device.id).collect();
+    let error = Error::does_not_fit(DeviceError::Unusable { devices: absent.clone(), usable });
+    Err(if inventory.idle.iter().any(|device| device.id == *first) {
         error.hint(format!("{first} is there but cannot be used: {}", machine::needs()))
     } else if first.is_gpu() {
-        error
-            .hint(format!("no NVIDIA driver was found, or it shows no {first}; `--device-map auto` uses what is there"))
+        let what = format!("no NVIDIA driver was found, or it shows no {first}; {{}} uses what is there");
+        error.hint(Hint::naming(what, [Setting::AutomaticPlacement]))
     } else {
-        error.hint(format!("`--device {first}=SIZE` describes it"))
+        error.hint(Hint::naming("{} describes it", [Setting::Device(format!("{first}=SIZE"))]))
     })
 }

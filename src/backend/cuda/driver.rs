@@ -12,8 +12,8 @@ use cudarc::driver::sys::CUdevice_attribute;
 use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, DriverError, result, sys};
 
 use crate::bytes::Bytes;
-use crate::device::DeviceId;
-use crate::error::{Error, Result};
+use crate::device::{DeviceError, DeviceId};
+use crate::error::{Error, Hint, Result, Setting};
 
 /// What a GPU that fails later than it is told has done.
 const FAILED: &str = "has failed at work that was queued";
@@ -57,7 +57,7 @@ impl Gpu {
     pub(super) fn without_kernels(index: u32) -> Result<Self> {
         let id = DeviceId::Cuda(index);
         if driver().is_none_or(|(count, _)| index >= count) {
-            return Err(Error::does_not_fit(format!("no NVIDIA driver was found, or it shows no {id}")));
+            return Err(Error::does_not_fit(DeviceError::Absent { device: id }));
         }
         let failed = |what: &str, e| failure(id, what, e);
         let context = CudaContext::new(index as usize).map_err(|e| failed("cannot be opened", e))?;
@@ -85,15 +85,16 @@ impl Gpu {
 
     /// Allocates `len` bytes, of unknown content, for `what`.
     pub fn allocate(self: &Arc<Self>, what: &str, len: Bytes) -> Result<Arc<Buffer>> {
-        let refused = |why: &dyn std::fmt::Display| {
-            let free =
-                self.memory().map_or_else(|_| "an unknown number of bytes".to_owned(), |(free, _)| free.to_string());
-            Error::shortfall(format!("{} cannot give {len} for {what}, {free} are free: {why}", self.id()))
+        let refused = |why: String| {
+            let free = self.memory().ok().map(|(free, _)| free);
+            let (device, what) = (self.id(), what.to_owned());
+            Error::shortfall(DeviceError::Refused { device, needed: len, free, what, why })
+                .hint(Hint::naming("{} plans again with what is left", [Setting::Replan]))
         };
-        let bytes = len.as_usize().ok_or_else(|| refused(&"more than can be addressed"))?;
+        let bytes = len.as_usize().ok_or_else(|| refused("more than can be addressed".to_owned()))?;
         self.bind()?;
         // SAFETY: the context is bound; the pointer is freed once, in `Buffer::drop`.
-        let pointer = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(|e| refused(&name(e)))?;
+        let pointer = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(|e| refused(name(e)))?;
         let mut allocated = self.allocated.lock().unwrap_or_else(PoisonError::into_inner);
         allocated.0 += len;
         allocated.1 = allocated.1.max(allocated.0);
@@ -131,8 +132,8 @@ impl Gpu {
     }
 }
 
-fn failure(id: DeviceId, what: &str, error: DriverError) -> Error {
-    Error::device(format!("{id} {what}: {}", name(error)))
+fn failure(device: DeviceId, what: &str, error: DriverError) -> Error {
+    Error::device(DeviceError::Failed { device, what: format!("{what}: {}", name(error)) })
 }
 
 /// The error's name and text, such as `CUDA_ERROR_LAUNCH_FAILED (unspecified launch failure)`.
