@@ -82,7 +82,7 @@ fn load(checkpoint: &Checkpoint, plan: &Plan) -> Model {
         pool: Arc::default(),
         separate_buffers: false,
     };
-    plan.load(checkpoint, &options, |_| ()).expect("a model")
+    plan.load(&options, |_| ()).expect("a model")
 }
 
 fn generate(model: &mut Model, prompt: &[u32], new: usize) -> GenerateReport {

@@ -107,7 +107,7 @@ pub fn load(
     }
     let load = LoadOptions { offload_directory, cancel, pool: Arc::clone(&options.pool), separate_buffers: false };
     let mut bar = None;
-    plan.load(checkpoint, &load, |event| show(&event, "loading", &mut bar, printer))
+    plan.load(&load, |event| show(&event, "loading", &mut bar, printer))
 }
 
 /// Draws the bar of `what` reads all weights.
