@@ -10,7 +10,7 @@ use evenkeel::architecture::{ModuleTree, Parameter, Part};
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device_map::DeviceMap;
 use evenkeel::model_config::{self, FAMILIES, ModelConfig};
-use evenkeel::footprint::{CpuBuffers, CudaBuffers};
+use evenkeel::footprint::{CpuBuffers, CudaBuffers, Extent};
 use evenkeel::plan::{Plan, PlanOptions};
 use evenkeel::quant::{ALIGNMENT, KvDtype, Scheme};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
@@ -257,8 +257,9 @@ fn no_value_of_a_configuration_is_too_odd_to_be_read_or_refused() {
                     Ok(config) => {
                         let tree = ModuleTree::new(&config);
                         assert!(tree.parameters().all(|(_, parameter)| !parameter.shape().is_empty()));
-                        assert_eq!(CpuBuffers::sizes(&config, 512).each().count(), 13);
-                        assert_eq!(CudaBuffers::sizes(&config, 512, 3).each().count(), 21);
+                        let extent = Extent { context: 512, chunk: 512, sequences: 3 };
+                        assert_eq!(CpuBuffers::sizes(&config, extent).each().count(), 13);
+                        assert_eq!(CudaBuffers::sizes(&config, extent).each().count(), 21);
                         config.ropes.iter().for_each(|rope| assert_eq!(rope.frequencies(9).len(), rope.rotary_dim / 2));
                         read += 1;
                     }

@@ -129,7 +129,9 @@ impl PlacementArguments {
         Ok(PlanOptions {
             quantize: self.quantize.clone(),
             context: self.context,
-            batch: None,
+            // A text at a time, whatever the map was made for.
+            batch: Some(1),
+            chunk: None,
             kv_cache: self.kv_cache,
             reserve: Some(self.reserve),
             max_memory: (!self.max_memory.is_empty()).then(|| self.max_memory.iter().copied().collect()),
