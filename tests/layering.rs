@@ -117,8 +117,7 @@ fn unsafe_code_stands_in_few_files() {
         rooms,
         [
             "backend/cpu/arena.rs",
-            "backend/cpu/kernels/avx2.rs",
-            "backend/cpu/kernels/avx512.rs",
+            "backend/cpu/kernels/packed.rs",
             "backend/cpu/kernels/plain.rs",
             "backend/cpu/pool.rs",
             "backend/cuda/driver.rs",
