@@ -7,6 +7,7 @@ mod support;
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use evenkeel::ErrorKind;
@@ -140,6 +141,7 @@ fn what_is_packed_already_is_what_a_gpu_packs() {
             format: SaveFormat::Evenkeel,
             output,
             shard_size: DEFAULT_SHARD_SIZE,
+            pool: Arc::default(),
             cancel: &NEVER,
         };
         save_quantized(&original, &save, |_| ()).unwrap();
@@ -353,7 +355,7 @@ fn a_load_can_be_stopped() {
     let plan = plan(&checkpoint, Scheme::Int4, r#"{"": "cuda:0"}"#, None);
     let cancel = AtomicBool::new(false);
     let offload_directory = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let options = LoadOptions { offload_directory, cancel: &cancel, threads: None, separate_buffers: false };
+    let options = LoadOptions { offload_directory, cancel: &cancel, pool: Arc::default(), separate_buffers: false };
     let result = plan.load(&checkpoint, &options, |event| {
         if let LoadEvent::Placed { .. } = event {
             cancel.store(true, Ordering::Relaxed);

@@ -5,6 +5,7 @@ mod support;
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use evenkeel::checkpoint::Checkpoint;
@@ -77,7 +78,7 @@ fn a_load_can_be_stopped() {
     let options = LoadOptions {
         offload_directory: Path::new(env!("CARGO_TARGET_TMPDIR")),
         cancel: &cancel,
-        threads: None,
+        pool: Arc::default(),
         separate_buffers: false,
     };
     let mut placed = 0;
@@ -113,7 +114,7 @@ fn an_offload_directory_that_cannot_be_used_is_an_error() {
     let options = LoadOptions {
         offload_directory: Path::new("/nowhere"),
         cancel: &AtomicBool::new(false),
-        threads: None,
+        pool: Arc::default(),
         separate_buffers: false,
     };
     let error = plan.load(&checkpoint, &options, |_| ()).err().unwrap();

@@ -68,8 +68,12 @@ fn plan(checkpoint: &Checkpoint, shape: &Shape, scheme: Scheme) -> Plan {
 }
 
 fn load(checkpoint: &Checkpoint, plan: &Plan) -> Model {
-    let options =
-        LoadOptions { offload_directory: Path::new("."), cancel: &NEVER, threads: None, separate_buffers: false };
+    let options = LoadOptions {
+        offload_directory: Path::new("."),
+        cancel: &NEVER,
+        pool: Arc::default(),
+        separate_buffers: false,
+    };
     plan.load(checkpoint, &options, |_| ()).expect("a model")
 }
 

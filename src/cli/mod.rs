@@ -16,8 +16,10 @@ mod quantize;
 mod signal;
 
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Parser;
+use evenkeel::pool::Pool;
 use evenkeel::{Error, ErrorKind};
 
 use args::{Arguments, Command};
@@ -76,6 +78,7 @@ fn exit_code(kind: ErrorKind) -> u8 {
 pub struct Process {
     pub environment: Environment,
     pub printer: Printer,
+    pub pool: Arc<Pool>,
 }
 
 /// Parses the arguments, runs the command, reports its error.
@@ -83,7 +86,8 @@ pub fn run() -> ExitCode {
     let arguments = Arguments::parse();
     let environment = Environment::of_process();
     let printer = Printer::new(&arguments.output, &environment);
-    let process = Process { environment, printer };
+    let pool = Arc::new(arguments.command.threads().map_or_else(Pool::default, Pool::new));
+    let process = Process { environment, printer, pool };
     let outcome = match arguments.command {
         Command::Devices(arguments) => devices::run(&arguments, &process),
         Command::Generate(arguments) => generate::run(&arguments, &process),

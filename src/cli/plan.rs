@@ -11,14 +11,14 @@ use super::{Exit, Outcome, Process};
 /// Plans, and shows or writes the plan.
 pub fn run(arguments: &PlanArguments, process: &Process) -> Outcome {
     let printer = &process.printer;
-    let mut options = arguments.placement.options(arguments.check.as_deref())?;
+    let mut options = arguments.placement.options(arguments.check.as_deref(), &process.pool)?;
     options.batch = arguments.batch;
     options.kinds = arguments.verbose;
     let inventory = if arguments.device.is_empty() {
         let mut inventory = Inventory::this_machine(
             &process.environment.offload_directory(arguments.placement.offload_dir.as_deref()),
         )?;
-        inventory.measure_bandwidth();
+        inventory.measure_bandwidth(&process.pool);
         inventory
     } else {
         Inventory::described(&arguments.device.join(","))?

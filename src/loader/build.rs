@@ -1,13 +1,12 @@
 //! Stages over filled arenas.
 
 use std::collections::BTreeMap;
-use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex};
 
 use super::LoadOptions;
 use super::arenas::{Arenas, GpuArenas};
 use crate::architecture::{ModuleKind, ModuleTree, Parameter as Named, Weight};
-use crate::backend::cpu::{self, Arena, CpuStage, Parameter, Pool, Workspace};
+use crate::backend::cpu::{self, Arena, CpuStage, Parameter, Workspace};
 use crate::backend::cuda::{self, Cache, CudaStage};
 use crate::backend::{Pipeline, Stage, StageRoles};
 use crate::bytes::Bytes;
@@ -62,11 +61,6 @@ pub fn build(
     let workspace = Workspace::new(&WorkspaceLayout::new(config, tokens));
     let workspace_bytes = workspace.bytes();
     let workspace = Arc::new(Mutex::new(workspace));
-    let pool = Arc::new(match options.threads {
-        _ if !computes_here => Pool::new(NonZeroUsize::MIN),
-        Some(threads) => Pool::new(threads),
-        None => Pool::of_all_cores(),
-    });
     let kv = KvLayout::new(config, plan.context, plan.batch, plan.kv_cache)
         .ok_or_else(|| Error::does_not_fit("the KV cache is too large for this machine"))?;
     let mut caches: BTreeMap<DeviceId, _> =
@@ -75,7 +69,7 @@ pub fn build(
         Some(GpuArenas { workspace, .. }) => {
             Run::Cuda(device, CudaStage::new(config, plan.context, Arc::clone(workspace)))
         }
-        None => Run::Cpu(CpuStage::new(config, plan.context, Arc::clone(&workspace), Arc::clone(&pool))),
+        None => Run::Cpu(CpuStage::new(config, plan.context, Arc::clone(&workspace), Arc::clone(&options.pool))),
     };
 
     let mut stages: Vec<Run> = Vec::new();

@@ -16,6 +16,7 @@ use crate::checkpoint::Checkpoint;
 use crate::device::DeviceId;
 use crate::error::{Error, Result};
 use crate::plan::memory::{HostStaging, Placed, STAGING_SLABS};
+use crate::pool::Pool;
 use crate::quant::{PackedRows, QuantizeError, Storage, quantize_rows};
 
 /// Slabs that may be on their way to GPUs; the readers have the others.
@@ -83,7 +84,7 @@ pub fn fill(
                 let Some(first) = sent.pop_front() else { return Ok(()) };
                 put(first.weight, first.range.len());
                 let start = Instant::now();
-                let buffer = receive(arenas, placed, first)?;
+                let buffer = receive(&options.pool, arenas, placed, first)?;
                 times.gpus += start.elapsed().as_secs_f64();
                 buffer
             }
@@ -102,7 +103,7 @@ pub fn fill(
     let start = Instant::now();
     for slab in sent {
         put(slab.weight, slab.range.len());
-        receive(arenas, placed, slab)?;
+        receive(&options.pool, arenas, placed, slab)?;
     }
     times.gpus += start.elapsed().as_secs_f64();
     times.read = read.waited.as_secs_f64();
@@ -113,7 +114,7 @@ pub fn fill(
 }
 
 /// Waits for a slab on its way to a GPU and gives its buffer back.
-fn receive(arenas: &mut Arenas, placed: &[Placed], sent: Sent) -> Result<SlabBuffer> {
+fn receive(pool: &Pool, arenas: &mut Arenas, placed: &[Placed], sent: Sent) -> Result<SlabBuffer> {
     let target = &placed[sent.weight];
     let gpu = arenas.gpus.get_mut(&target.device);
     let Some(upload) = gpu.and_then(|gpu| gpu.upload.as_mut()) else {
@@ -122,7 +123,7 @@ fn receive(arenas: &mut Arenas, placed: &[Placed], sent: Sent) -> Result<SlabBuf
     let (buffer, is_packed) = upload.finish(sent.slab)?;
     if let (false, Some(dtype)) = (is_packed, target.weight.dtype()) {
         // The GPU knows only that there is a weight that cannot be packed; the host finds it.
-        quantize_rows(&target.layout, dtype, &buffer[sent.range], &mut PackedRows::default())
+        quantize_rows(pool, &target.layout, dtype, &buffer[sent.range], &mut PackedRows::default())
             .map_err(|e| broken_weight(target, sent.row, e))?;
         let tensor = target.weight.parameter.tensor();
         return Err(Error::device(format!("{} cannot pack tensor `{tensor}`, and the host can", target.device)));
@@ -153,7 +154,7 @@ fn pack(
     };
     match target.weight.data {
         Storage::Plain(dtype) if target.weight.data != layout.storage => {
-            quantize_rows(layout, dtype, bytes, packed).map_err(|e| broken_weight(target, row, e))?;
+            quantize_rows(&options.pool, layout, dtype, bytes, packed).map_err(|e| broken_weight(target, row, e))?;
             for (at, bytes) in packed.sections(layout, row) {
                 write(at, bytes)?;
             }

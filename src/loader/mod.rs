@@ -14,8 +14,8 @@ mod reader;
 mod save;
 mod shard;
 
-use std::num::NonZeroUsize;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
@@ -29,6 +29,7 @@ use crate::device::DeviceId;
 use crate::error::Result;
 use crate::plan::Plan;
 use crate::plan::memory::{self, HostStaging};
+use crate::pool::Pool;
 use crate::tokenizer::Tokenizer;
 use arenas::Arenas;
 
@@ -61,8 +62,8 @@ pub struct LoadOptions<'a> {
     pub offload_directory: &'a Path,
     /// Set to stop the load at the next slab.
     pub cancel: &'a AtomicBool,
-    /// Threads that compute the stages of the CPU; `None` for one on each core.
-    pub threads: Option<NonZeroUsize>,
+    /// The threads that pack weights, and then compute the stages of the CPU.
+    pub pool: Arc<Pool>,
     /// Whether every buffer on a GPU is an allocation of its own, so that reading or writing
     /// beyond one is noticed; for tests.
     pub separate_buffers: bool,

@@ -30,6 +30,7 @@ use crate::error::{Error, Result};
 use crate::fs::{self, NewDirectory};
 use crate::model_config::{self, PACKED_METHOD, PACKED_VERSION};
 use crate::plan::memory::{self, HostStaging, Placed, STAGING_SLABS};
+use crate::pool::Pool;
 use crate::quant::{PACKED_ROW, PackedRows, QuantizeRules, Scheme, Storage, quantize_rows};
 
 /// The largest shard, unless told otherwise; Transformers' own limit.
@@ -70,6 +71,8 @@ pub struct SaveOptions<'a> {
     pub output: &'a Path,
     /// The most bytes of tensors in a shard, unless one is larger by itself.
     pub shard_size: Bytes,
+    /// The threads that pack.
+    pub pool: Arc<Pool>,
     /// Set to stop at the next slab.
     pub cancel: &'a AtomicBool,
 }
@@ -143,13 +146,13 @@ pub fn save_quantized(
         match (target.weight.data, options.format) {
             (data, _) if data == layout.storage => write(0, (slab.row * target.weight.row_bytes()) as u64, bytes)?,
             (Storage::Plain(dtype), SaveFormat::Evenkeel) => {
-                quantize_rows(layout, dtype, bytes, &mut packed).map_err(broken)?;
+                quantize_rows(&options.pool, layout, dtype, bytes, &mut packed).map_err(broken)?;
                 for (at, bytes) in packed.sections(layout, slab.row) {
                     write(0, at, bytes)?;
                 }
             }
             (Storage::Plain(dtype), SaveFormat::CompressedTensors) => {
-                compressed.pack(layout, dtype, bytes).map_err(broken)?;
+                compressed.pack(&options.pool, layout, dtype, bytes).map_err(broken)?;
                 for (tensor, (at, bytes)) in compressed.sections(layout, slab.row, dtype).into_iter().enumerate() {
                     write(tensor, at, bytes)?;
                 }

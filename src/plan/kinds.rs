@@ -9,6 +9,7 @@ use super::sample::losses;
 use super::{Plan, Subject, memory};
 use crate::bytes::Bytes;
 use crate::error::Result;
+use crate::pool::Pool;
 use crate::quant::{QuantizeRules, Scheme};
 
 /// A kind of module, such as `mlp.down_proj`: all that quantizing it means.
@@ -29,9 +30,9 @@ pub struct KindReport {
 }
 
 /// Every kind in the order that the first of them runs, under `rules`.
-pub fn report(subject: &Subject, rules: &QuantizeRules) -> Result<Vec<KindReport>> {
+pub fn report(subject: &Subject, rules: &QuantizeRules, pool: &Pool) -> Result<Vec<KindReport>> {
     let groups = groups(subject.tree, &subject.weights);
-    let losses = losses(subject.checkpoint, &groups)?;
+    let losses = losses(subject.checkpoint, &groups, pool)?;
     let mut kinds: IndexMap<&str, KindReport> = IndexMap::new();
     for (at, group) in groups.iter().enumerate() {
         let kind = kinds.entry(&group.kind).or_insert_with(|| {

@@ -18,7 +18,7 @@ use crate::quant::{QuantizeRules, Scheme};
 /// Only what is on GPUs is chosen for, or all where there are none: what is not keeps its scheme.
 pub fn refine(subject: &Subject, options: &PlanOptions, plan: &Plan) -> Result<Option<(PlanOptions, Plan)>> {
     let all = groups(subject.tree, &subject.weights);
-    let Some(losses) = losses(subject.checkpoint, &all)? else {
+    let Some(losses) = losses(subject.checkpoint, &all, &options.pool)? else {
         return Ok(None);
     };
     let has_gpus = plan.devices.iter().any(|device| device.id.is_gpu());

@@ -98,7 +98,7 @@ impl Plan {
         let (options, mut plan) = alternatives::with_scheme(&subject, options)?;
         plan.placements = alternatives::placements(&subject, &options, &plan);
         if options.kinds {
-            plan.kinds = kinds::report(&subject, &plan.quantize)?;
+            plan.kinds = kinds::report(&subject, &plan.quantize, &options.pool)?;
         }
         if !plan.fits() {
             plan.remedies = remedies::find(&subject, &options, &plan);

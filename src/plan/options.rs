@@ -2,12 +2,14 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use crate::bytes::{Bytes, MIB};
 use crate::checkpoint::Checkpoint;
 use crate::device_map::{DeviceMap, MaxMemory};
 use crate::error::{Error, ParseError, Result};
 use crate::name::{named, unknown};
+use crate::pool::Pool;
 use crate::quant::{KvDtype, QuantizeRules, Scheme};
 
 /// Bytes of every device that a plan leaves free, unless told otherwise.
@@ -40,6 +42,8 @@ pub struct PlanOptions {
     pub strategy: Strategy,
     /// Whether the plan lists the bits and the measured error of each kind of module.
     pub kinds: bool,
+    /// The threads that measure errors.
+    pub pool: Arc<Pool>,
 }
 
 /// How modules are placed where no device map says it.

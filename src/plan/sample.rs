@@ -8,7 +8,6 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::group::Group;
@@ -17,6 +16,7 @@ use crate::bytes::{Bytes, MIB};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::fs;
+use crate::pool::Pool;
 use crate::quant::{Scheme, Storage, squared_error};
 
 /// The file beside a checkpoint that keeps what was measured.
@@ -72,7 +72,7 @@ struct ShardState {
 
 /// The loss of every group, in their order. `None` where the weights are not in a local directory,
 /// are packed already, or are ones that no scheme can pack: loading says which.
-pub fn losses(checkpoint: &Checkpoint, groups: &[Group]) -> Result<Option<Vec<Loss>>> {
+pub fn losses(checkpoint: &Checkpoint, groups: &[Group], pool: &Pool) -> Result<Option<Vec<Loss>>> {
     let Some(directory) = checkpoint.directory.as_deref().filter(|_| checkpoint.config.packed.is_none()) else {
         return Ok(None);
     };
@@ -88,8 +88,10 @@ pub fn losses(checkpoint: &Checkpoint, groups: &[Group]) -> Result<Option<Vec<Lo
     {
         return Ok(Some(losses));
     }
-    let measure = |group: &Group| Ok(measure(&files, group)?.map(|loss| (group.path.clone(), loss)));
-    let Some(losses) = groups.par_iter().map(measure).collect::<Result<Option<BTreeMap<_, _>>>>()? else {
+    let measured = pool.try_map(groups.len(), |at| measure(&files, &groups[at], pool))?;
+    let paths = groups.iter().map(|group| group.path.clone());
+    let Some(losses) = paths.zip(measured).map(|(path, loss)| Some((path, loss?))).collect::<Option<BTreeMap<_, _>>>()
+    else {
         return Ok(None);
     };
     let measured = Measured { version: VERSION, shards: states, losses };
@@ -107,7 +109,7 @@ fn open(directory: &Path, name: &str) -> Result<(File, ShardState)> {
 }
 
 /// The mean over the roles of a group.
-fn measure(shards: &[File], group: &Group) -> Result<Option<Loss>> {
+fn measure(shards: &[File], group: &Group, pool: &Pool) -> Result<Option<Loss>> {
     let mut random = Random::new(&group.path);
     let mut sum = Loss { int8: 0.0, int4: 0.0, nl4: 0.0 };
     for weights in group.roles.values() {
@@ -136,7 +138,7 @@ fn measure(shards: &[File], group: &Group) -> Result<Option<Loss>> {
         for (loss, storage) in
             [(&mut sum.int8, Storage::Int8), (&mut sum.int4, Storage::Int4), (&mut sum.nl4, Storage::Nl4)]
         {
-            let Ok((error, norm)) = squared_error(storage, dtype, cols, &bytes) else {
+            let Ok((error, norm)) = squared_error(pool, storage, dtype, cols, &bytes) else {
                 return Ok(None);
             };
             *loss += if norm > 0.0 { error / norm } else { 0.0 } / group.roles.len() as f64;

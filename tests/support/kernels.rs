@@ -9,6 +9,7 @@ use evenkeel::backend::cuda::{Affine, DeviceMatrix, Gpu, Norm, Output, Region, S
 use evenkeel::bytes::Bytes;
 use evenkeel::model_config::{Activation, NormKind};
 use evenkeel::plan::memory::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS};
+use evenkeel::pool::Pool;
 use evenkeel::quant::{Matrix, MatrixLayout, PackedRows, Storage, WeightDtype, quantize_rows};
 use half::{bf16, f16};
 
@@ -147,7 +148,7 @@ pub fn packed(layout: &MatrixLayout, weights: &[f32]) -> Vec<u8> {
         return matrix;
     }
     let mut rows = PackedRows::default();
-    quantize_rows(layout, WeightDtype::F32, &encode(WeightDtype::F32, weights), &mut rows).unwrap();
+    quantize_rows(&Pool::default(), layout, WeightDtype::F32, &encode(WeightDtype::F32, weights), &mut rows).unwrap();
     put(layout.codes_at(0), &rows.codes);
     put(layout.sub_scales_at(0), &rows.sub_scales);
     put(layout.scales_at(0), &rows.scales);

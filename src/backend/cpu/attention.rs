@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::exp::exp;
 use super::flash::{self, BLOCK, QUERIES, Query, Softmax};
-use super::pool::{Pool, Table};
+use crate::pool::{Pool, Table};
 use crate::quant::KvDtype;
 use crate::simd::{Isa, vectorized};
 

@@ -12,7 +12,6 @@ mod flash;
 mod kernels;
 mod matmul;
 mod ops;
-mod pool;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,7 +20,6 @@ pub use arena::{Arena, zeroed};
 pub use kernels::GROUP_WORDS;
 pub use matmul::{Activations, Affine, matmul};
 pub(super) use ops::{route, soft_cap};
-pub use pool::{Columns, Pool, Table};
 
 use super::{Hidden, Stage};
 use crate::architecture::{Part, Role};
@@ -29,6 +27,7 @@ use crate::bytes::Bytes;
 use crate::error::Result;
 use crate::model_config::ModelConfig;
 use crate::plan::memory::{KvLayout, WorkspaceLayout};
+use crate::pool::Pool;
 use crate::quant::{Matrix, MatrixLayout};
 use block::Block;
 use ops::Norm;

@@ -20,8 +20,8 @@ mod packed;
 pub mod plain;
 mod portable;
 
-use super::pool::Pool;
 use crate::plan::memory::ACTIVATION_GROUP;
+use crate::pool::Pool;
 use crate::quant::{GROUP_SIZE, NL4_LEVELS, quantize_activations};
 use crate::simd::{Isa, Level, vectorized};
 
