@@ -7,7 +7,7 @@
 use half::f16;
 
 use super::GROUP_SIZE;
-use super::quantize::{SHIFT, low_byte, round_i8};
+use super::round::{ROUND, low_byte, round_i8};
 
 /// Groups that are searched side by side.
 const LANES: usize = 32;
@@ -51,7 +51,7 @@ impl Levels for Int4 {
 
     #[inline(always)]
     fn nearest(x: f32) -> f32 {
-        (x.clamp(-8.0, 7.0) + SHIFT) - SHIFT
+        (x.clamp(-8.0, 7.0) + ROUND) - ROUND
     }
 
     #[inline(always)]

@@ -3,19 +3,19 @@
 use std::ops::Range;
 
 use super::exp::exp;
-use super::flash::{self, BLOCK, QUERIES, Query, Softmax};
+use super::flash::{self, KEYS, QUERIES, Query, Softmax};
 use crate::pool::{Pool, Table};
 use crate::quant::KvDtype;
 use crate::simd::{Isa, vectorized};
 
 /// Keys that a query's sums go over before they are added to those of the keys before, however
 /// many threads there are.
-const PART: usize = 16 * BLOCK;
+const PART: usize = 16 * KEYS;
 /// Tasks for each thread that are enough to keep all threads busy.
 const TASKS: usize = 4;
 
 /// The shape of a block's cache and of its queries. Values stand as
-/// `[kv_heads][context][head_dim]`; keys too, but of [`BLOCK`] keys in turn, or those that are left
+/// `[kv_heads][context][head_dim]`; keys too, but of [`KEYS`] keys in turn, or those that are left
 /// of the context, as `[head_dim][keys]`.
 #[derive(Clone, Copy)]
 pub struct Cache {
@@ -68,8 +68,8 @@ impl Cache {
             if let Some(stored) = scales.get_mut(head * self.context + key) {
                 *stored = scale;
             }
-            let (lane, start) = (key % BLOCK, key - key % BLOCK);
-            let stride = BLOCK.min(self.context - start);
+            let (lane, start) = (key % KEYS, key - key % KEYS);
+            let stride = KEYS.min(self.context - start);
             let first = (head * self.context + start) * self.head_dim + lane;
             for (dimension, code) in encoded.chunks_exact(element).enumerate() {
                 codes[(first + dimension * stride) * element..][..element].copy_from_slice(code);

@@ -11,8 +11,8 @@ use super::exp::{exp, tanh};
 use crate::quant::{KvDtype, WeightDtype};
 use crate::simd::{Isa, vectorized};
 
-/// Keys of a block: their elements stand side by side in the cache, dimension by dimension.
-pub const BLOCK: usize = 32;
+/// Keys that are taken together: their elements stand side by side in the cache, dimension by dimension.
+pub const KEYS: usize = 32;
 /// Queries that go over the keys together.
 pub const QUERIES: usize = 32;
 /// Queries whose sums are held in registers together.
@@ -60,11 +60,11 @@ pub fn attend(
     mixed: &mut [f32],
 ) -> [Softmax; QUERIES] {
     let width = cache.head_dim;
-    let mut tile = [0.0f32; BLOCK * DIMENSIONS];
+    let mut tile = [0.0f32; KEYS * DIMENSIONS];
     let mut softmax = [Softmax::EMPTY; QUERIES];
     mixed.fill(0.0);
-    for start in run.clone().step_by(BLOCK) {
-        let block = start..run.end.min(start + BLOCK);
+    for start in run.clone().step_by(KEYS) {
+        let block = start..run.end.min(start + KEYS);
         let mut seen: [Range<usize>; QUERIES] = [const { 0..0 }; QUERIES];
         for (seen, query) in seen.iter_mut().zip(queries) {
             let keys = query.sees(&block);
@@ -77,7 +77,7 @@ pub fn attend(
         };
         let all = first..end;
 
-        let mut weights = [[0.0f32; BLOCK]; QUERIES];
+        let mut weights = [[0.0f32; KEYS]; QUERIES];
         for piece in pieces(width) {
             read_keys(cache, isa, keys, kv_head, start, piece.clone(), &mut tile);
             for (queries, weights) in queries.chunks(TOGETHER).zip(weights.chunks_mut(TOGETHER)) {
@@ -122,7 +122,7 @@ fn pieces(width: usize) -> impl Iterator<Item = Range<usize>> {
 }
 
 /// Some dimensions of the keys of the block at `start`, as they stand in the cache but in f32 and
-/// without scales: `[dimensions][BLOCK]`, where there may be less keys than that at the end.
+/// without scales: `[dimensions][KEYS]`, where there may be less keys than that at the end.
 fn read_keys(
     cache: &Cache,
     isa: Isa,
@@ -133,19 +133,19 @@ fn read_keys(
     tile: &mut [f32],
 ) {
     let element = cache.dtype.code_bytes(1);
-    let stride = BLOCK.min(cache.context - start);
+    let stride = KEYS.min(cache.context - start);
     let first = (kv_head * cache.context + start) * cache.head_dim + dimensions.start * stride;
     let codes = &keys.codes[first * element..][..dimensions.len() * stride * element];
-    if stride == BLOCK {
-        decode(cache.dtype, isa, codes, 1.0, &mut tile[..dimensions.len() * BLOCK]);
+    if stride == KEYS {
+        decode(cache.dtype, isa, codes, 1.0, &mut tile[..dimensions.len() * KEYS]);
     } else {
-        for (codes, row) in codes.chunks(stride * element).zip(tile.chunks_mut(BLOCK)) {
+        for (codes, row) in codes.chunks(stride * element).zip(tile.chunks_mut(KEYS)) {
             decode(cache.dtype, isa, codes, 1.0, &mut row[..stride]);
         }
     }
 }
 
-/// Some dimensions of the values at `rows` behind `start` in f32, `[BLOCK][dimensions]`; rows beyond are not written.
+/// Some dimensions of the values at `rows` behind `start` in f32, `[KEYS][dimensions]`; rows beyond are not written.
 fn read_values(
     cache: &Cache,
     isa: Isa,
@@ -193,9 +193,9 @@ vectorized! {
 
 /// Adds to the scores of a block what some dimensions give, for several queries.
 #[inline(always)]
-fn score<const N: usize>(tile: &[f32], queries: [&[f32]; N], scores: &mut [[f32; BLOCK]; N]) {
+fn score<const N: usize>(tile: &[f32], queries: [&[f32]; N], scores: &mut [[f32; KEYS]; N]) {
     let mut sums = *scores;
-    for (d, keys) in tile.as_chunks::<BLOCK>().0.iter().enumerate().take(queries[0].len()) {
+    for (d, keys) in tile.as_chunks::<KEYS>().0.iter().enumerate().take(queries[0].len()) {
         for (sums, query) in sums.iter_mut().zip(queries) {
             for (sum, key) in sums.iter_mut().zip(keys) {
                 *sum = query[d].mul_add(*key, *sum);
@@ -206,13 +206,13 @@ fn score<const N: usize>(tile: &[f32], queries: [&[f32]; N], scores: &mut [[f32;
 }
 
 vectorized! {
-    fn score_one(tile: &[f32], query: &[f32], scores: &mut [f32; BLOCK]) {
+    fn score_one(tile: &[f32], query: &[f32], scores: &mut [f32; KEYS]) {
         score(tile, [query], std::array::from_mut(scores));
     }
 }
 
 vectorized! {
-    fn score_four(tile: &[f32], queries: [&[f32]; TOGETHER], scores: &mut [[f32; BLOCK]]) {
+    fn score_four(tile: &[f32], queries: [&[f32]; TOGETHER], scores: &mut [[f32; KEYS]]) {
         if let Some(scores) = scores.first_chunk_mut() {
             score(tile, queries, scores);
         }
@@ -225,7 +225,7 @@ vectorized! {
     fn weigh(
         how: Scores,
         scales: &[f32],
-        weights: &mut [f32; BLOCK],
+        weights: &mut [f32; KEYS],
         seen: &Range<usize>,
         softmax: &mut Softmax,
     ) -> f32 {
@@ -242,16 +242,16 @@ vectorized! {
             }
         }
         let sees = |at: usize| at >= seen.start && at < seen.end;
-        let mut largest = [softmax.largest; BLOCK];
-        for at in 0..BLOCK {
+        let mut largest = [softmax.largest; KEYS];
+        for at in 0..KEYS {
             largest[at] = if sees(at) && scores[at] > largest[at] { scores[at] } else { largest[at] };
         }
-        let largest = halve(largest, |a, b| if b > a { b } else { a });
-        for at in 0..BLOCK {
+        let largest = reduce(largest, |a, b| if b > a { b } else { a });
+        for at in 0..KEYS {
             weights[at] = if sees(at) { exp(scores[at] - largest) } else { 0.0 };
         }
         let rescale = exp(softmax.largest - largest);
-        let sum = halve(*weights, |a, b| a + b);
+        let sum = reduce(*weights, |a, b| a + b);
         *softmax = Softmax { largest, sum: softmax.sum * rescale + sum };
         rescale
     }
@@ -259,8 +259,8 @@ vectorized! {
 
 /// Reduces lanes to one, half with half.
 #[inline(always)]
-fn halve(mut lanes: [f32; BLOCK], combine: impl Fn(f32, f32) -> f32) -> f32 {
-    let mut half = BLOCK / 2;
+fn reduce(mut lanes: [f32; KEYS], combine: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut half = KEYS / 2;
     while half > 0 {
         for at in 0..half {
             lanes[at] = combine(lanes[at], lanes[at + half]);
@@ -276,7 +276,7 @@ fn mix_lanes<const N: usize, const LANES: usize>(
     tile: &[f32],
     width: usize,
     seen: &Range<usize>,
-    weights: [&[f32; BLOCK]; N],
+    weights: [&[f32; KEYS]; N],
     rescale: [f32; N],
     mixed: [&mut [f32; LANES]; N],
     at: usize,
@@ -305,7 +305,7 @@ fn mix_lanes<const N: usize, const LANES: usize>(
 fn mix<const N: usize>(
     tile: &[f32],
     seen: &Range<usize>,
-    weights: [&[f32; BLOCK]; N],
+    weights: [&[f32; KEYS]; N],
     rescale: [f32; N],
     mixed: [&mut [f32]; N],
 ) {
@@ -330,7 +330,7 @@ fn mix<const N: usize>(
 }
 
 vectorized! {
-    fn mix_one(tile: &[f32], seen: &Range<usize>, weights: &[f32; BLOCK], rescale: f32, mixed: &mut [f32]) {
+    fn mix_one(tile: &[f32], seen: &Range<usize>, weights: &[f32; KEYS], rescale: f32, mixed: &mut [f32]) {
         mix(tile, seen, [weights], [rescale], [mixed]);
     }
 }
@@ -339,7 +339,7 @@ vectorized! {
     fn mix_four(
         tile: &[f32],
         seen: &Range<usize>,
-        weights: &[[f32; BLOCK]],
+        weights: &[[f32; KEYS]],
         rescale: &[f32],
         mixed: &mut [f32],
         width: usize,
