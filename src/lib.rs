@@ -3,7 +3,6 @@
 //!
 //! ```no_run
 //! use std::path::Path;
-//! use std::sync::atomic::AtomicBool;
 //!
 //! use evenkeel::checkpoint::Checkpoint;
 //! use evenkeel::generate::GenerateOptions;
@@ -14,20 +13,17 @@
 //! # fn main() -> evenkeel::Result<()> {
 //! // Configuration and headers; no weights are read.
 //! let checkpoint = Checkpoint::open("Llama-3.1-8B")?;
-//! let offload_directory = Path::new("/tmp");
 //! // Or Inventory::described("cuda:0=24GiB,cpu=64GiB").
-//! let inventory = Inventory::this_machine(offload_directory)?;
+//! let inventory = Inventory::this_machine(Path::new("/var/tmp"))?;
 //! let options = PlanOptions {
 //!     quantize: Some(Scheme::Int4.into()),
 //!     context: Some(8192),
 //!     ..PlanOptions::default()
 //! };
 //! let plan = Plan::new(&checkpoint, &inventory, &options)?;
-//! let cancel = AtomicBool::new(false);
-//! let load = LoadOptions { offload_directory, cancel: &cancel, threads: None, separate_buffers: false };
 //! // Exactly what the plan says.
-//! let mut model = plan.load(&checkpoint, &load, |_event| ())?;
-//! for piece in model.generate("Ownership is", GenerateOptions::default(), &cancel)? {
+//! let mut model = plan.load(&checkpoint, &LoadOptions::default(), |_event| ())?;
+//! for piece in model.generate("Ownership is", GenerateOptions::default())? {
 //!     let text = piece?.text;
 //! }
 //! # Ok(())
@@ -44,7 +40,7 @@
 //! | 3 | [`device_map`], [`plan`] |
 //! | 2 | [`quant`], [`architecture`] |
 //! | 1 | [`model_config`], [`tokenizer`], [`checkpoint`] |
-//! | 0 | [`error`], [`bytes`], [`device`], [`mod@module_path`], [`name`], [`json`], [`fs`], [`source`], [`simd`] |
+//! | 0 | [`error`], [`mod@cancel`], [`bytes`], [`device`], [`mod@module_path`], [`name`], [`json`], [`fs`], [`source`], [`simd`] |
 
 #![warn(clippy::unwrap_used)]
 #![cfg_attr(test, allow(clippy::cast_possible_truncation, clippy::float_cmp, reason = "tests know their numbers"))]
@@ -52,6 +48,7 @@
 pub mod architecture;
 pub mod backend;
 pub mod bytes;
+pub mod cancel;
 pub mod checkpoint;
 pub mod device;
 pub mod device_map;
@@ -71,4 +68,5 @@ pub mod simd;
 pub mod source;
 pub mod tokenizer;
 
+pub use cancel::Cancel;
 pub use error::{Error, ErrorKind, Result};

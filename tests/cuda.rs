@@ -6,10 +6,7 @@ mod kernels;
 mod support;
 
 use std::collections::BTreeSet;
-use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use evenkeel::ErrorKind;
 use evenkeel::backend::cuda::{Gpu, Output};
 use evenkeel::bytes::Bytes;
 use evenkeel::checkpoint::Checkpoint;
@@ -19,9 +16,10 @@ use evenkeel::generate::{GenerateOptions, Sampling};
 use evenkeel::loader::{DEFAULT_SHARD_SIZE, LoadEvent, LoadOptions, Model, SaveFormat, SaveOptions, save_quantized};
 use evenkeel::plan::{Plan, Quantize, memory};
 use evenkeel::quant::{KvDtype, QuantizeRules, Scheme, WeightDtype};
+use evenkeel::{Cancel, ErrorKind};
 use fake_cuda::FakeCuda;
 use support::broken::Broken;
-use support::models::{LOGITS, NEVER, assert_is_transformers, difference, load, logits, machine, map, options, plan};
+use support::models::{LOGITS, assert_is_transformers, difference, load, logits, machine, map, options, plan};
 use support::{CHECKPOINTS, expected, fixture, numbers};
 
 const GPUS: &str = "24GiB,8GiB";
@@ -139,9 +137,9 @@ fn what_is_packed_already_is_what_a_gpu_packs() {
         let save = SaveOptions {
             scheme,
             format: SaveFormat::Evenkeel,
-            output,
+            output: output.clone(),
             shard_size: DEFAULT_SHARD_SIZE,
-            cancel: &NEVER,
+            cancel: Cancel::new(),
         };
         save_quantized(&original, &save, |_| ()).unwrap();
         let packed = Checkpoint::open(output).unwrap();
@@ -319,7 +317,7 @@ fn a_kernel_that_fails_is_named_and_the_next_load_works() {
 
         let mut model = load(&plan, &checkpoint, false).unwrap();
         fake.set("FAIL_LAUNCH", failure);
-        let error = model.generate_from(&[1, 2, 3], GenerateOptions::default(), &NEVER).err().unwrap();
+        let error = model.generate_from(&[1, 2, 3], GenerateOptions::default()).err().unwrap();
         assert_eq!(error.kind(), ErrorKind::Device, "{error}");
         assert!(error.to_string().starts_with("cuda:0 "), "{error}");
         drop(model);
@@ -355,12 +353,11 @@ fn a_load_can_be_stopped() {
     let Some((fake, _turn)) = fake_cuda::load(GPUS) else { return };
     let checkpoint = Checkpoint::open(fixture("parity/llama")).unwrap();
     let plan = plan(&checkpoint, Scheme::Int4, r#"{"": "cuda:0"}"#, None);
-    let cancel = AtomicBool::new(false);
-    let offload_directory = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let options = LoadOptions { offload_directory, cancel: &cancel, threads: None, separate_buffers: false };
+    let cancel = Cancel::new();
+    let options = LoadOptions { cancel: cancel.clone(), ..LoadOptions::default() };
     let result = plan.load(&checkpoint, &options, |event| {
         if let LoadEvent::Placed { .. } = event {
-            cancel.store(true, Ordering::Relaxed);
+            cancel.cancel();
         }
     });
     assert_eq!(result.err().unwrap().kind(), ErrorKind::Interrupted);
@@ -391,7 +388,7 @@ fn samplings() -> [Sampling; 3] {
 
 /// The tokens of a generation and why it ended, or the error.
 fn generated(model: &mut Model, options: &GenerateOptions) -> (Vec<u32>, String) {
-    let mut generation = model.generate_from(&[1, 2, 3], options.clone(), &NEVER).unwrap();
+    let mut generation = model.generate_from(&[1, 2, 3], options.clone()).unwrap();
     let mut tokens = Vec::new();
     for piece in generation.by_ref() {
         match piece {
@@ -435,7 +432,7 @@ fn tokens_that_run_ahead_are_those_of_one_step_after_the_other() {
 
             // A generation that is left leaves nothing to the next one, whatever ends it.
             let left: Vec<u32> = model
-                .generate_from(&[1, 2, 3], options.clone(), &NEVER)
+                .generate_from(&[1, 2, 3], options.clone())
                 .unwrap()
                 .take(4)
                 .map(|p| p.unwrap().token.unwrap())

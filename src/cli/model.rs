@@ -2,7 +2,6 @@
 
 use std::num::NonZeroUsize;
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
 
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device_map::DeviceMap;
@@ -88,15 +87,8 @@ fn from_hub(arguments: &ModelArguments, _: Need, _: &Process) -> Result<Checkpoi
 }
 
 /// Plans for this machine as it is now, and loads by the plan.
-pub fn load(
-    checkpoint: &Checkpoint,
-    options: &PlanOptions,
-    threads: Option<NonZeroUsize>,
-    offload_directory: &Path,
-    cancel: &AtomicBool,
-    printer: &Printer,
-) -> Result<Model> {
-    let mut inventory = Inventory::this_machine(offload_directory)?;
+pub fn load(checkpoint: &Checkpoint, options: &PlanOptions, load: &LoadOptions, printer: &Printer) -> Result<Model> {
+    let mut inventory = Inventory::this_machine(&load.offload_directory)?;
     if options.strategy == Strategy::Fastest {
         inventory.measure_bandwidth();
     }
@@ -104,9 +96,8 @@ pub fn load(
     if !plan.fits() {
         return Err(with_commands(&plan));
     }
-    let load = LoadOptions { offload_directory, cancel, threads, separate_buffers: false };
     let mut bar = None;
-    plan.load(checkpoint, &load, |event| show(&event, "loading", &mut bar, printer))
+    plan.load(checkpoint, load, |event| show(&event, "loading", &mut bar, printer))
 }
 
 /// Draws the bar of `what` reads all weights.

@@ -10,7 +10,7 @@ use super::{Exit, Outcome, Process, signal};
 /// Writes a quantized checkpoint.
 pub fn run(arguments: &QuantizeArguments, process: &Process) -> Outcome {
     let printer = &process.printer;
-    let interrupted = signal::interrupt_flag()?;
+    let cancel = signal::cancel_by_interrupt()?;
     arguments.threads.apply();
     let checkpoint = model::open(&arguments.model, Need::Weights, process)?;
     let options = SaveOptions {
@@ -19,9 +19,9 @@ pub fn run(arguments: &QuantizeArguments, process: &Process) -> Outcome {
             PackedFormat::Evenkeel => SaveFormat::Evenkeel,
             PackedFormat::CompressedTensors => SaveFormat::CompressedTensors,
         },
-        output: &arguments.output,
+        output: arguments.output.clone(),
         shard_size: arguments.max_shard_size,
-        cancel: &interrupted,
+        cancel,
     };
     let mut bar = None;
     let saved = save_quantized(&checkpoint, &options, |event| model::show(&event, "quantizing", &mut bar, printer))?;

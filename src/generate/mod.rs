@@ -5,11 +5,11 @@ mod perplexity;
 mod sampler;
 mod stream;
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use crate::cancel::Cancel;
 use crate::error::{Error, Hint, Result, Setting};
 use crate::loader::Model;
 use sampler::Sampler;
@@ -30,6 +30,8 @@ pub struct GenerateOptions {
     pub stop: Vec<String>,
     /// Whether to go on behind an end-of-text token.
     pub ignore_eos: bool,
+    /// Stops the generation at the next token, or chunk of the prompt.
+    pub cancel: Cancel,
 }
 
 /// Why a generation ended.
@@ -93,26 +95,16 @@ impl Model {
     ///
     /// # Errors
     /// The prompt is empty or longer than the context, or the model fails.
-    pub fn generate<'m>(
-        &'m mut self,
-        prompt: &str,
-        options: GenerateOptions,
-        cancel: &'m AtomicBool,
-    ) -> Result<Generation<'m>> {
+    pub fn generate(&mut self, prompt: &str, options: GenerateOptions) -> Result<Generation<'_>> {
         let tokens = self.tokenizer.encode(prompt, true)?;
-        self.generate_from(&tokens, options, cancel)
+        self.generate_from(&tokens, options)
     }
 
     /// Generates behind tokens.
     ///
     /// # Errors
     /// As [`Model::generate`].
-    pub fn generate_from<'m>(
-        &'m mut self,
-        prompt: &[u32],
-        options: GenerateOptions,
-        cancel: &'m AtomicBool,
-    ) -> Result<Generation<'m>> {
+    pub fn generate_from(&mut self, prompt: &[u32], options: GenerateOptions) -> Result<Generation<'_>> {
         options.sampling.check()?;
         let context = self.pipeline.context();
         if prompt.is_empty() {
@@ -125,13 +117,10 @@ impl Model {
         let start = Instant::now();
         let sampling = &options.sampling;
         self.pipeline.begin(&sampling.choice(), sampling.seed, prompt)?;
-        let interrupted = || {
-            if cancel.load(Ordering::Relaxed) { Err(Error::interrupted()) } else { Ok(()) }
-        };
         let mut sampler = Sampler::new(options.sampling.clone(), prompt);
         let next = match options.max_new_tokens {
             Some(0) => None,
-            _ => Some(sampler.sample(self.pipeline.extend(prompt, interrupted)?)?),
+            _ => Some(sampler.sample(self.pipeline.extend(prompt, || options.cancel.check())?)?),
         };
         Ok(Generation {
             prompt_tokens: prompt.len(),
@@ -145,7 +134,6 @@ impl Model {
             model: self,
             sampler,
             options,
-            cancel,
         })
     }
 
@@ -187,7 +175,6 @@ pub struct Generation<'m> {
     sampler: Sampler,
     stream: TextStream,
     options: GenerateOptions,
-    cancel: &'m AtomicBool,
     next: Option<u32>,
     prompt_tokens: usize,
     generated: usize,
@@ -223,7 +210,7 @@ impl Generation<'_> {
             self.finish = Some(Finish::Stop);
         } else if self.options.max_new_tokens == Some(self.generated) {
             self.finish = Some(Finish::MaxNewTokens);
-        } else if self.cancel.load(Ordering::Relaxed) {
+        } else if self.options.cancel.is_cancelled() {
             self.finish = Some(Finish::Interrupted);
         } else if self.model.pipeline.length() == self.model.pipeline.context() {
             self.finish = Some(Finish::Context);

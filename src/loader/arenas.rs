@@ -58,7 +58,7 @@ impl Arenas {
         Ok(Self {
             gpus: gpus.collect::<Result<_>>()?,
             memory: cpu::zeroed("the weights", size(DeviceId::Cpu))?,
-            disk: (disk > Bytes::ZERO).then(|| fs::scratch_file(options.offload_directory, disk)).transpose()?,
+            disk: (disk > Bytes::ZERO).then(|| fs::scratch_file(&options.offload_directory, disk)).transpose()?,
         })
     }
 }

@@ -39,7 +39,7 @@ pub fn build(
     let Arenas { memory, disk, mut gpus } = arenas;
     let mut host = BTreeMap::from([(DeviceId::Cpu, Arc::new(Arena::Memory(memory)))]);
     if let Some(file) = disk {
-        host.insert(DeviceId::Disk, Arc::new(Arena::map(&file, options.offload_directory)?));
+        host.insert(DeviceId::Disk, Arc::new(Arena::map(&file, &options.offload_directory)?));
     }
     let mut modules = vec![cpu::Parameters::default(); tree.modules.len()];
     let mut on_gpu = vec![cuda::Parameters::default(); tree.modules.len()];

@@ -15,8 +15,7 @@ mod save;
 mod shard;
 
 use std::num::NonZeroUsize;
-use std::path::Path;
-use std::sync::atomic::AtomicBool;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -24,9 +23,11 @@ use serde::Serialize;
 use crate::architecture::ModuleTree;
 use crate::backend::Pipeline;
 use crate::bytes::Bytes;
+use crate::cancel::Cancel;
 use crate::checkpoint::Checkpoint;
 use crate::device::DeviceId;
 use crate::error::Result;
+use crate::fs;
 use crate::plan::Plan;
 use crate::plan::memory::{self, HostStaging};
 use crate::tokenizer::Tokenizer;
@@ -57,16 +58,27 @@ pub enum LoadEvent<'a> {
 
 /// Where scratch files go, who computes, and how to stop.
 #[derive(Clone, Debug)]
-pub struct LoadOptions<'a> {
-    /// The directory for the weights that the plan puts on the disk.
-    pub offload_directory: &'a Path,
-    /// Set to stop the load at the next slab.
-    pub cancel: &'a AtomicBool,
+pub struct LoadOptions {
+    /// The directory for the weights that the plan puts on the disk; [`fs::SCRATCH_DIRECTORY`] by default.
+    pub offload_directory: PathBuf,
+    /// Stops the load at the next slab.
+    pub cancel: Cancel,
     /// Threads that compute the stages of the CPU; `None` for one on each core.
     pub threads: Option<NonZeroUsize>,
     /// Whether every buffer on a GPU is an allocation of its own, so that reading or writing
     /// beyond one is noticed; for tests.
     pub separate_buffers: bool,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self {
+            offload_directory: fs::SCRATCH_DIRECTORY.into(),
+            cancel: Cancel::new(),
+            threads: None,
+            separate_buffers: false,
+        }
+    }
 }
 
 /// What a load did.
