@@ -32,7 +32,7 @@ pub fn run(arguments: &GenerateArguments, process: &Process) -> Outcome {
     let load_options = LoadOptions { offload_directory, cancel: cancel.clone(), threads, ..LoadOptions::default() };
     let checkpoint = model::open(&arguments.model, Need::Weights, process)?;
     let template = template(&arguments.prompt, &checkpoint)?;
-    let load = || model::load(&checkpoint, &options, &load_options, printer);
+    let load = || model::load(&checkpoint, &options, &load_options, process);
     let mut model = match load() {
         Err(error) if error.kind() == ErrorKind::Shortfall && arguments.on_shortfall == OnShortfall::Replan => {
             printer.note(&format!("{error}; planning again with what is left"));

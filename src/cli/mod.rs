@@ -18,12 +18,13 @@ mod signal;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches};
 use evenkeel::device::DeviceError;
 use evenkeel::plan::DoesNotFit;
 use evenkeel::{Error, ErrorKind};
 
 use args::{Arguments, Command};
+use command_line::CommandLine;
 use env::Environment;
 use printer::Printer;
 
@@ -84,16 +85,18 @@ fn is_about_gpus(error: &Error) -> bool {
 
 /// What a command has beside its arguments.
 pub struct Process {
+    pub command_line: CommandLine,
     pub environment: Environment,
     pub printer: Printer,
 }
 
 /// Parses the arguments, runs the command, reports its error.
 pub fn run() -> ExitCode {
-    let arguments = Arguments::parse();
+    let matches = Arguments::command().get_matches();
+    let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let environment = Environment::of_process();
     let printer = Printer::new(&arguments.output, &environment);
-    let process = Process { environment, printer };
+    let process = Process { command_line: CommandLine::new(&matches), environment, printer };
     let outcome = match arguments.command {
         Command::Devices(arguments) => devices::run(&arguments, &process),
         Command::Generate(arguments) => generate::run(&arguments, &process),

@@ -11,7 +11,6 @@ use evenkeel::{Error, Result};
 
 use super::Process;
 use super::args::{ModelArguments, PlacementArguments, ThreadsArguments};
-use super::plan::with_commands;
 use super::printer::Printer;
 use super::progress::Bar;
 
@@ -87,17 +86,17 @@ fn from_hub(arguments: &ModelArguments, _: Need, _: &Process) -> Result<Checkpoi
 }
 
 /// Plans for this machine as it is now, and loads by the plan.
-pub fn load(checkpoint: &Checkpoint, options: &PlanOptions, load: &LoadOptions, printer: &Printer) -> Result<Model> {
+pub fn load(checkpoint: &Checkpoint, options: &PlanOptions, load: &LoadOptions, process: &Process) -> Result<Model> {
     let mut inventory = Inventory::this_machine(&load.offload_directory)?;
     if options.strategy == Strategy::Fastest {
         inventory.measure_bandwidth();
     }
     let plan = Plan::new(checkpoint, &inventory, options)?;
     if !plan.fits() {
-        return Err(with_commands(&plan));
+        return Err(process.command_line.does_not_fit(&plan));
     }
     let mut bar = None;
-    plan.load(checkpoint, load, |event| show(&event, "loading", &mut bar, printer))
+    plan.load(checkpoint, load, |event| show(&event, "loading", &mut bar, &process.printer))
 }
 
 /// Draws the bar of `what` reads all weights.

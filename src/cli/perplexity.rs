@@ -12,7 +12,6 @@ use serde::Serialize;
 
 use super::args::{Format, PerplexityArguments};
 use super::model::{self, Need};
-use super::printer::Printer;
 use super::progress::Bar;
 use super::{Exit, Outcome, Process, signal};
 
@@ -66,7 +65,7 @@ pub fn run(arguments: &PerplexityArguments, process: &Process) -> Outcome {
         load: LoadOptions { offload_directory, cancel, threads, ..LoadOptions::default() },
         tokens,
         windows,
-        printer,
+        process,
     };
     let rows = if arguments.compare.is_empty() {
         vec![measurement.row(&options, Comparison::Alone)?]
@@ -92,7 +91,7 @@ struct Measurement<'a> {
     load: LoadOptions,
     tokens: Vec<u32>,
     windows: Windows,
-    printer: &'a Printer,
+    process: &'a Process,
 }
 
 impl Measurement<'_> {
@@ -101,7 +100,7 @@ impl Measurement<'_> {
         let vocab_size = self.checkpoint.config.vocab_size;
         let scratch = Predictions::bytes(scored, vocab_size);
         let directory = &self.load.offload_directory;
-        self.printer.note(&format!("keeping predictions in `{}`, {scratch}", directory.display()));
+        self.process.printer.note(&format!("keeping predictions in `{}`, {scratch}", directory.display()));
         let mut predictions = Predictions::new(directory, scored, vocab_size)?;
         let with = |scheme: Scheme| PlanOptions { quantize: Some(scheme.into()), ..options.clone() };
         let mut rows = vec![self.row(&with(Scheme::None), Comparison::Keep(&mut predictions))?];
@@ -112,8 +111,9 @@ impl Measurement<'_> {
     }
 
     fn row(&self, options: &PlanOptions, comparison: Comparison) -> Result<Row> {
-        let Self { checkpoint, load, printer, .. } = self;
-        let mut model = model::load(checkpoint, options, load, printer)?;
+        let Self { checkpoint, load, process, .. } = self;
+        let printer = &process.printer;
+        let mut model = model::load(checkpoint, options, load, process)?;
         let bar = Bar::tokens(printer, "scoring", self.tokens.len());
         let on_window = |tokens: usize| bar.set(tokens as u64);
         let measured = model.perplexity(&self.tokens, self.windows, comparison, &load.cancel, on_window);
