@@ -8,8 +8,6 @@
 mod synthetic;
 
 use std::hint::black_box;
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
@@ -130,13 +128,7 @@ fn load(checkpoint: &Checkpoint, scheme: Scheme) -> Model {
         ..PlanOptions::default()
     };
     let plan = Plan::new(checkpoint, &inventory, &options).expect("a plan");
-    let load = LoadOptions {
-        offload_directory: directory,
-        cancel: &AtomicBool::new(false),
-        pool: Arc::default(),
-        separate_buffers: false,
-    };
-    plan.load(&load, |_| ()).expect("a model")
+    plan.load(&LoadOptions::default(), |_| ()).expect("a model")
 }
 
 #[allow(clippy::print_stdout, reason = "shares are what this is for")]
@@ -150,8 +142,7 @@ fn model(criterion: &mut Criterion) {
         let mut run = |new: usize| {
             let model = loaded.get_or_insert_with(|| load(&checkpoint, scheme));
             let options = GenerateOptions { max_new_tokens: Some(new), ignore_eos: true, ..GenerateOptions::default() };
-            let never = AtomicBool::new(false);
-            let mut generation = model.generate_from(&prompt, options, &never).expect("a generation");
+            let mut generation = model.generate_from(&prompt, options).expect("a generation");
             generation.by_ref().for_each(|piece| drop(piece.expect("a piece")));
             generation.report()
         };

@@ -23,8 +23,8 @@ use evenkeel::backend::cuda::{
     measure_bandwidth,
 };
 use evenkeel::bytes::Bytes;
-use evenkeel::model_config::Activation;
 use evenkeel::footprint::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS, CudaAttention, CudaChoice, KvLayout};
+use evenkeel::model_config::Activation;
 use evenkeel::quant::{KvDtype, MatrixLayout, Storage, WeightDtype};
 use synthetic::Shape;
 use table::{Amount, head, row, seconds};

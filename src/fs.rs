@@ -192,6 +192,9 @@ fn reserve(file: &File, len: Bytes) -> std::io::Result<()> {
     }
 }
 
+/// Where large temporary files go, unless told otherwise: on the disk, where `/tmp` is in memory on many systems.
+pub const SCRATCH_DIRECTORY: &str = "/var/tmp";
+
 /// A nameless file of `len` bytes in `directory`, its space reserved; it is
 /// gone when it is closed, however the process ends.
 pub fn scratch_file(directory: &Path, len: Bytes) -> Result<File> {

@@ -3,8 +3,6 @@
 //!
 //! ```no_run
 //! use std::path::Path;
-//! use std::sync::Arc;
-//! use std::sync::atomic::AtomicBool;
 //!
 //! use evenkeel::checkpoint::Checkpoint;
 //! use evenkeel::generate::GenerateOptions;
@@ -16,20 +14,17 @@
 //! # fn main() -> evenkeel::Result<()> {
 //! // Configuration and headers; no weights are read.
 //! let checkpoint = Checkpoint::open("Llama-3.1-8B")?;
-//! let offload_directory = Path::new("/tmp");
 //! // Or Inventory::described("cuda:0=24GiB,cpu=64GiB").
-//! let inventory = Inventory::this_machine(offload_directory)?;
+//! let inventory = Inventory::this_machine(Path::new("/var/tmp"))?;
 //! let options = PlanOptions {
 //!     quantize: Some(Scheme::Int4.into()),
 //!     context: Some(8192),
 //!     ..PlanOptions::default()
 //! };
 //! let plan = Plan::new(&checkpoint, &inventory, &options)?;
-//! let cancel = AtomicBool::new(false);
-//! let load = LoadOptions { offload_directory, cancel: &cancel, pool: Arc::default(), separate_buffers: false };
 //! // Exactly what the plan says.
-//! let mut model = plan.load(&load, |_event| ())?;
-//! for piece in model.generate("Ownership is", GenerateOptions::default(), &cancel)? {
+//! let mut model = plan.load(&LoadOptions::default(), |_event| ())?;
+//! for piece in model.generate("Ownership is", GenerateOptions::default())? {
 //!     let text = piece?.text;
 //! }
 //! # Ok(())
@@ -46,7 +41,7 @@
 //! | 3 | [`device_map`], [`plan`] |
 //! | 2 | [`quant`], [`architecture`] |
 //! | 1 | [`machine`], [`model_config`], [`tokenizer`], [`checkpoint`] |
-//! | 0 | [`error`], [`bytes`], [`device`], [`mod@module_path`], [`name`], [`json`], [`fs`], [`source`], [`simd`], [`pool`] |
+//! | 0 | [`error`], [`mod@cancel`], [`bytes`], [`device`], [`mod@module_path`], [`name`], [`json`], [`fs`], [`source`], [`simd`], [`pool`] |
 
 #![warn(clippy::unwrap_used)]
 #![cfg_attr(test, allow(clippy::cast_possible_truncation, clippy::float_cmp, reason = "tests know their numbers"))]
@@ -54,6 +49,7 @@
 pub mod architecture;
 pub mod backend;
 pub mod bytes;
+pub mod cancel;
 pub mod checkpoint;
 pub mod device;
 pub mod device_map;
@@ -78,4 +74,5 @@ pub mod simd;
 pub mod source;
 pub mod tokenizer;
 
+pub use cancel::Cancel;
 pub use error::{Error, ErrorKind, Result};

@@ -6,25 +6,23 @@ mod kernels;
 mod support;
 
 use std::collections::BTreeSet;
-use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use evenkeel::ErrorKind;
 use evenkeel::backend::cuda::{Gpu, Output};
 use evenkeel::bytes::Bytes;
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device::{DeviceError, DeviceId};
-use evenkeel::export::{DEFAULT_SHARD_SIZE, SaveFormat, SaveOptions, save_quantized};
 use evenkeel::error::Setting;
+use evenkeel::export::{DEFAULT_SHARD_SIZE, SaveFormat, SaveOptions, save_quantized};
+use evenkeel::footprint;
 use evenkeel::generate::{GenerateOptions, Sampling};
 use evenkeel::loader::{LoadEvent, LoadOptions, Model};
-use evenkeel::footprint;
 use evenkeel::plan::{Plan, Quantize};
 use evenkeel::quant::{KvDtype, QuantizeRules, Scheme, WeightDtype};
+use evenkeel::{Cancel, ErrorKind};
 use fake_cuda::FakeCuda;
 use support::broken::Broken;
-use support::models::{LOGITS, NEVER, assert_is_transformers, difference, load, logits, machine, map, options, plan};
+use support::models::{LOGITS, assert_is_transformers, difference, load, logits, machine, map, options, plan};
 use support::{CHECKPOINTS, expected, fixture, numbers};
 
 const GPUS: &str = "24GiB,8GiB";
@@ -142,10 +140,10 @@ fn what_is_packed_already_is_what_a_gpu_packs() {
         let save = SaveOptions {
             scheme,
             format: SaveFormat::Evenkeel,
-            output,
+            output: output.clone(),
             shard_size: DEFAULT_SHARD_SIZE,
             pool: Arc::default(),
-            cancel: &NEVER,
+            cancel: Cancel::new(),
         };
         save_quantized(&original, &save, |_| ()).unwrap();
         let packed = Checkpoint::open(output).unwrap();
@@ -239,7 +237,11 @@ fn the_peak_of_every_gpu_is_the_planned_one() {
                 }
                 let model = load(&plan, false).unwrap();
                 let gpus = plan.devices.iter().filter(|device| device.driver_context > Bytes::ZERO).count();
-                assert_eq!(fake.stat("host_bytes", 0), gpus as u64 * footprint::CUDA_ANSWERS.0, "{name} {scheme} {map}");
+                assert_eq!(
+                    fake.stat("host_bytes", 0),
+                    gpus as u64 * footprint::CUDA_ANSWERS.0,
+                    "{name} {scheme} {map}"
+                );
                 for device in &model.report.devices {
                     if let DeviceId::Cuda(index) = device.id {
                         let peak = Bytes(fake.stat("peak_bytes", i32::try_from(index).unwrap()));
@@ -323,7 +325,7 @@ fn a_kernel_that_fails_is_named_and_the_next_load_works() {
 
         let mut model = load(&plan, false).unwrap();
         fake.set("FAIL_LAUNCH", failure);
-        let error = model.generate_from(&[1, 2, 3], GenerateOptions::default(), &NEVER).err().unwrap();
+        let error = model.generate_from(&[1, 2, 3], GenerateOptions::default()).err().unwrap();
         assert_eq!(error.kind(), ErrorKind::Device, "{error}");
         assert!(error.to_string().starts_with("cuda:0 "), "{error}");
         drop(model);
@@ -359,12 +361,11 @@ fn a_load_can_be_stopped() {
     let Some((fake, _turn)) = fake_cuda::load(GPUS) else { return };
     let checkpoint = Checkpoint::open(fixture("parity/llama")).unwrap();
     let plan = plan(&checkpoint, Scheme::Int4, r#"{"": "cuda:0"}"#, None);
-    let cancel = AtomicBool::new(false);
-    let offload_directory = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let options = LoadOptions { offload_directory, cancel: &cancel, pool: Arc::default(), separate_buffers: false };
+    let cancel = Cancel::new();
+    let options = LoadOptions { cancel: cancel.clone(), ..LoadOptions::default() };
     let result = plan.load(&options, |event| {
         if let LoadEvent::Placed { .. } = event {
-            cancel.store(true, Ordering::Relaxed);
+            cancel.cancel();
         }
     });
     assert_eq!(result.err().unwrap().kind(), ErrorKind::Interrupted);
@@ -395,7 +396,7 @@ fn samplings() -> [Sampling; 3] {
 
 /// The tokens of a generation and why it ended, or the error.
 fn generated(model: &mut Model, options: &GenerateOptions) -> (Vec<u32>, String) {
-    let mut generation = model.generate_from(&[1, 2, 3], options.clone(), &NEVER).unwrap();
+    let mut generation = model.generate_from(&[1, 2, 3], options.clone()).unwrap();
     let mut tokens = Vec::new();
     for piece in generation.by_ref() {
         match piece {
@@ -439,7 +440,7 @@ fn tokens_that_run_ahead_are_those_of_one_step_after_the_other() {
 
             // A generation that is left leaves nothing to the next one, whatever ends it.
             let left: Vec<u32> = model
-                .generate_from(&[1, 2, 3], options.clone(), &NEVER)
+                .generate_from(&[1, 2, 3], options.clone())
                 .unwrap()
                 .take(4)
                 .map(|p| p.unwrap().token.unwrap())

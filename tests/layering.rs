@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 /// those that the design has it rest on.
 const ROOMS: &[(u8, &str)] = &[
     (0, "error"),
+    (0, "cancel"),
     (0, "bytes"),
     (0, "device"),
     (0, "module_path"),

@@ -4,16 +4,13 @@ mod support;
 
 use std::fs;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::error::Setting;
 use evenkeel::loader::{LoadEvent, LoadOptions, WeightError};
 use evenkeel::plan::{Plan, PlanOptions};
 use evenkeel::quant::Scheme;
-use evenkeel::{Error, ErrorKind};
+use evenkeel::{Cancel, Error, ErrorKind};
 use support::{fixture, load_plan, roomy};
 
 /// A copy of a small checkpoint that a test may change.
@@ -78,18 +75,15 @@ fn a_shard_that_changed_since_its_header_was_read_is_refused() {
 #[test]
 fn a_load_can_be_stopped() {
     let (_directory, checkpoint) = copy();
-    let cancel = AtomicBool::new(false);
-    let options = LoadOptions {
-        offload_directory: Path::new(env!("CARGO_TARGET_TMPDIR")),
-        cancel: &cancel,
-        pool: Arc::default(),
-        separate_buffers: false,
-    };
+    let cancel = Cancel::new();
+    let options = LoadOptions { cancel: cancel.clone(), ..LoadOptions::default() };
     let mut placed = 0;
     let result = plan(&checkpoint, Scheme::Int8).load(&options, |event| {
         if let LoadEvent::Placed { .. } = event {
             placed += 1;
-            cancel.store(placed == 3, Ordering::Relaxed);
+            if placed == 3 {
+                cancel.cancel();
+            }
         }
     });
     assert_eq!(result.err().unwrap().kind(), ErrorKind::Interrupted);
@@ -115,12 +109,7 @@ fn an_offload_directory_that_cannot_be_used_is_an_error() {
     let map = evenkeel::device_map::DeviceMap::parse("map.json", br#"{"": "disk"}"#.to_vec()).unwrap();
     let options = PlanOptions { device_map: Some(map), ..PlanOptions::default() };
     let plan = Plan::new(&checkpoint, &roomy(), &options).unwrap();
-    let options = LoadOptions {
-        offload_directory: Path::new("/nowhere"),
-        cancel: &AtomicBool::new(false),
-        pool: Arc::default(),
-        separate_buffers: false,
-    };
+    let options = LoadOptions { offload_directory: "/nowhere".into(), ..LoadOptions::default() };
     let error = plan.load(&options, |_| ()).err().unwrap();
     assert_eq!(error.to_string(), "cannot make a scratch file in `/nowhere`");
 }

@@ -3,8 +3,6 @@
 
 mod support;
 
-use std::sync::atomic::AtomicBool;
-
 use evenkeel::architecture::{ModuleKind, ModuleTree};
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::generate::GenerateOptions;
@@ -50,8 +48,7 @@ impl Case {
 
 fn greedy(model: &mut Model, prompt: &[u32], count: usize) -> Vec<u32> {
     let options = GenerateOptions { max_new_tokens: Some(count), ignore_eos: true, ..GenerateOptions::default() };
-    let cancel = AtomicBool::new(false);
-    let generation = model.generate_from(prompt, options, &cancel).unwrap();
+    let generation = model.generate_from(prompt, options).unwrap();
     generation.filter_map(|piece| piece.unwrap().token).collect()
 }
 

@@ -6,8 +6,8 @@ mod support;
 mod weights;
 
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
 
+use evenkeel::Cancel;
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::generate::{Comparison, Perplexity, Predictions, Windows};
 use evenkeel::plan::{Plan, PlanOptions, Quantize};
@@ -54,7 +54,7 @@ fn measure(part: impl Fn(Vec<u32>) -> Vec<u32>) -> Vec<(Scheme, Perplexity)> {
             Scheme::None => Comparison::Keep(&mut predictions),
             _ => Comparison::Against(&mut predictions),
         };
-        let measured = model.perplexity(&tokens, windows, comparison, &AtomicBool::new(false), |_| ()).unwrap();
+        let measured = model.perplexity(&tokens, windows, comparison, &Cancel::new(), |_| ()).unwrap();
         println!("{scheme}: {measured:?}");
         (scheme, measured)
     });

@@ -8,7 +8,6 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use command::{evenkeel, run, run_with, stderr, stdout};
 use evenkeel::bytes::Bytes;
@@ -16,7 +15,7 @@ use evenkeel::checkpoint::Checkpoint;
 use evenkeel::export::{DEFAULT_SHARD_SIZE, SaveFormat, SaveOptions, save_quantized};
 use evenkeel::plan::{Plan, PlanOptions, Quantize};
 use evenkeel::quant::Scheme;
-use evenkeel::{Error, ErrorKind};
+use evenkeel::{Cancel, Error, ErrorKind};
 use support::{fixture, load_plan, roomy};
 
 const PACKED: [Scheme; 3] = [Scheme::Int8, Scheme::Int4, Scheme::Nl4];
@@ -26,14 +25,8 @@ fn quantized(name: &str, scheme: Scheme, shard_size: Bytes) -> (tempfile::TempDi
     let directory = tempfile::tempdir().unwrap();
     let output = directory.path().join("model");
     let checkpoint = Checkpoint::open(fixture(name)).unwrap();
-    let options = SaveOptions {
-        scheme,
-        format: SaveFormat::Evenkeel,
-        output: &output,
-        shard_size,
-        pool: Arc::default(),
-        cancel: &AtomicBool::new(false),
-    };
+    let (format, cancel) = (SaveFormat::Evenkeel, Cancel::new());
+    let options = SaveOptions { scheme, format, output: output.clone(), shard_size, pool: Arc::default(), cancel };
     save_quantized(&checkpoint, &options, |_| ()).unwrap();
     (directory, output)
 }
@@ -218,11 +211,12 @@ fn it_can_be_stopped() {
     let options = SaveOptions {
         scheme: Scheme::Int8,
         format: SaveFormat::Evenkeel,
-        output: &directory.path().join("model"),
+        output: directory.path().join("model"),
         shard_size: DEFAULT_SHARD_SIZE,
         pool: Arc::default(),
-        cancel: &AtomicBool::new(true),
+        cancel: Cancel::new(),
     };
+    options.cancel.cancel();
     let error = save_quantized(&checkpoint, &options, |_| ()).err().unwrap();
     assert_eq!(error.kind(), ErrorKind::Interrupted);
     assert_eq!(names(directory.path()), [""; 0]);

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use evenkeel::backend::cuda::{Copying, Gpu};
@@ -27,7 +27,6 @@ const ROUNDS: usize = 3;
 /// A slab, and how many threads read, as in the loader.
 const SLAB: usize = 2 << 20;
 const READERS: usize = 4;
-static NEVER: AtomicBool = AtomicBool::new(false);
 
 /// Reads a whole file by several threads in slabs. Gives the seconds that it took.
 fn read(path: &Path) -> f64 {
@@ -76,18 +75,12 @@ fn plan(checkpoint: &Checkpoint, shape: &Shape, scheme: Scheme) -> Plan {
 }
 
 fn load(plan: &Plan) -> Model {
-    let options = LoadOptions {
-        offload_directory: Path::new("."),
-        cancel: &NEVER,
-        pool: Arc::default(),
-        separate_buffers: false,
-    };
-    plan.load(&options, |_| ()).expect("a model")
+    plan.load(&LoadOptions::default(), |_| ()).expect("a model")
 }
 
 fn generate(model: &mut Model, prompt: &[u32], new: usize) -> GenerateReport {
     let options = GenerateOptions { max_new_tokens: Some(new), ignore_eos: true, ..GenerateOptions::default() };
-    let mut generation = model.generate_from(prompt, options, &NEVER).expect("a generation");
+    let mut generation = model.generate_from(prompt, options).expect("a generation");
     generation.by_ref().for_each(|piece| drop(piece.expect("a piece")));
     generation.report()
 }

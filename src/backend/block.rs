@@ -159,8 +159,9 @@ impl<P: WithLayout, F: FnMut(Role, Part) -> Option<P>> Finder<F> {
     fn attention(&mut self, config: &ModelConfig) -> Result<Attention<P>> {
         let (queries, keys) = (config.queries(), config.keys());
         let query_key_value = match self.find(Role::QueryKeyValue) {
-            Some(fused) => [0..queries, queries..queries + keys, queries + keys..queries + 2 * keys]
-                .map(|rows| fused.slice(rows)),
+            Some(fused) => {
+                [0..queries, queries..queries + keys, queries + keys..queries + 2 * keys].map(|rows| fused.slice(rows))
+            }
             None => [self.need(Role::Query)?, self.need(Role::Key)?, self.need(Role::Value)?],
         };
         Ok(Attention {

@@ -318,7 +318,7 @@ pub struct PlanArguments {
     pub placement: PlacementArguments,
     /// Plan for this device in place of the machine's own, as `cuda:0=24GiB`, with its bandwidth as
     /// `cuda:0=24GiB@936GB/s`, or with a GPU's name as `cuda:0=24GiB@RTX 3090`; repeat it for several.
-    #[arg(long, value_name = "DEVICE=SIZE", help_heading = "Placement")]
+    #[arg(long, value_name = "DEVICE=SIZE", value_delimiter = ',', help_heading = "Placement")]
     pub device: Vec<String>,
     /// Sequences at once [default: the map's, or 1].
     #[arg(long, value_name = "N", help_heading = "Placement")]

@@ -15,6 +15,8 @@ use std::collections::HashMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
+use evenkeel::fs::SCRATCH_DIRECTORY;
+
 /// The variables that are set, and not empty.
 pub struct Environment(HashMap<String, String>);
 
@@ -39,10 +41,9 @@ impl Environment {
         self.text(name).is_some_and(|value| ["1", "ON", "YES", "TRUE"].contains(&value.to_uppercase().as_str()))
     }
 
-    /// Where weights on the disk go: `flag`, else a directory for large temporary files. `/tmp` is
-    /// in memory on many systems.
+    /// Where weights on the disk go: `flag`, else a directory for large temporary files.
     pub fn offload_directory(&self, flag: Option<&Path>) -> PathBuf {
-        flag.map(Path::to_owned).or_else(|| self.path("TMPDIR")).unwrap_or_else(|| "/var/tmp".into())
+        flag.map(Path::to_owned).or_else(|| self.path("TMPDIR")).unwrap_or_else(|| SCRATCH_DIRECTORY.into())
     }
 
     /// The GPUs that the driver was told to show.

@@ -41,3 +41,40 @@ pub fn of_change(change: &Change) -> (&'static str, String) {
         Change::Quantize { scheme } => ("quantize", scheme.to_string()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+    use crate::cli::args::Arguments;
+
+    #[test]
+    fn what_is_spelled_is_there() {
+        let all = Arguments::command();
+        for setting in [
+            Setting::AnyModel,
+            Setting::AutomaticPlacement,
+            Setting::ChatTemplate,
+            Setting::Context(1),
+            Setting::Device("cpu=1GiB".to_owned()),
+            Setting::MaxNewTokens(1),
+            Setting::OffloadDirectory,
+            Setting::Overwrite,
+            Setting::Quantize(None),
+            Setting::Replan,
+            Setting::SaveQuantized,
+            Setting::WriteMap,
+        ] {
+            let text = spelled(&setting);
+            let words = text.trim_matches('`').split(' ').collect::<Vec<_>>();
+            let mut flags = words.iter().filter_map(|word| word.strip_prefix("--"));
+            let is_flag = |flag| {
+                let mut all = all.get_subcommands().flat_map(clap::Command::get_arguments);
+                all.any(|arg| arg.get_long() == Some(flag))
+            };
+            assert!(flags.all(is_flag), "{text}");
+            assert!(words[0] != "evenkeel" || all.find_subcommand(words[1]).is_some(), "{text}");
+        }
+    }
+}

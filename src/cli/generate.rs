@@ -1,12 +1,12 @@
 //! `evenkeel generate`.
 
 use std::io::{IsTerminal, Read, stdin};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
 
 use evenkeel::bytes::{Bytes, MIB};
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::generate::{ChatTemplate, Finish, GenerateOptions, GenerateReport, Message, Sampling};
-use evenkeel::loader::{LoadReport, LoadTimes, Model};
+use evenkeel::loader::{LoadOptions, LoadReport, LoadTimes, Model};
 use evenkeel::{Error, ErrorKind, Result, fs};
 use serde::Serialize;
 
@@ -23,15 +23,21 @@ const PROMPT_CAP: Bytes = Bytes(64 * MIB);
 /// Loads a model by its plan and prints what it generates.
 pub fn run(arguments: &GenerateArguments, process: &Process) -> Outcome {
     let printer = &process.printer;
-    let interrupted = signal::interrupt_flag()?;
+    let cancel = signal::cancel_by_interrupt()?;
     let sampling = arguments.sampling.sampling();
     sampling.check()?;
     let prompt = read_prompt(&arguments.prompt)?;
     let options = arguments.placement.options(None, &process.pool)?;
     let offload_directory = process.environment.offload_directory(arguments.placement.offload_dir.as_deref());
+    let load_options = LoadOptions {
+        offload_directory,
+        cancel: cancel.clone(),
+        pool: Arc::clone(&process.pool),
+        separate_buffers: false,
+    };
     let checkpoint = model::open(&arguments.model, Need::Weights, process)?;
     let template = template(&arguments.prompt, &checkpoint)?;
-    let load = || model::load(&checkpoint, &options, &offload_directory, &interrupted, printer);
+    let load = || model::load(&checkpoint, &options, &load_options, process);
     let mut model = match load() {
         Err(error) if error.kind() == ErrorKind::Shortfall && arguments.on_shortfall == OnShortfall::Replan => {
             printer.note(&format!("{error}; planning again with what is left"));
@@ -53,8 +59,9 @@ pub fn run(arguments: &GenerateArguments, process: &Process) -> Outcome {
         max_new_tokens: Some(arguments.sampling.max_new_tokens.unwrap_or(usual)),
         stop: arguments.sampling.stop.clone(),
         ignore_eos: arguments.sampling.ignore_eos,
+        cancel,
     };
-    let generated = stream(&mut model, &tokens, options, &interrupted, arguments.format, printer)?;
+    let generated = stream(&mut model, &tokens, options, arguments.format, printer)?;
     if arguments.format == Format::Json {
         printer.result(&json_line(&Event::Done { generated: &generated, loaded: &model.report }))?;
     } else {
@@ -71,18 +78,18 @@ fn stream(
     model: &mut Model,
     tokens: &[u32],
     options: GenerateOptions,
-    interrupted: &AtomicBool,
     format: Format,
     printer: &Printer,
 ) -> Result<GenerateReport, Stop> {
-    let mut generation = model.generate_from(tokens, options, interrupted)?;
+    let cancel = options.cancel.clone();
+    let mut generation = model.generate_from(tokens, options)?;
     for piece in &mut generation {
         let piece = piece?;
         match format {
             Format::Text => printer.result(&piece.text)?,
             Format::Json => printer.result(&json_line(&Event::Token { token: piece.token, text: &piece.text }))?,
         }
-        if interrupted.load(Ordering::Relaxed) {
+        if cancel.is_cancelled() {
             break;
         }
     }

@@ -19,13 +19,14 @@ mod signal;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use clap::Parser;
-use evenkeel::pool::Pool;
+use clap::{CommandFactory, FromArgMatches};
 use evenkeel::device::DeviceError;
 use evenkeel::plan::DoesNotFit;
+use evenkeel::pool::Pool;
 use evenkeel::{Error, ErrorKind};
 
 use args::{Arguments, Command};
+use command_line::CommandLine;
 use env::Environment;
 use printer::Printer;
 
@@ -86,6 +87,7 @@ fn is_about_gpus(error: &Error) -> bool {
 
 /// What a command has beside its arguments.
 pub struct Process {
+    pub command_line: CommandLine,
     pub environment: Environment,
     pub printer: Printer,
     pub pool: Arc<Pool>,
@@ -93,11 +95,12 @@ pub struct Process {
 
 /// Parses the arguments, runs the command, reports its error.
 pub fn run() -> ExitCode {
-    let arguments = Arguments::parse();
+    let matches = Arguments::command().get_matches();
+    let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let environment = Environment::of_process();
     let printer = Printer::new(&arguments.output, &environment);
     let pool = Arc::new(arguments.command.threads().map_or_else(Pool::default, Pool::new));
-    let process = Process { environment, printer, pool };
+    let process = Process { command_line: CommandLine::new(&matches), environment, printer, pool };
     let outcome = match arguments.command {
         Command::Devices(arguments) => devices::run(&arguments, &process),
         Command::Generate(arguments) => generate::run(&arguments, &process),

@@ -2,7 +2,6 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device_map::DeviceMap;
@@ -14,7 +13,6 @@ use evenkeel::{Error, Result};
 
 use super::Process;
 use super::args::{ModelArguments, PlacementArguments};
-use super::plan::with_commands;
 use super::printer::Printer;
 use super::progress::Bar;
 
@@ -90,24 +88,17 @@ fn from_hub(arguments: &ModelArguments, _: Need, _: &Process) -> Result<Checkpoi
 }
 
 /// Plans for this machine as it is now, and loads by the plan.
-pub fn load(
-    checkpoint: &Checkpoint,
-    options: &PlanOptions,
-    offload_directory: &Path,
-    cancel: &AtomicBool,
-    printer: &Printer,
-) -> Result<Model> {
-    let mut inventory = Inventory::this_machine(offload_directory)?;
+pub fn load(checkpoint: &Checkpoint, options: &PlanOptions, load: &LoadOptions, process: &Process) -> Result<Model> {
+    let mut inventory = Inventory::this_machine(&load.offload_directory)?;
     if options.strategy == Strategy::Fastest {
         inventory.measure_bandwidth(&options.pool);
     }
     let plan = Plan::new(checkpoint, &inventory, options)?;
     if !plan.fits() {
-        return Err(with_commands(&plan));
+        return Err(process.command_line.does_not_fit(&plan));
     }
-    let load = LoadOptions { offload_directory, cancel, pool: Arc::clone(&options.pool), separate_buffers: false };
     let mut bar = None;
-    plan.load(&load, |event| show(&event, "loading", &mut bar, printer))
+    plan.load(load, |event| show(&event, "loading", &mut bar, &process.printer))
 }
 
 /// Draws the bar of `what` reads all weights.

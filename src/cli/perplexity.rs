@@ -1,12 +1,11 @@
 //! `evenkeel perplexity`.
 
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use evenkeel::bytes::{Bytes, MIB};
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::generate::{Comparison, DEFAULT_WINDOW, Perplexity, Predictions, Windows};
+use evenkeel::loader::LoadOptions;
 use evenkeel::plan::PlanOptions;
 use evenkeel::quant::{QuantizeRules, Scheme};
 use evenkeel::tokenizer::Tokenizer;
@@ -15,7 +14,6 @@ use serde::Serialize;
 
 use super::args::{Format, PerplexityArguments};
 use super::model::{self, Need};
-use super::printer::Printer;
 use super::progress::Bar;
 use super::{Exit, Outcome, Process, signal};
 
@@ -45,7 +43,7 @@ struct Report {
 /// Scores a text, once or in several schemes.
 pub fn run(arguments: &PerplexityArguments, process: &Process) -> Outcome {
     let printer = &process.printer;
-    let interrupted = signal::interrupt_flag()?;
+    let cancel = signal::cancel_by_interrupt()?;
     let text = String::from_utf8(fs::read_capped(&arguments.text, TEXT_CAP)?)
         .map_err(|e| Error::input(format!("`{}` is not UTF-8", arguments.text.display())).caused_by(e))?;
     let checkpoint = model::open(&arguments.model, Need::Weights, process)?;
@@ -62,13 +60,13 @@ pub fn run(arguments: &PerplexityArguments, process: &Process) -> Outcome {
         return Err(Error::input(format!("`{text}` has {} tokens; 2 is the least to score", tokens.len())).into());
     }
 
+    let offload_directory = process.environment.offload_directory(arguments.placement.offload_dir.as_deref());
     let measurement = Measurement {
         checkpoint: &checkpoint,
-        offload_directory: process.environment.offload_directory(arguments.placement.offload_dir.as_deref()),
-        interrupted,
+        load: LoadOptions { offload_directory, cancel, pool: Arc::clone(&process.pool), separate_buffers: false },
         tokens,
         windows,
-        printer,
+        process,
     };
     let rows = if arguments.compare.is_empty() {
         vec![measurement.row(&options, Comparison::Alone)?]
@@ -91,11 +89,10 @@ fn tokenize(checkpoint: &Checkpoint, text: &str) -> Result<Vec<u32>> {
 /// What is scored, and how.
 struct Measurement<'a> {
     checkpoint: &'a Checkpoint,
-    offload_directory: PathBuf,
-    interrupted: Arc<AtomicBool>,
+    load: LoadOptions,
     tokens: Vec<u32>,
     windows: Windows,
-    printer: &'a Printer,
+    process: &'a Process,
 }
 
 impl Measurement<'_> {
@@ -103,8 +100,9 @@ impl Measurement<'_> {
     fn compare(&self, options: &PlanOptions, schemes: &[Scheme], scored: usize) -> Result<Vec<Row>> {
         let vocab_size = self.checkpoint.config.vocab_size;
         let scratch = Predictions::bytes(scored, vocab_size);
-        self.printer.note(&format!("keeping predictions in `{}`, {scratch}", self.offload_directory.display()));
-        let mut predictions = Predictions::new(&self.offload_directory, scored, vocab_size)?;
+        let directory = &self.load.offload_directory;
+        self.process.printer.note(&format!("keeping predictions in `{}`, {scratch}", directory.display()));
+        let mut predictions = Predictions::new(directory, scored, vocab_size)?;
         let with = |scheme: Scheme| PlanOptions { quantize: Some(scheme.into()), ..options.clone() };
         let mut rows = vec![self.row(&with(Scheme::None), Comparison::Keep(&mut predictions))?];
         for scheme in schemes.iter().filter(|scheme| **scheme != Scheme::None) {
@@ -114,11 +112,12 @@ impl Measurement<'_> {
     }
 
     fn row(&self, options: &PlanOptions, comparison: Comparison) -> Result<Row> {
-        let Self { checkpoint, offload_directory, interrupted, printer, .. } = self;
-        let mut model = model::load(checkpoint, options, offload_directory, interrupted, printer)?;
+        let Self { checkpoint, load, process, .. } = self;
+        let printer = &process.printer;
+        let mut model = model::load(checkpoint, options, load, process)?;
         let bar = Bar::tokens(printer, "scoring", self.tokens.len());
         let on_window = |tokens: usize| bar.set(tokens as u64);
-        let measured = model.perplexity(&self.tokens, self.windows, comparison, interrupted, on_window);
+        let measured = model.perplexity(&self.tokens, self.windows, comparison, &load.cancel, on_window);
         drop(bar);
         let measured = measured?;
         let weights: Bytes = model.plan.devices.iter().map(|device| device.weights).sum();

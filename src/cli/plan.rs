@@ -35,13 +35,13 @@ pub fn run(arguments: &PlanArguments, process: &Process) -> Outcome {
     let plan = Plan::new(&checkpoint, &inventory, &options)?;
     if let Some(file) = &arguments.output {
         if !plan.fits() {
-            return Err(with_commands(&plan).into());
+            return Err(process.command_line.does_not_fit(&plan).into());
         }
         fs::write_atomic(file, plan.device_map().as_bytes(), arguments.force)?;
         printer.note(&format!("wrote `{}`", file.display()));
     }
     printer.result(&match arguments.format {
-        PlanFormat::Text => printer.plan(&plan) + &remedies(&plan),
+        PlanFormat::Text => printer.plan(&plan) + &remedies(&plan, &process.command_line),
         PlanFormat::Json => plan.to_json(),
         PlanFormat::Hf => plan.hugging_face_map(),
         PlanFormat::Svg => plan.to_svg(),
@@ -51,11 +51,10 @@ pub fn run(arguments: &PlanArguments, process: &Process) -> Outcome {
 }
 
 /// What would fit, as commands.
-fn remedies(plan: &Plan) -> String {
+fn remedies(plan: &Plan, command_line: &CommandLine) -> String {
     if plan.remedies.is_empty() {
         return String::new();
     }
-    let command_line = CommandLine::of_process();
     let mut text = "\nwhat would fit, the least loss first:\n".to_owned();
     for remedy in &plan.remedies {
         text += &format!("  # {remedy}\n");
@@ -64,13 +63,4 @@ fn remedies(plan: &Plan) -> String {
         }
     }
     text
-}
-
-/// The error of a plan that does not fit, with commands that would as its hints.
-pub fn with_commands(plan: &Plan) -> evenkeel::Error {
-    let command_line = CommandLine::of_process();
-    plan.remedies.iter().fold(plan.does_not_fit(), |error, remedy| {
-        let command = command_line.with(remedy).map_or(String::new(), |command| format!("\n      {command}"));
-        error.hint(format!("{remedy}{command}"))
-    })
 }

@@ -86,12 +86,7 @@ impl Engine {
     /// # Errors
     /// The context is full, a device fails, a logit is not a number, or `each_chunk` fails, which is called before
     /// each chunk of a prompt.
-    pub fn next(
-        &mut self,
-        sequence: &mut Sequence,
-        more: bool,
-        each_chunk: impl FnMut() -> Result<()>,
-    ) -> Result<u32> {
+    pub fn next(&mut self, sequence: &mut Sequence, more: bool, each_chunk: impl FnMut() -> Result<()>) -> Result<u32> {
         if !sequence.is_ahead() {
             self.advance(sequence, each_chunk)?;
         }

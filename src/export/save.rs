@@ -9,9 +9,8 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use safetensors::Dtype;
@@ -22,14 +21,15 @@ use super::compressed_tensors::{self, Rows};
 use super::stored::Stored;
 use crate::architecture::ModuleTree;
 use crate::bytes::{Bytes, MIB};
+use crate::cancel::Cancel;
 use crate::checkpoint::{Checkpoint, SINGLE_FILE, index};
 use crate::device::DeviceId;
 use crate::error::{Error, Hint, Result, Setting};
+use crate::footprint::{HostStaging, Placed, STAGING_SLABS, lay_out};
 use crate::fs::{self, NewDirectory};
 use crate::loader::reader::{self, SlabBuffer};
 use crate::loader::{LoadEvent, broken_weight};
 use crate::model_config::{self, PACKED_METHOD, PACKED_VERSION};
-use crate::footprint::{HostStaging, Placed, STAGING_SLABS, lay_out};
 use crate::pool::Pool;
 use crate::quant::{PACKED_ROW, PackedRows, QuantizeRules, Scheme, Storage, quantize_rows};
 
@@ -62,19 +62,19 @@ pub enum SaveFormat {
 
 /// What to write, and where.
 #[derive(Clone, Debug)]
-pub struct SaveOptions<'a> {
+pub struct SaveOptions {
     /// The scheme, applied as to a whole model.
     pub scheme: Scheme,
     /// How packed weights are written.
     pub format: SaveFormat,
     /// The directory to make.
-    pub output: &'a Path,
+    pub output: PathBuf,
     /// The most bytes of tensors in a shard, unless one is larger by itself.
     pub shard_size: Bytes,
     /// The threads that pack.
     pub pool: Arc<Pool>,
-    /// Set to stop at the next slab.
-    pub cancel: &'a AtomicBool,
+    /// Stops at the next slab.
+    pub cancel: Cancel,
 }
 
 /// What was written.
@@ -121,7 +121,7 @@ pub fn save_quantized(
     placed.sort_by_key(|p| (p.weight.tensor.shard, p.weight.tensor.range.start));
     let read: Bytes = placed.iter().map(|p| p.weight.tensor.size()).sum();
 
-    let output = NewDirectory::create(options.output)?;
+    let output = NewDirectory::create(&options.output)?;
     let tensors: Vec<_> = placed.iter().map(|target| tensors(target, options.format)).collect();
     let shards = shards(&tensors, options.shard_size);
     let files = write_shards(&output, &tensors, &shards, options.format)?;
@@ -134,14 +134,12 @@ pub fn save_quantized(
     let (mut packed, mut compressed) = (PackedRows::default(), Rows::default());
     let buffers = (0..STAGING_SLABS).map(|_| SlabBuffer::heap(staging)).collect::<Result<_>>()?;
     reader::read(checkpoint, &placed, buffers, staging.transposed, |slab, back| {
-        if options.cancel.load(Ordering::Relaxed) {
-            return Err(Error::interrupted());
-        }
+        options.cancel.check()?;
         let target = &placed[slab.weight];
         let (layout, bytes) = (&target.layout, slab.bytes());
         let write = |tensor: usize, at: u64, bytes: &[u8]| {
             let (file, start) = &files[slab.weight][tensor];
-            file.write_all_at(bytes, start + at).map_err(|e| Error::io("write into", options.output, e))
+            file.write_all_at(bytes, start + at).map_err(|e| Error::io("write into", &options.output, e))
         };
         let broken = |e| broken_weight(target, slab.row, e);
         match (target.weight.data, options.format) {

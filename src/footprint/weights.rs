@@ -56,7 +56,8 @@ pub fn lay_out(weights: &[Weight], devices: &[DeviceId], rules: &QuantizeRules) 
             let layout = layout(weight, rules).ok_or_else(|| too_large(weight))?;
             let end = ends.entry(device).or_default();
             let placed = Placed { weight: weight.clone(), device, layout, offset: *end };
-            *end = end.checked_add(placed.bytes().0).filter(|end| *end <= MAX_BYTES).ok_or_else(|| too_large(weight))?;
+            *end =
+                end.checked_add(placed.bytes().0).filter(|end| *end <= MAX_BYTES).ok_or_else(|| too_large(weight))?;
             Ok(placed)
         })
         .collect()

@@ -4,19 +4,19 @@ mod chat;
 mod perplexity;
 mod stream;
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use crate::cancel::Cancel;
 use crate::engine::Sequence;
 use crate::error::{Error, Hint, Result, Setting};
 use crate::loader::Model;
 use stream::TextStream;
 
+pub use crate::engine::Sampling;
 pub use chat::{ChatTemplate, Message};
 pub use perplexity::{Comparison, DEFAULT_WINDOW, Divergence, Perplexity, Predictions, Windows};
-pub use crate::engine::Sampling;
 
 /// How to generate.
 #[derive(Clone, Debug, Default)]
@@ -29,6 +29,8 @@ pub struct GenerateOptions {
     pub stop: Vec<String>,
     /// Whether to go on behind an end-of-text token.
     pub ignore_eos: bool,
+    /// Stops the generation at the next token, or chunk of the prompt.
+    pub cancel: Cancel,
 }
 
 /// Why a generation ended.
@@ -92,26 +94,16 @@ impl Model {
     ///
     /// # Errors
     /// The prompt is empty or longer than the context, or the model fails.
-    pub fn generate<'m>(
-        &'m mut self,
-        prompt: &str,
-        options: GenerateOptions,
-        cancel: &'m AtomicBool,
-    ) -> Result<Generation<'m>> {
+    pub fn generate(&mut self, prompt: &str, options: GenerateOptions) -> Result<Generation<'_>> {
         let tokens = self.tokenizer.encode(prompt, true)?;
-        self.generate_from(&tokens, options, cancel)
+        self.generate_from(&tokens, options)
     }
 
     /// Generates behind tokens.
     ///
     /// # Errors
     /// As [`Model::generate`].
-    pub fn generate_from<'m>(
-        &'m mut self,
-        prompt: &[u32],
-        options: GenerateOptions,
-        cancel: &'m AtomicBool,
-    ) -> Result<Generation<'m>> {
+    pub fn generate_from(&mut self, prompt: &[u32], options: GenerateOptions) -> Result<Generation<'_>> {
         options.sampling.check()?;
         let context = self.plan.context;
         if prompt.is_empty() {
@@ -123,12 +115,9 @@ impl Model {
         }
         let start = Instant::now();
         let mut sequence = self.engine.begin(prompt, &options.sampling)?;
-        let interrupted = || {
-            if cancel.load(Ordering::Relaxed) { Err(Error::interrupted()) } else { Ok(()) }
-        };
         let next = match options.max_new_tokens {
             Some(0) => None,
-            _ => Some(self.engine.next(&mut sequence, false, interrupted)?),
+            _ => Some(self.engine.next(&mut sequence, false, || options.cancel.check())?),
         };
         Ok(Generation {
             prompt_tokens: prompt.len(),
@@ -142,7 +131,6 @@ impl Model {
             model: self,
             sequence,
             options,
-            cancel,
         })
     }
 
@@ -184,7 +172,6 @@ pub struct Generation<'m> {
     sequence: Sequence,
     stream: TextStream,
     options: GenerateOptions,
-    cancel: &'m AtomicBool,
     next: Option<u32>,
     prompt_tokens: usize,
     generated: usize,
@@ -220,7 +207,7 @@ impl Generation<'_> {
             self.finish = Some(Finish::Stop);
         } else if self.options.max_new_tokens == Some(self.generated) {
             self.finish = Some(Finish::MaxNewTokens);
-        } else if self.cancel.load(Ordering::Relaxed) {
+        } else if self.options.cancel.is_cancelled() {
             self.finish = Some(Finish::Interrupted);
         } else if self.sequence.tokens().len() > self.model.plan.context {
             self.finish = Some(Finish::Context);

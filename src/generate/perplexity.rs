@@ -9,7 +9,6 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use half::f16;
@@ -17,6 +16,7 @@ use half::slice::HalfFloatSliceExt;
 use serde::Serialize;
 
 use crate::bytes::Bytes;
+use crate::cancel::Cancel;
 use crate::error::{Error, Result};
 use crate::fs;
 use crate::loader::Model;
@@ -157,16 +157,14 @@ impl Model {
         tokens: &[u32],
         windows: Windows,
         mut comparison: Comparison,
-        cancel: &AtomicBool,
+        cancel: &Cancel,
         mut on_window: impl FnMut(usize),
     ) -> Result<Perplexity> {
         let start = Instant::now();
         let (mut loss, mut kl, mut same) = (Mean::default(), Mean::default(), 0usize);
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
         for window in windows.over(tokens.len()) {
-            if cancel.load(Ordering::Relaxed) {
-                return Err(Error::interrupted());
-            }
+            cancel.check()?;
             let mut outcome = Ok(());
             // Nothing stands behind the last token to score its logits by.
             let run = window.tokens.start..window.tokens.end - 1;

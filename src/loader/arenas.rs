@@ -47,7 +47,7 @@ impl Arenas {
         Ok(Self {
             gpus: gpus.collect::<Result<_>>()?,
             memory: cpu::zeroed("the weights", plan.sum(DeviceId::Cpu, Purpose::Weights))?,
-            disk: (disk > Bytes::ZERO).then(|| fs::scratch_file(options.offload_directory, disk)).transpose()?,
+            disk: (disk > Bytes::ZERO).then(|| fs::scratch_file(&options.offload_directory, disk)).transpose()?,
         })
     }
 }
@@ -68,9 +68,8 @@ impl GpuArenas {
         here.sort_by_key(|at| plan.weights[*at].offset);
         let sizes: Vec<Bytes> = here.iter().map(|at| plan.weights[*at].bytes()).collect();
         let weights = cuda::arena(&gpu, "the weights", &sizes, separate)?;
-        let matrix = |(at, region): (&usize, Region)| {
-            (*at, DeviceMatrix::new(plan.weights[*at].layout.clone(), region))
-        };
+        let matrix =
+            |(at, region): (&usize, Region)| (*at, DeviceMatrix::new(plan.weights[*at].layout.clone(), region));
 
         let states = || plan.modules.iter().filter(|m| m.device == device.id).filter_map(|module| module.state);
         let regions = states().flat_map(|State::KeysValues(kv)| vec![kv.bytes(); 2 * plan.batch]).collect::<Vec<_>>();

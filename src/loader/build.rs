@@ -28,7 +28,7 @@ pub fn build(plan: &Plan, arenas: Arenas, options: &LoadOptions) -> Result<(Pipe
     let Arenas { memory, disk, mut gpus } = arenas;
     let mut host = BTreeMap::from([(DeviceId::Cpu, Arc::new(Arena::Memory(memory)))]);
     if let Some(file) = disk {
-        host.insert(DeviceId::Disk, Arc::new(Arena::map(&file, options.offload_directory)?));
+        host.insert(DeviceId::Disk, Arc::new(Arena::map(&file, &options.offload_directory)?));
     }
     let (mut on_host, mut on_gpus) = (Parameters::<Parameter>::new(), Parameters::<DeviceMatrix>::new());
     for (at, placed) in plan.weights.iter().enumerate() {

@@ -3,7 +3,6 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use super::arenas::Arenas;
@@ -63,9 +62,7 @@ pub fn fill(
         on_event(LoadEvent::Placed { module: &target.weight.parameter.module, device: target.device, bytes });
     };
     let read = reader::read(checkpoint, placed, buffers, staging.transposed, |slab, back| {
-        if options.cancel.load(Ordering::Relaxed) {
-            return Err(Error::interrupted());
-        }
+        options.cancel.check()?;
         let Slab { weight, row, range, buffer } = slab;
         let target = &placed[weight];
         let buffer = match (buffer, arenas.gpus.get_mut(&target.device)) {
@@ -143,7 +140,7 @@ fn pack(
     let mut write = |offset: u64, bytes: &[u8]| {
         let offset = target.offset + offset;
         if let (Some(file), DeviceId::Disk) = (&arenas.disk, target.device) {
-            let failed = |e| Error::io("write a scratch file in", options.offload_directory, e);
+            let failed = |e| Error::io("write a scratch file in", &options.offload_directory, e);
             return file.write_all_at(bytes, offset).map_err(failed);
         }
         // The arena is as long as the layouts in it, so the offset is one into memory.

@@ -12,24 +12,25 @@ mod fill;
 pub(crate) mod reader;
 mod shard;
 
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use crate::engine::Engine;
 use crate::bytes::Bytes;
+use crate::cancel::Cancel;
 use crate::device::DeviceId;
+use crate::engine::Engine;
 use crate::error::Result;
+use crate::fs;
 use crate::plan::Plan;
 use crate::pool::Pool;
 use crate::tokenizer::Tokenizer;
 use arenas::Arenas;
 
-pub(crate) use fill::broken_weight;
 pub use fill::WeightError;
+pub(crate) use fill::broken_weight;
 
 /// What a load tells while it runs.
 #[derive(Clone, Debug)]
@@ -53,16 +54,27 @@ pub enum LoadEvent<'a> {
 
 /// Where scratch files go, who computes, and how to stop.
 #[derive(Clone, Debug)]
-pub struct LoadOptions<'a> {
-    /// The directory for the weights that the plan puts on the disk.
-    pub offload_directory: &'a Path,
-    /// Set to stop the load at the next slab.
-    pub cancel: &'a AtomicBool,
+pub struct LoadOptions {
+    /// The directory for the weights that the plan puts on the disk; [`fs::SCRATCH_DIRECTORY`] by default.
+    pub offload_directory: PathBuf,
+    /// Stops the load at the next slab.
+    pub cancel: Cancel,
     /// The threads that pack weights, and then compute the stages of the CPU.
     pub pool: Arc<Pool>,
     /// Whether every buffer on a GPU is an allocation of its own, so that reading or writing
     /// beyond one is noticed; for tests.
     pub separate_buffers: bool,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self {
+            offload_directory: fs::SCRATCH_DIRECTORY.into(),
+            cancel: Cancel::new(),
+            pool: Arc::default(),
+            separate_buffers: false,
+        }
+    }
 }
 
 /// What a load did.

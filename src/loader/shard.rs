@@ -16,8 +16,8 @@ use crate::architecture::Weight;
 use crate::bytes::{Bytes, MIB};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::fs;
 use crate::footprint::{DIRECT_BLOCK, SLAB_MARGIN};
+use crate::fs;
 
 /// Bytes a nanosecond of a disk that may be read again at each load: more than SATA and most networks give.
 const FAST_DISK: f64 = 0.6;
@@ -212,7 +212,9 @@ mod tests {
     fn a_file_that_became_shorter_has_changed() {
         let (file, bytes, shard) = file(5 * DIRECT_BLOCK);
         file.as_file().set_len(4 * DIRECT_BLOCK as u64 + 1).unwrap();
-        let error = shard.read_slab(&mut buffer(DIRECT_BLOCK), 4 * DIRECT_BLOCK as u64, DIRECT_BLOCK, &PastCache::by(1)).unwrap_err();
+        let error = shard
+            .read_slab(&mut buffer(DIRECT_BLOCK), 4 * DIRECT_BLOCK as u64, DIRECT_BLOCK, &PastCache::by(1))
+            .unwrap_err();
         assert!(error.to_string().ends_with("has changed while it was being loaded"), "{error}");
         assert!(shard.check_unchanged().is_err());
         assert_eq!(bytes.len(), 5 * DIRECT_BLOCK);

@@ -172,8 +172,11 @@ impl Fixed<'_> {
             }
             DeviceId::Cuda(_) | DeviceId::Disk => return Vec::new(),
         };
-        let all = [(Purpose::Workspace, workspace), (Purpose::Staging, staging), (Purpose::Driver, Vec::from_iter(driver))];
-        all.into_iter().flat_map(|(purpose, regions)| regions.into_iter().map(move |(name, bytes)| (purpose, name, bytes))).collect()
+        let all =
+            [(Purpose::Workspace, workspace), (Purpose::Staging, staging), (Purpose::Driver, Vec::from_iter(driver))];
+        all.into_iter()
+            .flat_map(|(purpose, regions)| regions.into_iter().map(move |(name, bytes)| (purpose, name, bytes)))
+            .collect()
     }
 }
 

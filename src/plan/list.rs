@@ -46,7 +46,8 @@ impl Plan {
                 add(purpose, name, bytes);
             }
             if device == DeviceId::Cpu {
-                answers(&self.modules).for_each(|(gpu, bytes)| add(Purpose::Workspace, &format!("answers of {gpu}"), bytes));
+                answers(&self.modules)
+                    .for_each(|(gpu, bytes)| add(Purpose::Workspace, &format!("answers of {gpu}"), bytes));
             }
         }
         self.allocations = allocations;

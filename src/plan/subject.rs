@@ -2,8 +2,8 @@
 
 use std::borrow::Cow;
 
-use super::options::Conditions;
 use super::device_plan::Fixed;
+use super::options::Conditions;
 use super::{DevicePlan, Pace, Plan, PlanOptions, PlannedModule, Speed, Strategy, hf, place};
 use crate::architecture::{Module, ModuleKind, ModuleTree, Role, Weight};
 use crate::bytes::Bytes;
@@ -26,7 +26,12 @@ pub struct Subject<'a> {
 
 impl<'a> Subject<'a> {
     pub fn new(checkpoint: &'a Checkpoint, inventory: &'a Inventory, tree: &'a ModuleTree) -> Result<Self> {
-        Ok(Self { checkpoint, inventory: Cow::Borrowed(inventory), tree, weights: Cow::Owned(tree.resolve(checkpoint)?) })
+        Ok(Self {
+            checkpoint,
+            inventory: Cow::Borrowed(inventory),
+            tree,
+            weights: Cow::Owned(tree.resolve(checkpoint)?),
+        })
     }
 
     /// The plan under `options`, in which `auto` has been decided; without alternatives and remedies.

@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use evenkeel::backend::cuda::{Affine, DeviceMatrix, Gpu, Norm, Output, Region, Scratch};
 use evenkeel::bytes::Bytes;
-use evenkeel::model_config::{Activation, NormKind};
 use evenkeel::footprint::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS};
+use evenkeel::model_config::{Activation, NormKind};
 use evenkeel::pool::Pool;
 use evenkeel::quant::{Matrix, MatrixLayout, PackedRows, Storage, WeightDtype, quantize_rows};
 use half::{bf16, f16};

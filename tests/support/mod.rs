@@ -7,8 +7,6 @@ pub mod published;
 pub mod shapes;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device_map::DeviceMap;
@@ -68,13 +66,8 @@ pub fn load_with(name: &str, scheme: Scheme, map: Option<&str>, kv_cache: KvDtyp
 
 /// Carries out a plan, with scratch files in the test's own directory.
 pub fn load_plan(plan: &Plan) -> evenkeel::Result<Model> {
-    let options = LoadOptions {
-        offload_directory: Path::new(env!("CARGO_TARGET_TMPDIR")),
-        cancel: &AtomicBool::new(false),
-        pool: Arc::default(),
-        separate_buffers: false,
-    };
-    plan.load(&options, |_| ())
+    let offload_directory = env!("CARGO_TARGET_TMPDIR").into();
+    plan.load(&LoadOptions { offload_directory, ..LoadOptions::default() }, |_| ())
 }
 
 /// A list of numbers in a JSON value.

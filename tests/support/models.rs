@@ -3,8 +3,6 @@
 #![allow(clippy::print_stdout, reason = "the figures are wanted")]
 
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use evenkeel::Result;
 use evenkeel::architecture::ModuleTree;
@@ -19,7 +17,6 @@ use super::{expected, fixture, numbers};
 
 /// The largest difference of a logit, as a share of the largest logit.
 pub const LOGITS: f32 = 2e-2;
-pub static NEVER: AtomicBool = AtomicBool::new(false);
 
 /// A map that puts the modules on these devices in turn, the last one for all that are left.
 pub fn map(checkpoint: &Checkpoint, devices: &[&str]) -> String {
@@ -56,8 +53,8 @@ pub fn plan(checkpoint: &Checkpoint, scheme: Scheme, map: &str, context: Option<
 }
 
 pub fn load(plan: &Plan, separate_buffers: bool) -> Result<Model> {
-    let offload_directory = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    plan.load(&LoadOptions { offload_directory, cancel: &NEVER, pool: Arc::default(), separate_buffers }, |_| ())
+    let offload_directory = env!("CARGO_TARGET_TMPDIR").into();
+    plan.load(&LoadOptions { offload_directory, separate_buffers, ..LoadOptions::default() }, |_| ())
 }
 
 pub fn logits(model: &mut Model, tokens: &[u32]) -> Vec<Vec<f32>> {

@@ -317,11 +317,15 @@ mod tests {
                 for (window, slots, tokens) in [(1, 64, 33), (31, 64, 33), (50, 128, 1), (600, 704, 70)] {
                     let scores = Scores { scale: 0.1, softcap: None, window: Some(window) };
                     for context in [slots - 1, slots + 1, 2 * slots, 3 * slots + 41] {
-                        let case = |slots| Case::new(Cache { heads, kv_heads, head_dim, slots, dtype, scores }, context);
+                        let case =
+                            |slots| Case::new(Cache { heads, kv_heads, head_dim, slots, dtype, scores }, context);
                         let (whole, ring) = (case(context), case(slots));
                         let (query, position) = (whole.queries(tokens), context - tokens);
                         let attend = |case: &Case| case.attend(&pool(2, Isa::best()), &query, position, 0);
-                        assert!(attend(&ring) == attend(&whole), "{dtype} {heads}×{head_dim} {window} {slots} {context}");
+                        assert!(
+                            attend(&ring) == attend(&whole),
+                            "{dtype} {heads}×{head_dim} {window} {slots} {context}"
+                        );
                     }
                 }
             }

@@ -86,11 +86,7 @@ impl Setup {
             head_dim: config.head_dim,
             slots: kv.layout.slots,
             dtype: kv.layout.dtype,
-            scores: Scores {
-                scale: config.attention_scale,
-                softcap: config.attention_softcap,
-                window: layer.window,
-            },
+            scores: Scores { scale: config.attention_scale, softcap: config.attention_softcap, window: layer.window },
         };
         let mut start = 0;
         for run in runs {
@@ -99,10 +95,8 @@ impl Setup {
             let of_keys = rows.start * keys..rows.end * keys;
             cache.append_keys(&key[of_keys.clone()], (&mut *key_codes, &mut *key_scales), run.position);
             cache.append_values(&value[of_keys], (&mut *value_codes, &mut *value_scales), run.position);
-            let stored = [
-                Stored { codes: key_codes, scales: key_scales },
-                Stored { codes: value_codes, scales: value_scales },
-            ];
+            let stored =
+                [Stored { codes: key_codes, scales: key_scales }, Stored { codes: value_codes, scales: value_scales }];
             let of_queries = rows.start * queries..rows.end * queries;
             cache.attend(pool, &query[of_queries.clone()], stored, run.position, &mut attended[of_queries.start..]);
             start = rows.end;
@@ -151,7 +145,12 @@ impl Setup {
     }
 
     /// `x = down(activation(gate(x)) · up(x))`, or without a gate `x = down(activation(up(x)))`.
-    fn feed_forward(&self, dense: &Dense<Parameter>, x: &mut [f32], Buffers { gate: gated, up: other, words }: Buffers) {
+    fn feed_forward(
+        &self,
+        dense: &Dense<Parameter>,
+        x: &mut [f32],
+        Buffers { gate: gated, up: other, words }: Buffers,
+    ) {
         let Self { config, pool, .. } = self;
         let (gate, up, down) = (dense.gate.as_ref().map(Linear::affine), dense.up.affine(), dense.down.affine());
         let words = bytemuck::must_cast_slice_mut(words);

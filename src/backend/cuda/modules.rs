@@ -8,8 +8,8 @@ use cudarc::driver::CudaFunction;
 use cudarc::nvrtc::Ptx;
 
 use super::driver::Gpu;
-use crate::machine::{NEEDED_CAPABILITY, needs};
 use crate::error::Result;
+use crate::machine::{NEEDED_CAPABILITY, needs};
 
 /// The first compute capability whose tensor cores the kernels use.
 pub(super) const TENSOR_CORES: (i32, i32) = (8, 0);
@@ -106,11 +106,8 @@ impl Gpu {
         });
         let mut functions = vec![None; KERNELS.len()];
         for (Module { name, kernels, .. }, module) in wanted.into_iter().zip(loaded) {
-            let module = module.map_err(|e| {
-                gpu.failure(&format!("cannot load the kernels `{name}`"), e).hint(
-                    needs(),
-                )
-            })?;
+            let module =
+                module.map_err(|e| gpu.failure(&format!("cannot load the kernels `{name}`"), e).hint(needs()))?;
             for kernel in *kernels {
                 let function = module.load_function(kernel.name());
                 let function = function.map_err(|e| gpu.failure(&format!("has no kernel `{}`", kernel.name()), e))?;

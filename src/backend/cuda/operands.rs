@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use super::driver::Region;
-use crate::model_config::NormKind;
 use crate::footprint::{CudaAttention, KvLayout};
+use crate::model_config::NormKind;
 use crate::quant::{KvDtype, MatrixLayout, Storage, WeightDtype};
 
 /// The widest head that a kernel takes.

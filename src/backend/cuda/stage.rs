@@ -3,8 +3,8 @@
 
 use std::sync::Arc;
 
-use super::repeat::Repeated;
 use super::operands::HALF;
+use super::repeat::Repeated;
 use super::workspace::{WORD, Workspace};
 use super::{Affine, Attention, Cache, Choosing, DeviceMatrix, Input, Norm, Output, Region};
 use crate::backend::block::{self, Block, Dense, FeedForward, Linear, Modules, WithLayout};

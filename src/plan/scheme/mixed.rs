@@ -6,9 +6,9 @@ use super::sample::{Loss, losses};
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::error::Result;
+use crate::footprint;
 use crate::plan::options::Conditions;
 use crate::plan::subject::{Size, Subject, weight_size};
-use crate::footprint;
 use crate::plan::{Plan, PlanOptions, Quantize, halve};
 use crate::quant::{QuantizeRules, Scheme};
 

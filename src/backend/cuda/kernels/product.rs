@@ -8,8 +8,8 @@ use crate::backend::cuda::driver::{Gpu, Region};
 use crate::backend::cuda::modules::{Kernel, TENSOR_CORES};
 use crate::backend::cuda::operands::{Affine, Input, Output, Scratch, holds};
 use crate::error::Result;
-use crate::model_config::Activation;
 use crate::footprint::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS};
+use crate::model_config::Activation;
 use crate::quant::{Storage, WeightDtype};
 
 /// Rows of a block of `few_…`.
