@@ -16,7 +16,8 @@ use evenkeel::backend::cpu::{Activations, Affine, GROUP_WORDS, Pool, matmul};
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::generate::GenerateOptions;
 use evenkeel::loader::{LoadOptions, Model};
-use evenkeel::plan::{Inventory, Plan, PlanOptions};
+use evenkeel::machine::Inventory;
+use evenkeel::plan::{Plan, PlanOptions};
 use evenkeel::quant::{GROUP_SIZE, Matrix, MatrixLayout, Scheme, Storage, WeightDtype};
 use synthetic::{SHAPES, Shape};
 

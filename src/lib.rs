@@ -8,7 +8,8 @@
 //! use evenkeel::checkpoint::Checkpoint;
 //! use evenkeel::generate::GenerateOptions;
 //! use evenkeel::loader::LoadOptions;
-//! use evenkeel::plan::{Inventory, Plan, PlanOptions};
+//! use evenkeel::machine::Inventory;
+//! use evenkeel::plan::{Plan, PlanOptions};
 //! use evenkeel::quant::Scheme;
 //!
 //! # fn main() -> evenkeel::Result<()> {
@@ -39,11 +40,11 @@
 //!
 //! | floor | rooms |
 //! | --- | --- |
-//! | 5 | [`generate`], `hub` |
+//! | 5 | [`export`], [`generate`], `hub` |
 //! | 4 | [`backend`], [`loader`] |
 //! | 3 | [`device_map`], [`plan`] |
 //! | 2 | [`quant`], [`architecture`] |
-//! | 1 | [`model_config`], [`tokenizer`], [`checkpoint`] |
+//! | 1 | [`machine`], [`model_config`], [`tokenizer`], [`checkpoint`] |
 //! | 0 | [`error`], [`bytes`], [`device`], [`mod@module_path`], [`name`], [`json`], [`fs`], [`source`], [`simd`] |
 
 #![warn(clippy::unwrap_used)]
@@ -56,12 +57,14 @@ pub mod checkpoint;
 pub mod device;
 pub mod device_map;
 pub mod error;
+pub mod export;
 pub mod fs;
 pub mod generate;
 #[cfg(feature = "hub")]
 pub mod hub;
 pub mod json;
 pub mod loader;
+pub mod machine;
 pub mod model_config;
 pub mod module_path;
 pub mod name;

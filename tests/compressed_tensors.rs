@@ -11,7 +11,7 @@ use evenkeel::ErrorKind;
 use evenkeel::architecture::ModuleTree;
 use evenkeel::bytes::Bytes;
 use evenkeel::checkpoint::Checkpoint;
-use evenkeel::loader::{DEFAULT_SHARD_SIZE, SaveFormat, SaveOptions, save_quantized};
+use evenkeel::export::{DEFAULT_SHARD_SIZE, SaveFormat, SaveOptions, save_quantized};
 use evenkeel::quant::{Scheme, Storage, WeightDtype, squared_error};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};

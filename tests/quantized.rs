@@ -12,7 +12,7 @@ use std::sync::atomic::AtomicBool;
 use command::{evenkeel, run, run_with, stderr, stdout};
 use evenkeel::bytes::Bytes;
 use evenkeel::checkpoint::Checkpoint;
-use evenkeel::loader::{DEFAULT_SHARD_SIZE, SaveFormat, SaveOptions, save_quantized};
+use evenkeel::export::{DEFAULT_SHARD_SIZE, SaveFormat, SaveOptions, save_quantized};
 use evenkeel::plan::{Plan, PlanOptions, Quantize};
 use evenkeel::quant::Scheme;
 use evenkeel::{Error, ErrorKind};

@@ -12,7 +12,8 @@ use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device_map::DeviceMap;
 use evenkeel::generate::{GenerateOptions, GenerateReport};
 use evenkeel::loader::{LoadOptions, Model};
-use evenkeel::plan::{Inventory, Plan, PlanOptions};
+use evenkeel::machine::Inventory;
+use evenkeel::plan::{Plan, PlanOptions};
 use evenkeel::quant::Scheme;
 
 use super::synthetic::Shape;

@@ -4,8 +4,8 @@ mod choice;
 pub mod cpu;
 pub mod cuda;
 mod hidden;
-mod machine;
 mod pipeline;
+mod probe;
 
 use crate::error::Result;
 

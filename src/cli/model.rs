@@ -7,7 +7,8 @@ use std::sync::atomic::AtomicBool;
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device_map::DeviceMap;
 use evenkeel::loader::{LoadEvent, LoadOptions, Model};
-use evenkeel::plan::{Inventory, Plan, PlanOptions, Strategy};
+use evenkeel::machine::Inventory;
+use evenkeel::plan::{Plan, PlanOptions, Strategy};
 use evenkeel::{Error, Result};
 
 use super::Process;

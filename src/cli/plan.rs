@@ -1,7 +1,8 @@
 //! `evenkeel plan`.
 
 use evenkeel::fs;
-use evenkeel::plan::{Inventory, Plan};
+use evenkeel::machine::Inventory;
+use evenkeel::plan::Plan;
 
 use super::args::{PlanArguments, PlanFormat};
 use super::command_line::CommandLine;

@@ -1,6 +1,6 @@
 //! `evenkeel quantize`.
 
-use evenkeel::loader::{SaveFormat, SaveOptions, save_quantized};
+use evenkeel::export::{SaveFormat, SaveOptions, save_quantized};
 use evenkeel::plan::Quantize;
 
 use super::args::{PackedFormat, QuantizeArguments};

@@ -8,10 +8,8 @@
 
 mod arenas;
 mod build;
-mod compressed_tensors;
 mod fill;
-mod reader;
-mod save;
+pub(crate) mod reader;
 mod shard;
 
 use std::num::NonZeroUsize;
@@ -32,7 +30,7 @@ use crate::plan::memory::{self, HostStaging};
 use crate::tokenizer::Tokenizer;
 use arenas::Arenas;
 
-pub use save::{DEFAULT_SHARD_SIZE, SaveFormat, SaveOptions, SaveReport, save_quantized};
+pub(crate) use fill::broken_weight;
 
 /// What a load tells while it runs.
 #[derive(Clone, Debug)]

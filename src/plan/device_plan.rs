@@ -2,11 +2,12 @@
 
 use serde::Serialize;
 
+use super::memory;
 use super::options::Conditions;
-use super::{Bandwidth, Device, memory};
 use crate::architecture::ModuleKind;
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
+use crate::machine::{Bandwidth, Device};
 use crate::model_config::ModelConfig;
 
 /// A module and what it takes.

@@ -3,22 +3,13 @@
 //!
 //! `plan` prints it and `generate` carries it out; both make it here.
 
-mod alternatives;
 mod device_plan;
-mod fastest;
-mod group;
-pub mod hf;
-mod inventory;
-mod kinds;
-mod knapsack;
 pub mod memory;
-mod mixed;
 mod options;
-mod picture;
-mod placement;
+mod place;
 mod remedies;
-mod report;
-mod sample;
+mod scheme;
+mod show;
 mod speed;
 mod subject;
 
@@ -30,16 +21,17 @@ use crate::checkpoint::Checkpoint;
 use crate::device::DeviceId;
 use crate::device_map::{self, Contents, MAX_BATCH, MaxMemory};
 use crate::error::{Error, Result};
+use crate::machine::{Device, Inventory};
 use crate::quant::{KvDtype, QuantizeRules};
+use scheme::{alternatives, kinds};
 use subject::Subject;
 
-pub use alternatives::Outline;
 pub use device_plan::{DevicePlan, PlannedModule};
-pub use inventory::{Device, Inventory};
-pub use kinds::KindReport;
 pub use options::{DEFAULT_CONTEXT, DEFAULT_RESERVE, PlanOptions, Quantize, Strategy};
+pub use place::hf;
 pub use remedies::{Change, Remedy};
-pub use speed::{Bandwidth, Pace, Speed};
+pub use scheme::{KindReport, Outline};
+pub use speed::{Pace, Speed};
 
 /// A complete plan.
 #[derive(Clone, Debug, PartialEq, Serialize)]

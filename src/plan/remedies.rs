@@ -5,10 +5,11 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::{Bandwidth, Device, DevicePlan, Plan, PlanOptions, Speed, Strategy, Subject, halve};
+use super::{DevicePlan, Plan, PlanOptions, Speed, Strategy, Subject, halve};
 use crate::bytes::{Bytes, GIB, MIB};
 use crate::device::DeviceId;
 use crate::error::Result;
+use crate::machine::{Bandwidth, Device};
 use crate::quant::{KvDtype, QuantizeRules, Scheme};
 
 /// Changes with which a model fits, and what it takes then.

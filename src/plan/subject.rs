@@ -4,15 +4,14 @@ use std::borrow::Cow;
 
 use super::memory::KvLayout;
 use super::options::Conditions;
-use super::{
-    DevicePlan, Inventory, Pace, Plan, PlanOptions, PlannedModule, Speed, Strategy, fastest, hf, memory, placement,
-};
+use super::{DevicePlan, Pace, Plan, PlanOptions, PlannedModule, Speed, Strategy, hf, memory, place};
 use crate::architecture::{Module, ModuleTree, Role, Weight};
 use crate::bytes::Bytes;
 use crate::checkpoint::Checkpoint;
 use crate::device::DeviceId;
 use crate::device_map::{DeviceMap, MaxMemory};
 use crate::error::{Error, Result, first_five};
+use crate::machine::{self, Inventory};
 use crate::model_config::ModelConfig;
 use crate::quant::{QuantizeRules, WeightDtype};
 
@@ -160,18 +159,16 @@ fn automatic(
     if let Some(head) = modules.pop_if(|_| tree.tied) {
         modules[0].read = head.read;
     }
-    let capacities: Vec<placement::Capacity> = devices
-        .iter()
-        .map(|device| placement::Capacity { id: device.id, room: device.budget - device.total() })
-        .collect();
+    let capacities: Vec<place::Capacity> =
+        devices.iter().map(|device| place::Capacity { id: device.id, room: device.budget - device.total() }).collect();
     if capacities.is_empty() {
         return Err(Error::usage("there is no device to place the model on"));
     }
     let mut placement = match strategy {
-        Strategy::Packed => placement::packed(&modules, &capacities),
-        Strategy::Sequential => placement::sequential(&modules, &capacities),
-        Strategy::Fastest => fastest::fastest(&modules, &capacities, &paces(devices)?),
-        _ => placement::balanced(&modules, &capacities),
+        Strategy::Packed => place::packed(&modules, &capacities),
+        Strategy::Sequential => place::sequential(&modules, &capacities),
+        Strategy::Fastest => place::fastest(&modules, &capacities, &paces(devices)?),
+        _ => place::balanced(&modules, &capacities),
     };
     if tree.tied {
         placement.push(placement[0]);
@@ -236,9 +233,7 @@ fn check_devices(placement: &[DeviceId], inventory: &Inventory) -> Result<()> {
         present.join(", ")
     ));
     Err(if inventory.idle.iter().any(|device| device.id == **first) {
-        error.hint(format!(
-            "{first} is there but cannot be used: evenkeel needs compute capability 7.5 and the NVIDIA driver 550"
-        ))
+        error.hint(format!("{first} is there but cannot be used: {}", machine::needs()))
     } else if first.is_gpu() {
         error
             .hint(format!("no NVIDIA driver was found, or it shows no {first}; `--device-map auto` uses what is there"))

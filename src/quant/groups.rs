@@ -7,7 +7,7 @@
 use half::f16;
 
 use super::GROUP_SIZE;
-use super::quantize::{SHIFT, low_byte, round_i8};
+use super::round::{SHIFT, low_byte, round_i8};
 
 /// Groups that are searched side by side.
 const LANES: usize = 32;

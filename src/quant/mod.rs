@@ -14,6 +14,7 @@ mod layout;
 mod nl4;
 mod quantize;
 pub mod reference;
+mod round;
 mod rules;
 
 use half::bf16;

@@ -4,6 +4,7 @@ use rayon::prelude::*;
 
 use super::groups::{self, Int4};
 use super::nl4::Nl4;
+use super::round::round_i8;
 use super::{GROUP_SIZE, Matrix, MatrixLayout, Storage, WeightDtype};
 use crate::bytes::Bytes;
 use crate::simd::{Isa, vectorized};
@@ -201,22 +202,6 @@ fn int8_row(values: &[f32], absmax: f32, codes: &mut [u8]) -> f32 {
     scale
 }
 
-/// Adding it leaves a number of up to 2^22 no bits for a fraction, which rounds
-/// it to the nearest whole number, ties to even, on every processor.
-pub const SHIFT: f32 = 12_582_912.0;
-
-/// The low byte of the whole number nearest to `x`.
-#[inline(always)]
-pub fn low_byte(x: f32) -> u8 {
-    (x + SHIFT).to_bits().to_le_bytes()[0]
-}
-
-/// The whole number nearest to `x`, −127 to 127.
-#[inline(always)]
-pub fn round_i8(x: f32) -> i8 {
-    low_byte(x.clamp(-127.0, 127.0)).cast_signed()
-}
-
 /// Activations to int8 in groups of 32: `scale = absmax / 127` of the group.
 ///
 /// `x` has K elements, `codes` Kp, `scales` Kp/32; codes behind K are zero.
@@ -268,14 +253,6 @@ mod tests {
             matrix.dequantize_row(row, values);
         }
         Ok(values)
-    }
-
-    #[test]
-    fn nearest_rounds_ties_to_even() {
-        for x in (-1024..=1024).map(|x| x as f32 / 8.0) {
-            assert_eq!((x + SHIFT) - SHIFT, x.round_ties_even(), "{x}");
-            assert_eq!(low_byte(x), (x.round_ties_even() as i32).to_le_bytes()[0], "{x}");
-        }
     }
 
     #[test]

@@ -12,7 +12,8 @@ use std::sync::atomic::AtomicBool;
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device_map::DeviceMap;
 use evenkeel::loader::{LoadOptions, Model};
-use evenkeel::plan::{Inventory, Plan, PlanOptions};
+use evenkeel::machine::Inventory;
+use evenkeel::plan::{Plan, PlanOptions};
 use evenkeel::quant::{KvDtype, Scheme};
 
 /// What Transformers computed for these is in their expected.json.

@@ -10,7 +10,8 @@ use evenkeel::architecture::ModuleTree;
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device_map::DeviceMap;
 use evenkeel::loader::{LoadOptions, Model};
-use evenkeel::plan::{Inventory, Plan, PlanOptions, Quantize};
+use evenkeel::machine::Inventory;
+use evenkeel::plan::{Plan, PlanOptions, Quantize};
 use evenkeel::quant::{QuantizeRules, Scheme};
 
 use super::{expected, fixture, numbers};

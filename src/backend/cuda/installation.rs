@@ -6,11 +6,11 @@ use std::time::Instant;
 use cudarc::driver::{CudaContext, DriverError};
 
 use super::driver::{Gpu, arena, driver};
-use super::modules::{NEEDED_CAPABILITY, NEEDED_VERSION};
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::error::Result;
-use crate::plan::{Bandwidth, Device, memory};
+use crate::machine::{Bandwidth, Device, NEEDED_CAPABILITY, NEEDED_CUDA};
+use crate::plan::memory;
 
 /// A GPU that the driver shows.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,7 +42,7 @@ impl Installation {
 
     /// Whether the kernels run on a GPU: neither it nor the driver is too old.
     pub fn can_use(&self, gpu: &GpuInfo) -> bool {
-        self.version.0 * 1000 + self.version.1 * 10 >= NEEDED_VERSION && gpu.capability >= NEEDED_CAPABILITY
+        self.version.0 * 1000 + self.version.1 * 10 >= NEEDED_CUDA && gpu.capability >= NEEDED_CAPABILITY
     }
 }
 

@@ -9,11 +9,8 @@ use cudarc::nvrtc::Ptx;
 
 use super::driver::Gpu;
 use crate::error::Result;
+use crate::machine::{NEEDED_CAPABILITY, needs};
 
-/// The version of CUDA that the kernels' PTX needs of the driver, as 1000 · major + 10 · minor.
-pub(super) const NEEDED_VERSION: i32 = 12_040;
-/// The compute capability that it is for.
-pub(super) const NEEDED_CAPABILITY: (i32, i32) = (7, 5);
 /// The first compute capability whose tensor cores the kernels use.
 pub(super) const TENSOR_CORES: (i32, i32) = (8, 0);
 /// The first compute capability that begins a kernel while the one before it ends.
@@ -109,11 +106,8 @@ impl Gpu {
         });
         let mut functions = vec![None; KERNELS.len()];
         for (Module { name, kernels, .. }, module) in wanted.into_iter().zip(loaded) {
-            let module = module.map_err(|e| {
-                gpu.failure(&format!("cannot load the kernels `{name}`"), e).hint(
-                    "evenkeel needs the NVIDIA driver 550 or newer, and a GPU of compute capability 7.5 or higher",
-                )
-            })?;
+            let module =
+                module.map_err(|e| gpu.failure(&format!("cannot load the kernels `{name}`"), e).hint(needs()))?;
             for kernel in *kernels {
                 let function = module.load_function(kernel.name());
                 let function = function.map_err(|e| gpu.failure(&format!("has no kernel `{}`", kernel.name()), e))?;

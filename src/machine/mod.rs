@@ -1,11 +1,28 @@
-//! What a machine has: its devices and how much of each is free.
+//! What a machine has: its devices, how much of each is free and how fast it is; and what a GPU
+//! needs to have.
+
+mod bandwidth;
 
 use serde::Serialize;
 
-use super::Bandwidth;
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::error::{Error, Result};
+
+pub use bandwidth::Bandwidth;
+
+/// The least compute capability that the kernels run on, major and minor.
+pub const NEEDED_CAPABILITY: (i32, i32) = (7, 5);
+/// The oldest branch of the NVIDIA driver that takes the kernels.
+pub const NEEDED_DRIVER: u32 = 550;
+/// The version of CUDA that this driver is for, as 1000 · major + 10 · minor.
+pub const NEEDED_CUDA: i32 = 12_040;
+
+/// What a GPU needs, as messages say it.
+pub fn needs() -> String {
+    let (major, minor) = NEEDED_CAPABILITY;
+    format!("evenkeel needs compute capability {major}.{minor} and the NVIDIA driver {NEEDED_DRIVER}")
+}
 
 /// A device of a machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

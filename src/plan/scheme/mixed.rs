@@ -2,13 +2,13 @@
 
 use super::group::{Group, groups};
 use super::knapsack::{Choice, Frontier};
-use super::options::Conditions;
 use super::sample::{Loss, losses};
-use super::subject::{Size, Subject, weight_size};
-use super::{Plan, PlanOptions, Quantize, halve, memory};
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::error::Result;
+use crate::plan::options::Conditions;
+use crate::plan::subject::{Size, Subject, weight_size};
+use crate::plan::{Plan, PlanOptions, Quantize, halve, memory};
 use crate::quant::{QuantizeRules, Scheme};
 
 /// Options of least measured error with which the plan fits and no more modules leave the GPUs

@@ -17,12 +17,12 @@ use std::collections::BTreeMap;
 
 use indexmap::IndexMap;
 
-use super::Strategy;
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::device_map::MaxMemory;
 use crate::error::Result;
 use crate::module_path::longest_prefix;
+use crate::plan::Strategy;
 
 pub use budget::budgets;
 pub use infer::{clean_device_map, infer_auto_device_map};

@@ -3,8 +3,8 @@
 //! A device's bar is its free memory, or what the plan takes where that is
 //! more; its parts stand in it by their share.
 
-use super::{DevicePlan, Plan};
 use crate::bytes::Bytes;
+use crate::plan::{DevicePlan, Plan};
 
 /// A part of a bar.
 struct Part {

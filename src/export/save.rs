@@ -18,16 +18,16 @@ use safetensors::Dtype;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::LoadEvent;
 use super::compressed_tensors::{self, Rows};
-use super::fill::broken_weight;
-use super::reader::{self, SlabBuffer};
+use super::stored::Stored;
 use crate::architecture::ModuleTree;
 use crate::bytes::{Bytes, MIB};
 use crate::checkpoint::{Checkpoint, SINGLE_FILE, index};
 use crate::device::DeviceId;
 use crate::error::{Error, Result};
 use crate::fs::{self, NewDirectory};
+use crate::loader::reader::{self, SlabBuffer};
+use crate::loader::{LoadEvent, broken_weight};
 use crate::model_config::{self, PACKED_METHOD, PACKED_VERSION};
 use crate::plan::memory::{self, HostStaging, Placed, STAGING_SLABS};
 use crate::quant::{PACKED_ROW, PackedRows, QuantizeRules, Scheme, Storage, quantize_rows};
@@ -176,32 +176,8 @@ pub fn save_quantized(
     })
 }
 
-/// A tensor of a shard.
-#[derive(Clone, Debug)]
-pub struct Stored {
-    name: String,
-    dtype: Dtype,
-    shape: Vec<u64>,
-    size: u64,
-    /// What it holds, where that is known before any weight is read.
-    content: Vec<u8>,
-}
-
 /// A shard, and where the data of a tensor begins in it.
 type Place = (Arc<File>, u64);
-
-impl Stored {
-    /// Sizes were planned, and are far below 2^63.
-    pub fn new(name: String, dtype: Dtype, shape: Vec<u64>) -> Self {
-        let size = shape.iter().product::<u64>() * dtype.bitsize() as u64 / 8;
-        Self { name, dtype, shape, size, content: Vec::new() }
-    }
-
-    /// The same, holding `content`.
-    pub fn holding(self, content: Vec<u8>) -> Self {
-        Self { content, ..self }
-    }
-}
 
 /// The tensors that a weight becomes: one of bytes where it is packed with all its padding.
 fn tensors(target: &Placed, format: SaveFormat) -> Vec<Stored> {

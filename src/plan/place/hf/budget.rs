@@ -3,12 +3,13 @@
 
 use std::collections::BTreeMap;
 
+use super::Model;
 use super::flat::Flat;
-use super::{Model, Strategy};
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::device_map::MaxMemory;
 use crate::error::{Error, Result};
+use crate::plan::Strategy;
 
 /// The part of free memory that is planned with.
 const USED: f64 = 0.9;

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
-use super::save::Stored;
+use super::stored::Stored;
 use crate::architecture::{ModuleTree, Weight};
 use crate::error::{Error, Result};
 use crate::plan::memory::Placed;

@@ -4,11 +4,11 @@ use indexmap::IndexMap;
 use serde::Serialize;
 
 use super::group::groups;
-use super::report::table;
 use super::sample::losses;
-use super::{Plan, Subject, memory};
 use crate::bytes::Bytes;
 use crate::error::Result;
+use crate::plan::memory;
+use crate::plan::subject::Subject;
 use crate::quant::{QuantizeRules, Scheme};
 
 /// A kind of module, such as `mlp.down_proj`: all that quantizing it means.
@@ -59,25 +59,4 @@ pub fn report(subject: &Subject, rules: &QuantizeRules) -> Result<Vec<KindReport
         kind.schemes.sort_by_key(|(scheme, _)| *scheme);
     }
     Ok(kinds.into_values().collect())
-}
-
-impl Plan {
-    /// [`Plan::kinds`] as a table, if there are any.
-    pub(super) fn kinds_table(&self) -> String {
-        if self.kinds.is_empty() {
-            return String::new();
-        }
-        let mut rows = vec![["module", "bits a weight", "error", "scheme"].map(str::to_owned).to_vec()];
-        rows.extend(self.kinds.iter().map(|kind| {
-            let error = kind.error.map_or("-".to_owned(), |error| format!("{:.2} %", 100.0 * error));
-            let schemes = kind.schemes.iter().map(|(scheme, count)| match kind.schemes.len() {
-                1 => scheme.to_string(),
-                _ => format!("{count} {scheme}"),
-            });
-            vec![kind.kind.clone(), format!("{:.2}", kind.bits), error, schemes.collect::<Vec<_>>().join(", ")]
-        }));
-        let unmeasured = self.kinds.iter().any(|kind| kind.error.is_none());
-        let note = "the error is not measured: the weights are packed already, or not in a local directory\n";
-        format!("\n{}{}", table(&rows), if unmeasured { note } else { "" })
-    }
 }

@@ -1,10 +1,10 @@
-//! Which module goes on which device: pure functions of sizes and budgets.
+//! Runs of modules over devices: pure functions of sizes and budgets.
 
 use std::ops::Range;
 
-use super::PlannedModule;
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
+use crate::plan::PlannedModule;
 
 /// What a device can give.
 #[derive(Clone, Copy, Debug)]

@@ -4,9 +4,11 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::{DevicePlan, Plan, PlanOptions, Quantize, Speed, Strategy, Subject, mixed};
+use super::mixed;
 use crate::bytes::Bytes;
 use crate::error::Result;
+use crate::plan::subject::Subject;
+use crate::plan::{DevicePlan, Plan, PlanOptions, Quantize, Speed, Strategy};
 use crate::quant::Scheme;
 
 /// A plan in a line.

@@ -9,7 +9,7 @@ use crate::bytes::{Bytes, KIB};
 use crate::device::DeviceId;
 use crate::error::{Error, Result};
 use crate::fs;
-use crate::plan::{Bandwidth, Device, Inventory};
+use crate::machine::{Bandwidth, Device, Inventory};
 use crate::quant::{GROUP_SIZE, Matrix, MatrixLayout, Storage};
 
 impl Inventory {

@@ -1,10 +1,9 @@
 //! The placement with the least predicted time for a token.
 
-use super::PlannedModule;
-use super::placement::{Capacity, sequential};
-use super::speed::Pace;
+use super::runs::{Capacity, sequential};
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
+use crate::plan::{Pace, PlannedModule};
 
 /// With more ways to use the GPUs than this, they are used in the order of their speed.
 const MAX_SETS: usize = 1 << 9;

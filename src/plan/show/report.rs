@@ -5,11 +5,12 @@ use std::fmt::{self, Write};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{DevicePlan, Plan, PlannedModule, Quantize, Speed, speed};
 use crate::architecture::ModuleKind;
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::device_map::SCHEMA_VERSION;
+use crate::machine;
+use crate::plan::{DevicePlan, Plan, PlannedModule, Quantize, Speed, speed};
 use crate::quant::KvDtype;
 
 /// Rows of the table and the part of a device's plan that each shows.
@@ -138,11 +139,7 @@ impl Plan {
         }
         for device in &self.idle {
             let name = device.name.as_deref().unwrap_or("a GPU");
-            writeln!(
-                f,
-                "{} ({name}) is not used: evenkeel needs compute capability 7.5 and the NVIDIA driver 550",
-                device.id
-            )?;
+            writeln!(f, "{} ({name}) is not used: {}", device.id, machine::needs())?;
         }
         let is_mixed = self.schemes.iter().any(|outline| outline.is_mixed);
         for (at, outline) in self.schemes.iter().enumerate() {
@@ -187,6 +184,25 @@ impl Plan {
         }
         Ok(())
     }
+
+    /// [`Plan::kinds`] as a table, if there are any.
+    fn kinds_table(&self) -> String {
+        if self.kinds.is_empty() {
+            return String::new();
+        }
+        let mut rows = vec![["module", "bits a weight", "error", "scheme"].map(str::to_owned).to_vec()];
+        rows.extend(self.kinds.iter().map(|kind| {
+            let error = kind.error.map_or("-".to_owned(), |error| format!("{:.2} %", 100.0 * error));
+            let schemes = kind.schemes.iter().map(|(scheme, count)| match kind.schemes.len() {
+                1 => scheme.to_string(),
+                _ => format!("{count} {scheme}"),
+            });
+            vec![kind.kind.clone(), format!("{:.2}", kind.bits), error, schemes.collect::<Vec<_>>().join(", ")]
+        }));
+        let unmeasured = self.kinds.iter().any(|kind| kind.error.is_none());
+        let note = "the error is not measured: the weights are packed already, or not in a local directory\n";
+        format!("\n{}{}", table(&rows), if unmeasured { note } else { "" })
+    }
 }
 
 /// The first of some lines has a label.
@@ -205,7 +221,7 @@ fn count(number: u64) -> String {
 }
 
 /// Rows of cells: the first column to the left, the others to the right.
-pub(super) fn table(rows: &[Vec<String>]) -> String {
+fn table(rows: &[Vec<String>]) -> String {
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let widths: Vec<_> = (0..rows.first().map_or(0, Vec::len)).map(width).collect();
     let mut text = String::new();
