@@ -49,28 +49,28 @@ fn page_locked_memory_is_the_copys_own_until_that_is_done() {
     // It is taken of one GPU, and the other copies.
     let [first, second] = [0, 1].map(|index| Gpu::open(index).unwrap());
     let pinned = || {
-        let mut pinned = first.allocate_pinned(1 << 16).unwrap();
+        let mut pinned = first.allocate_pinned(4096).unwrap();
         pinned.fill(7);
         pinned
     };
-    let region = kernels::buffer(&second, 1 << 16);
+    let region = kernels::buffer(&second, 4096);
     let read = || {
         let mut bytes = vec![0; region.len()];
         region.read(&mut bytes).unwrap();
         bytes
     };
-    let copy = region.write_from(pinned(), 0..1 << 16).unwrap();
+    let copy = region.write_from(pinned(), 0..4096).unwrap();
     assert_eq!(copy.finish().unwrap()[..], read());
     region.clear().unwrap();
-    drop(region.write_from(pinned(), 0..1 << 16).unwrap());
+    drop(region.write_from(pinned(), 0..4096).unwrap());
     assert_eq!(fake.stat("host_bytes", 0), 0);
-    assert_eq!(read(), [7; 1 << 16]);
+    assert_eq!(read(), [7; 4096]);
     region.fill(0x0505_0505).unwrap();
     drop(region.read_to(pinned()).unwrap());
     assert_eq!(fake.stat("host_bytes", 0), 0);
-    assert_eq!(region.read_to(pinned()).unwrap().finish().unwrap()[..], [5; 1 << 16]);
+    assert_eq!(region.read_to(pinned()).unwrap().finish().unwrap()[..], [5; 4096]);
     // A buffer that is dropped is waited for, too.
-    let copy = region.write_from(pinned(), 0..1 << 16).unwrap();
+    let copy = region.write_from(pinned(), 0..4096).unwrap();
     drop(region);
-    assert_eq!(copy.finish().unwrap()[..], [7; 1 << 16]);
+    assert_eq!(copy.finish().unwrap()[..], [7; 4096]);
 }
