@@ -45,7 +45,7 @@
 //! | 3 | [`device_map`], [`plan`] |
 //! | 2 | [`quant`], [`architecture`] |
 //! | 1 | [`machine`], [`model_config`], [`tokenizer`], [`checkpoint`] |
-//! | 0 | [`error`], [`bytes`], [`device`], [`mod@module_path`], [`name`], [`json`], [`fs`], [`source`], [`simd`] |
+//! | 0 | [`error`], [`bytes`], [`device`], [`mod@module_path`], [`name`], [`random`], [`json`], [`fs`], [`source`], [`simd`] |
 
 #![warn(clippy::unwrap_used)]
 #![cfg_attr(test, allow(clippy::cast_possible_truncation, clippy::float_cmp, reason = "tests know their numbers"))]
@@ -70,6 +70,7 @@ pub mod module_path;
 pub mod name;
 pub mod plan;
 pub mod quant;
+pub mod random;
 pub mod simd;
 pub mod source;
 pub mod tokenizer;

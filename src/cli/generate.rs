@@ -28,7 +28,7 @@ pub fn run(arguments: &GenerateArguments, process: &Process) -> Outcome {
     let sampling = arguments.sampling.sampling();
     sampling.check()?;
     let prompt = read_prompt(&arguments.prompt)?;
-    let options = arguments.placement.options(None)?;
+    let options = arguments.placement.options(None, &process.environment)?;
     let offload_directory = process.environment.offload_directory(arguments.placement.offload_dir.as_deref());
     let checkpoint = model::open(&arguments.model, Need::Weights, process)?;
     let template = template(&arguments.prompt, &checkpoint)?;

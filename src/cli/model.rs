@@ -13,6 +13,7 @@ use evenkeel::{Error, Result};
 
 use super::Process;
 use super::args::{ModelArguments, PlacementArguments, ThreadsArguments};
+use super::env::Environment;
 use super::plan::with_commands;
 use super::printer::Printer;
 use super::progress::Bar;
@@ -135,19 +136,19 @@ impl ThreadsArguments {
 
 impl PlacementArguments {
     /// The options of a plan, with the map in `map` or that of `--device-map`.
-    pub fn options(&self, map: Option<&Path>) -> Result<PlanOptions> {
+    pub fn options(&self, map: Option<&Path>, environment: &Environment) -> Result<PlanOptions> {
         let file = map.or_else(|| (self.device_map != "auto").then(|| Path::new(&self.device_map)));
         Ok(PlanOptions {
             quantize: self.quantize.clone(),
             context: self.context,
-            batch: None,
             kv_cache: self.kv_cache,
             reserve: Some(self.reserve),
             max_memory: (!self.max_memory.is_empty()).then(|| self.max_memory.iter().copied().collect()),
             device_map: file.map(DeviceMap::open).transpose()?,
             any_model: self.any_model,
             strategy: self.placement,
-            kinds: false,
+            cache: environment.cache_directory(),
+            ..PlanOptions::default()
         })
     }
 }

@@ -1,6 +1,7 @@
 //! What a caller may choose about a plan.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use crate::bytes::{Bytes, MIB};
@@ -38,8 +39,13 @@ pub struct PlanOptions {
     pub any_model: bool,
     /// How modules are placed automatically.
     pub strategy: Strategy,
+    /// Whether the plan lists what every other way to place the model would give.
+    pub alternatives: bool,
     /// Whether the plan lists the bits and the measured error of each kind of module.
     pub kinds: bool,
+    /// The directory that keeps the errors of schemes that were measured; without one they are
+    /// measured anew, and nothing is written.
+    pub cache: Option<PathBuf>,
 }
 
 /// How modules are placed where no device map says it.

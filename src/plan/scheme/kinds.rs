@@ -1,5 +1,7 @@
 //! Bits a weight and the measured error of each kind of module.
 
+use std::path::Path;
+
 use indexmap::IndexMap;
 use serde::Serialize;
 
@@ -28,10 +30,10 @@ pub struct KindReport {
     pub error: Option<f64>,
 }
 
-/// Every kind in the order that the first of them runs, under `rules`.
-pub fn report(subject: &Subject, rules: &QuantizeRules) -> Result<Vec<KindReport>> {
+/// Every kind in the order that the first of them runs, under `rules`; `cache` keeps what is measured.
+pub fn report(subject: &Subject, rules: &QuantizeRules, cache: Option<&Path>) -> Result<Vec<KindReport>> {
     let groups = groups(subject.tree, &subject.weights);
-    let losses = losses(subject.checkpoint, &groups)?;
+    let losses = losses(subject.checkpoint, &groups, cache)?;
     let mut kinds: IndexMap<&str, KindReport> = IndexMap::new();
     for (at, group) in groups.iter().enumerate() {
         let kind = kinds.entry(&group.kind).or_insert_with(|| {
