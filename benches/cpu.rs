@@ -8,16 +8,18 @@
 mod synthetic;
 
 use std::hint::black_box;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
-use evenkeel::backend::cpu::{Activations, Affine, GROUP_WORDS, Pool, matmul};
+use evenkeel::backend::cpu::{Activations, Affine, GROUP_WORDS, matmul};
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::generate::GenerateOptions;
 use evenkeel::loader::{LoadOptions, Model};
 use evenkeel::machine::Inventory;
 use evenkeel::plan::{Plan, PlanOptions};
+use evenkeel::pool::Pool;
 use evenkeel::quant::{GROUP_SIZE, Matrix, MatrixLayout, Scheme, Storage, WeightDtype};
 use synthetic::{SHAPES, Shape};
 
@@ -131,7 +133,7 @@ fn load(checkpoint: &Checkpoint, scheme: Scheme) -> Model {
     let load = LoadOptions {
         offload_directory: directory,
         cancel: &AtomicBool::new(false),
-        threads: None,
+        pool: Arc::default(),
         separate_buffers: false,
     };
     plan.load(checkpoint, &load, |_| ()).expect("a model")

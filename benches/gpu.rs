@@ -24,7 +24,7 @@ use evenkeel::backend::cuda::{
 };
 use evenkeel::bytes::Bytes;
 use evenkeel::model_config::Activation;
-use evenkeel::plan::memory::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS, CudaAttention, CudaChoice, KvLayout};
+use evenkeel::footprint::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS, CudaAttention, CudaChoice, KvLayout};
 use evenkeel::quant::{KvDtype, MatrixLayout, Storage, WeightDtype};
 use synthetic::Shape;
 use table::{Amount, head, row, seconds};

@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use hf_hub::{HFClient, HFClientSync};
 
+pub use explain::Refusal;
 pub use repository::Repository;
 
 use crate::bytes::Bytes;

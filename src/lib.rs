@@ -3,6 +3,7 @@
 //!
 //! ```no_run
 //! use std::path::Path;
+//! use std::sync::Arc;
 //! use std::sync::atomic::AtomicBool;
 //!
 //! use evenkeel::checkpoint::Checkpoint;
@@ -25,7 +26,7 @@
 //! };
 //! let plan = Plan::new(&checkpoint, &inventory, &options)?;
 //! let cancel = AtomicBool::new(false);
-//! let load = LoadOptions { offload_directory, cancel: &cancel, threads: None, separate_buffers: false };
+//! let load = LoadOptions { offload_directory, cancel: &cancel, pool: Arc::default(), separate_buffers: false };
 //! // Exactly what the plan says.
 //! let mut model = plan.load(&checkpoint, &load, |_event| ())?;
 //! for piece in model.generate("Ownership is", GenerateOptions::default(), &cancel)? {
@@ -45,7 +46,7 @@
 //! | 3 | [`device_map`], [`plan`] |
 //! | 2 | [`quant`], [`architecture`] |
 //! | 1 | [`machine`], [`model_config`], [`tokenizer`], [`checkpoint`] |
-//! | 0 | [`error`], [`bytes`], [`device`], [`mod@module_path`], [`name`], [`random`], [`json`], [`fs`], [`source`], [`simd`] |
+//! | 0 | [`error`], [`bytes`], [`device`], [`mod@module_path`], [`name`], [`random`], [`json`], [`fs`], [`source`], [`simd`], [`pool`] |
 
 #![warn(clippy::unwrap_used)]
 #![cfg_attr(test, allow(clippy::cast_possible_truncation, clippy::float_cmp, reason = "tests know their numbers"))]
@@ -56,8 +57,10 @@ pub mod bytes;
 pub mod checkpoint;
 pub mod device;
 pub mod device_map;
+pub mod engine;
 pub mod error;
 pub mod export;
+pub mod footprint;
 pub mod fs;
 pub mod generate;
 #[cfg(feature = "hub")]
@@ -69,6 +72,7 @@ pub mod model_config;
 pub mod module_path;
 pub mod name;
 pub mod plan;
+pub mod pool;
 pub mod quant;
 pub mod random;
 pub mod simd;

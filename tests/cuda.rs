@@ -7,17 +7,20 @@ mod support;
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use evenkeel::ErrorKind;
 use evenkeel::backend::cuda::{Gpu, Output};
 use evenkeel::bytes::Bytes;
 use evenkeel::checkpoint::Checkpoint;
-use evenkeel::device::DeviceId;
+use evenkeel::device::{DeviceError, DeviceId};
 use evenkeel::export::{DEFAULT_SHARD_SIZE, SaveFormat, SaveOptions, save_quantized};
+use evenkeel::error::Setting;
 use evenkeel::generate::{GenerateOptions, Sampling};
 use evenkeel::loader::{LoadEvent, LoadOptions, Model};
-use evenkeel::plan::{Plan, Quantize, memory};
+use evenkeel::footprint;
+use evenkeel::plan::{Plan, Quantize};
 use evenkeel::quant::{KvDtype, QuantizeRules, Scheme, WeightDtype};
 use fake_cuda::FakeCuda;
 use support::broken::Broken;
@@ -141,6 +144,7 @@ fn what_is_packed_already_is_what_a_gpu_packs() {
             format: SaveFormat::Evenkeel,
             output,
             shard_size: DEFAULT_SHARD_SIZE,
+            pool: Arc::default(),
             cancel: &NEVER,
         };
         save_quantized(&original, &save, |_| ()).unwrap();
@@ -235,7 +239,7 @@ fn the_peak_of_every_gpu_is_the_planned_one() {
                 }
                 let model = load(&plan, &checkpoint, false).unwrap();
                 let gpus = plan.devices.iter().filter(|device| device.driver_context > Bytes::ZERO).count();
-                assert_eq!(fake.stat("host_bytes", 0), gpus as u64 * memory::CUDA_ANSWERS.0, "{name} {scheme} {map}");
+                assert_eq!(fake.stat("host_bytes", 0), gpus as u64 * footprint::CUDA_ANSWERS.0, "{name} {scheme} {map}");
                 for device in &model.report.devices {
                     if let DeviceId::Cuda(index) = device.id {
                         let peak = Bytes(fake.stat("peak_bytes", i32::try_from(index).unwrap()));
@@ -271,11 +275,11 @@ fn the_failure_of_any_allocation_is_an_error_and_leaves_nothing() {
         assert_eq!(leaked(), before, "{error}");
     }
     fake.set("FAIL_ALLOC", "1");
-    let error = load(&plan, &checkpoint, false).err().unwrap().to_string();
-    assert!(
-        error.starts_with("cuda:0 cannot give ") && error.contains(" for the weights, 24.0 GiB are free"),
-        "{error}"
-    );
+    let error = load(&plan, &checkpoint, false).err().unwrap();
+    let text = error.to_string();
+    assert!(text.starts_with("cuda:0 cannot give ") && text.contains(" for the weights, 24.0 GiB are free"), "{text}");
+    assert!(matches!(error.cause(), Some(DeviceError::Refused { free: Some(Bytes(free)), .. }) if *free == 24 << 30));
+    assert!(!error.hints().iter().any(|hint| hint.to_string().contains("another process")), "{:?}", error.hints());
 }
 
 #[test]
@@ -292,7 +296,10 @@ fn memory_that_is_taken_after_the_plan_is_noticed_before_anything_is() {
         error.to_string(),
         format!("cuda:1 has {free} free, {missing} less than the {needed} that were planned")
     );
-    assert!(error.hints()[0].ends_with("`--on-shortfall replan` plans again with what is left"), "{:?}", error.hints());
+    let cause = error.cause::<DeviceError>().unwrap();
+    assert_eq!(*cause, DeviceError::Shortfall { device: DeviceId::Cuda(1), planned: needed, free });
+    assert_eq!(error.hints()[0].settings(), [Setting::Replan]);
+    assert!(error.hints()[0].to_string().starts_with("another process has taken memory; "), "{:?}", error.hints());
     assert_nothing_left(fake, "nothing was taken");
     fake.set("USED", "0");
     assert!(load(&plan, &checkpoint, false).is_ok());
@@ -354,7 +361,7 @@ fn a_load_can_be_stopped() {
     let plan = plan(&checkpoint, Scheme::Int4, r#"{"": "cuda:0"}"#, None);
     let cancel = AtomicBool::new(false);
     let offload_directory = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let options = LoadOptions { offload_directory, cancel: &cancel, threads: None, separate_buffers: false };
+    let options = LoadOptions { offload_directory, cancel: &cancel, pool: Arc::default(), separate_buffers: false };
     let result = plan.load(&checkpoint, &options, |event| {
         if let LoadEvent::Placed { .. } = event {
             cancel.store(true, Ordering::Relaxed);

@@ -10,7 +10,7 @@ use evenkeel::architecture::{ModuleTree, Parameter, Part};
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device_map::DeviceMap;
 use evenkeel::model_config::{self, FAMILIES, ModelConfig};
-use evenkeel::plan::memory::WorkspaceLayout;
+use evenkeel::footprint::WorkspaceLayout;
 use evenkeel::plan::{Plan, PlanOptions};
 use evenkeel::quant::{ALIGNMENT, KvDtype, Scheme};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};

@@ -5,10 +5,12 @@ mod support;
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use evenkeel::checkpoint::Checkpoint;
-use evenkeel::loader::{LoadEvent, LoadOptions};
+use evenkeel::error::Setting;
+use evenkeel::loader::{LoadEvent, LoadOptions, WeightError};
 use evenkeel::plan::{Plan, PlanOptions};
 use evenkeel::quant::Scheme;
 use evenkeel::{Error, ErrorKind};
@@ -49,7 +51,10 @@ fn a_weight_that_is_not_finite_is_named() {
             let error = refused(&checkpoint, scheme);
             assert_eq!(error.to_string(), format!("tensor `{TENSOR}` has {shown} at row 3, column 5"));
             assert_eq!(error.kind(), ErrorKind::Input);
-            assert_eq!(error.hints(), ["`--quantize none` loads the weights as they are"]);
+            let cause = error.cause::<WeightError>().unwrap();
+            assert!(matches!(cause, WeightError::NotFinite { tensor, row: 3, col: 5, .. } if tensor == TENSOR));
+            assert_eq!(error.hints()[0].settings(), [Setting::Quantize(Some("none"))]);
+            assert_eq!(error.hints()[0].to_string(), "the scheme `none` loads the weights as they are");
         }
         assert!(load_plan(&plan(&checkpoint, Scheme::None), &checkpoint).is_ok());
     }
@@ -77,7 +82,7 @@ fn a_load_can_be_stopped() {
     let options = LoadOptions {
         offload_directory: Path::new(env!("CARGO_TARGET_TMPDIR")),
         cancel: &cancel,
-        threads: None,
+        pool: Arc::default(),
         separate_buffers: false,
     };
     let mut placed = 0;
@@ -113,7 +118,7 @@ fn an_offload_directory_that_cannot_be_used_is_an_error() {
     let options = LoadOptions {
         offload_directory: Path::new("/nowhere"),
         cancel: &AtomicBool::new(false),
-        threads: None,
+        pool: Arc::default(),
         separate_buffers: false,
     };
     let error = plan.load(&checkpoint, &options, |_| ()).err().unwrap();

@@ -7,6 +7,7 @@ mod support;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use command::{evenkeel, run, run_with, stderr, stdout};
@@ -30,6 +31,7 @@ fn quantized(name: &str, scheme: Scheme, shard_size: Bytes) -> (tempfile::TempDi
         format: SaveFormat::Evenkeel,
         output: &output,
         shard_size,
+        pool: Arc::default(),
         cancel: &AtomicBool::new(false),
     };
     save_quantized(&checkpoint, &options, |_| ()).unwrap();
@@ -218,6 +220,7 @@ fn it_can_be_stopped() {
         format: SaveFormat::Evenkeel,
         output: &directory.path().join("model"),
         shard_size: DEFAULT_SHARD_SIZE,
+        pool: Arc::default(),
         cancel: &AtomicBool::new(true),
     };
     let error = save_quantized(&checkpoint, &options, |_| ()).err().unwrap();

@@ -1,12 +1,13 @@
 //! A whole model on the GPU: how fast it loads, beside the page cache and the link; how fast it runs.
 
+use std::collections::VecDeque;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
-use evenkeel::backend::cuda::Gpu;
+use evenkeel::backend::cuda::{Copying, Gpu};
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device_map::DeviceMap;
 use evenkeel::generate::{GenerateOptions, GenerateReport};
@@ -52,8 +53,14 @@ fn read(path: &Path) -> f64 {
 
 /// How fast page-locked memory is copied to the GPU, in bytes a second.
 fn link(gpu: &Arc<Gpu>) -> f64 {
-    let (pinned, region) = (gpu.allocate_pinned(SLAB).expect("host memory"), allocate(gpu, SLAB));
-    let copy = || region.write_from(&pinned, 0..SLAB).expect("a copy");
+    let region = allocate(gpu, SLAB);
+    let mut free: Vec<_> = (0..READERS).map(|_| gpu.allocate_pinned(SLAB).expect("host memory")).collect();
+    let mut waiting = VecDeque::new();
+    let copy = || {
+        let first = || waiting.pop_front().map(|copy: Copying| copy.finish().expect("a GPU that works"));
+        let slab = free.pop().or_else(first).expect("a slab");
+        waiting.push_back(region.write_from(slab, 0..SLAB).expect("a copy"));
+    };
     SLAB as f64 / seconds(copy, || gpu.synchronize().expect("a GPU that works"))
 }
 
@@ -69,8 +76,12 @@ fn plan(checkpoint: &Checkpoint, shape: &Shape, scheme: Scheme) -> Plan {
 }
 
 fn load(checkpoint: &Checkpoint, plan: &Plan) -> Model {
-    let options =
-        LoadOptions { offload_directory: Path::new("."), cancel: &NEVER, threads: None, separate_buffers: false };
+    let options = LoadOptions {
+        offload_directory: Path::new("."),
+        cancel: &NEVER,
+        pool: Arc::default(),
+        separate_buffers: false,
+    };
     plan.load(checkpoint, &options, |_| ()).expect("a model")
 }
 

@@ -3,13 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::cpu::{Activations, Affine, GROUP_WORDS, Pool, matmul};
+use super::cpu::{Activations, Affine, GROUP_WORDS, matmul};
 use super::cuda;
 use crate::bytes::{Bytes, KIB};
 use crate::device::DeviceId;
 use crate::error::{Error, Result};
 use crate::fs;
 use crate::machine::{Bandwidth, Device, Inventory};
+use crate::pool::Pool;
 use crate::quant::{GROUP_SIZE, Matrix, MatrixLayout, Storage};
 
 impl Inventory {
@@ -32,14 +33,14 @@ impl Inventory {
         Ok(Self { devices, idle })
     }
 
-    /// Measures how fast the host multiplies with what it reads, and how fast
+    /// Measures how fast the threads of `pool` multiply with what they read, and how fast
     /// the GPUs read, with a short probe where there is room for one; else a GPU
     /// has its data sheet's figure.
-    pub fn measure_bandwidth(&mut self) {
+    pub fn measure_bandwidth(&mut self, pool: &Pool) {
         for device in &mut self.devices {
             let measured = match device.id {
                 DeviceId::Cuda(index) => cuda::measure_bandwidth(index).ok(),
-                DeviceId::Cpu if device.free > Bytes(2 * (PROBE.0 * PROBE.1) as u64) => host_bandwidth(),
+                DeviceId::Cpu if device.free > Bytes(2 * (PROBE.0 * PROBE.1) as u64) => host_bandwidth(pool),
                 DeviceId::Cpu | DeviceId::Disk => None,
             };
             device.bandwidth = measured.or(device.bandwidth);
@@ -51,17 +52,17 @@ impl Inventory {
 const PROBE: (usize, usize) = (4096, 16_384);
 
 /// How fast one token's product with an int8 matrix reads the matrix; the best of three.
-fn host_bandwidth() -> Option<Bandwidth> {
+fn host_bandwidth(pool: &Pool) -> Option<Bandwidth> {
     let layout = MatrixLayout::new(Storage::Int8, PROBE.0, PROBE.1)?;
     let bytes = layout.size().as_usize()?;
     let packed = vec![1; bytes];
     let affine = Affine::new(Matrix::new(&layout, &packed), None);
     let (x, mut y) = (vec![1.0; PROBE.1], vec![0.0; PROBE.0]);
-    let (pool, mut words) = (Pool::of_all_cores(), vec![0; PROBE.1 / GROUP_SIZE * GROUP_WORDS]);
-    let x = Activations::of(&pool, &x, &mut words, &[&affine]);
+    let mut words = vec![0; PROBE.1 / GROUP_SIZE * GROUP_WORDS];
+    let x = Activations::of(pool, &x, &mut words, &[&affine]);
     let mut read = |_| {
         let start = Instant::now();
-        matmul(&pool, &x, [(&affine, &mut y)]);
+        matmul(pool, &x, [(&affine, &mut y)]);
         start.elapsed().as_secs_f64()
     };
     Some(Bandwidth::measured(bytes, (0..3).map(&mut read).fold(f64::INFINITY, f64::min)))

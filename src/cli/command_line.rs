@@ -2,6 +2,8 @@
 
 use evenkeel::plan::{Change, Remedy};
 
+use super::flags;
+
 /// Flags whose value may look like a flag.
 const FREE_TEXT: [&str; 3] = ["--prompt", "--stop", "--system"];
 
@@ -27,7 +29,8 @@ impl CommandLine {
         let plans = self.0.iter().find(|word| commands.contains(&word.as_str())).is_some_and(|word| word == "plan");
         let mut words = self.0.clone();
         for change in &remedy.changes {
-            let (flag, value) = change.flag();
+            let (flag, value) = flags::of_change(change);
+            let flag = &format!("--{flag}");
             match change {
                 Change::Memory { .. } if !describes => return None,
                 Change::Batch { .. } if !plans => return None,

@@ -24,15 +24,14 @@ const PROMPT_CAP: Bytes = Bytes(64 * MIB);
 pub fn run(arguments: &GenerateArguments, process: &Process) -> Outcome {
     let printer = &process.printer;
     let interrupted = signal::interrupt_flag()?;
-    let threads = arguments.threads.apply();
     let sampling = arguments.sampling.sampling();
     sampling.check()?;
     let prompt = read_prompt(&arguments.prompt)?;
-    let options = arguments.placement.options(None, &process.environment)?;
+    let options = arguments.placement.options(None, process)?;
     let offload_directory = process.environment.offload_directory(arguments.placement.offload_dir.as_deref());
     let checkpoint = model::open(&arguments.model, Need::Weights, process)?;
     let template = template(&arguments.prompt, &checkpoint)?;
-    let load = || model::load(&checkpoint, &options, threads, &offload_directory, &interrupted, printer);
+    let load = || model::load(&checkpoint, &options, &offload_directory, &interrupted, printer);
     let mut model = match load() {
         Err(error) if error.kind() == ErrorKind::Shortfall && arguments.on_shortfall == OnShortfall::Replan => {
             printer.note(&format!("{error}; planning again with what is left"));

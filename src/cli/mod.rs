@@ -6,6 +6,7 @@ mod args;
 mod command_line;
 mod devices;
 mod env;
+mod flags;
 mod generate;
 mod model;
 mod perplexity;
@@ -16,8 +17,12 @@ mod quantize;
 mod signal;
 
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Parser;
+use evenkeel::pool::Pool;
+use evenkeel::device::DeviceError;
+use evenkeel::plan::DoesNotFit;
 use evenkeel::{Error, ErrorKind};
 
 use args::{Arguments, Command};
@@ -72,10 +77,18 @@ fn exit_code(kind: ErrorKind) -> u8 {
     }
 }
 
+/// Whether a GPU failed, is missing, or has too little memory.
+fn is_about_gpus(error: &Error) -> bool {
+    let device = error.cause().is_some_and(|error: &DeviceError| error.devices().iter().any(|device| device.is_gpu()));
+    let plan = error.cause().is_some_and(|plan: &DoesNotFit| plan.devices.iter().any(|device| device.id.is_gpu()));
+    device || plan
+}
+
 /// What a command has beside its arguments.
 pub struct Process {
     pub environment: Environment,
     pub printer: Printer,
+    pub pool: Arc<Pool>,
 }
 
 /// Parses the arguments, runs the command, reports its error.
@@ -83,7 +96,8 @@ pub fn run() -> ExitCode {
     let arguments = Arguments::parse();
     let environment = Environment::of_process();
     let printer = Printer::new(&arguments.output, &environment);
-    let process = Process { environment, printer };
+    let pool = Arc::new(arguments.command.threads().map_or_else(Pool::default, Pool::new));
+    let process = Process { environment, printer, pool };
     let outcome = match arguments.command {
         Command::Devices(arguments) => devices::run(&arguments, &process),
         Command::Generate(arguments) => generate::run(&arguments, &process),
@@ -96,7 +110,7 @@ pub fn run() -> ExitCode {
         Err(Stop::PipeClosed) => Exit::Done.code(),
         Err(Stop::Error(error)) => {
             let error = match process.environment.visible_gpus() {
-                Some(mask) if error.to_string().contains("cuda:") => {
+                Some(mask) if is_about_gpus(&error) => {
                     error.hint(format!("`CUDA_VISIBLE_DEVICES={mask}` says which GPUs there are, and in which order"))
                 }
                 _ => error,

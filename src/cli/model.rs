@@ -1,7 +1,7 @@
 //! The model and the plan that the arguments name.
 
-use std::num::NonZeroUsize;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use evenkeel::checkpoint::Checkpoint;
@@ -12,8 +12,7 @@ use evenkeel::plan::{Plan, PlanOptions, Strategy};
 use evenkeel::{Error, Result};
 
 use super::Process;
-use super::args::{ModelArguments, PlacementArguments, ThreadsArguments};
-use super::env::Environment;
+use super::args::{ModelArguments, PlacementArguments};
 use super::plan::with_commands;
 use super::printer::Printer;
 use super::progress::Bar;
@@ -32,7 +31,7 @@ pub fn open(arguments: &ModelArguments, need: Need, process: &Process) -> Result
     let model = arguments.model();
     let path = Path::new(model);
     let checkpoint = if path.exists() {
-        Checkpoint::open(path)?
+        Checkpoint::open_on(path, &process.pool)?
     } else if !could_be_repository(model) {
         return Err(Error::input(format!("there is no directory `{model}`"))
             .hint("name a directory that holds a checkpoint, or a repository on the Hub as `ORG/NAME`"));
@@ -63,7 +62,7 @@ fn from_hub(arguments: &ModelArguments, need: Need, process: &Process) -> Result
     })?;
     let repository = Hub::new(process.environment.hub()?)?.repository(&id, &arguments.revision)?;
     if need == Need::Headers {
-        return Checkpoint::read(model, &repository);
+        return Checkpoint::read(model, &repository, &process.pool);
     }
     let mut bar = None;
     let directory = repository.download(&mut |event| match (event, &bar) {
@@ -78,7 +77,7 @@ fn from_hub(arguments: &ModelArguments, need: Need, process: &Process) -> Result
         (HubEvent::RateLimited { left }, Some(bar)) => bar.say(format!("rate limit, {} s", left.as_secs())),
         _ => {}
     })?;
-    let mut checkpoint = Checkpoint::open(directory)?;
+    let mut checkpoint = Checkpoint::open_on(directory, &process.pool)?;
     model.clone_into(&mut checkpoint.name);
     Ok(checkpoint)
 }
@@ -93,20 +92,19 @@ fn from_hub(arguments: &ModelArguments, _: Need, _: &Process) -> Result<Checkpoi
 pub fn load(
     checkpoint: &Checkpoint,
     options: &PlanOptions,
-    threads: Option<NonZeroUsize>,
     offload_directory: &Path,
     cancel: &AtomicBool,
     printer: &Printer,
 ) -> Result<Model> {
     let mut inventory = Inventory::this_machine(offload_directory)?;
     if options.strategy == Strategy::Fastest {
-        inventory.measure_bandwidth();
+        inventory.measure_bandwidth(&options.pool);
     }
     let plan = Plan::new(checkpoint, &inventory, options)?;
     if !plan.fits() {
         return Err(with_commands(&plan));
     }
-    let load = LoadOptions { offload_directory, cancel, threads, separate_buffers: false };
+    let load = LoadOptions { offload_directory, cancel, pool: Arc::clone(&options.pool), separate_buffers: false };
     let mut bar = None;
     plan.load(checkpoint, &load, |event| show(&event, "loading", &mut bar, printer))
 }
@@ -123,20 +121,9 @@ pub fn show(event: &LoadEvent, what: &'static str, bar: &mut Option<Bar>, printe
     }
 }
 
-impl ThreadsArguments {
-    /// Their number, to which all other work of this process, such as quantizing, is held too.
-    pub fn apply(&self) -> Option<NonZeroUsize> {
-        if let Some(threads) = self.threads {
-            // It fails where threads were started already, and then they are as many as there are cores.
-            let _ = rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global();
-        }
-        self.threads
-    }
-}
-
 impl PlacementArguments {
-    /// The options of a plan, with the map in `map` or that of `--device-map`.
-    pub fn options(&self, map: Option<&Path>, environment: &Environment) -> Result<PlanOptions> {
+    /// The options of a plan that `process` makes, with the map in `map` or that of `--device-map`.
+    pub fn options(&self, map: Option<&Path>, process: &Process) -> Result<PlanOptions> {
         let file = map.or_else(|| (self.device_map != "auto").then(|| Path::new(&self.device_map)));
         Ok(PlanOptions {
             quantize: self.quantize.clone(),
@@ -147,7 +134,8 @@ impl PlacementArguments {
             device_map: file.map(DeviceMap::open).transpose()?,
             any_model: self.any_model,
             strategy: self.placement,
-            cache: environment.cache_directory(),
+            cache: process.environment.cache_directory(),
+            pool: Arc::clone(&process.pool),
             ..PlanOptions::default()
         })
     }

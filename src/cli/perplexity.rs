@@ -1,6 +1,5 @@
 //! `evenkeel perplexity`.
 
-use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -47,11 +46,10 @@ struct Report {
 pub fn run(arguments: &PerplexityArguments, process: &Process) -> Outcome {
     let printer = &process.printer;
     let interrupted = signal::interrupt_flag()?;
-    let threads = arguments.threads.apply();
     let text = String::from_utf8(fs::read_capped(&arguments.text, TEXT_CAP)?)
         .map_err(|e| Error::input(format!("`{}` is not UTF-8", arguments.text.display())).caused_by(e))?;
     let checkpoint = model::open(&arguments.model, Need::Weights, process)?;
-    let mut options = arguments.placement.options(None, &process.environment)?;
+    let mut options = arguments.placement.options(None, process)?;
     let window = options.context.unwrap_or(DEFAULT_WINDOW.min(checkpoint.config.max_position_embeddings));
     options.context = Some(window);
     let stride = arguments.stride.unwrap_or(window);
@@ -68,7 +66,6 @@ pub fn run(arguments: &PerplexityArguments, process: &Process) -> Outcome {
         checkpoint: &checkpoint,
         offload_directory: process.environment.offload_directory(arguments.placement.offload_dir.as_deref()),
         interrupted,
-        threads,
         tokens,
         windows,
         printer,
@@ -96,7 +93,6 @@ struct Measurement<'a> {
     checkpoint: &'a Checkpoint,
     offload_directory: PathBuf,
     interrupted: Arc<AtomicBool>,
-    threads: Option<NonZeroUsize>,
     tokens: Vec<u32>,
     windows: Windows,
     printer: &'a Printer,
@@ -118,8 +114,8 @@ impl Measurement<'_> {
     }
 
     fn row(&self, options: &PlanOptions, comparison: Comparison) -> Result<Row> {
-        let Self { checkpoint, offload_directory, threads, interrupted, printer, .. } = self;
-        let mut model = model::load(checkpoint, options, *threads, offload_directory, interrupted, printer)?;
+        let Self { checkpoint, offload_directory, interrupted, printer, .. } = self;
+        let mut model = model::load(checkpoint, options, offload_directory, interrupted, printer)?;
         let bar = Bar::tokens(printer, "scoring", self.tokens.len());
         let on_window = |tokens: usize| bar.set(tokens as u64);
         let measured = model.perplexity(&self.tokens, self.windows, comparison, interrupted, on_window);

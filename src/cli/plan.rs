@@ -12,7 +12,7 @@ use super::{Exit, Outcome, Process};
 /// Plans, and shows or writes the plan.
 pub fn run(arguments: &PlanArguments, process: &Process) -> Outcome {
     let printer = &process.printer;
-    let mut options = arguments.placement.options(arguments.check.as_deref(), &process.environment)?;
+    let mut options = arguments.placement.options(arguments.check.as_deref(), process)?;
     options.batch = arguments.batch;
     options.alternatives = true;
     options.kinds = arguments.verbose;
@@ -20,7 +20,7 @@ pub fn run(arguments: &PlanArguments, process: &Process) -> Outcome {
         let mut inventory = Inventory::this_machine(
             &process.environment.offload_directory(arguments.placement.offload_dir.as_deref()),
         )?;
-        inventory.measure_bandwidth();
+        inventory.measure_bandwidth(&process.pool);
         inventory
     } else {
         Inventory::described(&arguments.device.join(","))?

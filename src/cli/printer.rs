@@ -8,9 +8,9 @@ use std::io::{IsTerminal, Write, stderr, stdout};
 use evenkeel::Error;
 use evenkeel::plan::Plan;
 
-use super::Stop;
 use super::args::{OutputArguments, When};
 use super::env::Environment;
+use super::{Stop, flags};
 
 /// Where results and messages go.
 pub struct Printer {
@@ -77,7 +77,7 @@ impl Printer {
             eprintln!();
         }
         for hint in error.hints() {
-            eprintln!("{} {hint}", self.label("hint:", "36"));
+            eprintln!("{} {}", self.label("hint:", "36"), hint.spelled(flags::spelled));
         }
     }
 

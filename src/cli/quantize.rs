@@ -1,5 +1,7 @@
 //! `evenkeel quantize`.
 
+use std::sync::Arc;
+
 use evenkeel::export::{SaveFormat, SaveOptions, save_quantized};
 use evenkeel::plan::Quantize;
 
@@ -11,7 +13,6 @@ use super::{Exit, Outcome, Process, signal};
 pub fn run(arguments: &QuantizeArguments, process: &Process) -> Outcome {
     let printer = &process.printer;
     let interrupted = signal::interrupt_flag()?;
-    arguments.threads.apply();
     let checkpoint = model::open(&arguments.model, Need::Weights, process)?;
     let options = SaveOptions {
         scheme: arguments.quantize,
@@ -21,6 +22,7 @@ pub fn run(arguments: &QuantizeArguments, process: &Process) -> Outcome {
         },
         output: &arguments.output,
         shard_size: arguments.max_shard_size,
+        pool: Arc::clone(&process.pool),
         cancel: &interrupted,
     };
     let mut bar = None;

@@ -2,7 +2,7 @@
 //!
 //! Two forms are read. The plain dictionary of Hugging Face,
 //! `{"model.embed_tokens": 0, "lm_head": "cpu"}`, and the form that
-//! `evenkeel plan --output` writes, which carries model, schemes, context and
+//! a plan is written in, which carries model, schemes, context and
 //! budgets beside it. Keys are module paths, `""` the whole model, and in our
 //! form ranges of blocks (`model.layers.0-19`); the longest path wins.
 

@@ -6,14 +6,14 @@
 //! each row for int8; and `X.weight_shape`, N and K. A weight is `scale * code`.
 
 use half::{bf16, f16};
-use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
 use super::stored::Stored;
 use crate::architecture::{ModuleTree, Weight};
-use crate::error::{Error, Result};
-use crate::plan::memory::Placed;
+use crate::error::{Error, Hint, Result, Setting};
+use crate::footprint::Placed;
+use crate::pool::Pool;
 use crate::quant::{
     GROUP_SIZE, Matrix, MatrixLayout, PackedRows, QuantizeError, QuantizeRules, Scheme, Storage, WeightDtype,
     quantize_rows,
@@ -28,7 +28,8 @@ pub fn rules(scheme: Scheme, tree: &ModuleTree, weights: &[Weight]) -> Result<Qu
         Scheme::Int8 => size_of::<u32>(),
         Scheme::Int4 => GROUP_SIZE,
         Scheme::None | Scheme::Nl4 => {
-            return Err(Error::usage(format!("`{METHOD}` has no `{scheme}`")).hint("`--quantize int4` or `int8`"));
+            return Err(Error::usage(format!("`{METHOD}` has no `{scheme}`"))
+                .hint(Hint::naming("{} or `int8`", [Setting::Quantize(Some("int4"))])));
         }
     };
     if let Some(weight) = weights.iter().find(|weight| weight.is_transposed()) {
@@ -105,8 +106,14 @@ pub struct Rows {
 impl Rows {
     /// Packs whole rows of `weights`: scales are those of our own form, rounded to `dtype`, and codes
     /// are what is nearest under these.
-    pub fn pack(&mut self, layout: &MatrixLayout, dtype: WeightDtype, weights: &[u8]) -> Result<(), QuantizeError> {
-        quantize_rows(layout, dtype, weights, &mut self.packed)?;
+    pub fn pack(
+        &mut self,
+        pool: &Pool,
+        layout: &MatrixLayout,
+        dtype: WeightDtype,
+        weights: &[u8],
+    ) -> Result<(), QuantizeError> {
+        quantize_rows(pool, layout, dtype, weights, &mut self.packed)?;
         let row_bytes = layout.cols * dtype.size();
         let rows = weights.len() / row_bytes;
         let (code_row, scale_row) = (code_row(layout), groups(layout) * dtype.size());
@@ -117,8 +124,10 @@ impl Rows {
         };
         let bytes = self.packed.matrix(&part);
         let matrix = Matrix::new(&part, &bytes);
-        let targets = self.codes.par_chunks_mut(code_row).zip(self.scales.par_chunks_mut(scale_row));
-        targets.zip(weights.par_chunks(row_bytes)).enumerate().for_each(|(row, ((codes, scales), weights))| {
+        let targets = self.codes.chunks_mut(code_row).zip(self.scales.chunks_mut(scale_row));
+        let mut rows: Vec<_> = targets.zip(weights.chunks(row_bytes)).collect();
+        pool.chunks(&mut rows, 1, |row, rows| {
+            let ((codes, scales), weights) = &mut rows[0];
             let mut values = vec![0.0; layout.cols];
             dtype.decode(weights, &mut values);
             let groups = groups(layout);

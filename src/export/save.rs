@@ -24,12 +24,13 @@ use crate::architecture::ModuleTree;
 use crate::bytes::{Bytes, MIB};
 use crate::checkpoint::{Checkpoint, SINGLE_FILE, index};
 use crate::device::DeviceId;
-use crate::error::{Error, Result};
+use crate::error::{Error, Hint, Result, Setting};
 use crate::fs::{self, NewDirectory};
 use crate::loader::reader::{self, SlabBuffer};
 use crate::loader::{LoadEvent, broken_weight};
 use crate::model_config::{self, PACKED_METHOD, PACKED_VERSION};
-use crate::plan::memory::{self, HostStaging, Placed, STAGING_SLABS};
+use crate::footprint::{HostStaging, Placed, STAGING_SLABS, lay_out};
+use crate::pool::Pool;
 use crate::quant::{PACKED_ROW, PackedRows, QuantizeRules, Scheme, Storage, quantize_rows};
 
 /// The largest shard, unless told otherwise; Transformers' own limit.
@@ -70,6 +71,8 @@ pub struct SaveOptions<'a> {
     pub output: &'a Path,
     /// The most bytes of tensors in a shard, unless one is larger by itself.
     pub shard_size: Bytes,
+    /// The threads that pack.
+    pub pool: Arc<Pool>,
     /// Set to stop at the next slab.
     pub cancel: &'a AtomicBool,
 }
@@ -104,7 +107,8 @@ pub fn save_quantized(
             .hint("name the checkpoint that it was made from"));
     }
     if options.scheme == Scheme::None {
-        return Err(Error::usage("`none` leaves nothing to quantize").hint("`--quantize int4` takes the fewest bytes"));
+        return Err(Error::usage("`none` leaves nothing to quantize")
+            .hint(Hint::naming("{} takes the fewest bytes", [Setting::Quantize(Some("int4"))])));
     }
     let tree = ModuleTree::new(&checkpoint.config);
     let weights = tree.resolve(checkpoint)?;
@@ -112,7 +116,7 @@ pub fn save_quantized(
         SaveFormat::Evenkeel => QuantizeRules::whole_model(options.scheme).for_embedding(tree.embedding()),
         SaveFormat::CompressedTensors => compressed_tensors::rules(options.scheme, &tree, &weights)?,
     };
-    let mut placed = memory::lay_out(&weights, &vec![DeviceId::Disk; tree.modules.len()], &rules)?;
+    let mut placed = lay_out(&weights, &vec![DeviceId::Disk; tree.modules.len()], &rules)?;
     let staging = HostStaging::new(&weights, &rules);
     placed.sort_by_key(|p| (p.weight.tensor.shard, p.weight.tensor.range.start));
     let read: Bytes = placed.iter().map(|p| p.weight.tensor.size()).sum();
@@ -129,7 +133,7 @@ pub fn save_quantized(
     on_event(LoadEvent::Started { bytes: read });
     let (mut packed, mut compressed) = (PackedRows::default(), Rows::default());
     let buffers = (0..STAGING_SLABS).map(|_| SlabBuffer::heap(staging)).collect::<Result<_>>()?;
-    reader::read(checkpoint, directory, &placed, buffers, staging.transposed, |slab, back| {
+    reader::read(checkpoint, &placed, buffers, staging.transposed, |slab, back| {
         if options.cancel.load(Ordering::Relaxed) {
             return Err(Error::interrupted());
         }
@@ -143,13 +147,13 @@ pub fn save_quantized(
         match (target.weight.data, options.format) {
             (data, _) if data == layout.storage => write(0, (slab.row * target.weight.row_bytes()) as u64, bytes)?,
             (Storage::Plain(dtype), SaveFormat::Evenkeel) => {
-                quantize_rows(layout, dtype, bytes, &mut packed).map_err(broken)?;
+                quantize_rows(&options.pool, layout, dtype, bytes, &mut packed).map_err(broken)?;
                 for (at, bytes) in packed.sections(layout, slab.row) {
                     write(0, at, bytes)?;
                 }
             }
             (Storage::Plain(dtype), SaveFormat::CompressedTensors) => {
-                compressed.pack(layout, dtype, bytes).map_err(broken)?;
+                compressed.pack(&options.pool, layout, dtype, bytes).map_err(broken)?;
                 for (tensor, (at, bytes)) in compressed.sections(layout, slab.row, dtype).into_iter().enumerate() {
                     write(tensor, at, bytes)?;
                 }

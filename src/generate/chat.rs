@@ -8,7 +8,7 @@ use minijinja::{Environment, ErrorKind, Value, context};
 use serde::Serialize;
 
 use crate::bytes::{Bytes, MIB};
-use crate::error::{Error, Result};
+use crate::error::{Error, Hint, Result, Setting};
 use crate::fs;
 use crate::json::{Document, Node};
 
@@ -41,7 +41,7 @@ impl ChatTemplate {
     pub fn open(directory: &Path) -> Result<Self> {
         let none = || {
             Error::input(format!("`{}` has no chat template", directory.display()))
-                .hint("leave `--chat` out: the model was not made for conversations")
+                .hint(Hint::naming("leave {} out: the model was not made for conversations", [Setting::ChatTemplate]))
         };
         let config = if directory.join(CONFIG_FILE).exists() {
             let path = fs::confined(directory, CONFIG_FILE)?;

@@ -2,7 +2,6 @@
 
 mod chat;
 mod perplexity;
-mod sampler;
 mod stream;
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,14 +9,14 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use crate::error::{Error, Result};
+use crate::engine::Sequence;
+use crate::error::{Error, Hint, Result, Setting};
 use crate::loader::Model;
-use sampler::Sampler;
 use stream::TextStream;
 
 pub use chat::{ChatTemplate, Message};
 pub use perplexity::{Comparison, DEFAULT_WINDOW, Divergence, Perplexity, Predictions, Windows};
-pub use sampler::Sampling;
+pub use crate::engine::Sampling;
 
 /// How to generate.
 #[derive(Clone, Debug, Default)]
@@ -73,6 +72,21 @@ pub struct GenerateReport {
     pub finish: Finish,
 }
 
+/// A prompt and its answer are longer than the context.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the context holds {context} tokens, the prompt has {prompt}{}", match wanted {
+    0 => String::new(),
+    wanted => format!(" and {wanted} new ones are asked for"),
+})]
+pub struct TooLong {
+    /// What the context holds, in tokens.
+    pub context: usize,
+    /// Tokens of the prompt.
+    pub prompt: usize,
+    /// New tokens that were asked for; 0 where no number was.
+    pub wanted: usize,
+}
+
 impl Model {
     /// Generates behind `prompt`, whose tokens the model's tokenizer gives.
     ///
@@ -99,7 +113,7 @@ impl Model {
         cancel: &'m AtomicBool,
     ) -> Result<Generation<'m>> {
         options.sampling.check()?;
-        let context = self.pipeline.context();
+        let context = self.plan.context;
         if prompt.is_empty() {
             return Err(Error::input("the prompt is empty"));
         }
@@ -108,15 +122,13 @@ impl Model {
             return Err(self.too_long(prompt.len(), wanted));
         }
         let start = Instant::now();
-        let sampling = &options.sampling;
-        self.pipeline.begin(&sampling.choice(), sampling.seed, prompt)?;
+        let mut sequence = self.engine.begin(prompt, &options.sampling)?;
         let interrupted = || {
             if cancel.load(Ordering::Relaxed) { Err(Error::interrupted()) } else { Ok(()) }
         };
-        let mut sampler = Sampler::new(options.sampling.clone(), prompt);
         let next = match options.max_new_tokens {
             Some(0) => None,
-            _ => Some(sampler.sample(self.pipeline.extend(prompt, interrupted)?)?),
+            _ => Some(self.engine.next(&mut sequence, false, interrupted)?),
         };
         Ok(Generation {
             prompt_tokens: prompt.len(),
@@ -128,7 +140,7 @@ impl Model {
             finish: if next.is_none() { Some(Finish::MaxNewTokens) } else { None },
             stream: TextStream::new(options.stop.clone()),
             model: self,
-            sampler,
+            sequence,
             options,
             cancel,
         })
@@ -136,17 +148,14 @@ impl Model {
 
     fn too_long(&self, prompt: usize, wanted: usize) -> Error {
         let (context, longest) = (self.plan.context, self.plan.longest_context);
-        let new = if wanted > 0 { format!(" and {wanted} new ones are asked for") } else { String::new() };
-        let what = format!("the context holds {context} tokens, the prompt has {prompt}{new}");
         let needed = prompt + wanted;
-        if needed <= longest {
-            Error::input(what).hint(format!("`--context {needed}` makes room"))
+        Error::input(TooLong { context, prompt, wanted }).hint(if needed <= longest {
+            Hint::naming("{} makes room", [Setting::Context(needed)])
         } else if prompt < longest {
-            Error::input(what)
-                .hint(format!("`--max-new-tokens {}` is the most that the model has room for", longest - prompt))
+            Hint::naming("{} is the most that the model has room for", [Setting::MaxNewTokens(longest - prompt)])
         } else {
-            Error::input(what).hint(format!("the model was made for {longest} tokens; shorten the prompt"))
-        }
+            format!("the model was made for {longest} tokens; shorten the prompt").into()
+        })
     }
 
     /// Calls `visit` with the position of each of `tokens` and the logits behind it.
@@ -154,25 +163,25 @@ impl Model {
     /// # Errors
     /// The tokens are none, too many, or not the model's, or the model fails.
     pub fn score(&mut self, tokens: &[u32], visit: impl FnMut(usize, &[f32])) -> Result<()> {
-        self.pipeline.score(tokens, visit)
+        self.engine.score(tokens, visit)
     }
 
     /// Takes prompts in chunks of at most `tokens`; no more than the plan counts.
     pub fn limit_prefill_chunk(&mut self, tokens: usize) {
-        self.pipeline.limit_chunk(tokens);
+        self.engine.limit_chunk(tokens);
     }
 
     /// Launches every kernel of a step by itself from now on, where GPUs would repeat them as one; to
     /// measure what that saves.
     pub fn launch_each_kernel(&mut self) {
-        self.pipeline.launch_each_kernel();
+        self.engine.launch_each_kernel();
     }
 }
 
 /// A generation that runs as it is iterated.
 pub struct Generation<'m> {
     model: &'m mut Model,
-    sampler: Sampler,
+    sequence: Sequence,
     stream: TextStream,
     options: GenerateOptions,
     cancel: &'m AtomicBool,
@@ -213,13 +222,12 @@ impl Generation<'_> {
             self.finish = Some(Finish::MaxNewTokens);
         } else if self.cancel.load(Ordering::Relaxed) {
             self.finish = Some(Finish::Interrupted);
-        } else if self.model.pipeline.length() == self.model.pipeline.context() {
+        } else if self.sequence.tokens().len() > self.model.plan.context {
             self.finish = Some(Finish::Context);
         } else {
-            let pipeline = &mut self.model.pipeline;
-            let start = if pipeline.is_ahead() { self.since } else { Instant::now() };
+            let start = if self.sequence.is_ahead() { self.since } else { Instant::now() };
             let more = self.options.max_new_tokens.is_none_or(|most| self.generated + 1 < most);
-            self.next = Some(self.sampler.sample(pipeline.follow(token, more)?)?);
+            self.next = Some(self.model.engine.next(&mut self.sequence, more, || Ok(()))?);
             self.since = Instant::now();
             self.decode += self.since - start;
         }

@@ -21,7 +21,7 @@ impl Link {
         let broken = || Error::input(format!("{endpoint} did not send {place} as the Hub sends it")).hint(PORTAL);
         match failure {
             Failure::Hub(error) => match answer(&error) {
-                Some(answer) => self.explain_answer(&answer, &place, file, &error),
+                Some(answer) => self.explain_answer(answer, &place, file, &error),
                 None => match error {
                     HFError::Request { source, .. } if is_json_error(&source) => {
                         broken().caused_by(source.without_url())
@@ -63,7 +63,7 @@ impl Link {
         }
     }
 
-    fn explain_answer(&self, answer: &Answer, place: &str, file: Option<&str>, error: &HFError) -> Error {
+    fn explain_answer(&self, answer: Refusal, place: &str, file: Option<&str>, error: &HFError) -> Error {
         const TOKEN: &str = "set HF_TOKEN to the token of an account that may read it";
         let Self { options: HubOptions { endpoint, token, .. }, id, revision, .. } = self;
         let page = format!("{endpoint}/{id}");
@@ -108,20 +108,23 @@ impl Link {
                 .hint("try again later; https://status.huggingface.co says whether the Hub is up"),
             _ => Error::input(format!("{endpoint} did not give {place}")),
         };
-        error.caused_by(format!("the Hub answered {}", answer.shown))
+        error.caused_by(answer)
     }
 }
 
 /// What the Hub answered instead of what was asked for.
-struct Answer {
-    status: u16,
-    /// The Hub's own word for the reason.
-    code: Option<String>,
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the Hub answered {shown}")]
+pub struct Refusal {
+    /// The status of the answer, such as 404.
+    pub status: u16,
+    /// The Hub's own word for the reason, such as `GatedRepo`.
+    pub code: Option<String>,
     /// Status and message.
     shown: String,
 }
 
-fn answer(error: &HFError) -> Option<Answer> {
+fn answer(error: &HFError) -> Option<Refusal> {
     let context = match error {
         HFError::AuthRequired { context }
         | HFError::Forbidden { context }
@@ -134,7 +137,7 @@ fn answer(error: &HFError) -> Option<Answer> {
         _ => return None,
     };
     Some(match context {
-        Some(context) => Answer {
+        Some(context) => Refusal {
             status: context.status.as_u16(),
             code: context.error_code.clone(),
             shown: match &context.server_message {
@@ -142,7 +145,7 @@ fn answer(error: &HFError) -> Option<Answer> {
                 None => context.status.to_string(),
             },
         },
-        None => Answer { status: 404, code: None, shown: "404 Not Found".to_owned() },
+        None => Refusal { status: 404, code: None, shown: "404 Not Found".to_owned() },
     })
 }
 

@@ -3,7 +3,6 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
@@ -12,10 +11,11 @@ use super::reader::{self, Slab, SlabBuffer};
 use super::{LoadEvent, LoadOptions, LoadTimes};
 use crate::backend::cuda::InFlight;
 use crate::bytes::Bytes;
-use crate::checkpoint::Checkpoint;
-use crate::device::DeviceId;
-use crate::error::{Error, Result};
-use crate::plan::memory::{HostStaging, Placed, STAGING_SLABS};
+use crate::device::{DeviceError, DeviceId};
+use crate::error::{Error, Hint, Result, Setting};
+use crate::footprint::{Placed, STAGING_SLABS};
+use crate::plan::Plan;
+use crate::pool::Pool;
 use crate::quant::{PackedRows, QuantizeError, Storage, quantize_rows};
 
 /// Slabs that may be on their way to GPUs; the readers have the others.
@@ -41,14 +41,13 @@ pub struct Filled {
 
 /// Reads every weight, packs it and puts it in place.
 pub fn fill(
+    plan: &Plan,
     arenas: &mut Arenas,
-    checkpoint: &Checkpoint,
-    directory: &Path,
-    placed: &[Placed],
-    staging: HostStaging,
     options: &LoadOptions,
     on_event: &mut impl FnMut(LoadEvent),
 ) -> Result<Filled> {
+    let (placed, checkpoint) = (&plan.weights[..], plan.checkpoint());
+    let staging = plan.staging()?;
     let buffer = |_| match arenas.gpus.values().next() {
         Some(arenas) => arenas.gpu.allocate_pinned(staging.slab).map(SlabBuffer::Pinned),
         None => SlabBuffer::heap(staging),
@@ -63,7 +62,7 @@ pub fn fill(
         let bytes = Bytes(len as u64);
         on_event(LoadEvent::Placed { module: &target.weight.parameter.module, device: target.device, bytes });
     };
-    let read = reader::read(checkpoint, directory, placed, buffers, staging.transposed, |slab, back| {
+    let read = reader::read(checkpoint, placed, buffers, staging.transposed, |slab, back| {
         if options.cancel.load(Ordering::Relaxed) {
             return Err(Error::interrupted());
         }
@@ -83,7 +82,7 @@ pub fn fill(
                 let Some(first) = sent.pop_front() else { return Ok(()) };
                 put(first.weight, first.range.len());
                 let start = Instant::now();
-                let buffer = receive(arenas, placed, first)?;
+                let buffer = receive(&options.pool, arenas, placed, first)?;
                 times.gpus += start.elapsed().as_secs_f64();
                 buffer
             }
@@ -102,18 +101,19 @@ pub fn fill(
     let start = Instant::now();
     for slab in sent {
         put(slab.weight, slab.range.len());
-        receive(arenas, placed, slab)?;
+        receive(&options.pool, arenas, placed, slab)?;
     }
     times.gpus += start.elapsed().as_secs_f64();
     times.read = read.waited.as_secs_f64();
     for gpu in arenas.gpus.values_mut() {
         gpu.upload = None;
     }
-    Ok(Filled { staged: staging.ring() + most_packed, past_cache: read.past_cache, times })
+    let ring = Bytes((staging.slab * STAGING_SLABS + staging.transposed) as u64);
+    Ok(Filled { staged: ring + most_packed, past_cache: read.past_cache, times })
 }
 
 /// Waits for a slab on its way to a GPU and gives its buffer back.
-fn receive(arenas: &mut Arenas, placed: &[Placed], sent: Sent) -> Result<SlabBuffer> {
+fn receive(pool: &Pool, arenas: &mut Arenas, placed: &[Placed], sent: Sent) -> Result<SlabBuffer> {
     let target = &placed[sent.weight];
     let gpu = arenas.gpus.get_mut(&target.device);
     let Some(upload) = gpu.and_then(|gpu| gpu.upload.as_mut()) else {
@@ -122,10 +122,10 @@ fn receive(arenas: &mut Arenas, placed: &[Placed], sent: Sent) -> Result<SlabBuf
     let (buffer, is_packed) = upload.finish(sent.slab)?;
     if let (false, Some(dtype)) = (is_packed, target.weight.dtype()) {
         // The GPU knows only that there is a weight that cannot be packed; the host finds it.
-        quantize_rows(&target.layout, dtype, &buffer[sent.range], &mut PackedRows::default())
+        quantize_rows(pool, &target.layout, dtype, &buffer[sent.range], &mut PackedRows::default())
             .map_err(|e| broken_weight(target, sent.row, e))?;
-        let tensor = target.weight.parameter.tensor();
-        return Err(Error::device(format!("{} cannot pack tensor `{tensor}`, and the host can", target.device)));
+        let what = format!("cannot pack tensor `{}`, and the host can", target.weight.parameter.tensor());
+        return Err(Error::device(DeviceError::Failed { device: target.device, what }));
     }
     Ok(SlabBuffer::Pinned(buffer))
 }
@@ -153,7 +153,7 @@ fn pack(
     };
     match target.weight.data {
         Storage::Plain(dtype) if target.weight.data != layout.storage => {
-            quantize_rows(layout, dtype, bytes, packed).map_err(|e| broken_weight(target, row, e))?;
+            quantize_rows(&options.pool, layout, dtype, bytes, packed).map_err(|e| broken_weight(target, row, e))?;
             for (at, bytes) in packed.sections(layout, row) {
                 write(at, bytes)?;
             }
@@ -175,22 +175,58 @@ fn check_scales(target: &Placed, row: usize, bytes: &[u8]) -> Result<()> {
         None => target.layout.broken_scale((row * weight.row_bytes()) as u64, bytes),
     };
     broken.map_or(Ok(()), |row| {
-        let tensor = weight.parameter.tensor();
-        Err(Error::input(format!("tensor `{tensor}` has a scale at row {row} that is not finite"))
-            .hint("the file is broken; `evenkeel quantize` makes it again"))
+        Err(Error::input(WeightError::BrokenScale { tensor: weight.parameter.tensor(), row })
+            .hint(Hint::naming("the file is broken; {} makes it again", [Setting::SaveQuantized])))
     })
 }
 
 /// The error of a weight of `target` that cannot be packed, in a slab that begins at `first_row`.
 pub fn broken_weight(target: &Placed, first_row: usize, error: QuantizeError) -> Error {
     let tensor = target.weight.parameter.tensor();
-    let what = match error {
+    let error = match error {
         QuantizeError::NotFinite { row, col, value } => {
-            format!("tensor `{tensor}` has {value} at row {}, column {col}", first_row + row)
+            WeightError::NotFinite { tensor, row: first_row + row, col, value }
         }
         QuantizeError::ScaleOverflow { row, scale } => {
-            format!("tensor `{tensor}` needs a scale of {scale} at row {}, which f16 cannot hold", first_row + row)
+            WeightError::ScaleOverflow { tensor, row: first_row + row, scale }
         }
     };
-    Error::input(what).hint("`--quantize none` loads the weights as they are")
+    let hint = Hint::naming("{} loads the weights as they are", [Setting::Quantize(Some("none"))]);
+    Error::input(error).hint(hint)
+}
+
+/// A weight that cannot be packed, or was not packed by a quantizer.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum WeightError {
+    /// A packed row's scale is NaN or an infinity.
+    #[error("tensor `{tensor}` has a scale at row {row} that is not finite")]
+    BrokenScale {
+        /// The tensor.
+        tensor: String,
+        /// The row.
+        row: usize,
+    },
+    /// NaN or an infinity.
+    #[error("tensor `{tensor}` has {value} at row {row}, column {col}")]
+    NotFinite {
+        /// The tensor.
+        tensor: String,
+        /// The row.
+        row: usize,
+        /// The column.
+        col: usize,
+        /// The value.
+        value: f32,
+    },
+    /// The weights are too large for an f16 scale.
+    #[error("tensor `{tensor}` needs a scale of {scale} at row {row}, which f16 cannot hold")]
+    ScaleOverflow {
+        /// The tensor.
+        tensor: String,
+        /// The row.
+        row: usize,
+        /// The scale.
+        scale: f32,
+    },
 }

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
-use crate::error::{Error, Result};
+use crate::error::{Error, Hint, Result, Setting};
 
 pub use bandwidth::Bandwidth;
 
@@ -56,8 +56,9 @@ impl Inventory {
         let mut devices = Vec::new();
         for description in text.split(',') {
             let usage = |why: String| {
+                let examples = ["cuda:0=24GiB", "cpu=64GiB"].map(|device| Setting::Device(device.to_owned()));
                 Error::usage(format!("`{description}` describes no device: {why}"))
-                    .hint("describe a device as `--device cuda:0=24GiB` or `--device cpu=64GiB`")
+                    .hint(Hint::naming("describe a device as {} or {}", examples))
             };
             let (id, bytes) = description.split_once('=').ok_or_else(|| usage("it has no `=`".to_owned()))?;
             let id: DeviceId = id.trim().parse().map_err(|e| usage(format!("{e}")))?;

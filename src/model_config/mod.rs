@@ -7,7 +7,7 @@ mod fields;
 mod rope;
 
 use crate::bytes::{Bytes, MIB};
-use crate::error::{Result, first_five, printable};
+use crate::error::{Hint, Result, Setting, first_five, printable};
 use crate::json::{Document, Node};
 use crate::source::Source;
 use family::{Biases, Windowed, Windows};
@@ -250,13 +250,16 @@ fn packed(quantization: Node) -> Result<Vec<(String, String)>> {
         let method = printable(method.as_deref().unwrap_or("unnamed"));
         return Err(quantization
             .error(format!("the checkpoint is already quantized (`{method}`), which is not supported"))
-            .hint("name the unquantized checkpoint that it was made from; `--quantize` quantizes while loading"));
+            .hint(Hint::naming(
+                "name the unquantized checkpoint that it was made from; {} quantizes while loading",
+                [Setting::Quantize(None)],
+            )));
     }
     let version = fields.required("version")?;
     if version.whole()? != PACKED_VERSION {
         return Err(version
             .error(format!("only version {PACKED_VERSION} of packed checkpoints is read"))
-            .hint("`evenkeel quantize` makes one from the unquantized checkpoint"));
+            .hint(Hint::naming("{} makes one from the unquantized checkpoint", [Setting::SaveQuantized])));
     }
     let rules = fields.required("quantize")?.members()?;
     rules.into_iter().map(|rule| Ok((rule.name, rule.value.text()?))).collect()

@@ -4,7 +4,7 @@
 //! `plan` prints it and `generate` carries it out; both make it here.
 
 mod device_plan;
-pub mod memory;
+mod list;
 mod options;
 mod outline;
 mod place;
@@ -22,6 +22,7 @@ use crate::checkpoint::Checkpoint;
 use crate::device::DeviceId;
 use crate::device_map::{self, Contents, MAX_BATCH, MaxMemory};
 use crate::error::{Error, Result};
+use crate::footprint::{Allocation, HostStaging, Placed, Purpose, STAGING_SLABS};
 use crate::machine::{Device, Inventory};
 use crate::quant::{KvDtype, QuantizeRules};
 use scheme::{choose, kinds};
@@ -76,6 +77,12 @@ pub struct Plan {
     pub idle: Vec<Device>,
     /// What would fit, where this does not; cheapest in quality first.
     pub remedies: Vec<Remedy>,
+    /// Every weight and where it goes, in the order in which they are read.
+    pub weights: Vec<Placed>,
+    /// Every allocation of a load: the weights of each device together, what each block keeps, every buffer.
+    pub allocations: Vec<Allocation>,
+    #[serde(skip)]
+    checkpoint: Checkpoint,
 }
 
 impl Plan {
@@ -94,12 +101,51 @@ impl Plan {
             plan.placements = outline::placements(&subject, &options, &plan);
         }
         if options.kinds {
-            plan.kinds = kinds::report(&subject, &plan.quantize, options.cache.as_deref())?;
+            plan.kinds = kinds::report(&subject, &plan.quantize, &options)?;
         }
         if !plan.fits() {
             plan.remedies = remedies::find(&subject, &options, &plan);
         }
+        plan.list(&subject)?;
         Ok(plan)
+    }
+
+    /// The checkpoint that it is a plan of.
+    pub fn checkpoint(&self) -> &Checkpoint {
+        &self.checkpoint
+    }
+
+    /// Bytes of a device that are for a purpose.
+    pub fn sum(&self, device: DeviceId, purpose: Purpose) -> Bytes {
+        let is_meant = |allocation: &&Allocation| (allocation.device, allocation.purpose) == (device, purpose);
+        self.allocations.iter().filter(is_meant).map(|allocation| allocation.bytes).sum()
+    }
+
+    /// Bytes of an allocation by its name.
+    ///
+    /// # Errors
+    /// The plan has none of that name.
+    pub fn allocation(&self, device: DeviceId, purpose: Purpose, name: &str) -> Result<Bytes> {
+        let is_meant = |allocation: &&Allocation| {
+            (allocation.device, allocation.purpose) == (device, purpose) && allocation.name == name
+        };
+        let found = self.allocations.iter().find(is_meant).map(|allocation| allocation.bytes);
+        found.ok_or_else(|| Error::input(format!("the plan allocates no `{name}` on {device}")))
+    }
+
+    /// The host's staging ring.
+    pub(crate) fn staging(&self) -> Result<HostStaging> {
+        let bytes = |name| Ok(self.allocation(DeviceId::Cpu, Purpose::Staging, name)?.as_usize().unwrap_or(usize::MAX));
+        Ok(HostStaging {
+            slab: bytes("slabs")? / STAGING_SLABS,
+            packed: bytes("packed")?,
+            transposed: bytes("transposed")?,
+        })
+    }
+
+    /// Whether the head is the embedding.
+    pub(crate) fn is_tied(&self) -> bool {
+        self.checkpoint.config.tie_word_embeddings
     }
 
     /// The longest context that fits, in tokens, with no more modules off the
@@ -129,7 +175,7 @@ impl Plan {
     }
 
     /// The plan as a device map in canonical form.
-    pub fn device_map(&self, checkpoint: &Checkpoint) -> String {
+    pub fn device_map(&self) -> String {
         let contents = Contents {
             model: &self.model,
             quantize: &self.quantize,
@@ -138,12 +184,12 @@ impl Plan {
             kv_cache: self.kv_cache,
             max_memory: &self.max_memory,
         };
-        device_map::to_json(&contents, &ModuleTree::new(&checkpoint.config), &self.placement())
+        device_map::to_json(&contents, &ModuleTree::new(&self.checkpoint.config), &self.placement())
     }
 
     /// The plan as the plain dictionary of Hugging Face: GPUs by index, every module by itself.
-    pub fn hugging_face_map(&self, checkpoint: &Checkpoint) -> String {
-        device_map::to_hugging_face(&ModuleTree::new(&checkpoint.config), &self.placement())
+    pub fn hugging_face_map(&self) -> String {
+        device_map::to_hugging_face(&ModuleTree::new(&self.checkpoint.config), &self.placement())
     }
 
     /// How often the hidden state changes its device for a token.
@@ -168,11 +214,21 @@ impl Plan {
 
     /// An error that says what is missing; [`Plan::remedies`] says what would fit.
     pub fn does_not_fit(&self) -> Error {
-        let short = self.devices.iter().filter(|device| !device.fits()).map(|device| {
-            format!("{} lacks {} ({} of {})", device.id, device.missing(), device.total(), device.budget)
-        });
-        Error::does_not_fit(format!("`{}` does not fit: {}", self.model, short.collect::<Vec<_>>().join(", ")))
+        let short = self.devices.iter().filter(|device| !device.fits()).cloned().collect();
+        Error::does_not_fit(DoesNotFit { model: self.model.clone(), devices: short })
     }
+}
+
+/// A plan that does not fit, as the cause of an error.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[error("`{model}` does not fit: {}", .devices.iter().map(|device| {
+    format!("{} lacks {} ({} of {})", device.id, device.missing(), device.total(), device.budget)
+}).collect::<Vec<_>>().join(", "))]
+pub struct DoesNotFit {
+    /// The model's name.
+    pub model: String,
+    /// The devices that have too little, with what is to be taken of each.
+    pub devices: Vec<DevicePlan>,
 }
 
 /// The largest size up to `limit` under which a plan fits with no more off the GPUs than under 1.

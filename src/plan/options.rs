@@ -3,12 +3,14 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use crate::bytes::{Bytes, MIB};
 use crate::checkpoint::Checkpoint;
 use crate::device_map::{DeviceMap, MaxMemory};
-use crate::error::{Error, ParseError, Result};
+use crate::error::{Error, Hint, ParseError, Result, Setting};
 use crate::name::{named, unknown};
+use crate::pool::Pool;
 use crate::quant::{KvDtype, QuantizeRules, Scheme};
 
 /// Bytes of every device that a plan leaves free, unless told otherwise.
@@ -46,6 +48,8 @@ pub struct PlanOptions {
     /// The directory that keeps the errors of schemes that were measured; without one they are
     /// measured anew, and nothing is written.
     pub cache: Option<PathBuf>,
+    /// The threads that measure errors.
+    pub pool: Arc<Pool>,
 }
 
 /// How modules are placed where no device map says it.
@@ -164,7 +168,10 @@ impl Conditions {
                     "`{}` is quantized already: {packed}; it cannot be loaded as {wanted}",
                     checkpoint.name
                 ))
-                .hint("leave `--quantize` out, or name the checkpoint that it was made from"));
+                .hint(Hint::naming(
+                    "leave {} out, or name the checkpoint that it was made from",
+                    [Setting::Quantize(None)],
+                )));
             }
             (Some(packed), _) => packed,
             (None, wanted) => wanted.unwrap_or_else(|| QuantizeRules::whole_model(Scheme::None)),
@@ -182,7 +189,7 @@ impl Conditions {
                 "a context of {} tokens is longer than the {longest} that `{}` was made for",
                 conditions.context, checkpoint.name
             ))
-            .hint(format!("`--context {longest}` is the longest")));
+            .hint(Hint::naming("{} is the longest", [Setting::Context(longest)])));
         }
         if conditions.context == 0 || conditions.batch == 0 {
             return Err(Error::usage("context and batch must be at least 1"));

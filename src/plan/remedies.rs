@@ -28,7 +28,6 @@ pub struct Remedy {
 /// A change to the options or the machine.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
-#[non_exhaustive]
 pub enum Change {
     /// Automatic placement in place of the map.
     Automatic,
@@ -75,25 +74,6 @@ pub enum Change {
         /// The scheme.
         scheme: Scheme,
     },
-}
-
-impl Change {
-    /// The flag that makes the change, and its value. That of memory describes a device, which `plan` can.
-    pub fn flag(&self) -> (&'static str, String) {
-        match self {
-            Self::Automatic => ("--device-map", "auto".to_owned()),
-            Self::Batch { sequences } => ("--batch", sequences.to_string()),
-            Self::Budget { device, max_memory } => ("--max-memory", format!("{device}={}", max_memory.exact())),
-            Self::Context { tokens } => ("--context", tokens.to_string()),
-            Self::KvCache { dtype } => ("--kv-cache", dtype.to_string()),
-            Self::Memory { device, free, bandwidth, .. } => {
-                let bandwidth = bandwidth.map(|bandwidth| format!("@{bandwidth}"));
-                ("--device", format!("{device}={}{}", free.exact(), bandwidth.unwrap_or_default()))
-            }
-            Self::Placement { placement } => ("--placement", placement.to_string()),
-            Self::Quantize { scheme } => ("--quantize", scheme.to_string()),
-        }
-    }
 }
 
 impl fmt::Display for Change {
@@ -206,7 +186,7 @@ impl Search<'_> {
             }
         }
         let Subject { checkpoint, tree, ref weights, .. } = *self.subject;
-        Subject { checkpoint, inventory, tree, weights: weights.clone() }.plan(&options)
+        Subject { checkpoint, inventory, tree, weights: Cow::Borrowed(weights) }.plan(&options)
     }
 
     /// The remedy of `changes`, if it is one. What cannot be planned is none.

@@ -2,15 +2,16 @@
 
 use std::borrow::Cow;
 
-use super::memory::KvLayout;
 use super::options::Conditions;
-use super::{DevicePlan, Pace, Plan, PlanOptions, PlannedModule, Speed, Strategy, hf, memory, place};
-use crate::architecture::{Module, ModuleTree, Role, Weight};
+use super::device_plan::Fixed;
+use super::{DevicePlan, Pace, Plan, PlanOptions, PlannedModule, Speed, Strategy, hf, place};
+use crate::architecture::{Module, ModuleKind, ModuleTree, Role, Weight};
 use crate::bytes::Bytes;
 use crate::checkpoint::Checkpoint;
-use crate::device::DeviceId;
+use crate::device::{DeviceError, DeviceId};
 use crate::device_map::{DeviceMap, MaxMemory};
-use crate::error::{Error, Result, first_five};
+use crate::error::{Error, Hint, Result, Setting};
+use crate::footprint::{self, HostStaging, MAX_BYTES, State};
 use crate::machine::{self, Inventory};
 use crate::model_config::ModelConfig;
 use crate::quant::{QuantizeRules, WeightDtype};
@@ -20,12 +21,12 @@ pub struct Subject<'a> {
     pub checkpoint: &'a Checkpoint,
     pub inventory: Cow<'a, Inventory>,
     pub tree: &'a ModuleTree,
-    pub weights: Vec<Weight<'a>>,
+    pub weights: Cow<'a, [Weight]>,
 }
 
 impl<'a> Subject<'a> {
     pub fn new(checkpoint: &'a Checkpoint, inventory: &'a Inventory, tree: &'a ModuleTree) -> Result<Self> {
-        Ok(Self { checkpoint, inventory: Cow::Borrowed(inventory), tree, weights: tree.resolve(checkpoint)? })
+        Ok(Self { checkpoint, inventory: Cow::Borrowed(inventory), tree, weights: Cow::Owned(tree.resolve(checkpoint)?) })
     }
 
     /// The plan under `options`, in which `auto` has been decided; without alternatives and remedies.
@@ -46,10 +47,22 @@ impl<'a> Subject<'a> {
         let Self { checkpoint, inventory, tree, weights } = self;
         let config = &checkpoint.config;
         let Conditions { context, batch, kv_cache, .. } = *conditions;
-        let kv = KvLayout::new(config, context, batch, kv_cache)
-            .ok_or_else(|| Error::input("the KV cache is too large to plan for"))?;
-        let staging = memory::HostStaging::new(weights, &conditions.quantize);
-        let empty = |device| DevicePlan::empty(device, conditions, config, staging);
+        let fixed = Fixed { config, conditions, staging: HostStaging::new(weights, &conditions.quantize) };
+        let empty = |device| DevicePlan::empty(device, &fixed);
+        let mut states = Vec::with_capacity(config.layers.len());
+        let mut all = 0u64;
+        for layer in &config.layers {
+            let state = State::new(config, *layer, context, kv_cache);
+            let bytes = state.and_then(|state| state.bytes().0.checked_mul(batch as u64));
+            let too_large = || Error::input("the KV cache is too large to plan for");
+            let (Some(state), Some(bytes)) = (state, bytes) else { return Err(too_large()) };
+            all = all.checked_add(bytes).filter(|all| *all <= MAX_BYTES).ok_or_else(too_large)?;
+            states.push((state, Bytes(bytes)));
+        }
+        let state_of = |module: &Module| match module.kind {
+            ModuleKind::Block(index) => Some(states[index]),
+            _ => None,
+        };
         let mut devices: Vec<DevicePlan> = inventory.devices.iter().map(empty).collect();
         let mut modules: Vec<PlannedModule> = tree
             .modules
@@ -59,7 +72,8 @@ impl<'a> Subject<'a> {
                 path: module.path.clone(),
                 device: DeviceId::Cpu,
                 weights: size.packed,
-                kv_cache: if module.is_block() { kv.bytes() + kv.bytes() } else { Bytes::ZERO },
+                kv_cache: state_of(module).map_or(Bytes::ZERO, |(_, bytes)| bytes),
+                state: state_of(module).map(|(state, _)| state),
                 read: size.read,
                 kind: module.kind,
             })
@@ -74,12 +88,7 @@ impl<'a> Subject<'a> {
             module.device = device;
         }
         for device in &mut devices {
-            device.take(&modules, memory::host_state(config, context), staging.ring());
-        }
-        let answers =
-            devices.iter().filter(|device| device.driver_context > Bytes::ZERO).map(|_| memory::CUDA_ANSWERS).sum();
-        if let Some(host) = devices.iter_mut().find(|device| device.id == DeviceId::Cpu) {
-            host.workspace += answers;
+            device.take(&modules, &fixed);
         }
         Ok(Plan {
             model: checkpoint.name.clone(),
@@ -101,6 +110,9 @@ impl<'a> Subject<'a> {
             kinds: Vec::new(),
             idle: inventory.idle.clone(),
             remedies: Vec::new(),
+            weights: Vec::new(),
+            allocations: Vec::new(),
+            checkpoint: (*checkpoint).clone(),
         })
     }
 }
@@ -120,10 +132,9 @@ fn module_sizes(
     rules: &QuantizeRules,
 ) -> Result<Vec<Size>> {
     let mut sizes = vec![Size::default(); tree.modules.len()];
-    let one_device = vec![DeviceId::Cpu; tree.modules.len()];
-    for placed in memory::lay_out(weights, &one_device, rules)? {
-        let size = &mut sizes[placed.weight.module];
-        let Size { packed, read } = weight_size(config, &placed.weight, placed.layout.size());
+    for weight in weights {
+        let size = &mut sizes[weight.module];
+        let Size { packed, read } = weight_size(config, weight, footprint::weight_bytes(weight, rules)?);
         *size = Size { packed: size.packed + packed, read: size.read + read };
     }
     if tree.tied
@@ -179,10 +190,10 @@ fn automatic(
 fn paces(devices: &[DevicePlan]) -> Result<Vec<Pace>> {
     let pace = |device: &DevicePlan| {
         Pace::new(device.id, device.bandwidth).ok_or_else(|| {
-            Error::usage(format!("`--placement fastest` needs the bandwidth of {}", device.id)).hint(format!(
-                "state it, or name the GPU: `--device {id}=SIZE@936GB/s`, `--device \"{id}=SIZE@RTX 3090\"`",
-                id = device.id
-            ))
+            let id = device.id;
+            let examples = ["936GB/s", "RTX 3090"].map(|speed| Setting::Device(format!("{id}=SIZE@{speed}")));
+            Error::usage(format!("`fastest` placement needs the bandwidth of {id}"))
+                .hint(Hint::naming("state it, or name the GPU: {}, {}", examples))
         })
     };
     devices.iter().map(pace).collect()
@@ -209,35 +220,31 @@ fn check_model(options: &PlanOptions, checkpoint: &Checkpoint) -> Result<()> {
     match options.device_map.as_ref().and_then(|map: &DeviceMap| map.model.as_deref()) {
         Some(model) if !options.any_model && base(model) != base(&checkpoint.name) => {
             Err(Error::input(format!("the device map was made for `{model}`, not for `{}`", checkpoint.name))
-                .hint("`--any-model` uses it for this one too"))
+                .hint(Hint::naming("{} uses it for this one too", [Setting::AnyModel])))
         }
         _ => Ok(()),
     }
 }
 
 fn check_devices(placement: &[DeviceId], inventory: &Inventory) -> Result<()> {
-    let mut absent: Vec<_> = placement.iter().filter(|id| inventory.device(**id).is_none()).collect();
+    let mut absent: Vec<_> = placement.iter().copied().filter(|id| inventory.device(*id).is_none()).collect();
     // Blocks on the disk are computed in host memory.
     if placement.contains(&DeviceId::Disk) && inventory.device(DeviceId::Cpu).is_none() {
-        absent.push(&DeviceId::Cpu);
+        absent.push(DeviceId::Cpu);
     }
     absent.sort();
     absent.dedup();
     let Some(first) = absent.first() else {
         return Ok(());
     };
-    let present: Vec<_> = inventory.devices.iter().map(|device| device.id.to_string()).collect();
-    let error = Error::does_not_fit(format!(
-        "the placement needs {}; what can be used is {}",
-        first_five(&absent),
-        present.join(", ")
-    ));
-    Err(if inventory.idle.iter().any(|device| device.id == **first) {
+    let usable = inventory.devices.iter().map(|device| device.id).collect();
+    let error = Error::does_not_fit(DeviceError::Unusable { devices: absent.clone(), usable });
+    Err(if inventory.idle.iter().any(|device| device.id == *first) {
         error.hint(format!("{first} is there but cannot be used: {}", machine::needs()))
     } else if first.is_gpu() {
-        error
-            .hint(format!("no NVIDIA driver was found, or it shows no {first}; `--device-map auto` uses what is there"))
+        let what = format!("no NVIDIA driver was found, or it shows no {first}; {{}} uses what is there");
+        error.hint(Hint::naming(what, [Setting::AutomaticPlacement]))
     } else {
-        error.hint(format!("`--device {first}=SIZE` describes it"))
+        error.hint(Hint::naming("{} describes it", [Setting::Device(format!("{first}=SIZE"))]))
     })
 }

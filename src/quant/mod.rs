@@ -150,6 +150,18 @@ impl Storage {
         }
     }
 
+    /// Its name: that of the scheme or of the dtype.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Plain(WeightDtype::Bf16) => "bf16",
+            Self::Plain(WeightDtype::F16) => "f16",
+            Self::Plain(WeightDtype::F32) => "f32",
+            Self::Int8 => Scheme::Int8.name(),
+            Self::Int4 => Scheme::Int4.name(),
+            Self::Nl4 => Scheme::Nl4.name(),
+        }
+    }
+
     /// Bytes of a row of `cols` columns as a checkpoint stores it. What is packed is stored whole,
     /// as [`MatrixLayout`] has it, in rows of [`PACKED_ROW`] bytes.
     pub fn stored_row(self, cols: usize) -> usize {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use evenkeel::backend::cuda::{Affine, Attention, Cache, Gpu, Norm, Output, Region};
 use evenkeel::model_config::NormKind;
-use evenkeel::plan::memory::{CudaAttention, KvLayout};
+use evenkeel::footprint::{CudaAttention, KvLayout};
 use evenkeel::quant::{KvDtype, WeightDtype};
 
 use super::{buffer, download, floats, halves, near, placed, random, rounded, scratch, upload, vector};

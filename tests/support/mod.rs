@@ -7,6 +7,7 @@ pub mod published;
 pub mod shapes;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use evenkeel::checkpoint::Checkpoint;
@@ -70,7 +71,7 @@ pub fn load_plan(plan: &Plan, checkpoint: &Checkpoint) -> evenkeel::Result<Model
     let options = LoadOptions {
         offload_directory: Path::new(env!("CARGO_TARGET_TMPDIR")),
         cancel: &AtomicBool::new(false),
-        threads: None,
+        pool: Arc::default(),
         separate_buffers: false,
     };
     plan.load(checkpoint, &options, |_| ())

@@ -3,6 +3,7 @@
 #![allow(clippy::print_stdout, reason = "the figures are wanted")]
 
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use evenkeel::Result;
@@ -56,7 +57,11 @@ pub fn plan(checkpoint: &Checkpoint, scheme: Scheme, map: &str, context: Option<
 
 pub fn load(plan: &Plan, checkpoint: &Checkpoint, separate_buffers: bool) -> Result<Model> {
     let offload_directory = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    plan.load(checkpoint, &LoadOptions { offload_directory, cancel: &NEVER, threads: None, separate_buffers }, |_| ())
+    plan.load(
+        checkpoint,
+        &LoadOptions { offload_directory, cancel: &NEVER, pool: Arc::default(), separate_buffers },
+        |_| (),
+    )
 }
 
 pub fn logits(model: &mut Model, tokens: &[u32]) -> Vec<Vec<f32>> {

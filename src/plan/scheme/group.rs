@@ -16,7 +16,7 @@ pub struct Group<'a> {
     /// Whether that is a block.
     pub is_in_block: bool,
     /// Its matrices, those of a role together.
-    pub roles: IndexMap<Role, Vec<Weight<'a>>>,
+    pub roles: IndexMap<Role, Vec<&'a Weight>>,
 }
 
 /// A weight of the embedding or the head counts as so many of a block. In int4, the tied embedding
@@ -38,13 +38,13 @@ impl Group<'_> {
     }
 
     /// All of its matrices.
-    pub fn weights(&self) -> impl Iterator<Item = &Weight<'_>> {
-        self.roles.values().flatten()
+    pub fn weights(&self) -> impl Iterator<Item = &Weight> {
+        self.roles.values().flatten().copied()
     }
 }
 
 /// The groups of all weights that a scheme may pack, in the order they run.
-pub fn groups<'a>(tree: &ModuleTree, weights: &[Weight<'a>]) -> Vec<Group<'a>> {
+pub fn groups<'a>(tree: &ModuleTree, weights: &'a [Weight]) -> Vec<Group<'a>> {
     let mut groups: Vec<Group> = Vec::new();
     for weight in weights.iter().filter(|weight| weight.parameter.is_quantizable()) {
         let module = weight.parameter.module.as_str();
@@ -72,7 +72,7 @@ pub fn groups<'a>(tree: &ModuleTree, weights: &[Weight<'a>]) -> Vec<Group<'a>> {
             });
         }
         let Some(group) = groups.last_mut() else { unreachable!("one has just been added") };
-        group.roles.entry(role).or_default().push(*weight);
+        group.roles.entry(role).or_default().push(weight);
     }
     groups
 }

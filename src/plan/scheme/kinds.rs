@@ -1,7 +1,5 @@
 //! Bits a weight and the measured error of each kind of module.
 
-use std::path::Path;
-
 use indexmap::IndexMap;
 use serde::Serialize;
 
@@ -9,7 +7,8 @@ use super::group::groups;
 use super::sample::losses;
 use crate::bytes::Bytes;
 use crate::error::Result;
-use crate::plan::memory;
+use crate::footprint;
+use crate::plan::PlanOptions;
 use crate::plan::subject::Subject;
 use crate::quant::{QuantizeRules, Scheme};
 
@@ -30,10 +29,10 @@ pub struct KindReport {
     pub error: Option<f64>,
 }
 
-/// Every kind in the order that the first of them runs, under `rules`; `cache` keeps what is measured.
-pub fn report(subject: &Subject, rules: &QuantizeRules, cache: Option<&Path>) -> Result<Vec<KindReport>> {
+/// Every kind in the order that the first of them runs, under `rules`, measured as `options` say.
+pub fn report(subject: &Subject, rules: &QuantizeRules, options: &PlanOptions) -> Result<Vec<KindReport>> {
     let groups = groups(subject.tree, &subject.weights);
-    let losses = losses(subject.checkpoint, &groups, cache)?;
+    let losses = losses(subject.checkpoint, &groups, options)?;
     let mut kinds: IndexMap<&str, KindReport> = IndexMap::new();
     for (at, group) in groups.iter().enumerate() {
         let kind = kinds.entry(&group.kind).or_insert_with(|| {
@@ -43,7 +42,7 @@ pub fn report(subject: &Subject, rules: &QuantizeRules, cache: Option<&Path>) ->
         let scheme = rules.scheme(&group.path);
         for weight in group.weights() {
             kind.parameters += (weight.parameter.rows * weight.parameter.cols) as u64;
-            kind.weights += memory::layout(weight, rules).map_or(Bytes::ZERO, |layout| layout.size());
+            kind.weights += footprint::layout(weight, rules).map_or(Bytes::ZERO, |layout| layout.size());
         }
         match kind.schemes.iter_mut().find(|(known, _)| *known == scheme) {
             Some((_, count)) => *count += 1,

@@ -6,9 +6,10 @@ use super::sample::{Loss, losses};
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::error::Result;
+use crate::footprint;
 use crate::plan::options::Conditions;
 use crate::plan::subject::{Size, Subject, weight_size};
-use crate::plan::{Plan, PlanOptions, Quantize, bisect, memory};
+use crate::plan::{Plan, PlanOptions, Quantize, bisect};
 use crate::quant::{QuantizeRules, Scheme};
 
 /// Options of least measured error with which the plan fits and no more modules leave the GPUs
@@ -18,7 +19,7 @@ use crate::quant::{QuantizeRules, Scheme};
 /// Only what is on GPUs is chosen for, or all where there are none: what is not keeps its scheme.
 pub fn refine(subject: &Subject, options: &PlanOptions, plan: &Plan) -> Result<Option<(PlanOptions, Plan)>> {
     let all = groups(subject.tree, &subject.weights);
-    let Some(losses) = losses(subject.checkpoint, &all, options.cache.as_deref())? else {
+    let Some(losses) = losses(subject.checkpoint, &all, options)? else {
         return Ok(None);
     };
     let has_gpus = plan.devices.iter().any(|device| device.id.is_gpu());
@@ -89,7 +90,7 @@ impl<'a> Candidate<'a> {
             let rules = QuantizeRules::new(vec![(String::new(), scheme)]);
             for weight in group.weights() {
                 // It was laid out in the plan, where it may have taken more.
-                let packed = memory::layout(weight, &rules).map_or(Bytes::ZERO, |layout| layout.size());
+                let packed = footprint::weight_bytes(weight, &rules).unwrap_or_default();
                 let Size { packed, read } = weight_size(&subject.checkpoint.config, weight, packed);
                 *sum = Size { packed: sum.packed + packed, read: sum.read + read };
             }

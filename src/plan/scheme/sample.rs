@@ -8,7 +8,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::path::Path;
 
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::group::Group;
@@ -17,6 +16,8 @@ use crate::bytes::{Bytes, MIB};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::fs;
+use crate::plan::PlanOptions;
+use crate::pool::Pool;
 use crate::quant::{Scheme, Storage, squared_error};
 use crate::random::{self, Draws};
 
@@ -75,10 +76,10 @@ struct ShardState {
     changed: i64,
 }
 
-/// The loss of every group, in their order; `cache` is the directory that keeps it. `None` where the
-/// weights are not in a local directory, are packed already, or are ones that no scheme can pack:
-/// loading says which.
-pub fn losses(checkpoint: &Checkpoint, groups: &[Group], cache: Option<&Path>) -> Result<Option<Vec<Loss>>> {
+/// The loss of every group, in their order, measured on the options' pool and kept in their cache. `None`
+/// where the weights are not in a local directory, are packed already, or are ones that no scheme can
+/// pack: loading says which.
+pub fn losses(checkpoint: &Checkpoint, groups: &[Group], options: &PlanOptions) -> Result<Option<Vec<Loss>>> {
     let Some(directory) = checkpoint.directory.as_deref().filter(|_| checkpoint.config.packed.is_none()) else {
         return Ok(None);
     };
@@ -89,6 +90,7 @@ pub fn losses(checkpoint: &Checkpoint, groups: &[Group], cache: Option<&Path>) -
     };
     let home = directory.canonicalize().map_err(|e| Error::io("open", directory, e))?;
     let name = format!("errors-{:016x}.json", random::seed(home.as_os_str().as_bytes()));
+    let (cache, pool) = (options.cache.as_deref(), &*options.pool);
     let read = |cache: &Path| fs::read_capped(&cache.join(&name), ERRORS_CAP).ok();
     let known = cache.and_then(read).and_then(|json| serde_json::from_slice::<Measured>(&json).ok());
     if let Some(known) = known.filter(|known| known.version == VERSION && known.shards == states)
@@ -96,8 +98,10 @@ pub fn losses(checkpoint: &Checkpoint, groups: &[Group], cache: Option<&Path>) -
     {
         return Ok(Some(losses));
     }
-    let measure = |group: &Group| Ok(measure(&files, group)?.map(|loss| (group.path.clone(), loss)));
-    let Some(losses) = groups.par_iter().map(measure).collect::<Result<Option<BTreeMap<_, _>>>>()? else {
+    let measured = pool.try_map(groups.len(), |at| measure(&files, &groups[at], pool))?;
+    let paths = groups.iter().map(|group| group.path.clone());
+    let Some(losses) = paths.zip(measured).map(|(path, loss)| Some((path, loss?))).collect::<Option<BTreeMap<_, _>>>()
+    else {
         return Ok(None);
     };
     let measured = Measured { version: VERSION, shards: states, losses };
@@ -118,7 +122,7 @@ fn open(directory: &Path, name: &str) -> Result<(File, ShardState)> {
 }
 
 /// The mean over the roles of a group.
-fn measure(shards: &[File], group: &Group) -> Result<Option<Loss>> {
+fn measure(shards: &[File], group: &Group, pool: &Pool) -> Result<Option<Loss>> {
     let mut random = Draws::new(random::seed(group.path.as_bytes()));
     let mut sum = Loss { int8: 0.0, int4: 0.0, nl4: 0.0 };
     for weights in group.roles.values() {
@@ -147,7 +151,7 @@ fn measure(shards: &[File], group: &Group) -> Result<Option<Loss>> {
         for (loss, storage) in
             [(&mut sum.int8, Storage::Int8), (&mut sum.int4, Storage::Int4), (&mut sum.nl4, Storage::Nl4)]
         {
-            let Ok((error, norm)) = squared_error(storage, dtype, cols, &bytes) else {
+            let Ok((error, norm)) = squared_error(pool, storage, dtype, cols, &bytes) else {
                 return Ok(None);
             };
             *loss += if norm > 0.0 { error / norm } else { 0.0 } / group.roles.len() as f64;
@@ -173,7 +177,7 @@ fn read_columns(shards: &[File], weight: &Weight, rows: usize, random: &mut Draw
 }
 
 fn read(shards: &[File], weight: &Weight, offset: usize, bytes: &mut [u8]) -> Result<()> {
-    let tensor = weight.tensor;
+    let tensor = &weight.tensor;
     shards[tensor.shard]
         .read_exact_at(bytes, tensor.range.start + offset as u64)
         .map_err(|e| Error::input(format!("tensor `{}` cannot be read", weight.parameter.tensor())).caused_by(e))

@@ -1,12 +1,15 @@
-//! The products' launches: of one matrix or several, of few tokens or many, with tensor cores and without.
+//! Launches of matmul.cu, mma_few.cu and mma_many.cu: products of one matrix or several, of few tokens or many,
+//! with tensor cores and without.
 
-use super::driver::{Gpu, Region};
-use super::kernels::{FEW, NormArguments, TENSOR_CORES, activation_number, dtype_number, int, pointer, vector};
+use super::FEW;
 use super::launch::Argument;
-use super::operands::{Affine, Input, Output, Scratch, holds};
+use super::norm::{NormArguments, Vector};
+use crate::backend::cuda::driver::{Gpu, Region};
+use crate::backend::cuda::modules::{Kernel, TENSOR_CORES};
+use crate::backend::cuda::operands::{Affine, Input, Output, Scratch, holds};
 use crate::error::Result;
 use crate::model_config::Activation;
-use crate::plan::memory::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS};
+use crate::footprint::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS};
 use crate::quant::{Storage, WeightDtype};
 
 /// Rows of a block of `few_…`.
@@ -111,17 +114,21 @@ impl Gpu {
         assert!(parts.iter().all(|(affine, _)| affine.cols() == cols && affine.weight.layout.storage == storage));
         let mma = self.capability >= TENSOR_CORES;
         let (few_kernel, many_kernels) = match storage {
-            Storage::Plain(WeightDtype::Bf16) if mma => ("few_bf16", ["mma_many_bf16_64", "mma_many_bf16_128"]),
-            Storage::Plain(WeightDtype::F16) if mma => ("few_f16", ["mma_many_f16_64", "mma_many_f16_128"]),
-            Storage::Plain(WeightDtype::Bf16) => ("few_bf16", ["many_bf16"; 2]),
-            Storage::Plain(WeightDtype::F16) => ("few_f16", ["many_f16"; 2]),
-            Storage::Plain(WeightDtype::F32) => ("few_f32", ["many_f32"; 2]),
-            Storage::Int8 if mma => ("mma_few_int8", ["mma_many_int8_64", "mma_many_int8_128"]),
-            Storage::Int4 if mma => ("mma_few_int4", ["mma_many_int4_64", "mma_many_int4_128"]),
-            Storage::Nl4 if mma => ("mma_few_nl4", ["mma_many_nl4_64", "mma_many_nl4_128"]),
-            Storage::Int8 => ("few_int8", ["many_int8"; 2]),
-            Storage::Int4 => ("few_int4", ["many_int4"; 2]),
-            Storage::Nl4 => ("few_nl4", ["many_nl4"; 2]),
+            Storage::Plain(WeightDtype::Bf16) if mma => {
+                (Kernel::few_bf16, [Kernel::mma_many_bf16_64, Kernel::mma_many_bf16_128])
+            }
+            Storage::Plain(WeightDtype::F16) if mma => {
+                (Kernel::few_f16, [Kernel::mma_many_f16_64, Kernel::mma_many_f16_128])
+            }
+            Storage::Plain(WeightDtype::Bf16) => (Kernel::few_bf16, [Kernel::many_bf16; 2]),
+            Storage::Plain(WeightDtype::F16) => (Kernel::few_f16, [Kernel::many_f16; 2]),
+            Storage::Plain(WeightDtype::F32) => (Kernel::few_f32, [Kernel::many_f32; 2]),
+            Storage::Int8 if mma => (Kernel::mma_few_int8, [Kernel::mma_many_int8_64, Kernel::mma_many_int8_128]),
+            Storage::Int4 if mma => (Kernel::mma_few_int4, [Kernel::mma_many_int4_64, Kernel::mma_many_int4_128]),
+            Storage::Nl4 if mma => (Kernel::mma_few_nl4, [Kernel::mma_many_nl4_64, Kernel::mma_many_nl4_128]),
+            Storage::Int8 => (Kernel::few_int8, [Kernel::many_int8; 2]),
+            Storage::Int4 => (Kernel::few_int4, [Kernel::many_int4; 2]),
+            Storage::Nl4 => (Kernel::few_nl4, [Kernel::many_nl4; 2]),
         };
         let mma_few = mma && tokens <= FEW && !matches!(storage, Storage::Plain(_));
         let x = if mma_few { x } else { self.half(x, (tokens, cols))? };
@@ -129,7 +136,7 @@ impl Gpu {
             Input::Half(x) => (x, None, WeightDtype::F16),
             Input::Hidden { states, norm, .. } => (states, norm, WeightDtype::F32),
         };
-        holds(states, tokens * cols, dtype.size());
+        holds(states, [tokens, cols], dtype.size());
 
         let blocks_of = |slots: usize| match (epilogue.activation, parts) {
             (Some(_), [(gate, _), (up, _)]) => {
@@ -141,24 +148,29 @@ impl Gpu {
         let given: Vec<_> = parts
             .iter()
             .map(|(affine, y)| {
-                holds(y, tokens * affine.rows(), epilogue.output.size());
+                holds(y, [tokens, affine.rows()], epilogue.output.size());
                 let sections = affine.weight.sections(affine.rows.start);
-                (sections, affine.rows(), vector(affine.bias, affine.rows.clone()), *y)
+                (sections, affine.rows(), Vector::new(affine.bias, affine.rows.clone()), *y)
             })
             .collect();
         let mut arguments = Vec::new();
-        for ([codes, sub_scales, scales], rows, (bias, bias_dtype), y) in &given {
-            arguments.extend([codes, sub_scales, scales].map(|section| pointer(section.as_ref())));
-            arguments.extend([int(*rows), pointer(bias.as_ref()), *bias_dtype, Argument::Region(y)]);
+        for (sections, rows, bias, y) in &given {
+            arguments.extend(sections.each_ref().map(|section| Argument::optional(section.as_ref())));
+            let [bias, bias_dtype] = bias.given();
+            arguments.extend([Argument::int(*rows), bias, bias_dtype, Argument::Region(y)]);
         }
         let (null, zero) = (Argument::Null, Argument::I32(0));
         for _ in given.len()..MATRICES {
             arguments.extend([null, null, null, zero, null, zero, null]);
         }
-        arguments.extend([int(cols), Argument::Region(states)]);
-        arguments.extend(mma_few.then_some(Argument::I32(dtype_number(dtype))));
-        arguments.extend([int(tokens), Argument::I32(epilogue.output as i32), Argument::F32(epilogue.factor)]);
-        arguments.push(Argument::I32(epilogue.activation.map_or(-1, activation_number)));
+        arguments.extend([Argument::int(cols), Argument::Region(states)]);
+        arguments.extend(mma_few.then(|| Argument::dtype(dtype)));
+        arguments.extend([
+            Argument::int(tokens),
+            Argument::I32(epilogue.output as i32),
+            Argument::F32(epilogue.factor),
+        ]);
+        arguments.push(Argument::activation(epilogue.activation));
         if tokens > FEW {
             let tiles = tokens.div_ceil(TILE);
             let is_mma = many_kernels[0] != many_kernels[1];

@@ -4,7 +4,7 @@ use candle_core::{Device, Tensor};
 use candle_transformers::generation::{LogitsProcessor, Sampling as Method};
 use candle_transformers::utils::apply_repeat_penalty;
 
-use crate::backend::{Behind, Choice};
+use crate::backend::Choice;
 use crate::error::{Error, Result};
 
 /// How a token is chosen: the logits are penalized, divided by the
@@ -105,16 +105,16 @@ impl Sampler {
     }
 
     /// The next token.
-    pub fn sample(&mut self, behind: Behind) -> Result<u32> {
-        let token = match behind {
-            Behind::Token(token) => token,
-            Behind::Logits(logits) if self.wants_best() => largest(logits),
-            Behind::Logits(logits) => {
-                self.choose(logits).map_err(|e| Error::input("no token can be sampled").caused_by(e))?
-            }
-        };
+    pub fn sample(&mut self, logits: &[f32]) -> Result<u32> {
+        if self.wants_best() {
+            return Ok(largest(logits));
+        }
+        self.choose(logits).map_err(|e| Error::input("no token can be sampled").caused_by(e))
+    }
+
+    /// Remembers a token that was chosen.
+    pub fn saw(&mut self, token: u32) {
         self.seen.push(token);
-        Ok(token)
     }
 
     fn choose(&mut self, logits: &[f32]) -> candle_core::Result<u32> {

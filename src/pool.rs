@@ -1,19 +1,21 @@
 //! Threads that stay: a region of tasks begins within a microsecond of the one before it.
 //!
-//! The caller takes part in its region. Workers wait for the next one actively for [`SPIN`], then
-//! sleep. Regions do not nest: one that is asked for while another runs is run by its caller alone.
+//! The caller takes part in its region. Workers start with the first one that has tasks for them; they
+//! wait for the next one actively for [`SPIN`], then sleep. Regions do not nest: one that is asked for
+//! while another runs is run by its caller alone.
 #![expect(unsafe_code, reason = "tasks borrow what outlives their region, and write disjoint parts of it")]
 
 use std::any::Any;
 use std::cell::UnsafeCell;
+use std::fmt;
 use std::marker::PhantomData;
 use std::mem::transmute;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::slice::from_raw_parts_mut;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -21,16 +23,25 @@ use crate::simd::Isa;
 
 /// How long a worker waits actively for the next region.
 const SPIN: Duration = Duration::from_micros(100);
+/// After this, what is waited for is not computed but read.
+const LONG: Duration = Duration::from_millis(20);
 /// Looks at what is waited for between two looks at the clock.
 const LOOKS: usize = 64;
 
 /// Threads that share the tasks of a region, and the vector instructions that they use.
 pub struct Pool {
     isa: Isa,
-    shared: Arc<Shared>,
-    workers: Vec<JoinHandle<()>>,
+    /// `None` for one on each core.
+    wanted: Option<NonZeroUsize>,
+    workers: OnceLock<Workers>,
     /// Whether a region runs.
     busy: AtomicBool,
+}
+
+/// The threads beside the caller's.
+struct Workers {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 /// What each task of a region does.
@@ -40,21 +51,13 @@ type Task = &'static (dyn Fn(usize) + Sync);
 #[repr(align(128))]
 struct Line(AtomicUsize);
 
-/// The numbers of tasks that a thread has before it: the first one in the low half, the end in the
-/// high one. It takes them from the front, and a thread that has none left from the back, so that
-/// each goes through memory in order.
-#[repr(align(128))]
-struct Share(AtomicU64);
-
 struct Shared {
-    /// Tasks that nobody has taken yet. Who takes one may read `region`, and finds its number in one of `shares`.
+    /// Tasks that nobody has taken yet. Who takes one may read `region`.
     untaken: Line,
-    /// One for each thread, the caller's first.
-    shares: Vec<Share>,
     /// Tasks that are not done.
     undone: Line,
-    /// Written only while no task is undone.
-    region: UnsafeCell<Option<Task>>,
+    /// How many tasks there are, and what each does. Written only while none is undone.
+    region: UnsafeCell<(usize, Task)>,
     /// Workers that sleep, or are about to.
     sleepers: AtomicUsize,
     sleep: Mutex<()>,
@@ -69,32 +72,27 @@ struct Shared {
 // waits for before it returns; `Pool::busy` lets one caller in at a time.
 unsafe impl Sync for Shared {}
 
+impl Default for Pool {
+    fn default() -> Self {
+        Self::of_all_cores()
+    }
+}
+
+impl fmt::Debug for Pool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pool").field("isa", &self.isa).field("threads", &self.wanted).finish_non_exhaustive()
+    }
+}
+
 impl Pool {
     /// A pool of `threads`, one of which is the caller's; of fewer where the system refuses them.
     pub fn new(threads: NonZeroUsize) -> Self {
-        let shared = Arc::new(Shared {
-            untaken: Line(AtomicUsize::new(0)),
-            shares: (0..threads.get()).map(|_| Share(AtomicU64::new(0))).collect(),
-            undone: Line(AtomicUsize::new(0)),
-            region: UnsafeCell::new(None),
-            sleepers: AtomicUsize::new(0),
-            sleep: Mutex::new(()),
-            wake: Condvar::new(),
-            stop: AtomicBool::new(false),
-            panic: Mutex::new(None),
-        });
-        let worker = |at: usize| {
-            let shared = Arc::clone(&shared);
-            thread::Builder::new().name(format!("evenkeel-{at}")).spawn(move || shared.work(at)).ok()
-        };
-        let workers = (1..threads.get()).map_while(worker).collect();
-        Self { isa: Isa::best(), shared, workers, busy: AtomicBool::new(false) }
+        Self { wanted: Some(threads), ..Self::of_all_cores() }
     }
 
     /// A pool of one thread for each core that this process may use; two threads of a core count as one.
     pub fn of_all_cores() -> Self {
-        let allowed = thread::available_parallelism().map_or(1, usize::from);
-        Self::new(NonZeroUsize::new(num_cpus::get_physical().min(allowed)).unwrap_or(NonZeroUsize::MIN))
+        Self { isa: Isa::best(), wanted: None, workers: OnceLock::new(), busy: AtomicBool::new(false) }
     }
 
     /// The same threads with other instructions.
@@ -111,7 +109,14 @@ impl Pool {
 
     /// Threads, with the caller's.
     pub fn threads(&self) -> usize {
-        self.workers.len() + 1
+        self.workers().threads.len() + 1
+    }
+
+    fn workers(&self) -> &Workers {
+        self.workers.get_or_init(|| {
+            let cores = || num_cpus::get_physical().min(thread::available_parallelism().map_or(1, usize::from));
+            Workers::start(self.wanted.map_or_else(cores, usize::from))
+        })
     }
 
     /// Runs `task` with every number below `tasks`, each once, on whichever thread is free.
@@ -119,34 +124,55 @@ impl Pool {
     /// # Panics
     /// As the first task that does, once all are done.
     pub fn run(&self, tasks: usize, task: impl Fn(usize) + Sync) {
-        let is_alone = tasks <= 1 || u32::try_from(tasks).is_err() || self.workers.is_empty();
-        if is_alone || self.busy.swap(true, Ordering::Acquire) {
+        if tasks <= 1 || self.threads() == 1 || self.busy.swap(true, Ordering::Acquire) {
             (0..tasks).for_each(task);
             return;
         }
-        let shared = &*self.shared;
+        let shared = &*self.workers().shared;
         let task: &(dyn Fn(usize) + Sync) = &task;
         // SAFETY: only the lifetime changes. A thread calls `task` only after it took one of the
         // region's tasks, and this function returns only after all of them are done.
         let task = unsafe { transmute::<&(dyn Fn(usize) + Sync), Task>(task) };
         // SAFETY: no region runs (`busy` was not set), so no other thread reads this.
-        unsafe { *shared.region.get() = Some(task) };
+        unsafe { *shared.region.get() = (tasks, task) };
         shared.undone.0.store(tasks, Ordering::Relaxed);
-        for (at, share) in shared.shares.iter().enumerate() {
-            share.set(tasks * at / shared.shares.len()..tasks * (at + 1) / shared.shares.len());
-        }
         // Before the sleepers are counted; see `sleep_until_called`.
         shared.untaken.0.store(tasks, Ordering::SeqCst);
         if shared.sleepers.load(Ordering::SeqCst) > 0 {
             drop(lock(&shared.sleep));
             shared.wake.notify_all();
         }
-        shared.take_tasks(0);
+        shared.take_tasks();
         wait(None, || shared.undone.0.load(Ordering::Acquire) == 0);
+        let panic = lock(&shared.panic).take();
         self.busy.store(false, Ordering::Release);
-        if let Some(panic) = lock(&shared.panic).take() {
+        if let Some(panic) = panic {
             resume_unwind(panic);
         }
+    }
+
+    /// What `task` gives for every number below `tasks`, in their order. No task is begun after one
+    /// of a lower number has failed.
+    ///
+    /// # Errors
+    /// That of the lowest number that fails.
+    pub fn try_map<T: Send, E: Send>(
+        &self,
+        tasks: usize,
+        task: impl Fn(usize) -> Result<T, E> + Sync,
+    ) -> Result<Vec<T>, E> {
+        let failed = AtomicUsize::new(tasks);
+        let mut results: Vec<_> = (0..tasks).map(|_| None).collect();
+        self.chunks(&mut results, 1, |number, results| {
+            if number < failed.load(Ordering::Relaxed) {
+                let result = task(number);
+                if result.is_err() {
+                    failed.fetch_min(number, Ordering::Relaxed);
+                }
+                results[0] = Some(result);
+            }
+        });
+        results.into_iter().flatten().collect()
     }
 
     /// Runs `task` with each piece of `len` elements of `values`, the last of which may be shorter, and its number.
@@ -204,25 +230,47 @@ impl Pool {
     }
 }
 
-impl Drop for Pool {
+impl Workers {
+    /// All but one of as many `threads`.
+    fn start(threads: usize) -> Self {
+        let shared = Arc::new(Shared {
+            untaken: Line(AtomicUsize::new(0)),
+            undone: Line(AtomicUsize::new(0)),
+            region: UnsafeCell::new((0, &|_| ())),
+            sleepers: AtomicUsize::new(0),
+            sleep: Mutex::new(()),
+            wake: Condvar::new(),
+            stop: AtomicBool::new(false),
+            panic: Mutex::new(None),
+        });
+        let worker = |at: usize| {
+            let shared = Arc::clone(&shared);
+            thread::Builder::new().name(format!("evenkeel-{at}")).spawn(move || shared.work()).ok()
+        };
+        let threads = (1..threads).map_while(worker).collect();
+        Self { shared, threads }
+    }
+}
+
+impl Drop for Workers {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::SeqCst);
         drop(lock(&self.shared.sleep));
         self.shared.wake.notify_all();
-        for worker in self.workers.drain(..) {
+        for thread in self.threads.drain(..) {
             // A worker catches the panics of its tasks, so there is nothing to hear of.
-            let _ = worker.join();
+            let _ = thread.join();
         }
     }
 }
 
 impl Shared {
-    fn work(&self, thread: usize) {
+    fn work(&self) {
         while !self.stop.load(Ordering::Relaxed) {
             if !wait(Some(SPIN), || self.is_called()) {
                 self.sleep_until_called();
             }
-            self.take_tasks(thread);
+            self.take_tasks();
         }
     }
 
@@ -241,52 +289,17 @@ impl Shared {
         self.sleepers.fetch_sub(1, Ordering::SeqCst);
     }
 
-    /// Takes tasks and does them until none is left to take.
-    fn take_tasks(&self, thread: usize) {
+    /// Takes tasks, the first of them first, and does them until none is left to take.
+    fn take_tasks(&self) {
         let one_less = |untaken: usize| untaken.checked_sub(1);
-        while self.untaken.0.fetch_update(Ordering::Acquire, Ordering::Relaxed, one_less).is_ok() {
+        while let Ok(untaken) = self.untaken.0.fetch_update(Ordering::Acquire, Ordering::Relaxed, one_less) {
             // SAFETY: this thread holds a task of the region, so nobody writes here before it is done.
-            let task = unsafe { *self.region.get() };
-            let number = self.number(thread);
-            let done = task.map(|task| catch_unwind(AssertUnwindSafe(|| task(number))));
-            if let Some(Err(panic)) = done {
+            let (tasks, task) = unsafe { *self.region.get() };
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| task(tasks - untaken))) {
                 lock(&self.panic).get_or_insert(panic);
             }
             self.undone.0.fetch_sub(1, Ordering::Release);
         }
-    }
-
-    /// The number of a task that `thread` has taken: there are as many numbers as tasks taken.
-    fn number(&self, thread: usize) -> usize {
-        let others = (1..self.shares.len()).map(|ahead| &self.shares[(thread + ahead) % self.shares.len()]);
-        loop {
-            let from_others = || others.clone().find_map(|share| share.take(|first, end| (first, end - 1, end - 1)));
-            let number = self.shares[thread].take(|first, end| (first + 1, end, first)).or_else(from_others);
-            if let Some(number) = number {
-                return number;
-            }
-        }
-    }
-}
-
-impl Share {
-    fn set(&self, numbers: Range<usize>) {
-        self.0.store((numbers.end as u64) << 32 | numbers.start as u64, Ordering::Relaxed);
-    }
-
-    /// Takes a number, if there are any: of the first and the end `taken` makes those that remain and the number.
-    fn take(&self, taken: impl Fn(u64, u64) -> (u64, u64, u64)) -> Option<usize> {
-        const LOW: u64 = u32::MAX as u64;
-        let mut number = None;
-        let update = |both: u64| {
-            let (first, end) = (both & LOW, both >> 32);
-            (first < end).then(|| {
-                let (first, end, taken) = taken(first, end);
-                number = usize::try_from(taken).ok();
-                end << 32 | first
-            })
-        };
-        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, update).ok().and(number)
     }
 }
 
@@ -309,8 +322,8 @@ fn wait(limit: Option<Duration>, is_over: impl Fn() -> bool) -> bool {
         if limit.is_some_and(|limit| start.elapsed() > limit) {
             return false;
         }
-        // Another thread may need this core, perhaps the one that is waited for.
-        thread::yield_now();
+        // Another thread may need this core, perhaps the one that is waited for; that may itself wait for a file.
+        if start.elapsed() < LONG { thread::yield_now() } else { thread::sleep(SPIN) }
     }
 }
 
@@ -392,6 +405,8 @@ impl Columns<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Barrier;
+
     use super::*;
 
     fn pool(threads: usize) -> Pool {
@@ -418,7 +433,7 @@ mod tests {
     #[test]
     fn tasks_run_side_by_side_even_after_a_sleep() {
         let pool = pool(2);
-        wait(None, || pool.shared.sleepers.load(Ordering::SeqCst) == 1);
+        wait(None, || pool.workers().shared.sleepers.load(Ordering::SeqCst) == 1);
         for pause in [Duration::ZERO, 5 * SPIN, Duration::from_millis(20)] {
             thread::sleep(pause);
             // Each task waits for the other, so one thread alone would never end.
@@ -448,6 +463,35 @@ mod tests {
     }
 
     #[test]
+    fn a_panic_reaches_no_other_caller() {
+        let pool = pool(2);
+        let turn = Barrier::new(2);
+        thread::scope(|scope| {
+            let caller = scope.spawn(|| {
+                let task = |task: usize| {
+                    if task == 0 {
+                        resume_unwind(Box::new(()));
+                    }
+                    wait(None, || lock(&pool.workers().shared.panic).is_some());
+                    turn.wait();
+                    turn.wait();
+                };
+                catch_unwind(AssertUnwindSafe(|| pool.run(2, task)))
+            });
+            turn.wait();
+            let panic = lock(&pool.workers().shared.panic);
+            turn.wait();
+            wait(None, || pool.workers().shared.undone.0.load(Ordering::SeqCst) == 0);
+            // All is done, and nobody else may begin before the caller has its panic.
+            thread::sleep(Duration::from_millis(20));
+            assert!(pool.busy.load(Ordering::SeqCst));
+            drop(panic);
+            assert!(caller.join().unwrap().is_err());
+        });
+        pool.run(10, |_| ());
+    }
+
+    #[test]
     fn a_region_in_a_region_runs_inline() {
         let pool = pool(2);
         let count = AtomicUsize::new(0);
@@ -459,11 +503,32 @@ mod tests {
     fn dropping_a_pool_ends_its_threads() {
         let held = Arc::new(());
         let pool = pool(4);
-        let shared = Arc::downgrade(&pool.shared);
+        let shared = Arc::downgrade(&pool.workers().shared);
         let inside = Arc::clone(&held);
         pool.run(8, move |_| _ = Arc::strong_count(&inside));
         drop(pool);
         assert_eq!((shared.strong_count(), Arc::strong_count(&held)), (0, 1));
+    }
+
+    #[test]
+    fn threads_start_with_the_first_region_that_has_tasks_for_them() {
+        let pool = pool(2);
+        pool.run(1, |_| ());
+        assert!(pool.workers.get().is_none());
+        pool.run(2, |_| ());
+        assert!(pool.workers.get().is_some());
+    }
+
+    #[test]
+    fn results_are_in_order_and_so_is_the_error() {
+        for threads in [1, 3] {
+            let pool = pool(threads);
+            assert_eq!(pool.try_map(100, Ok::<_, usize>).unwrap(), (0..100).collect::<Vec<_>>());
+            for _ in 0..50 {
+                let odd_from_50 = |number| if number >= 50 && number % 2 == 1 { Err(number) } else { Ok(number) };
+                assert_eq!(pool.try_map(100, odd_from_50), Err(51));
+            }
+        }
     }
 
     #[test]
