@@ -136,7 +136,7 @@ fn load(checkpoint: &Checkpoint, scheme: Scheme) -> Model {
         pool: Arc::default(),
         separate_buffers: false,
     };
-    plan.load(checkpoint, &load, |_| ()).expect("a model")
+    plan.load(&load, |_| ()).expect("a model")
 }
 
 #[allow(clippy::print_stdout, reason = "shares are what this is for")]

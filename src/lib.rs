@@ -28,7 +28,7 @@
 //! let cancel = AtomicBool::new(false);
 //! let load = LoadOptions { offload_directory, cancel: &cancel, pool: Arc::default(), separate_buffers: false };
 //! // Exactly what the plan says.
-//! let mut model = plan.load(&checkpoint, &load, |_event| ())?;
+//! let mut model = plan.load(&load, |_event| ())?;
 //! for piece in model.generate("Ownership is", GenerateOptions::default(), &cancel)? {
 //!     let text = piece?.text;
 //! }

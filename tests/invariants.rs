@@ -90,7 +90,7 @@ proptest! {
         }
         // The plan survives being written as a map.
         if plan.fits() {
-            let map = evenkeel::device_map::DeviceMap::parse("map", plan.device_map(&checkpoint).into_bytes()).unwrap();
+            let map = evenkeel::device_map::DeviceMap::parse("map", plan.device_map().into_bytes()).unwrap();
             let again = PlanOptions {
                 device_map: Some(map),
                 reserve: options.reserve,

@@ -33,7 +33,7 @@ fn plan(checkpoint: &Checkpoint, scheme: Scheme) -> Plan {
 }
 
 fn refused(checkpoint: &Checkpoint, scheme: Scheme) -> Error {
-    load_plan(&plan(checkpoint, scheme), checkpoint).err().unwrap()
+    load_plan(&plan(checkpoint, scheme)).err().unwrap()
 }
 
 #[test]
@@ -56,7 +56,7 @@ fn a_weight_that_is_not_finite_is_named() {
             assert_eq!(error.hints()[0].settings(), [Setting::Quantize(Some("none"))]);
             assert_eq!(error.hints()[0].to_string(), "the scheme `none` loads the weights as they are");
         }
-        assert!(load_plan(&plan(&checkpoint, Scheme::None), &checkpoint).is_ok());
+        assert!(load_plan(&plan(&checkpoint, Scheme::None)).is_ok());
     }
 }
 
@@ -86,7 +86,7 @@ fn a_load_can_be_stopped() {
         separate_buffers: false,
     };
     let mut placed = 0;
-    let result = plan(&checkpoint, Scheme::Int8).load(&checkpoint, &options, |event| {
+    let result = plan(&checkpoint, Scheme::Int8).load(&options, |event| {
         if let LoadEvent::Placed { .. } = event {
             placed += 1;
             cancel.store(placed == 3, Ordering::Relaxed);
@@ -102,10 +102,10 @@ fn a_checkpoint_without_a_tokenizer_is_refused_before_its_weights_are_read() {
     let plan = plan(&checkpoint, Scheme::None);
     fs::remove_file(directory.path().join(&checkpoint.shards[0])).unwrap();
     fs::write(directory.path().join("tokenizer.json"), "{}").unwrap();
-    let error = load_plan(&plan, &checkpoint).err().unwrap();
+    let error = load_plan(&plan).err().unwrap();
     assert!(error.to_string().ends_with("tokenizer.json` is no tokenizer that can be read"), "{error}");
     fs::remove_file(directory.path().join("tokenizer.json")).unwrap();
-    let error = load_plan(&plan, &checkpoint).err().unwrap();
+    let error = load_plan(&plan).err().unwrap();
     assert!(error.to_string().contains("tokenizer.json"), "{error}");
 }
 
@@ -121,6 +121,6 @@ fn an_offload_directory_that_cannot_be_used_is_an_error() {
         pool: Arc::default(),
         separate_buffers: false,
     };
-    let error = plan.load(&checkpoint, &options, |_| ()).err().unwrap();
+    let error = plan.load(&options, |_| ()).err().unwrap();
     assert_eq!(error.to_string(), "cannot make a scratch file in `/nowhere`");
 }

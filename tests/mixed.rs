@@ -100,7 +100,7 @@ fn more_room_never_loses_more_and_never_overflows() {
             assert!(found < int4 && found <= last * 1.001, "{name} {devices}: {found}, {last} before, {int4} in int4");
             last = found;
             // The map that is written gives the same plan.
-            let map = DeviceMap::parse("map.json", plan.device_map(&checkpoint).into_bytes()).unwrap();
+            let map = DeviceMap::parse("map.json", plan.device_map().into_bytes()).unwrap();
             let read = PlanOptions { device_map: Some(map), reserve: Some(Bytes::ZERO), ..PlanOptions::default() };
             let again = Plan::new(&checkpoint, &inventory, &read).unwrap();
             assert_eq!((&again.quantize, &again.devices), (&plan.quantize, &plan.devices), "{name} {devices}");
@@ -179,7 +179,7 @@ fn a_mixture_loads_into_the_bytes_that_are_planned() {
     let inventory = Inventory::described(&format!("cpu={}", budget.0)).unwrap();
     let plan = Plan::new(&checkpoint, &inventory, &options(Quantize::Auto)).unwrap();
     assert!(plan.schemes.last().unwrap().is_mixed && plan.fits());
-    let model = load_plan(&plan, &checkpoint).unwrap();
+    let model = load_plan(&plan).unwrap();
     for device in &model.report.devices {
         assert_eq!(device.planned, device.measured, "{}", device.id);
     }

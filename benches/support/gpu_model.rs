@@ -75,14 +75,14 @@ fn plan(checkpoint: &Checkpoint, shape: &Shape, scheme: Scheme) -> Plan {
     Plan::new(checkpoint, &inventory, &options).expect("a plan")
 }
 
-fn load(checkpoint: &Checkpoint, plan: &Plan) -> Model {
+fn load(plan: &Plan) -> Model {
     let options = LoadOptions {
         offload_directory: Path::new("."),
         cancel: &NEVER,
         pool: Arc::default(),
         separate_buffers: false,
     };
-    plan.load(checkpoint, &options, |_| ()).expect("a model")
+    plan.load(&options, |_| ()).expect("a model")
 }
 
 fn generate(model: &mut Model, prompt: &[u32], new: usize) -> GenerateReport {
@@ -108,17 +108,17 @@ pub fn model(gpu: &Arc<Gpu>, shape: &Shape) {
     for scheme in [Scheme::Int4, Scheme::Int8] {
         let plan = plan(&checkpoint, shape, scheme);
         // The driver compiles the kernels once, and keeps them for later runs.
-        drop(load(&checkpoint, &plan));
-        let warm = median((0..ROUNDS).map(|_| load(&checkpoint, &plan).report.seconds));
+        drop(load(&plan));
+        let warm = median((0..ROUNDS).map(|_| load(&plan).report.seconds));
         row(&format!("{scheme}: load, in the page cache"), warm, Amount::Bytes(size), Some(slower));
         let file = std::fs::File::open(&shard).expect("the shard");
         rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).expect("a file");
-        let report = load(&checkpoint, &plan).report;
+        let report = load(&plan).report;
         let what = format!("{scheme}: load, from the disk, {} past the page cache", report.past_cache);
         row(&what, report.seconds, Amount::Bytes(size), None);
         read(&shard);
 
-        let mut model = load(&checkpoint, &plan);
+        let mut model = load(&plan);
         let prompt = shape.tokens(shape.prompt);
         generate(&mut model, &prompt, 1);
         let prefill = median((0..ROUNDS).map(|_| generate(&mut model, &prompt, 1).prefill_seconds));

@@ -2,7 +2,6 @@
 
 use super::{DeviceChooser, Hidden, Run, Stage};
 use crate::error::{Error, Result};
-use crate::footprint;
 use crate::model_config::ModelConfig;
 
 /// Which stage holds the embedding, the last norm and the head.
@@ -27,9 +26,8 @@ pub struct Pipeline {
 }
 
 impl Pipeline {
-    /// A pipeline over `stages` for sequences of at most `context` tokens.
-    pub fn new(stages: Vec<Box<dyn Stage>>, roles: StageRoles, config: &ModelConfig, context: usize) -> Self {
-        let largest_chunk = footprint::chunk(context);
+    /// A pipeline over `stages`, with room for `largest_chunk` tokens at once.
+    pub fn new(stages: Vec<Box<dyn Stage>>, roles: StageRoles, config: &ModelConfig, largest_chunk: usize) -> Self {
         Self {
             stages,
             roles,

@@ -106,7 +106,7 @@ pub fn load(
     }
     let load = LoadOptions { offload_directory, cancel, pool: Arc::clone(&options.pool), separate_buffers: false };
     let mut bar = None;
-    plan.load(checkpoint, &load, |event| show(&event, "loading", &mut bar, printer))
+    plan.load(&load, |event| show(&event, "loading", &mut bar, printer))
 }
 
 /// Draws the bar of `what` reads all weights.
@@ -128,6 +128,8 @@ impl PlacementArguments {
         Ok(PlanOptions {
             quantize: self.quantize.clone(),
             context: self.context,
+            // A text at a time, whatever the map was made for.
+            batch: Some(1),
             kv_cache: self.kv_cache,
             reserve: Some(self.reserve),
             max_memory: (!self.max_memory.is_empty()).then(|| self.max_memory.iter().copied().collect()),

@@ -38,13 +38,13 @@ pub fn run(arguments: &PlanArguments, process: &Process) -> Outcome {
         if !plan.fits() {
             return Err(with_commands(&plan).into());
         }
-        fs::write_atomic(file, plan.device_map(&checkpoint).as_bytes(), arguments.force)?;
+        fs::write_atomic(file, plan.device_map().as_bytes(), arguments.force)?;
         printer.note(&format!("wrote `{}`", file.display()));
     }
     printer.result(&match arguments.format {
         PlanFormat::Text => printer.plan(&plan) + &remedies(&plan),
         PlanFormat::Json => plan.to_json(),
-        PlanFormat::Hf => plan.hugging_face_map(&checkpoint),
+        PlanFormat::Hf => plan.hugging_face_map(),
         PlanFormat::Svg => plan.to_svg(),
         PlanFormat::Html => plan.to_html(),
     })?;

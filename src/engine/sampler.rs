@@ -158,7 +158,7 @@ mod tests {
     fn tokens(sampling: Sampling) -> Vec<u32> {
         let logits = [0.3f32.ln(), 0.5f32.ln(), 0.05f32.ln(), 0.15f32.ln()];
         let mut sampler = Sampler::new(sampling, &[]);
-        let mut tokens: Vec<u32> = (0..400).map(|_| sampler.sample(Behind::Logits(&logits)).unwrap()).collect();
+        let mut tokens: Vec<u32> = (0..400).map(|_| sampler.sample(&logits).unwrap()).collect();
         tokens.sort_unstable();
         tokens.dedup();
         tokens
@@ -197,7 +197,7 @@ mod tests {
         let run = |seed| {
             let sampling = Sampling { temperature: 1.0, seed, ..Sampling::greedy() };
             let mut sampler = Sampler::new(sampling, &[]);
-            (0..50).map(|_| sampler.sample(Behind::Logits(&[0.0; 100])).unwrap()).collect::<Vec<_>>()
+            (0..50).map(|_| sampler.sample(&[0.0; 100]).unwrap()).collect::<Vec<_>>()
         };
         assert_eq!(run(1), run(1));
         assert_ne!(run(1), run(2));
@@ -207,7 +207,12 @@ mod tests {
     fn a_penalty_moves_on() {
         let sampling = Sampling { repetition_penalty: 2.0, ..Sampling::greedy() };
         let mut sampler = Sampler::new(sampling, &[3]);
-        let chosen: Vec<u32> = (0..4).map(|_| sampler.sample(Behind::Logits(&[1.0, 1.1, 1.2, 1.9])).unwrap()).collect();
+        let mut choose = |_| {
+            let token = sampler.sample(&[1.0, 1.1, 1.2, 1.9]).unwrap();
+            sampler.saw(token);
+            token
+        };
+        let chosen: Vec<u32> = (0..4).map(&mut choose).collect();
         assert_eq!(chosen, [2, 1, 0, 3]);
     }
 

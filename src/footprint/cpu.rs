@@ -1,6 +1,6 @@
 //! What a step works in, by its shape, and the buffers of the CPU.
 
-use super::{buffers, chunk};
+use super::{Extent, buffers};
 use crate::bytes::Bytes;
 use crate::model_config::ModelConfig;
 use crate::quant::GROUP_SIZE;
@@ -88,9 +88,9 @@ buffers! {
 }
 
 impl CpuBuffers<Bytes> {
-    /// Their sizes under `context`: f32, but for quantized activations.
-    pub fn sizes(config: &ModelConfig, context: usize) -> Self {
-        let shape = StepShape::new(config, chunk(context));
+    /// Their sizes: f32, but for quantized activations.
+    pub fn sizes(config: &ModelConfig, extent: Extent) -> Self {
+        let shape = StepShape::new(config, extent.chunk);
         let f32s = |len: usize| Bytes((len * size_of::<f32>()) as u64);
         Self {
             normed: f32s(shape.normed),
@@ -112,7 +112,7 @@ impl CpuBuffers<Bytes> {
 
 /// The host's own buffers, wherever a model is computed: the hidden states that pass from stage to stage,
 /// and the logits.
-pub fn host_state(config: &ModelConfig, context: usize) -> [(&'static str, Bytes); 2] {
+pub fn host_state(config: &ModelConfig, extent: Extent) -> [(&'static str, Bytes); 2] {
     let f32s = |len: usize| Bytes((len * size_of::<f32>()) as u64);
-    [("hidden", f32s(chunk(context) * config.hidden_size)), ("logits", f32s(config.vocab_size))]
+    [("hidden", f32s(extent.chunk * config.hidden_size)), ("logits", f32s(config.vocab_size))]
 }

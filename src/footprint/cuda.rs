@@ -1,6 +1,6 @@
 //! What a GPU takes, and how its kernels share out their work where that decides about memory.
 
-use super::{STAGING_SLABS, StepShape, aligned, buffers, chunk};
+use super::{Extent, STAGING_SLABS, StepShape, aligned, buffers};
 use crate::architecture::Role;
 use crate::bytes::{Bytes, MIB};
 use crate::model_config::ModelConfig;
@@ -139,15 +139,15 @@ buffers! {
 }
 
 impl CudaBuffers<Bytes> {
-    /// Their sizes under `context` for so many sequences at once, each aligned.
-    pub fn sizes(config: &ModelConfig, context: usize, sequences: usize) -> Self {
-        let shape = StepShape::new(config, chunk(context));
+    /// Their sizes, each aligned.
+    pub fn sizes(config: &ModelConfig, extent: Extent) -> Self {
+        let shape = StepShape::new(config, extent.chunk);
         let roles = || config.family.block().map(|(role, _)| role);
         let norms_outputs = roles().any(|role| matches!(role, Role::AttentionOutputNorm | Role::FeedForwardOutputNorm));
         let routed =
             if shape.routes > 0 { config.experts.map_or(0, |experts| shape.tokens * experts.per_token) } else { 0 };
         let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
-        let [parts, arrivals] = CudaAttention::scratch(heads, kv_heads, config.head_dim, shape.tokens, context);
+        let [parts, arrivals] = CudaAttention::scratch(heads, kv_heads, config.head_dim, shape.tokens, extent.context);
         let choice = CudaChoice::new(config.vocab_size);
         let rotated: usize = config.ropes.iter().map(|rope| rope.rotary_dim / 2).sum();
         let bytes = |len: usize| aligned(len as u64);
@@ -170,7 +170,7 @@ impl CudaBuffers<Bytes> {
             frequencies: bytes(rotated * WORD),
             parts: bytes(parts.max(CUDA_FEW_BLOCKS * CUDA_FEW_PARTS * WORD)),
             arrivals: bytes(arrivals.max(CUDA_FEW_BLOCKS * WORD)),
-            positions: bytes(sequences * WORD),
+            positions: bytes(extent.sequences * WORD),
             choice: bytes(choice.scratch),
             seen: bytes(choice.seen),
         }

@@ -20,8 +20,6 @@ pub use staging::{DIRECT_BLOCK, HostStaging, SLAB_MARGIN, STAGING_SLABS};
 pub use state::{KvLayout, State};
 pub use weights::{Placed, lay_out, layout, weight_bytes};
 
-/// Tokens that prefill takes at once.
-pub const PREFILL_CHUNK: usize = 512;
 /// Every region of an arena starts on a multiple of this many bytes.
 pub const ALIGNMENT: u64 = 256;
 /// No single allocation may be planned beyond this.
@@ -32,9 +30,15 @@ pub fn aligned(bytes: u64) -> Bytes {
     Bytes(bytes.checked_next_multiple_of(ALIGNMENT).unwrap_or(u64::MAX))
 }
 
-/// Tokens that a step takes at most under `context`.
-pub fn chunk(context: usize) -> usize {
-    context.min(PREFILL_CHUNK)
+/// What there is to be room for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// The longest sequence, in tokens.
+    pub context: usize,
+    /// Tokens of a step: so many of a prompt at once.
+    pub chunk: usize,
+    /// Sequences at once.
+    pub sequences: usize,
 }
 
 /// What an allocation is for.

@@ -1,6 +1,6 @@
 //! What a block keeps of the tokens that it has seen.
 
-use super::{MAX_BYTES, PREFILL_CHUNK, aligned};
+use super::{Extent, MAX_BYTES, aligned};
 use crate::bytes::Bytes;
 use crate::model_config::{Layer, ModelConfig};
 use crate::quant::KvDtype;
@@ -18,11 +18,10 @@ pub enum State {
 }
 
 impl State {
-    /// What a block that is `layer` of a model keeps of a sequence of at most `context` tokens; `None` where it is
-    /// beyond what a plan can hold.
-    pub fn new(config: &ModelConfig, layer: Layer, context: usize, dtype: KvDtype) -> Option<Self> {
-        let ring = |window: usize| window.checked_add(PREFILL_CHUNK)?.checked_next_multiple_of(RING_TILE);
-        let slots = layer.window.and_then(ring).map_or(context, |slots| slots.min(context));
+    /// What a block that is `layer` of a model keeps of a sequence; `None` where it is beyond what a plan can hold.
+    pub fn new(config: &ModelConfig, layer: Layer, extent: Extent, dtype: KvDtype) -> Option<Self> {
+        let ring = |window: usize| window.checked_add(extent.chunk)?.checked_next_multiple_of(RING_TILE);
+        let slots = layer.window.and_then(ring).map_or(extent.context, |slots| slots.min(extent.context));
         KvLayout::new(dtype, config.num_key_value_heads, config.head_dim, slots).map(Self::KeysValues)
     }
 

@@ -79,7 +79,7 @@ pub fn build(plan: &Plan, arenas: Arenas, options: &LoadOptions) -> Result<(Pipe
             stages.push(Box::new(CpuStage::new(config, plan.context, parts, workspace, pool)));
         }
     }
-    let pipeline = Pipeline::new(stages, roles, config, plan.context);
+    let pipeline = Pipeline::new(stages, roles, config, plan.chunk);
     for (device, arena) in &host {
         let used = plan.weights.iter().any(|placed| placed.device == *device);
         measured.insert(*device, if used { Bytes(arena.bytes().len() as u64) } else { Bytes::ZERO });

@@ -280,14 +280,14 @@ mod tests {
             let staging = HostStaging { slab: slab + SLAB_MARGIN, packed: 0, transposed: slab };
             let buffers = (0..4).map(|_| SlabBuffer::heap(staging).unwrap()).collect();
             let mut read_back = vec![Vec::new(); placed.len()];
-            let read = read(&checkpoint, &directory, &placed, buffers, slab, |slab, back| {
+            let read = read(&checkpoint, &placed, buffers, slab, |slab, back| {
                 read_back[slab.weight].extend_from_slice(slab.bytes());
                 let _ = back.send(slab.buffer);
                 Ok(())
             });
             read.unwrap();
             for (placed, rows) in placed.iter().zip(read_back) {
-                let (tensor, parameter) = (placed.weight.tensor, placed.weight.parameter);
+                let (tensor, parameter) = (&placed.weight.tensor, &placed.weight.parameter);
                 let shard = std::fs::read(directory.join(&checkpoint.shards[tensor.shard])).unwrap();
                 let stored = &shard[tensor.range.start as usize..tensor.range.end as usize];
                 let element = |row: usize, col: usize| &stored[2 * (col * parameter.rows + row)..][..2];

@@ -156,17 +156,18 @@ impl Fixed<'_> {
     /// What a device takes beside weights and state, if it computes modules or if it does not: hidden states, logits
     /// and what is read pass through host memory even then.
     pub fn regions(&self, id: DeviceId, computes: bool) -> Vec<(Purpose, &'static str, Bytes)> {
-        let Self { config, staging, conditions: &Conditions { context, batch, .. } } = *self;
+        let Self { config, staging, conditions } = *self;
+        let extent = conditions.extent();
         let (workspace, staging, driver): (Vec<_>, Vec<_>, _) = match id {
             DeviceId::Cuda(_) if computes => {
-                let buffers = CudaBuffers::sizes(config, context, batch);
+                let buffers = CudaBuffers::sizes(config, extent);
                 let workspace = buffers.each().map(|(name, bytes)| (name, *bytes)).collect();
                 (workspace, footprint::cuda_staging(staging.slab).into(), Some(("context", CUDA_CONTEXT)))
             }
             DeviceId::Cpu => {
-                let buffers = computes.then(|| CpuBuffers::sizes(config, context));
+                let buffers = computes.then(|| CpuBuffers::sizes(config, extent));
                 let buffers = buffers.iter().flat_map(CpuBuffers::each).map(|(name, bytes)| (name, *bytes));
-                let workspace = buffers.chain(footprint::host_state(config, context)).collect();
+                let workspace = buffers.chain(footprint::host_state(config, extent)).collect();
                 (workspace, staging.regions(computes).into(), None)
             }
             DeviceId::Cuda(_) | DeviceId::Disk => return Vec::new(),

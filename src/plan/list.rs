@@ -19,6 +19,7 @@ impl Plan {
             quantize: self.quantize.clone(),
             context: self.context,
             batch: self.batch,
+            chunk: self.chunk,
             kv_cache: self.kv_cache,
             max_memory: self.max_memory.clone(),
             reserve: self.devices.first().map(|device| device.reserve).unwrap_or_default(),

@@ -29,7 +29,7 @@ use scheme::{choose, kinds};
 use subject::Subject;
 
 pub use device_plan::{DevicePlan, PlannedModule};
-pub use options::{DEFAULT_CONTEXT, DEFAULT_RESERVE, PlanOptions, Quantize, Strategy};
+pub use options::{DEFAULT_CHUNK, DEFAULT_CONTEXT, DEFAULT_RESERVE, PlanOptions, Quantize, Strategy};
 pub use outline::Outline;
 pub use place::hf;
 pub use remedies::{Change, Remedy};
@@ -55,6 +55,8 @@ pub struct Plan {
     pub longest_context: usize,
     /// Sequences at once.
     pub batch: usize,
+    /// Tokens of a prompt that are taken at once.
+    pub chunk: usize,
     /// The type of the KV cache's elements.
     pub kv_cache: KvDtype,
     /// Budgets that were asked for.

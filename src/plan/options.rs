@@ -8,6 +8,7 @@ use std::sync::Arc;
 use crate::bytes::{Bytes, MIB};
 use crate::checkpoint::Checkpoint;
 use crate::device_map::{DeviceMap, MaxMemory};
+use crate::footprint::Extent;
 use crate::error::{Error, Hint, ParseError, Result, Setting};
 use crate::name::{named, unknown};
 use crate::pool::Pool;
@@ -17,6 +18,8 @@ use crate::quant::{KvDtype, QuantizeRules, Scheme};
 pub const DEFAULT_RESERVE: Bytes = Bytes(512 * MIB);
 /// Rules that are still listed one by one.
 const MOST_RULES: usize = 5;
+/// Tokens of a prompt that are taken at once, unless told otherwise.
+pub const DEFAULT_CHUNK: usize = 512;
 /// The longest context that is planned unless a longer one is asked for.
 pub const DEFAULT_CONTEXT: usize = 4096;
 
@@ -29,6 +32,8 @@ pub struct PlanOptions {
     pub context: Option<usize>,
     /// Sequences at once; 1 by default.
     pub batch: Option<usize>,
+    /// Tokens of a prompt that are taken at once, at most the context; [`DEFAULT_CHUNK`] by default.
+    pub chunk: Option<usize>,
     /// The type of the KV cache's elements; f16 by default.
     pub kv_cache: Option<KvDtype>,
     /// Bytes left free on GPUs and host; [`DEFAULT_RESERVE`] by default.
@@ -145,6 +150,7 @@ pub struct Conditions {
     pub quantize: QuantizeRules,
     pub context: usize,
     pub batch: usize,
+    pub chunk: usize,
     pub kv_cache: KvDtype,
     pub max_memory: MaxMemory,
     pub reserve: Bytes,
@@ -180,6 +186,7 @@ impl Conditions {
             quantize,
             context: options.context.or_else(|| map?.context).unwrap_or(longest.min(DEFAULT_CONTEXT)),
             batch: options.batch.or_else(|| map?.batch).unwrap_or(1),
+            chunk: 0,
             kv_cache: options.kv_cache.or_else(|| map?.kv_cache).unwrap_or_default(),
             max_memory: options.max_memory.clone().or_else(|| map?.max_memory.clone()).unwrap_or_default(),
             reserve: options.reserve.unwrap_or(DEFAULT_RESERVE),
@@ -191,9 +198,15 @@ impl Conditions {
             ))
             .hint(Hint::naming("{} is the longest", [Setting::Context(longest)])));
         }
-        if conditions.context == 0 || conditions.batch == 0 {
-            return Err(Error::usage("context and batch must be at least 1"));
+        let chunk = options.chunk.unwrap_or(DEFAULT_CHUNK).min(conditions.context);
+        if chunk == 0 || conditions.batch == 0 {
+            return Err(Error::usage("context, chunk and batch must be at least 1"));
         }
-        Ok(conditions)
+        Ok(Self { chunk, ..conditions })
+    }
+
+    /// What there is to be room for.
+    pub fn extent(&self) -> Extent {
+        Extent { context: self.context, chunk: self.chunk, sequences: self.batch }
     }
 }

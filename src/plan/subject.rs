@@ -52,7 +52,7 @@ impl<'a> Subject<'a> {
         let mut states = Vec::with_capacity(config.layers.len());
         let mut all = 0u64;
         for layer in &config.layers {
-            let state = State::new(config, *layer, context, kv_cache);
+            let state = State::new(config, *layer, conditions.extent(), kv_cache);
             let bytes = state.and_then(|state| state.bytes().0.checked_mul(batch as u64));
             let too_large = || Error::input("the KV cache is too large to plan for");
             let (Some(state), Some(bytes)) = (state, bytes) else { return Err(too_large()) };
@@ -99,6 +99,7 @@ impl<'a> Subject<'a> {
             context,
             longest_context: config.max_position_embeddings,
             batch,
+            chunk: conditions.chunk,
             kv_cache,
             max_memory: conditions.max_memory.clone(),
             speed: Speed::predict(&devices, &modules, batch),

@@ -1,6 +1,6 @@
 //! What is nearest among sixteen levels.
 
-use super::round::{SHIFT, low_byte};
+use super::round::{ROUND, low_byte};
 
 /// The sixteen levels of a scheme.
 pub trait Levels {
@@ -34,7 +34,7 @@ impl Levels for Int4 {
 
     #[inline(always)]
     fn nearest(x: f32) -> f32 {
-        (x.clamp(-8.0, 7.0) + SHIFT) - SHIFT
+        (x.clamp(-8.0, 7.0) + ROUND) - ROUND
     }
 
     #[inline(always)]

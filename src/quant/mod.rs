@@ -27,6 +27,7 @@ pub use kv_cache::KvDtype;
 pub use layout::{ALIGNMENT, GROUP_SIZE, Matrix, MatrixLayout, PACKED_ROW};
 pub use nl4::{NL4_LEVELS, NL4_UNIT};
 pub use quantize::{PackedRows, QuantizeError, quantize_activations, quantize_rows, squared_error};
+pub(crate) use round::ROUND;
 pub use rules::QuantizeRules;
 
 /// How the weights of a module are to be stored.

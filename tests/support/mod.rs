@@ -63,18 +63,18 @@ pub fn load_with(name: &str, scheme: Scheme, map: Option<&str>, kv_cache: KvDtyp
         ..PlanOptions::default()
     };
     let plan = Plan::new(&checkpoint, &roomy(), &options).unwrap();
-    load_plan(&plan, &checkpoint).unwrap()
+    load_plan(&plan).unwrap()
 }
 
 /// Carries out a plan, with scratch files in the test's own directory.
-pub fn load_plan(plan: &Plan, checkpoint: &Checkpoint) -> evenkeel::Result<Model> {
+pub fn load_plan(plan: &Plan) -> evenkeel::Result<Model> {
     let options = LoadOptions {
         offload_directory: Path::new(env!("CARGO_TARGET_TMPDIR")),
         cancel: &AtomicBool::new(false),
         pool: Arc::default(),
         separate_buffers: false,
     };
-    plan.load(checkpoint, &options, |_| ())
+    plan.load(&options, |_| ())
 }
 
 /// A list of numbers in a JSON value.

@@ -55,13 +55,9 @@ pub fn plan(checkpoint: &Checkpoint, scheme: Scheme, map: &str, context: Option<
     Plan::new(checkpoint, &machine(), &options(scheme, map, context)).unwrap()
 }
 
-pub fn load(plan: &Plan, checkpoint: &Checkpoint, separate_buffers: bool) -> Result<Model> {
+pub fn load(plan: &Plan, separate_buffers: bool) -> Result<Model> {
     let offload_directory = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    plan.load(
-        checkpoint,
-        &LoadOptions { offload_directory, cancel: &NEVER, pool: Arc::default(), separate_buffers },
-        |_| (),
-    )
+    plan.load(&LoadOptions { offload_directory, cancel: &NEVER, pool: Arc::default(), separate_buffers }, |_| ())
 }
 
 pub fn logits(model: &mut Model, tokens: &[u32]) -> Vec<Vec<f32>> {
@@ -114,7 +110,7 @@ pub fn assert_is_transformers(name: &str, maps: &[&[&str]], separate_buffers: bo
     let experts = checkpoint.config.experts.is_some();
     for devices in maps {
         let plan = plan(&checkpoint, Scheme::None, &map(&checkpoint, devices), None);
-        let mut model = load(&plan, &checkpoint, separate_buffers).unwrap();
+        let mut model = load(&plan, separate_buffers).unwrap();
         let ours = logits(&mut model, &sequence);
         let what = format!("{name} on {}", devices.join(" "));
         let prompt = assert_near(&what, &ours[input.len() - 1], &numbers::<f32>(&expected["prompt_logits_last"]));

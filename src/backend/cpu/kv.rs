@@ -13,7 +13,7 @@ pub const KEY_TILE: usize = 32;
 
 /// The keys and values of a block, for each sequence that there is room for.
 pub struct KvCache {
-    pub layout: KvLayout,
+    pub(super) layout: KvLayout,
     /// Bytes of the keys of a sequence, or of its values.
     half: usize,
     memory: MmapMut,

@@ -1,8 +1,8 @@
 //! The stage that the CPU computes: over weights in host memory, or over a
 //! packed file on the disk that is mapped.
 //!
-//! Activations are f32. All buffers are made when the stage
-//! is; a step allocates nothing but a row of scratch for each thread.
+//! Activations are f32. Their buffers are made when the stage is; all that a step allocates beside
+//! them are lists of tables and of experts, and some rows of scratch for each thread.
 
 mod arena;
 mod attention;

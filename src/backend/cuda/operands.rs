@@ -162,6 +162,8 @@ impl Scratch {
 #[derive(Clone)]
 pub struct Cache {
     pub(super) dtype: KvDtype,
+    /// Tokens that there is room for.
+    pub(super) slots: usize,
     /// Codes and scales of keys, then of values.
     pub(super) regions: [Region; 4],
 }
@@ -174,7 +176,7 @@ impl Cache {
     pub fn new(layout: KvLayout, [keys, values]: &[Region; 2]) -> Self {
         let split = |region: &Region| (region.part(0, layout.codes), region.part(layout.codes, layout.scales));
         let ((key_codes, key_scales), (value_codes, value_scales)) = (split(keys), split(values));
-        Self { dtype: layout.dtype, regions: [key_codes, key_scales, value_codes, value_scales] }
+        Self { dtype: layout.dtype, slots: layout.slots, regions: [key_codes, key_scales, value_codes, value_scales] }
     }
 }
 

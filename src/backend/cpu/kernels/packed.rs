@@ -80,6 +80,8 @@ macro_rules! kernels {
             let bytes = GROUPS * group_bytes;
             let whole = x.groups() / GROUPS;
             let mut sums = [zero_floats(); PARTS / GROUPS];
+            let x_codes = &x.codes.as_chunks().0[..whole];
+            let (x_scales, x_sums) = (&x.scales.as_chunks().0[..whole], &x.sums.as_chunks().0[..whole]);
             for at in 0..whole {
                 let (mut codes, mut sub_scales) = ([[].as_slice(); ROWS], [[1; GROUPS]; ROWS]);
                 prefetch(rows, group_bytes, at * ROWS * bytes, ROWS * bytes);
@@ -89,9 +91,8 @@ macro_rules! kernels {
                         sub_scales[i] = row.sub_scales.as_chunks().0[at];
                     }
                 }
-                let (x_codes, scales) = (&x.codes.as_chunks().0[at], x.scales.as_chunks().0[at]);
                 let sums = &mut sums[at % (PARTS / GROUPS)];
-                *sums = groups_of::<KIND>(codes, sub_scales, x_codes, scales, x.sums.as_chunks().0[at], *sums);
+                *sums = groups_of::<KIND>(codes, sub_scales, &x_codes[at], x_scales[at], x_sums[at], *sums);
             }
             let first = whole * GROUPS;
             if first < x.groups() {
