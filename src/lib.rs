@@ -41,7 +41,7 @@
 //! | 3 | [`device_map`], [`plan`] |
 //! | 2 | [`quant`], [`architecture`] |
 //! | 1 | [`machine`], [`model_config`], [`tokenizer`], [`checkpoint`] |
-//! | 0 | [`error`], [`mod@cancel`], [`bytes`], [`device`], [`mod@module_path`], [`name`], [`json`], [`fs`], [`source`], [`simd`], [`pool`] |
+//! | 0 | [`error`], [`mod@cancel`], [`bytes`], [`device`], [`mod@module_path`], [`name`], [`random`], [`json`], [`fs`], [`source`], [`simd`], [`pool`] |
 
 #![warn(clippy::unwrap_used)]
 #![cfg_attr(test, allow(clippy::cast_possible_truncation, clippy::float_cmp, reason = "tests know their numbers"))]
@@ -70,6 +70,7 @@ pub mod name;
 pub mod plan;
 pub mod pool;
 pub mod quant;
+pub mod random;
 pub mod simd;
 pub mod source;
 pub mod tokenizer;

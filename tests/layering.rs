@@ -13,6 +13,7 @@ const ROOMS: &[(u8, &str)] = &[
     (0, "device"),
     (0, "module_path"),
     (0, "name"),
+    (0, "random"),
     (0, "json"),
     (0, "fs"),
     (0, "source"),

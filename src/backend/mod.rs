@@ -10,7 +10,8 @@ mod probe;
 
 use crate::error::Result;
 
-pub use choice::{Choice, Draws};
+pub use crate::random::Draws;
+pub use choice::Choice;
 pub use hidden::{Chunk, Hidden};
 pub use pipeline::{Pipeline, StageRoles};
 

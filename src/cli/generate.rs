@@ -27,7 +27,7 @@ pub fn run(arguments: &GenerateArguments, process: &Process) -> Outcome {
     let sampling = arguments.sampling.sampling();
     sampling.check()?;
     let prompt = read_prompt(&arguments.prompt)?;
-    let options = arguments.placement.options(None, &process.pool)?;
+    let options = arguments.placement.options(None, process)?;
     let offload_directory = process.environment.offload_directory(arguments.placement.offload_dir.as_deref());
     let load_options = LoadOptions {
         offload_directory,

@@ -8,7 +8,6 @@ use evenkeel::device_map::DeviceMap;
 use evenkeel::loader::{LoadEvent, LoadOptions, Model};
 use evenkeel::machine::Inventory;
 use evenkeel::plan::{Plan, PlanOptions, Strategy};
-use evenkeel::pool::Pool;
 use evenkeel::{Error, Result};
 
 use super::Process;
@@ -114,23 +113,23 @@ pub fn show(event: &LoadEvent, what: &'static str, bar: &mut Option<Bar>, printe
 }
 
 impl PlacementArguments {
-    /// The options of a plan that is made on `pool`, with the map in `map` or that of `--device-map`.
-    pub fn options(&self, map: Option<&Path>, pool: &Arc<Pool>) -> Result<PlanOptions> {
+    /// The options of a plan that `process` makes, with the map in `map` or that of `--device-map`.
+    pub fn options(&self, map: Option<&Path>, process: &Process) -> Result<PlanOptions> {
         let file = map.or_else(|| (self.device_map != "auto").then(|| Path::new(&self.device_map)));
         Ok(PlanOptions {
             quantize: self.quantize.clone(),
             context: self.context,
             // A text at a time, whatever the map was made for.
             batch: Some(1),
-            chunk: None,
             kv_cache: self.kv_cache,
             reserve: Some(self.reserve),
             max_memory: (!self.max_memory.is_empty()).then(|| self.max_memory.iter().copied().collect()),
             device_map: file.map(DeviceMap::open).transpose()?,
             any_model: self.any_model,
             strategy: self.placement,
-            kinds: false,
-            pool: Arc::clone(pool),
+            cache: process.environment.cache_directory(),
+            pool: Arc::clone(&process.pool),
+            ..PlanOptions::default()
         })
     }
 }

@@ -12,8 +12,9 @@ use super::{Exit, Outcome, Process};
 /// Plans, and shows or writes the plan.
 pub fn run(arguments: &PlanArguments, process: &Process) -> Outcome {
     let printer = &process.printer;
-    let mut options = arguments.placement.options(arguments.check.as_deref(), &process.pool)?;
+    let mut options = arguments.placement.options(arguments.check.as_deref(), process)?;
     options.batch = arguments.batch;
+    options.alternatives = true;
     options.kinds = arguments.verbose;
     let inventory = if arguments.device.is_empty() {
         let mut inventory = Inventory::this_machine(

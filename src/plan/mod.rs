@@ -6,6 +6,7 @@
 mod device_plan;
 mod list;
 mod options;
+mod outline;
 mod place;
 mod remedies;
 mod scheme;
@@ -24,14 +25,15 @@ use crate::error::{Error, Result};
 use crate::footprint::{Allocation, HostStaging, Placed, Purpose, STAGING_SLABS};
 use crate::machine::{Device, Inventory};
 use crate::quant::{KvDtype, QuantizeRules};
-use scheme::{alternatives, kinds};
+use scheme::{choose, kinds};
 use subject::Subject;
 
 pub use device_plan::{DevicePlan, PlannedModule};
 pub use options::{DEFAULT_CHUNK, DEFAULT_CONTEXT, DEFAULT_RESERVE, PlanOptions, Quantize, Strategy};
+pub use outline::Outline;
 pub use place::hf;
 pub use remedies::{Change, Remedy};
-pub use scheme::{KindReport, Outline};
+pub use scheme::KindReport;
 pub use speed::{Pace, Speed};
 
 /// A complete plan.
@@ -65,7 +67,7 @@ pub struct Plan {
     pub devices: Vec<DevicePlan>,
     /// How fast one sequence would be, where the bandwidths are known.
     pub speed: Option<Speed>,
-    /// What each way to place the model gives, the chosen one first; none where a map decides.
+    /// What each way to place the model gives, the chosen one first, where that was asked for and no map decides.
     pub placements: Vec<Outline>,
     /// What each scheme gives, where the scheme was to be chosen; the most bits first, a mixture last.
     pub schemes: Vec<Outline>,
@@ -96,10 +98,12 @@ impl Plan {
     pub fn new(checkpoint: &Checkpoint, inventory: &Inventory, options: &PlanOptions) -> Result<Self> {
         let tree = ModuleTree::new(&checkpoint.config);
         let subject = Subject::new(checkpoint, inventory, &tree)?;
-        let (options, mut plan) = alternatives::with_scheme(&subject, options)?;
-        plan.placements = alternatives::placements(&subject, &options, &plan);
+        let (options, mut plan) = choose::with_scheme(&subject, options)?;
+        if options.alternatives {
+            plan.placements = outline::placements(&subject, &options, &plan);
+        }
         if options.kinds {
-            plan.kinds = kinds::report(&subject, &plan.quantize, &options.pool)?;
+            plan.kinds = kinds::report(&subject, &plan.quantize, &options)?;
         }
         if !plan.fits() {
             plan.remedies = remedies::find(&subject, &options, &plan);
@@ -242,20 +246,20 @@ fn largest(
     let plan = |size| {
         let mut options = options.clone();
         set(&mut options, size);
-        let (options, _) = alternatives::decide_scheme(&subject, &options)?;
+        let (options, _) = choose::decide_scheme(&subject, &options)?;
         subject.plan(&options)
     };
     let smallest = plan(1)?;
-    // The bytes grow with the size, so the largest that fits is found by halving.
+    // The bytes grow with the size, so the largest that fits is found by bisection.
     let fits = |size| plan(size).map(|plan| plan.fits() && plan.off_gpus() <= smallest.off_gpus());
     if !smallest.fits() {
         return Ok(None);
     }
-    Ok(Some(halve(1, limit, fits)?))
+    Ok(Some(bisect(1, limit, fits)?))
 }
 
 /// The largest size of `fitting..=limit` that fits, where `fitting` does and larger ones are harder.
-fn halve(mut fitting: usize, limit: usize, fits: impl Fn(usize) -> Result<bool>) -> Result<usize> {
+fn bisect(mut fitting: usize, limit: usize, fits: impl Fn(usize) -> Result<bool>) -> Result<usize> {
     let mut too_large = limit + 1;
     while too_large - fitting > 1 {
         let middle = usize::midpoint(fitting, too_large);

@@ -1,6 +1,7 @@
 //! What a caller may choose about a plan.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -45,8 +46,13 @@ pub struct PlanOptions {
     pub any_model: bool,
     /// How modules are placed automatically.
     pub strategy: Strategy,
+    /// Whether the plan lists what every other way to place the model would give.
+    pub alternatives: bool,
     /// Whether the plan lists the bits and the measured error of each kind of module.
     pub kinds: bool,
+    /// The directory that keeps the errors of schemes that were measured; without one they are
+    /// measured anew, and nothing is written.
+    pub cache: Option<PathBuf>,
     /// The threads that measure errors.
     pub pool: Arc<Pool>,
 }

@@ -5,7 +5,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::{DevicePlan, Plan, PlanOptions, Speed, Strategy, Subject, halve};
+use super::{DevicePlan, Plan, PlanOptions, Speed, Strategy, Subject, bisect};
 use crate::bytes::{Bytes, GIB, MIB};
 use crate::device::DeviceId;
 use crate::error::Result;
@@ -202,7 +202,7 @@ impl Search<'_> {
         if self.plan.context == 1 || !with(1) {
             return None;
         }
-        let longest = halve(1, self.plan.context - 1, |tokens| Ok(with(tokens))).ok()?;
+        let longest = bisect(1, self.plan.context - 1, |tokens| Ok(with(tokens))).ok()?;
         let tokens = if longest > ROUND { longest / ROUND * ROUND } else { longest };
         changes.push(Change::Context { tokens });
         self.fitting(changes)
@@ -213,7 +213,7 @@ impl Search<'_> {
         if self.plan.batch == 1 || !with(1) {
             return None;
         }
-        let sequences = halve(1, self.plan.batch - 1, |sequences| Ok(with(sequences))).ok()?;
+        let sequences = bisect(1, self.plan.batch - 1, |sequences| Ok(with(sequences))).ok()?;
         self.fitting(vec![Change::Batch { sequences }])
     }
 

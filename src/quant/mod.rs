@@ -11,6 +11,7 @@
 mod groups;
 mod kv_cache;
 mod layout;
+mod levels;
 mod nl4;
 mod quantize;
 pub mod reference;

@@ -5,21 +5,13 @@ use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::plan::{Pace, PlannedModule};
 
-/// With more ways to use the GPUs than this, they are used in the order of their speed.
-const MAX_SETS: usize = 1 << 9;
-
-/// GPUs that cannot be told apart.
-struct Group {
-    ids: Vec<DeviceId>,
-    room: u64,
-    pace: Pace,
-}
+/// More GPUs than this are used in the order of their speed.
+const MAX_IN_ANY_ORDER: usize = 9;
 
 /// The device of every module: contiguous runs over the GPUs in whatever
 /// order, and before them or behind them one over the CPU and the disk, so
 /// that a token with the context full takes the least time. Exact by dynamic
-/// programming over sets of GPUs for up to nine different ones; equal ones
-/// count as one.
+/// programming over sets of GPUs for up to nine, or where all are equal.
 ///
 /// Where nothing fits, as [`sequential`]. `paces` has one for each device.
 pub fn fastest(modules: &[PlannedModule], devices: &[Capacity], paces: &[Pace]) -> Vec<DeviceId> {
@@ -60,65 +52,67 @@ fn runs(
     behind: &[f64],
 ) -> Option<Runs> {
     let count = modules.len();
-    let mut groups = groups(gpus, paces);
-    let sets = groups.iter().fold(1usize, |sets, group| sets.saturating_mul(group.ids.len() + 1));
-    let in_order = sets > MAX_SETS;
+    let mut gpus: Vec<(&Capacity, Pace)> = gpus.iter().zip(paces.iter().copied()).collect();
+    let in_order = gpus.len() > MAX_IN_ANY_ORDER;
     if in_order {
-        groups = one_by_one(gpus, paces);
+        gpus.sort_by(|a, b| a.1.byte.total_cmp(&b.1.byte));
     }
-    // A state is how many GPUs of each group hold a run; with too many of them, up to which one.
-    let next_stride = |stride: &mut usize, group: &Group| {
-        let next = stride.saturating_mul(group.ids.len() + 1);
-        Some(std::mem::replace(stride, next))
-    };
-    let strides: Vec<usize> = groups.iter().scan(1, next_stride).collect();
-    let states = if in_order { groups.len() + 1 } else { sets };
-    let used = |state: usize, group: usize| state / strides[group] % (groups[group].ids.len() + 1);
-
-    let mut time = vec![vec![f64::INFINITY; count + 1]; states];
-    let mut from = vec![vec![None; count + 1]; states];
-    time[0] = before;
-    // The state in which one more GPU of a group holds a run, if one is free.
-    let next = |state: usize, group: usize| {
+    // A state is the set of GPUs that hold a run; with too many of them, the number up to the last that does.
+    let states = if in_order { gpus.len() + 1 } else { 1 << gpus.len() };
+    // Of equal GPUs the first that is free stands for all.
+    let equal = |a: usize, b: usize| gpus[a].0.room == gpus[b].0.room && gpus[a].1 == gpus[b].1;
+    let is_free = |state: usize, gpu: usize| state & 1 << gpu == 0;
+    let next = |state: usize, gpu: usize| {
         if in_order {
-            (group >= state).then_some(group + 1)
+            (gpu >= state).then_some(gpu + 1)
         } else {
-            (used(state, group) < groups[group].ids.len()).then(|| state + strides[group])
+            let stands = is_free(state, gpu) && !(0..gpu).any(|other| equal(gpu, other) && is_free(state, other));
+            stands.then_some(state | 1 << gpu)
         }
     };
+
+    // Empty for a state that is not reached.
+    let (mut time, mut from) = (vec![Vec::new(); states], vec![Vec::new(); states]);
+    (time[0], from[0]) = (before, vec![None; count + 1]);
     for state in 0..states {
-        for (at, group) in groups.iter().enumerate() {
-            let Some(next) = next(state, at) else { continue };
+        if time[state].is_empty() {
+            continue;
+        }
+        for (gpu, (capacity, pace)) in gpus.iter().enumerate() {
+            let Some(next) = next(state, gpu) else { continue };
+            if time[next].is_empty() {
+                (time[next], from[next]) = (vec![f64::INFINITY; count + 1], vec![None; count + 1]);
+            }
             for begin in 0..count {
-                let mut taken = 0u64;
-                let mut sum = time[state][begin] + if begin == 0 { 0.0 } else { group.pace.hop };
+                let mut taken = Bytes::ZERO;
+                let mut sum = time[state][begin] + if begin == 0 { 0.0 } else { pace.hop };
                 if !sum.is_finite() {
                     continue;
                 }
                 for (end, module) in modules.iter().enumerate().skip(begin) {
-                    taken = taken.saturating_add((module.weights + module.kv_cache).0);
-                    if taken > group.room {
+                    taken += module.weights + module.kv_cache;
+                    if taken > capacity.room {
                         break;
                     }
-                    sum += seconds(module, group.pace);
+                    sum += seconds(module, *pace);
                     if sum < time[next][end + 1] {
                         time[next][end + 1] = sum;
-                        from[next][end + 1] = Some((state, begin, at));
+                        from[next][end + 1] = Some((state, begin, capacity.id));
                     }
                 }
             }
         }
     }
 
-    let ends = (0..states).flat_map(|state| (0..=count).map(move |end| (state, end)));
+    let reached = (0..states).filter(|state| !time[*state].is_empty());
+    let ends = reached.flat_map(|state| (0..=count).map(move |end| (state, end)));
     let total = |(state, end): (usize, usize)| time[state][end] + behind[end];
     let best = ends.min_by(|a, b| total(*a).total_cmp(&total(*b))).filter(|best| total(*best).is_finite())?;
     let (mut state, end) = best;
     let mut on_gpus = vec![DeviceId::Cpu; end];
     let mut begin = end;
-    while let Some((before, run, group)) = from[state][begin] {
-        let nth = if in_order { 0 } else { used(before, group) };
-        on_gpus[run..begin].fill(groups[group].ids[nth]);
+    while let Some((before, run, id)) = from[state][begin] {
+        on_gpus[run..begin].fill(id);
         (state, begin) = (before, run);
     }
     Some(Runs { begin, end, on_gpus: on_gpus.split_off(begin), time: total(best) })
@@ -126,25 +120,6 @@ fn runs(
 
 fn seconds(module: &PlannedModule, pace: Pace) -> f64 {
     (module.read + module.kv_cache).0 as f64 * pace.byte + if module.is_block() { pace.block } else { 0.0 }
-}
-
-fn groups(gpus: &[Capacity], paces: &[Pace]) -> Vec<Group> {
-    let mut groups: Vec<Group> = Vec::new();
-    for (gpu, pace) in gpus.iter().zip(paces) {
-        match groups.iter_mut().find(|group| group.room == gpu.room.0 && group.pace == *pace) {
-            Some(group) => group.ids.push(gpu.id),
-            None => groups.push(Group { ids: vec![gpu.id], room: gpu.room.0, pace: *pace }),
-        }
-    }
-    groups
-}
-
-/// Each GPU as a group of its own, the fastest first.
-fn one_by_one(gpus: &[Capacity], paces: &[Pace]) -> Vec<Group> {
-    let group = |(gpu, pace): (&Capacity, &Pace)| Group { ids: vec![gpu.id], room: gpu.room.0, pace: *pace };
-    let mut groups: Vec<Group> = gpus.iter().zip(paces).map(group).collect();
-    groups.sort_by(|a, b| a.pace.byte.total_cmp(&b.pace.byte));
-    groups
 }
 
 /// The devices of modules off the GPUs, and their time; `None` where they do not fit.

@@ -8,8 +8,8 @@ use super::sample::losses;
 use crate::bytes::Bytes;
 use crate::error::Result;
 use crate::footprint;
+use crate::plan::PlanOptions;
 use crate::plan::subject::Subject;
-use crate::pool::Pool;
 use crate::quant::{QuantizeRules, Scheme};
 
 /// A kind of module, such as `mlp.down_proj`: all that quantizing it means.
@@ -29,10 +29,10 @@ pub struct KindReport {
     pub error: Option<f64>,
 }
 
-/// Every kind in the order that the first of them runs, under `rules`.
-pub fn report(subject: &Subject, rules: &QuantizeRules, pool: &Pool) -> Result<Vec<KindReport>> {
+/// Every kind in the order that the first of them runs, under `rules`, measured as `options` say.
+pub fn report(subject: &Subject, rules: &QuantizeRules, options: &PlanOptions) -> Result<Vec<KindReport>> {
     let groups = groups(subject.tree, &subject.weights);
-    let losses = losses(subject.checkpoint, &groups, pool)?;
+    let losses = losses(subject.checkpoint, &groups, options)?;
     let mut kinds: IndexMap<&str, KindReport> = IndexMap::new();
     for (at, group) in groups.iter().enumerate() {
         let kind = kinds.entry(&group.kind).or_insert_with(|| {

@@ -1,7 +1,7 @@
 //! A scheme for each projection: the least measured error that fits.
 
 use super::group::{Group, groups};
-use super::knapsack::{Choice, Frontier};
+use super::knapsack::{Frontier, Item};
 use super::sample::{Loss, losses};
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::footprint;
 use crate::plan::options::Conditions;
 use crate::plan::subject::{Size, Subject, weight_size};
-use crate::plan::{Plan, PlanOptions, Quantize, halve};
+use crate::plan::{Plan, PlanOptions, Quantize, bisect};
 use crate::quant::{QuantizeRules, Scheme};
 
 /// Options of least measured error with which the plan fits and no more modules leave the GPUs
@@ -19,7 +19,7 @@ use crate::quant::{QuantizeRules, Scheme};
 /// Only what is on GPUs is chosen for, or all where there are none: what is not keeps its scheme.
 pub fn refine(subject: &Subject, options: &PlanOptions, plan: &Plan) -> Result<Option<(PlanOptions, Plan)>> {
     let all = groups(subject.tree, &subject.weights);
-    let Some(losses) = losses(subject.checkpoint, &all, &options.pool)? else {
+    let Some(losses) = losses(subject.checkpoint, &all, options)? else {
         return Ok(None);
     };
     let has_gpus = plan.devices.iter().any(|device| device.id.is_gpu());
@@ -39,8 +39,8 @@ pub fn refine(subject: &Subject, options: &PlanOptions, plan: &Plan) -> Result<O
     }
     let room = plan.devices.iter().filter(|device| is_meant(device.id)).map(|d| d.budget - (d.total() - d.weights));
     let kept = plan.modules.iter().zip(&rest).filter(|(m, _)| is_meant(m.device)).map(|(_, size)| size.packed);
-    let items: Vec<Vec<Choice>> = candidates.iter().map(Candidate::choices).collect();
-    let Some(frontier) = Frontier::new(&items, (room.sum::<Bytes>() - kept.sum()).0) else {
+    let classes: Vec<Vec<Item>> = candidates.iter().map(Candidate::items).collect();
+    let Some(frontier) = Frontier::new(&classes, (room.sum::<Bytes>() - kept.sum()).0) else {
         return Ok(None);
     };
 
@@ -54,9 +54,9 @@ pub fn refine(subject: &Subject, options: &PlanOptions, plan: &Plan) -> Result<O
         let mixed = subject.place(options, &conditions, &sizes)?;
         Ok(mixed.fits() && mixed.off_gpus() <= plan.off_gpus())
     };
-    let choices = frontier.choices(halve(0, frontier.steps(), fits)?);
+    let choices = frontier.choices(bisect(0, frontier.steps(), fits)?);
     let cost = |choices: &mut dyn Iterator<Item = usize>| -> f64 {
-        items.iter().zip(choices).map(|(item, choice)| item[choice].cost).sum()
+        classes.iter().zip(choices).map(|(class, choice)| class[choice].cost).sum()
     };
     if cost(&mut choices.iter().copied()) >= cost(&mut candidates.iter().map(|candidate| candidate.own)) {
         return Ok(None);
@@ -105,7 +105,7 @@ impl<'a> Candidate<'a> {
         }
     }
 
-    fn choices(&self) -> Vec<Choice> {
-        self.sizes.iter().zip(self.costs).map(|(size, cost)| Choice { size: size.packed.0, cost }).collect()
+    fn items(&self) -> Vec<Item> {
+        self.sizes.iter().zip(self.costs).map(|(size, cost)| Item { size: size.packed.0, cost }).collect()
     }
 }

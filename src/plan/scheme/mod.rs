@@ -1,11 +1,10 @@
 //! Which scheme packs which module.
 
-pub mod alternatives;
+pub mod choose;
 mod group;
 pub mod kinds;
 mod knapsack;
 mod mixed;
 mod sample;
 
-pub use alternatives::Outline;
 pub use kinds::KindReport;

@@ -1,11 +1,11 @@
 //! What each scheme does to a checkpoint's weights, measured on rows that are drawn from them.
 //!
-//! The same rows are drawn each time. What is measured is kept beside the checkpoint, where that
-//! directory can be written.
+//! The same rows are drawn each time. What is measured is kept in the caller's cache, if there is one.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::fs::{DirBuilder, File};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -16,11 +16,12 @@ use crate::bytes::{Bytes, MIB};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::fs;
+use crate::plan::PlanOptions;
 use crate::pool::Pool;
 use crate::quant::{Scheme, Storage, squared_error};
+use crate::random::{self, Draws};
 
-/// The file beside a checkpoint that keeps what was measured.
-pub const ERRORS_FILE: &str = ".evenkeel-errors.json";
+/// What is read of a file that keeps what was measured.
 const ERRORS_CAP: Bytes = Bytes(64 * MIB);
 /// Goes up with every change to what is drawn or measured.
 const VERSION: u32 = 1;
@@ -32,6 +33,7 @@ const ROWS_ELSEWHERE: usize = 64;
 
 /// The squared error of a group over its squared weights, for `int8`, `int4` and `nl4`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Loss {
     int8: f64,
     int4: f64,
@@ -56,23 +58,28 @@ impl Loss {
 
 /// What was measured of a checkpoint, and which one that was.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Measured {
     version: u32,
     shards: Vec<ShardState>,
     losses: BTreeMap<String, Loss>,
 }
 
+/// A shard as it was read: another file under its name, or a change to it, has another state.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct ShardState {
     name: String,
     size: u64,
-    /// Nanoseconds since 1970.
-    modified: i64,
+    inode: u64,
+    /// When it or its attributes last changed, which no program can set: nanoseconds since 1970.
+    changed: i64,
 }
 
-/// The loss of every group, in their order. `None` where the weights are not in a local directory,
-/// are packed already, or are ones that no scheme can pack: loading says which.
-pub fn losses(checkpoint: &Checkpoint, groups: &[Group], pool: &Pool) -> Result<Option<Vec<Loss>>> {
+/// The loss of every group, in their order, measured on the options' pool and kept in their cache. `None`
+/// where the weights are not in a local directory, are packed already, or are ones that no scheme can
+/// pack: loading says which.
+pub fn losses(checkpoint: &Checkpoint, groups: &[Group], options: &PlanOptions) -> Result<Option<Vec<Loss>>> {
     let Some(directory) = checkpoint.directory.as_deref().filter(|_| checkpoint.config.packed.is_none()) else {
         return Ok(None);
     };
@@ -81,8 +88,11 @@ pub fn losses(checkpoint: &Checkpoint, groups: &[Group], pool: &Pool) -> Result<
     let in_order = |losses: &BTreeMap<String, Loss>| {
         groups.iter().map(|group| losses.get(&group.path).copied().filter(Loss::is_sound)).collect()
     };
-    let file = directory.join(ERRORS_FILE);
-    let known = fs::read_capped(&file, ERRORS_CAP).ok().and_then(|json| serde_json::from_slice::<Measured>(&json).ok());
+    let home = directory.canonicalize().map_err(|e| Error::io("open", directory, e))?;
+    let name = format!("errors-{:016x}.json", random::seed(home.as_os_str().as_bytes()));
+    let (cache, pool) = (options.cache.as_deref(), &*options.pool);
+    let read = |cache: &Path| fs::read_capped(&cache.join(&name), ERRORS_CAP).ok();
+    let known = cache.and_then(read).and_then(|json| serde_json::from_slice::<Measured>(&json).ok());
     if let Some(known) = known.filter(|known| known.version == VERSION && known.shards == states)
         && let Some(losses) = in_order(&known.losses)
     {
@@ -95,8 +105,11 @@ pub fn losses(checkpoint: &Checkpoint, groups: &[Group], pool: &Pool) -> Result<
         return Ok(None);
     };
     let measured = Measured { version: VERSION, shards: states, losses };
-    // Numbers and texts serialize; a directory that cannot be written keeps nothing.
-    let _ = fs::write_atomic(&file, &serde_json::to_vec_pretty(&measured).unwrap_or_default(), true);
+    if let Some(cache) = cache {
+        // Numbers and texts serialize; a directory that cannot be made or written keeps nothing.
+        let _ = DirBuilder::new().recursive(true).mode(0o700).create(cache);
+        let _ = fs::write_atomic(&cache.join(name), &serde_json::to_vec_pretty(&measured).unwrap_or_default(), true);
+    }
     Ok(in_order(&measured.losses))
 }
 
@@ -104,13 +117,13 @@ fn open(directory: &Path, name: &str) -> Result<(File, ShardState)> {
     let path = fs::confined(directory, name)?;
     let file = fs::open_regular(&path)?;
     let metadata = file.metadata().map_err(|e| Error::io("read", &path, e))?;
-    let modified = metadata.mtime().saturating_mul(1_000_000_000).saturating_add(metadata.mtime_nsec());
-    Ok((file, ShardState { name: name.to_owned(), size: metadata.len(), modified }))
+    let changed = metadata.ctime().saturating_mul(1_000_000_000).saturating_add(metadata.ctime_nsec());
+    Ok((file, ShardState { name: name.to_owned(), size: metadata.len(), inode: metadata.ino(), changed }))
 }
 
 /// The mean over the roles of a group.
 fn measure(shards: &[File], group: &Group, pool: &Pool) -> Result<Option<Loss>> {
-    let mut random = Random::new(&group.path);
+    let mut random = Draws::new(random::seed(group.path.as_bytes()));
     let mut sum = Loss { int8: 0.0, int4: 0.0, nl4: 0.0 };
     for weights in group.roles.values() {
         let rows = if group.is_in_block { ROWS } else { ROWS_ELSEWHERE };
@@ -148,7 +161,7 @@ fn measure(shards: &[File], group: &Group, pool: &Pool) -> Result<Option<Loss>> 
 }
 
 /// Appends rows of a matrix that is stored as `[cols, rows]`: neighbours, so that a read of each column has all of them.
-fn read_columns(shards: &[File], weight: &Weight, rows: usize, random: &mut Random, bytes: &mut Vec<u8>) -> Result<()> {
+fn read_columns(shards: &[File], weight: &Weight, rows: usize, random: &mut Draws, bytes: &mut Vec<u8>) -> Result<()> {
     let cols = weight.parameter.cols;
     let element = weight.row_bytes() / cols;
     let first = random.below(weight.parameter.rows - rows + 1);
@@ -168,25 +181,4 @@ fn read(shards: &[File], weight: &Weight, offset: usize, bytes: &mut [u8]) -> Re
     shards[tensor.shard]
         .read_exact_at(bytes, tensor.range.start + offset as u64)
         .map_err(|e| Error::input(format!("tensor `{}` cannot be read", weight.parameter.tensor())).caused_by(e))
-}
-
-/// A generator of numbers that are the same for the same text: SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn new(seed: &str) -> Self {
-        // FNV-1a.
-        Self(
-            seed.bytes()
-                .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)),
-        )
-    }
-
-    /// A number below `end`, which is not 0.
-    fn below(&mut self, end: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        usize::try_from((z ^ (z >> 31)) % end as u64).unwrap_or(0)
-    }
 }
