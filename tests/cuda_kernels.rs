@@ -5,6 +5,8 @@ mod fake_cuda;
 #[path = "support/kernels.rs"]
 mod kernels;
 
+use std::process::Command;
+
 use evenkeel::backend::cuda::Gpu;
 
 macro_rules! on_the_stand_in {
@@ -38,4 +40,21 @@ fn products_are_the_same_however_many_blocks_share_them() {
         kernels::gates_are_applied_to_what_up_gives(&gpu);
         kernels::hidden_states_are_normalized_on_the_way(&gpu);
     }
+}
+
+/// Runs a test of this file again where no g++ is found.
+#[test]
+fn without_a_compiler_tests_are_skipped_or_fail() {
+    let run = |is_required: bool| {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "embeddings_are_the_rows"]).env("PATH", "").env_remove(fake_cuda::REQUIRED);
+        let output = if is_required { command.env(fake_cuda::REQUIRED, "1") } else { &mut command }.output().unwrap();
+        let said = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap()).concat();
+        assert!(said.contains("running 1 test"), "{said}");
+        (output.status.success(), said)
+    };
+    let (is_success, said) = run(false);
+    assert!(is_success && said.contains("skipped: g++ is not there"), "{said}");
+    let (is_success, said) = run(true);
+    assert!(!is_success && said.contains("EVENKEEL_REQUIRE_FAKE_CUDA is set"), "{said}");
 }
