@@ -1,6 +1,7 @@
 //! Stages: runs of modules on one device, and the pipeline that a token goes through.
 
 mod choice;
+mod chooser;
 pub mod cpu;
 pub mod cuda;
 mod hidden;
@@ -10,6 +11,7 @@ mod pipeline;
 use crate::error::Result;
 
 pub use choice::{Choice, Draws};
+pub use chooser::Chooser;
 pub use hidden::{Chunk, Hidden};
 pub use pipeline::{Behind, Pipeline, StageRoles};
 

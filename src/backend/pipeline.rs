@@ -17,12 +17,12 @@ pub struct StageRoles {
 }
 
 /// What comes behind a token.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Debug, PartialEq)]
 pub enum Behind<'a> {
     /// The token that a device has chosen.
     Token(u32),
-    /// All logits.
-    Logits(&'a [f32]),
+    /// All logits, to be used up.
+    Logits(&'a mut [f32]),
 }
 
 /// The stages of a model and the tokens that they have seen.
@@ -110,7 +110,7 @@ impl Pipeline {
         let draw = self.draws.as_mut().map(Draws::draw);
         Ok(match self.head(last, draw)? {
             Some(token) => Behind::Token(token),
-            None => Behind::Logits(&self.logits),
+            None => Behind::Logits(&mut self.logits),
         })
     }
 

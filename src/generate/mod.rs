@@ -113,7 +113,7 @@ impl Model {
         let interrupted = || {
             if cancel.load(Ordering::Relaxed) { Err(Error::interrupted()) } else { Ok(()) }
         };
-        let mut sampler = Sampler::new(options.sampling.clone(), prompt);
+        let mut sampler = Sampler::new(sampling, prompt);
         let next = match options.max_new_tokens {
             Some(0) => None,
             _ => Some(sampler.sample(self.pipeline.extend(prompt, interrupted)?)?),

@@ -1,14 +1,10 @@
 //! From logits to a token.
 
-use candle_core::{Device, Tensor};
-use candle_transformers::generation::{LogitsProcessor, Sampling as Method};
-use candle_transformers::utils::apply_repeat_penalty;
-
-use crate::backend::{Behind, Choice};
+use crate::backend::{Behind, Choice, Chooser, Draws};
 use crate::error::{Error, Result};
 
-/// How a token is chosen: the logits are penalized, divided by the
-/// temperature, made probabilities, and cut by `min_p`, `top_k` and `top_p`.
+/// How a token is chosen: the logits are penalized, divided by the temperature and made
+/// probabilities, and of the tokens that `min_p`, `top_k` and `top_p` all leave, one is drawn.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampling {
     /// 0 takes the likeliest token.
@@ -56,9 +52,9 @@ impl Sampling {
         Err(Error::usage(wrong))
     }
 
-    /// As a device is told that chooses by itself.
+    /// As a device is told, or the host; all numbers are taken to be in their range.
     #[expect(clippy::cast_possible_truncation, reason = "probabilities are f32")]
-    pub(super) fn choice(&self) -> Choice {
+    pub fn choice(&self) -> Choice {
         Choice {
             // The likeliest alone.
             temperature: if self.top_k == Some(1) { 0.0 } else { self.temperature as f32 },
@@ -68,147 +64,44 @@ impl Sampling {
             penalty: self.repetition_penalty,
         }
     }
-
-    fn method(&self) -> Method {
-        let temperature = self.temperature;
-        if temperature == 0.0 {
-            return Method::ArgMax;
-        }
-        match (self.top_k, self.top_p) {
-            (None, None) => Method::All { temperature },
-            (Some(k), None) => Method::TopK { k, temperature },
-            (None, Some(p)) => Method::TopP { p, temperature },
-            (Some(k), Some(p)) => Method::TopKThenTopP { k, p, temperature },
-        }
-    }
 }
 
-/// Chooses tokens, and remembers those that were chosen.
+/// Chooses tokens, where no device does.
 pub struct Sampler {
-    sampling: Sampling,
-    processor: LogitsProcessor,
-    seen: Vec<u32>,
+    chooser: Chooser,
+    draws: Draws,
 }
 
 impl Sampler {
     /// A sampler that has seen `prompt`.
-    pub fn new(sampling: Sampling, prompt: &[u32]) -> Self {
-        let processor = LogitsProcessor::from_sampling(sampling.seed, sampling.method());
-        Self { sampling, processor, seen: prompt.to_vec() }
-    }
-
-    /// Whether the token with the largest logit is all that it looks at.
-    fn wants_best(&self) -> bool {
-        #[expect(clippy::float_cmp, reason = "exactly 1 is the default, which does nothing")]
-        let is_plain = self.sampling.repetition_penalty == 1.0;
-        self.sampling.temperature == 0.0 && is_plain
+    pub fn new(sampling: &Sampling, prompt: &[u32]) -> Self {
+        Self { chooser: Chooser::new(sampling.choice(), prompt), draws: Draws::new(sampling.seed) }
     }
 
     /// The next token.
     pub fn sample(&mut self, behind: Behind) -> Result<u32> {
-        let token = match behind {
-            Behind::Token(token) => token,
-            Behind::Logits(logits) if self.wants_best() => largest(logits),
-            Behind::Logits(logits) => {
-                self.choose(logits).map_err(|e| Error::input("no token can be sampled").caused_by(e))?
-            }
+        let logits = match behind {
+            Behind::Token(token) => return Ok(token),
+            Behind::Logits(logits) => logits,
         };
-        self.seen.push(token);
-        Ok(token)
+        let chosen = self.chooser.choose(logits, self.draws.draw());
+        if chosen.is_finite { Ok(chosen.token) } else { Err(Error::input("a logit that is penalized is not a number")) }
     }
-
-    fn choose(&mut self, logits: &[f32]) -> candle_core::Result<u32> {
-        let mut logits = Tensor::from_slice(logits, logits.len(), &Device::Cpu)?;
-        #[expect(clippy::float_cmp, reason = "exactly 1 is the default, which does nothing")]
-        if self.sampling.repetition_penalty != 1.0 {
-            logits = apply_repeat_penalty(&logits, self.sampling.repetition_penalty, &self.seen)?;
-        }
-        let min_p = self.sampling.min_p;
-        self.processor.sample_f(&logits, |probabilities| {
-            if let Some(min_p) = min_p {
-                #[expect(clippy::cast_possible_truncation, reason = "probabilities are f32")]
-                let least = probabilities.iter().fold(0.0f32, |max, p| max.max(*p)) * min_p as f32;
-                probabilities.iter_mut().filter(|p| **p < least).for_each(|p| *p = 0.0);
-            }
-        })
-    }
-}
-
-/// The first token with the largest logit.
-fn largest(logits: &[f32]) -> u32 {
-    let larger = |a: f32, b: f32| if b > a { b } else { a };
-    // Lanes side by side, and the position afterwards, are many times faster than one by one.
-    let mut lanes = [f32::NEG_INFINITY; 16];
-    let (whole, rest) = logits.as_chunks::<16>();
-    for logits in whole {
-        for (lane, logit) in lanes.iter_mut().zip(logits) {
-            *lane = larger(*lane, *logit);
-        }
-    }
-    let largest = lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, larger);
-    let at = logits.iter().position(|logit| *logit >= largest).unwrap_or_default();
-    u32::try_from(at).unwrap_or_default()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Which tokens come out of `sampling`, of logits whose probabilities are 0.5, 0.3, 0.15, 0.05 at temperature 1.
-    fn tokens(sampling: Sampling) -> Vec<u32> {
-        let logits = [0.3f32.ln(), 0.5f32.ln(), 0.05f32.ln(), 0.15f32.ln()];
-        let mut sampler = Sampler::new(sampling, &[]);
-        let mut tokens: Vec<u32> = (0..400).map(|_| sampler.sample(Behind::Logits(&logits)).unwrap()).collect();
-        tokens.sort_unstable();
-        tokens.dedup();
-        tokens
-    }
-
-    #[test]
-    fn cuts_leave_the_likeliest() {
-        let base = Sampling { temperature: 1.0, seed: 7, ..Sampling::greedy() };
-        for (sampling, left) in [
-            (Sampling::greedy(), vec![1]),
-            (base.clone(), vec![0, 1, 2, 3]),
-            (Sampling { top_k: Some(2), ..base.clone() }, vec![0, 1]),
-            (Sampling { top_p: Some(0.6), ..base.clone() }, vec![0, 1]),
-            (Sampling { min_p: Some(0.2), ..base.clone() }, vec![0, 1, 3]),
-            (Sampling { top_k: Some(3), top_p: Some(0.4), ..base.clone() }, vec![1]),
-            (Sampling { min_p: Some(1.0), top_k: Some(3), ..base }, vec![1]),
-        ] {
-            assert_eq!(tokens(sampling.clone()), left, "{sampling:?}");
-        }
-    }
-
-    #[test]
-    fn the_first_of_the_largest() {
-        for count in [1, 5, 16, 17, 40] {
-            for at in 0..count {
-                let mut logits = vec![-2.0; count];
-                logits[at] = -1.0;
-                logits[count - 1] = -1.0;
-                assert_eq!(largest(&logits) as usize, at, "{count}");
-            }
-        }
-    }
-
     #[test]
     fn a_seed_repeats_itself() {
         let run = |seed| {
             let sampling = Sampling { temperature: 1.0, seed, ..Sampling::greedy() };
-            let mut sampler = Sampler::new(sampling, &[]);
-            (0..50).map(|_| sampler.sample(Behind::Logits(&[0.0; 100])).unwrap()).collect::<Vec<_>>()
+            let mut sampler = Sampler::new(&sampling, &[]);
+            (0..50).map(|_| sampler.sample(Behind::Logits(&mut [0.0; 100])).unwrap()).collect::<Vec<_>>()
         };
         assert_eq!(run(1), run(1));
         assert_ne!(run(1), run(2));
-    }
-
-    #[test]
-    fn a_penalty_moves_on() {
-        let sampling = Sampling { repetition_penalty: 2.0, ..Sampling::greedy() };
-        let mut sampler = Sampler::new(sampling, &[3]);
-        let chosen: Vec<u32> = (0..4).map(|_| sampler.sample(Behind::Logits(&[1.0, 1.1, 1.2, 1.9])).unwrap()).collect();
-        assert_eq!(chosen, [2, 1, 0, 3]);
     }
 
     #[test]
