@@ -5,10 +5,10 @@ mod fake_cuda;
 mod kernels;
 mod support;
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use evenkeel::backend::cuda::{Gpu, Output};
+use evenkeel::backend::{Chooser, Draws};
 use evenkeel::bytes::Bytes;
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device::{DeviceError, DeviceId};
@@ -513,7 +513,25 @@ fn a_logit_that_is_no_number_is_reported_behind_its_token() {
 }
 
 #[test]
-fn the_same_tokens_can_come_from_a_gpu_and_from_the_cpu() {
+fn the_host_chooses_the_tokens_that_a_gpu_does() {
+    let Some((_, _turn)) = fake_cuda::load(GPUS) else { return };
+    let checkpoint = Checkpoint::open(fixture("parity/gemma2")).unwrap();
+    let plan = plan(&checkpoint, Scheme::None, &map(&checkpoint, &["cuda:0"]), None);
+    let mut model = load(&plan, false).unwrap();
+    model.limit_prefill_chunk(1);
+    for sampling in samplings() {
+        let options = GenerateOptions { sampling, ignore_eos: true, max_new_tokens: Some(24), ..Default::default() };
+        let (tokens, _) = generated(&mut model, &options);
+        let choice = options.sampling.choice();
+        let (mut chooser, mut draws) = (Chooser::new(choice, &[1, 2, 3]), Draws::new(options.sampling.seed));
+        let all = logits(&mut model, &[&[1, 2, 3], &tokens[..23]].concat());
+        let ours = all[2..].iter().map(|logits| chooser.choose(&mut logits.clone(), draws.draw()).token);
+        assert_eq!(ours.collect::<Vec<_>>(), tokens, "{choice:?}");
+    }
+}
+
+#[test]
+fn a_seed_gives_the_same_tokens_on_a_gpu_and_on_the_cpu() {
     let Some((_, _turn)) = fake_cuda::load(GPUS) else { return };
     let checkpoint = Checkpoint::open(fixture("parity/llama")).unwrap();
     let drawn = Sampling { temperature: 1.0, ..Sampling::greedy() };
@@ -521,18 +539,18 @@ fn the_same_tokens_can_come_from_a_gpu_and_from_the_cpu() {
         Sampling { top_k: Some(3), ..drawn.clone() },
         Sampling { top_k: Some(1), ..drawn.clone() },
         Sampling { temperature: 0.5, top_p: Some(0.05), ..drawn.clone() },
-        Sampling { min_p: Some(0.7), ..drawn },
+        Sampling { min_p: Some(0.7), ..drawn.clone() },
+        drawn,
     ] {
         let [gpu, cpu] = [&["cuda:0"], &["cpu"]].map(|devices| {
             let plan = plan(&checkpoint, Scheme::None, &map(&checkpoint, devices), None);
             let mut model = load(&plan, false).unwrap();
-            let mut tokens = BTreeSet::new();
-            for seed in 0..48 {
+            let token = |seed| {
                 let sampling = Sampling { seed, ..sampling.clone() };
                 let options = GenerateOptions { sampling, max_new_tokens: Some(1), ..GenerateOptions::default() };
-                tokens.extend(generated(&mut model, &options).0);
-            }
-            tokens
+                generated(&mut model, &options).0[0]
+            };
+            (0..48).map(token).collect::<Vec<_>>()
         });
         assert_eq!(gpu, cpu, "{sampling:?}");
     }

@@ -5,6 +5,8 @@ mod fake_cuda;
 #[path = "support/kernels.rs"]
 mod kernels;
 
+use std::process::Command;
+
 use evenkeel::backend::cuda::Gpu;
 
 const GPUS: &str = "1GiB,1GiB";
@@ -73,4 +75,21 @@ fn page_locked_memory_is_the_copys_own_until_that_is_done() {
     let copy = region.write_from(pinned(), 0..4096).unwrap();
     drop(region);
     assert_eq!(copy.finish().unwrap()[..], [7; 4096]);
+}
+
+/// Runs a test of this file again where no g++ is found.
+#[test]
+fn without_a_compiler_tests_are_skipped_or_fail() {
+    let run = |is_required: bool| {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "embeddings_are_the_rows"]).env("PATH", "").env_remove(fake_cuda::REQUIRED);
+        let output = if is_required { command.env(fake_cuda::REQUIRED, "1") } else { &mut command }.output().unwrap();
+        let said = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap()).concat();
+        assert!(said.contains("running 1 test"), "{said}");
+        (output.status.success(), said)
+    };
+    let (is_success, said) = run(false);
+    assert!(is_success && said.contains("skipped: g++ is not there"), "{said}");
+    let (is_success, said) = run(true);
+    assert!(!is_success && said.contains("EVENKEEL_REQUIRE_FAKE_CUDA is set"), "{said}");
 }

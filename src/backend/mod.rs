@@ -2,6 +2,7 @@
 
 pub mod block;
 mod choice;
+mod chooser;
 pub mod cpu;
 pub mod cuda;
 mod hidden;
@@ -12,6 +13,7 @@ use crate::error::Result;
 
 pub use crate::random::Draws;
 pub use choice::Choice;
+pub use chooser::Chooser;
 pub use hidden::{Chunk, Hidden};
 pub use pipeline::{Pipeline, StageRoles};
 

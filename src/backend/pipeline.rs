@@ -64,13 +64,13 @@ impl Pipeline {
         self.stages.iter_mut().try_for_each(|stage| stage.run_blocks(&mut self.hidden, runs))
     }
 
-    /// The logits behind a row of the last step.
-    pub fn logits(&mut self, row: usize) -> Result<&[f32]> {
+    /// The logits behind a row of the last step, to be used up.
+    pub fn logits(&mut self, row: usize) -> Result<&mut [f32]> {
         let chunk = self.hidden.select(row);
         self.stages[self.roles.norm].norm(&mut self.hidden)?;
         self.stages[self.roles.head].logits(&mut self.hidden, &mut self.logits)?;
         self.hidden.restore(chunk);
-        Ok(&self.logits)
+        Ok(&mut self.logits)
     }
 
     /// What chooses tokens where the head is, if that is no matter of the host.

@@ -1,12 +1,11 @@
 //! Sequences, and the steps that bring them forward.
 
-mod sampler;
+mod sampling;
 
-use crate::backend::{Draws, Pipeline, Run};
+use crate::backend::{Chooser, Chosen, Draws, Pipeline, Run};
 use crate::error::{Error, Hint, Result, Setting};
 
-use sampler::Sampler;
-pub use sampler::Sampling;
+pub use sampling::Sampling;
 
 /// A text on its way: its tokens, how many of them the model has seen, where their state is kept, and how
 /// the next one is chosen.
@@ -14,11 +13,12 @@ pub struct Sequence {
     tokens: Vec<u32>,
     position: usize,
     slot: usize,
-    sampler: Sampler,
-    /// The random numbers for tokens, where the head's device chooses them.
+    /// What chooses tokens, unless the head's device does.
+    chooser: Chooser,
+    /// A random number for each token.
     draws: Draws,
     /// The token that the host has chosen, until it is added.
-    chosen: Option<u32>,
+    chosen: Option<Chosen>,
 }
 
 impl Sequence {
@@ -80,7 +80,7 @@ impl Engine {
             tokens: prompt.to_vec(),
             position: 0,
             slot: 0,
-            sampler: Sampler::new(sampling.clone(), prompt),
+            chooser: Chooser::new(sampling.choice(), prompt),
             draws: Draws::new(sampling.seed),
             chosen: None,
         })
@@ -96,21 +96,21 @@ impl Engine {
         if !sequence.is_ahead() {
             self.advance(sequence, each_chunk)?;
         }
-        let token = match sequence.chosen.take() {
-            Some(token) => token,
-            None => {
-                let seen = sequence.position;
-                if more && seen < self.context && self.does_whole_steps() {
-                    self.step(sequence, None)?;
-                }
-                let chosen = self.pipeline.chooser().map(|chooser| chooser.chosen()).transpose()?;
-                let chosen = chosen.filter(|chosen| chosen.is_finite);
-                chosen.ok_or_else(|| not_a_number(seen))?.token
+        let seen = sequence.position;
+        let mut chosen = sequence.chosen.take();
+        if chosen.is_none() {
+            if more && seen < self.context && self.does_whole_steps() {
+                self.step(sequence, None)?;
             }
-        };
-        sequence.sampler.saw(token);
-        sequence.tokens.push(token);
-        Ok(token)
+            chosen = self.pipeline.chooser().map(|chooser| chooser.chosen()).transpose()?;
+        }
+        match chosen {
+            Some(Chosen { token, is_finite: true }) => {
+                sequence.tokens.push(token);
+                Ok(token)
+            }
+            _ => Err(not_a_number(seen)),
+        }
     }
 
     /// Runs the tokens that have not been run yet, and has the one behind them chosen.
@@ -133,8 +133,8 @@ impl Engine {
         if self.pipeline.chooser().is_some() {
             return self.pipeline.choose(last, sequence.draws.draw());
         }
-        let logits = finite(self.pipeline.logits(last)?, new.end)?;
-        sequence.chosen = Some(sequence.sampler.sample(logits)?);
+        let draw = sequence.draws.draw();
+        sequence.chosen = Some(sequence.chooser.choose(self.pipeline.logits(last)?, draw));
         Ok(())
     }
 
@@ -162,7 +162,11 @@ impl Engine {
             let position = at * self.chunk;
             self.pipeline.run(chunk, &[Run { slot: 0, position, tokens: chunk.len() }])?;
             for row in 0..chunk.len() {
-                visit(position + row, finite(self.pipeline.logits(row)?, position + row + 1)?);
+                let logits = self.pipeline.logits(row)?;
+                if !logits.iter().all(|logit| logit.is_finite()) {
+                    return Err(not_a_number(position + row + 1));
+                }
+                visit(position + row, logits);
             }
         }
         Ok(())
@@ -179,11 +183,6 @@ impl Engine {
     fn too_long(&self, len: usize) -> Error {
         Error::input(format!("{len} tokens are more than the context of {} holds", self.context))
     }
-}
-
-/// The logits behind so many tokens, if all are numbers.
-fn finite(logits: &[f32], tokens: usize) -> Result<&[f32]> {
-    if logits.iter().all(|logit| logit.is_finite()) { Ok(logits) } else { Err(not_a_number(tokens)) }
 }
 
 fn not_a_number(tokens: usize) -> Error {
