@@ -228,7 +228,6 @@ impl Attending {
             heads: shape.heads,
             kv_heads: shape.kv_heads,
             head_dim,
-            context,
             position: context - tokens,
             tokens,
             window: 0,

@@ -21,8 +21,12 @@ use evenkeel::plan::{Plan, Quantize};
 use evenkeel::quant::{KvDtype, QuantizeRules, Scheme, WeightDtype};
 use evenkeel::{Cancel, ErrorKind};
 use fake_cuda::FakeCuda;
+use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
 use support::broken::Broken;
-use support::models::{LOGITS, assert_is_transformers, difference, load, logits, machine, map, options, plan};
+use support::models::{
+    LOGITS, assert_all_near, assert_is_transformers, difference, load, logits, machine, map, options, plan,
+};
 use support::{CHECKPOINTS, expected, fixture, numbers};
 
 const GPUS: &str = "24GiB,8GiB";
@@ -215,6 +219,56 @@ fn a_step_that_is_repeated_gives_what_its_launches_do() {
         }
         fake.set("STREAMS", "eager");
         assert_nothing_left(fake, name);
+    }
+}
+
+/// `parity/llama` with the first of its key-value heads alone.
+fn with_one_kv_head() -> tempfile::TempDir {
+    let (from, to) = (fixture("parity/llama"), tempfile::tempdir().unwrap());
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(from.join("config.json")).unwrap()).unwrap();
+    config["num_key_value_heads"] = 1.into();
+    std::fs::write(to.path().join("config.json"), config.to_string()).unwrap();
+    std::fs::copy(from.join("tokenizer.json"), to.path().join("tokenizer.json")).unwrap();
+    let files = std::fs::read_dir(&from).unwrap().map(|file| file.unwrap().path());
+    let shards: Vec<_> = files
+        .filter(|file| file.extension().is_some_and(|e| e == "safetensors"))
+        .map(|file| std::fs::read(file).unwrap())
+        .collect();
+    let tensors = shards.iter().flat_map(|shard| SafeTensors::deserialize(shard).unwrap().tensors());
+    let tensors = tensors.map(|(name, tensor)| {
+        let heads = if name.contains("k_proj") || name.contains("v_proj") { 2 } else { 1 };
+        let (mut shape, len) = (tensor.shape().to_vec(), tensor.data().len() / heads);
+        shape[0] /= heads;
+        (name, TensorView::new(tensor.dtype(), shape, &tensor.data()[..len]).unwrap())
+    });
+    safetensors::serialize_to_file(tensors, None, &to.path().join("model.safetensors")).unwrap();
+    to
+}
+
+#[test]
+fn an_int8_cache_of_one_head_may_have_any_length() {
+    let Some((fake, _turn)) = fake_cuda::load(GPUS) else { return };
+    let directory = with_one_kv_head();
+    let checkpoint = Checkpoint::open(directory.path()).unwrap();
+    let tokens: Vec<u32> = (0..101).map(|at| at * 7 % 50).collect();
+    for context in [31, 101] {
+        let load = |device: &str| {
+            let mut options = options(Scheme::None, &map(&checkpoint, &[device]), Some(context));
+            options.kv_cache = Some(KvDtype::Int8);
+            let plan = Plan::new(&checkpoint, &machine(), &options).unwrap();
+            load(&plan, false).unwrap()
+        };
+        let exact = logits(&mut load("cpu"), &tokens[..context]);
+        for capability in ["7.5", "8.6"] {
+            fake.set("CC", capability);
+            let mut model = load("cuda:0");
+            for chunk in [context, 5] {
+                model.limit_prefill_chunk(chunk);
+                let what = format!("context {context}, chunks of {chunk}, {capability}");
+                assert_all_near(&what, &logits(&mut model, &tokens[..context]), &exact, false);
+            }
+        }
     }
 }
 

@@ -30,6 +30,8 @@ macro_rules! every_case {
             a_token_that_was_chosen_is_penalized
             activations_equal_the_reference
             attention_equals_the_reference
+            attention_over_a_ring_equals_the_reference
+            a_ring_gives_what_the_whole_context_does
             embeddings_are_the_rows
             nan_and_what_overflows_stay_with_their_token
             norms_equal_the_reference

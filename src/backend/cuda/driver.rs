@@ -14,6 +14,7 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, DriverErr
 use crate::bytes::Bytes;
 use crate::device::{DeviceError, DeviceId};
 use crate::error::{Error, Hint, Result, Setting};
+use crate::footprint::aligned;
 
 /// What a GPU that fails later than it is told has done.
 const FAILED: &str = "has failed at work that was queued";
@@ -328,24 +329,25 @@ impl Region {
     }
 }
 
-/// Regions of `sizes` bytes on a GPU, for `what`: parts of one buffer, or a
+/// Regions of `sizes` bytes on a GPU, for `what`: parts of one buffer, each [`aligned`] in it, or a
 /// buffer each, so that reading beyond one is noticed.
 pub fn arena(gpu: &Arc<Gpu>, what: &str, sizes: &[Bytes], separate: bool) -> Result<Vec<Region>> {
-    let len = |size: &Bytes| size.as_usize().unwrap_or(usize::MAX);
+    let len = |size: Bytes| size.as_usize().unwrap_or(usize::MAX);
     if separate {
-        return sizes.iter().map(|size| Ok(Region::new(&gpu.allocate(what, *size)?, 0, len(size)))).collect();
+        return sizes.iter().map(|size| Ok(Region::new(&gpu.allocate(what, *size)?, 0, len(*size)))).collect();
     }
     if sizes.is_empty() {
         return Ok(Vec::new());
     }
-    let total: Bytes = sizes.iter().copied().sum();
-    let buffer = gpu.allocate(what, total)?;
-    let mut offset = 0;
-    let mut next = |size: &Bytes| {
-        offset += len(size);
-        Region::new(&buffer, offset - len(size), len(size))
+    let mut end = Bytes::ZERO;
+    let mut start = |size: &Bytes| {
+        let start = end;
+        end += aligned(size.0);
+        (start, *size)
     };
-    Ok(sizes.iter().map(&mut next).collect())
+    let places: Vec<_> = sizes.iter().map(&mut start).collect();
+    let buffer = gpu.allocate(what, end)?;
+    Ok(places.into_iter().map(|(start, size)| Region::new(&buffer, len(start), len(size))).collect())
 }
 
 /// Page-locked host memory: copies from and to it run beside the host's work.

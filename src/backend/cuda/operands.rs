@@ -162,7 +162,7 @@ impl Scratch {
 #[derive(Clone)]
 pub struct Cache {
     pub(super) dtype: KvDtype,
-    /// Tokens that there is room for.
+    /// Tokens that there is room for; the one at a position has the slot that is left of it over these.
     pub(super) slots: usize,
     /// Codes and scales of keys, then of values.
     pub(super) regions: [Region; 4],
@@ -189,8 +189,6 @@ pub struct Attention {
     pub kv_heads: usize,
     /// Width of a head, at most [`MAX_HEAD_DIM`].
     pub head_dim: usize,
-    /// Tokens that the cache has room for.
-    pub context: usize,
     /// Position of the first token.
     pub position: usize,
     /// Number of tokens.
@@ -204,19 +202,26 @@ pub struct Attention {
 }
 
 impl Attention {
-    /// How its keys are shared out: those of one token the same wherever it stands, so that its launch can
-    /// be repeated for the next one.
-    pub(super) fn shares(&self) -> CudaAttention {
-        let keys = if self.tokens == 1 { self.context } else { self.position + self.tokens };
+    /// The last keys that a query sees of those in a cache.
+    pub(super) fn seen(&self, cache: &Cache) -> usize {
+        if self.window == 0 { cache.slots } else { self.window.min(cache.slots) }
+    }
+
+    /// How the keys of a cache are shared out: those of one token the same wherever it stands, so that its launch
+    /// can be repeated for the next one.
+    pub(super) fn shares(&self, cache: &Cache) -> CudaAttention {
+        let keys = if self.tokens == 1 { cache.slots } else { cache.slots.min(self.position + self.tokens) };
         CudaAttention::new(self.heads, self.kv_heads, self.tokens, keys)
     }
 
     pub(super) fn check(&self, query: &Region, cache: &Cache) {
-        assert!(self.position + self.tokens <= self.context, "more tokens than the cache holds");
+        // What the first token sees is there yet when the last one has been stored.
+        let is_ring = self.window > 0 && self.tokens + self.window - 1 <= cache.slots;
+        assert!(is_ring || self.position + self.tokens <= cache.slots, "more tokens than the cache holds");
         assert!(self.head_dim <= MAX_HEAD_DIM, "a head that is too wide");
         assert!(self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads), "heads that share no key-value head");
         holds(query, [self.tokens, self.heads, self.head_dim], HALF);
-        let vectors = [self.kv_heads, self.context];
+        let vectors = [self.kv_heads, cache.slots];
         for [codes, scales] in cache.regions.as_chunks().0 {
             holds(codes, vectors, cache.dtype.code_bytes(self.head_dim));
             holds(scales, vectors, cache.dtype.scale_bytes());

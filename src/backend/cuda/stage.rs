@@ -122,7 +122,6 @@ impl CudaStage {
                 heads: config.num_attention_heads,
                 kv_heads: config.num_key_value_heads,
                 head_dim: config.head_dim,
-                context: cache.slots,
                 position: run.position,
                 tokens: run.tokens,
                 window: layer.window.unwrap_or(0),

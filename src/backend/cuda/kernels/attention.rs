@@ -62,7 +62,7 @@ impl Gpu {
             Argument::int(shape.kv_heads),
             Argument::int(shape.head_dim),
             Argument::int(2 * pairs),
-            Argument::int(shape.context),
+            Argument::int(cache.slots),
             Argument::Region(position),
             Argument::F32(rope.map_or(1.0, |(_, factor)| factor)),
         ];
@@ -90,7 +90,7 @@ impl Gpu {
         shape.check(query, cache);
         holds(position, [1], size_of::<i32>());
         holds(out, [shape.tokens, shape.heads, shape.head_dim], HALF);
-        let shares = shape.shares();
+        let shares = shape.shares(cache);
         let is_split = shares.parts > 1;
         if is_split {
             let parts = shape.tokens * shape.heads * shares.parts * (shape.head_dim + 2);
@@ -104,9 +104,9 @@ impl Gpu {
             Argument::int(shape.heads),
             Argument::int(shape.kv_heads),
             Argument::int(shape.head_dim),
-            Argument::int(shape.context),
+            Argument::int(cache.slots),
             Argument::Region(position),
-            Argument::int(shape.window),
+            Argument::int(shape.seen(cache)),
             Argument::F32(shape.scale),
             Argument::F32(shape.softcap),
             Argument::int(shape.tokens),
