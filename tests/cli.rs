@@ -45,6 +45,22 @@ fn generate_unquantized_is_what_transformers_prints() {
 }
 
 #[test]
+fn generate_takes_the_state_of_one_sequence_whatever_the_map_was_made_for() {
+    let directory = tempfile::tempdir().unwrap();
+    let taken = |batch: &str| {
+        let map = directory.path().join(format!("{batch}.json"));
+        let map = map.to_str().unwrap();
+        let written = run(&["plan", FERRIS, "--batch", batch, "--device", "cpu=64GiB", "--output", map]);
+        assert!(written.status.success(), "{}", stderr(&written));
+        assert!(fs::read_to_string(map).unwrap().contains(&format!("\"batch\": {batch}")));
+        let output = generate(&["--device-map", map, "--prompt", "fn", "--max-new-tokens", "1", "--stats"]);
+        assert!(output.status.success(), "{}", stderr(&output));
+        stderr(&output).lines().find(|line| line.starts_with("cpu")).unwrap().to_owned()
+    };
+    assert_eq!(taken("64"), taken("1"));
+}
+
+#[test]
 fn generate_takes_its_prompt_from_anywhere() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("prompt.txt");
