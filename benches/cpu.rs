@@ -11,11 +11,13 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
-use evenkeel::backend::cpu::{Activations, Affine, GROUP_WORDS, Pool, matmul};
+use evenkeel::backend::cpu::{Activations, Affine, GROUP_WORDS, matmul};
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::generate::GenerateOptions;
 use evenkeel::loader::{LoadOptions, Model};
-use evenkeel::plan::{Inventory, Plan, PlanOptions};
+use evenkeel::machine::Inventory;
+use evenkeel::plan::{Plan, PlanOptions};
+use evenkeel::pool::Pool;
 use evenkeel::quant::{GROUP_SIZE, Matrix, MatrixLayout, Scheme, Storage, WeightDtype};
 use synthetic::{SHAPES, Shape};
 
@@ -126,7 +128,7 @@ fn load(checkpoint: &Checkpoint, scheme: Scheme) -> Model {
         ..PlanOptions::default()
     };
     let plan = Plan::new(checkpoint, &inventory, &options).expect("a plan");
-    plan.load(checkpoint, &LoadOptions::default(), |_| ()).expect("a model")
+    plan.load(&LoadOptions::default(), |_| ()).expect("a model")
 }
 
 #[allow(clippy::print_stdout, reason = "shares are what this is for")]

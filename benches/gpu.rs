@@ -23,8 +23,8 @@ use evenkeel::backend::cuda::{
     measure_bandwidth,
 };
 use evenkeel::bytes::Bytes;
+use evenkeel::footprint::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS, CudaAttention, CudaChoice, KvLayout};
 use evenkeel::model_config::Activation;
-use evenkeel::plan::memory::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS, CudaAttention, CudaChoice, KvLayout};
 use evenkeel::quant::{KvDtype, MatrixLayout, Storage, WeightDtype};
 use synthetic::Shape;
 use table::{Amount, head, row, seconds};
@@ -235,9 +235,7 @@ impl Attending {
             scale: 0.1,
             softcap: 0.0,
         };
-        let vectors = shape.kv_heads * context;
-        let layout =
-            KvLayout { dtype, codes: vectors * dtype.code_bytes(head_dim), scales: vectors * dtype.scale_bytes() };
+        let layout = KvLayout::new(dtype, shape.kv_heads, head_dim, context).expect("a cache");
         let bytes = layout.bytes().as_usize().expect("a size");
         let position = allocate(gpu, 4);
         position.fill(u32::try_from(context - tokens).expect("a position")).expect("a GPU that works");

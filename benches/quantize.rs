@@ -8,8 +8,10 @@
 mod weights;
 
 use std::hint::black_box;
+use std::num::NonZeroUsize;
 use std::time::{Duration, Instant};
 
+use evenkeel::pool::Pool;
 use evenkeel::quant::{MatrixLayout, PackedRows, Storage, WeightDtype, quantize_rows};
 use half::bf16;
 
@@ -29,7 +31,7 @@ fn rate(bytes: usize, mut run: impl FnMut()) -> f64 {
 }
 
 fn main() {
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread");
+    let pool = Pool::new(NonZeroUsize::MIN);
     println!("relative squared error of {ROWS} × {COLS} weights, in thousandths");
     println!("weights  int8   int4  (bar)  nl4  (bar)");
     for (distribution, int4_bar, nl4_bar) in weights::DISTRIBUTIONS {
@@ -51,10 +53,8 @@ fn main() {
     for (name, storage) in [("int8", Storage::Int8), ("int4", Storage::Int4), ("nl4", Storage::Nl4)] {
         let layout = MatrixLayout::new(storage, ROWS, COLS).expect("a layout");
         let mut packed = PackedRows::default();
-        let rate = pool.install(|| {
-            rate(bf16s.len(), || {
-                quantize_rows(&layout, WeightDtype::Bf16, black_box(&bf16s), &mut packed).expect("finite weights");
-            })
+        let rate = rate(bf16s.len(), || {
+            quantize_rows(&pool, &layout, WeightDtype::Bf16, black_box(&bf16s), &mut packed).expect("finite weights");
         });
         println!("{name}    {rate:.3} GB/s");
     }

@@ -141,7 +141,7 @@ impl ModuleTree {
     /// # Errors
     /// Tensors are missing, of another shape or size, of a dtype that weights do not
     /// have, or there that the model has no place for.
-    pub fn resolve<'a>(&'a self, checkpoint: &'a Checkpoint) -> Result<Vec<Weight<'a>>> {
+    pub fn resolve(&self, checkpoint: &Checkpoint) -> Result<Vec<Weight>> {
         let (mut weights, mut missing, mut mismatched) = (Vec::new(), Vec::new(), Vec::new());
         let mut used: Vec<&str> = Vec::new();
         let packed = QuantizeRules::of_checkpoint(&checkpoint.config)?;
@@ -159,7 +159,7 @@ impl ModuleTree {
                 let shape = printable(&format!("{:?}", tensor.shape));
                 mismatched.push(format!("{name} has shape {shape}, not {:?}", wanted.shape.unwrap_or_default()));
             } else if let Some(data) = wanted.data(tensor.dtype) {
-                weights.push(Weight { module, parameter, tensor, data });
+                weights.push(Weight { module, parameter: parameter.clone(), tensor: tensor.clone(), data });
             } else {
                 let dtypes = if wanted.packed.is_some() { "U8" } else { "BF16, F16 or F32" };
                 mismatched.push(format!("{name} has dtype {:?}, not {dtypes}", tensor.dtype));
@@ -285,19 +285,19 @@ fn tensors(count: usize) -> String {
 }
 
 /// A parameter and the tensor that it is read from.
-#[derive(Clone, Copy, Debug)]
-pub struct Weight<'a> {
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Weight {
     /// Position of its module in [`ModuleTree::modules`].
     pub module: usize,
     /// The parameter.
-    pub parameter: &'a Parameter,
+    pub parameter: Parameter,
     /// Where its data is.
-    pub tensor: &'a Tensor,
+    pub tensor: Tensor,
     /// How its data is stored there: elements of a dtype, or packed already.
     pub data: Storage,
 }
 
-impl Weight<'_> {
+impl Weight {
     /// The dtype of its elements; `None` where it is packed already.
     pub fn dtype(&self) -> Option<WeightDtype> {
         match self.data {

@@ -7,7 +7,8 @@
 //! use evenkeel::checkpoint::Checkpoint;
 //! use evenkeel::generate::GenerateOptions;
 //! use evenkeel::loader::LoadOptions;
-//! use evenkeel::plan::{Inventory, Plan, PlanOptions};
+//! use evenkeel::machine::Inventory;
+//! use evenkeel::plan::{Plan, PlanOptions};
 //! use evenkeel::quant::Scheme;
 //!
 //! # fn main() -> evenkeel::Result<()> {
@@ -22,7 +23,7 @@
 //! };
 //! let plan = Plan::new(&checkpoint, &inventory, &options)?;
 //! // Exactly what the plan says.
-//! let mut model = plan.load(&checkpoint, &LoadOptions::default(), |_event| ())?;
+//! let mut model = plan.load(&LoadOptions::default(), |_event| ())?;
 //! for piece in model.generate("Ownership is", GenerateOptions::default())? {
 //!     let text = piece?.text;
 //! }
@@ -35,12 +36,12 @@
 //!
 //! | floor | rooms |
 //! | --- | --- |
-//! | 5 | [`generate`], `hub` |
+//! | 5 | [`export`], [`generate`], `hub` |
 //! | 4 | [`backend`], [`loader`] |
 //! | 3 | [`device_map`], [`plan`] |
 //! | 2 | [`quant`], [`architecture`] |
-//! | 1 | [`model_config`], [`tokenizer`], [`checkpoint`] |
-//! | 0 | [`error`], [`mod@cancel`], [`bytes`], [`device`], [`mod@module_path`], [`name`], [`json`], [`fs`], [`source`], [`simd`] |
+//! | 1 | [`machine`], [`model_config`], [`tokenizer`], [`checkpoint`] |
+//! | 0 | [`error`], [`mod@cancel`], [`bytes`], [`device`], [`mod@module_path`], [`name`], [`random`], [`json`], [`fs`], [`source`], [`simd`], [`pool`] |
 
 #![warn(clippy::unwrap_used)]
 #![cfg_attr(test, allow(clippy::cast_possible_truncation, clippy::float_cmp, reason = "tests know their numbers"))]
@@ -52,18 +53,24 @@ pub mod cancel;
 pub mod checkpoint;
 pub mod device;
 pub mod device_map;
+pub mod engine;
 pub mod error;
+pub mod export;
+pub mod footprint;
 pub mod fs;
 pub mod generate;
 #[cfg(feature = "hub")]
 pub mod hub;
 pub mod json;
 pub mod loader;
+pub mod machine;
 pub mod model_config;
 pub mod module_path;
 pub mod name;
 pub mod plan;
+pub mod pool;
 pub mod quant;
+pub mod random;
 pub mod simd;
 pub mod source;
 pub mod tokenizer;

@@ -5,11 +5,13 @@ mod support;
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::sync::Arc;
 
 use evenkeel::architecture::ModuleTree;
 use evenkeel::bytes::Bytes;
 use evenkeel::checkpoint::Checkpoint;
-use evenkeel::loader::{DEFAULT_SHARD_SIZE, SaveFormat, SaveOptions, save_quantized};
+use evenkeel::export::{DEFAULT_SHARD_SIZE, SaveFormat, SaveOptions, save_quantized};
+use evenkeel::pool::Pool;
 use evenkeel::quant::{Scheme, Storage, WeightDtype, squared_error};
 use evenkeel::{Cancel, ErrorKind};
 use safetensors::{Dtype, SafeTensors};
@@ -18,7 +20,14 @@ use support::fixture;
 
 fn save(name: &str, scheme: Scheme, shard_size: Bytes, output: &Path) -> evenkeel::Result<()> {
     let format = SaveFormat::CompressedTensors;
-    let options = SaveOptions { scheme, format, output: output.to_owned(), shard_size, cancel: Cancel::new() };
+    let options = SaveOptions {
+        scheme,
+        format,
+        output: output.to_owned(),
+        shard_size,
+        pool: Arc::default(),
+        cancel: Cancel::new(),
+    };
     save_quantized(&Checkpoint::open(fixture(name)).unwrap(), &options, |_| ()).map(|_| ())
 }
 
@@ -105,7 +114,8 @@ fn the_specification_gives_back_what_our_own_form_does() {
                             };
                             let error = squares(&mut exact.iter().zip(&found).map(|(a, b)| a - b));
                             let dtype = WeightDtype::of(original.dtype).unwrap();
-                            let (ours, _) = squared_error(storage, dtype, parameter.cols, data).unwrap();
+                            let (ours, _) =
+                                squared_error(&Pool::default(), storage, dtype, parameter.cols, data).unwrap();
                             // Scales are rounded to the dtype of the weights, and codes follow them.
                             assert!(
                                 error <= ours * 1.1 && error >= ours * 0.9,

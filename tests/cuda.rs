@@ -6,15 +6,18 @@ mod kernels;
 mod support;
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use evenkeel::backend::cuda::{Gpu, Output};
 use evenkeel::bytes::Bytes;
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device::{DeviceError, DeviceId};
 use evenkeel::error::Setting;
+use evenkeel::export::{DEFAULT_SHARD_SIZE, SaveFormat, SaveOptions, save_quantized};
+use evenkeel::footprint;
 use evenkeel::generate::{GenerateOptions, Sampling};
-use evenkeel::loader::{DEFAULT_SHARD_SIZE, LoadEvent, LoadOptions, Model, SaveFormat, SaveOptions, save_quantized};
-use evenkeel::plan::{Plan, Quantize, memory};
+use evenkeel::loader::{LoadEvent, LoadOptions, Model};
+use evenkeel::plan::{Plan, Quantize};
 use evenkeel::quant::{KvDtype, QuantizeRules, Scheme, WeightDtype};
 use evenkeel::{Cancel, ErrorKind};
 use fake_cuda::FakeCuda;
@@ -57,7 +60,7 @@ fn where_blocks_are_and_how_buffers_and_streams_run_changes_no_bit() {
                 let mut options = options(scheme, &map(&checkpoint, devices), None);
                 options.kv_cache = Some(kv_cache);
                 let plan = Plan::new(&checkpoint, &machine(), &options).unwrap();
-                logits(&mut load(&plan, &checkpoint, separate).unwrap(), &sequence)
+                logits(&mut load(&plan, separate).unwrap(), &sequence)
             };
             let one = run(&["cuda:0"], false);
             for (streams, separate) in [("eager", false), ("lazy", false), ("lazy", true)] {
@@ -107,7 +110,7 @@ fn projections_of_a_block_may_each_have_a_scheme() {
                 let mut options = options(Scheme::None, &map(&checkpoint, devices), None);
                 options.quantize = Some(Quantize::Rules(rules.clone()));
                 let plan = Plan::new(&checkpoint, &machine(), &options).unwrap();
-                let mut model = load(&plan, &checkpoint, false).unwrap();
+                let mut model = load(&plan, false).unwrap();
                 for device in &model.report.devices {
                     assert_eq!(device.measured, device.planned, "{name}, {mixture:?}: {}", device.id);
                 }
@@ -139,6 +142,7 @@ fn what_is_packed_already_is_what_a_gpu_packs() {
             format: SaveFormat::Evenkeel,
             output: output.clone(),
             shard_size: DEFAULT_SHARD_SIZE,
+            pool: Arc::default(),
             cancel: Cancel::new(),
         };
         save_quantized(&original, &save, |_| ()).unwrap();
@@ -146,7 +150,7 @@ fn what_is_packed_already_is_what_a_gpu_packs() {
         let run = |checkpoint: &Checkpoint| {
             let options = options(scheme, &map, None);
             let plan = Plan::new(checkpoint, &machine(), &options).unwrap();
-            logits(&mut load(&plan, checkpoint, true).unwrap(), &sequence)
+            logits(&mut load(&plan, true).unwrap(), &sequence)
         };
         assert_eq!(run(&packed), run(&original), "{scheme}");
         assert_nothing_left(fake, scheme.name());
@@ -168,7 +172,7 @@ fn a_token_takes_these_launches() {
         let checkpoint = Checkpoint::open(fixture(name)).unwrap();
         for (scheme, more) in [(Scheme::None, [2, 1]), (Scheme::Int4, [0, 0])] {
             let plan = plan(&checkpoint, scheme, &map(&checkpoint, &["cuda:0"]), Some(64));
-            let mut model = load(&plan, &checkpoint, false).unwrap();
+            let mut model = load(&plan, false).unwrap();
             let before = fake.stat("launches", 0);
             logits(&mut model, &[1]);
             let launches = fake.stat("launches", 0) - before;
@@ -191,7 +195,7 @@ fn a_step_that_is_repeated_gives_what_its_launches_do() {
         let run = |devices: &[&str], keep: &str, each: bool| {
             fake.set("GRAPHS", keep);
             let plan = plan(&checkpoint, Scheme::Int8, &map(&checkpoint, devices), Some(context));
-            let mut model = load(&plan, &checkpoint, true).unwrap();
+            let mut model = load(&plan, true).unwrap();
             let before = fake.stat("graph_launches", 0);
             model.limit_prefill_chunk(1);
             if each {
@@ -231,9 +235,13 @@ fn the_peak_of_every_gpu_is_the_planned_one() {
                 for device in [0, 1] {
                     fake.stat("reset_peak", device);
                 }
-                let model = load(&plan, &checkpoint, false).unwrap();
+                let model = load(&plan, false).unwrap();
                 let gpus = plan.devices.iter().filter(|device| device.driver_context > Bytes::ZERO).count();
-                assert_eq!(fake.stat("host_bytes", 0), gpus as u64 * memory::CUDA_ANSWERS.0, "{name} {scheme} {map}");
+                assert_eq!(
+                    fake.stat("host_bytes", 0),
+                    gpus as u64 * footprint::CUDA_ANSWERS.0,
+                    "{name} {scheme} {map}"
+                );
                 for device in &model.report.devices {
                     if let DeviceId::Cuda(index) = device.id {
                         let peak = Bytes(fake.stat("peak_bytes", i32::try_from(index).unwrap()));
@@ -259,7 +267,7 @@ fn the_failure_of_any_allocation_is_an_error_and_leaves_nothing() {
     let before = leaked();
     for call in 1.. {
         fake.set("FAIL_ALLOC", &call.to_string());
-        let Err(error) = load(&plan, &checkpoint, false) else {
+        let Err(error) = load(&plan, false) else {
             assert!(call > 10, "the load made {call} allocations only");
             break;
         };
@@ -269,7 +277,7 @@ fn the_failure_of_any_allocation_is_an_error_and_leaves_nothing() {
         assert_eq!(leaked(), before, "{error}");
     }
     fake.set("FAIL_ALLOC", "1");
-    let error = load(&plan, &checkpoint, false).err().unwrap();
+    let error = load(&plan, false).err().unwrap();
     let text = error.to_string();
     assert!(text.starts_with("cuda:0 cannot give ") && text.contains(" for the weights, 24.0 GiB are free"), "{text}");
     assert!(matches!(error.cause(), Some(DeviceError::Refused { free: Some(Bytes(free)), .. }) if *free == 24 << 30));
@@ -282,7 +290,7 @@ fn memory_that_is_taken_after_the_plan_is_noticed_before_anything_is() {
     let checkpoint = Checkpoint::open(fixture("ferris-7m")).unwrap();
     let plan = plan(&checkpoint, Scheme::None, r#"{"": "cuda:1"}"#, None);
     fake.set("USED", "0,8190MiB");
-    let error = load(&plan, &checkpoint, false).err().unwrap();
+    let error = load(&plan, false).err().unwrap();
     assert_eq!(error.kind(), ErrorKind::Shortfall);
     let needed = plan.devices[1].total() - plan.devices[1].driver_context;
     let (free, missing) = (Bytes(2 << 20), needed - Bytes(2 << 20));
@@ -296,7 +304,7 @@ fn memory_that_is_taken_after_the_plan_is_noticed_before_anything_is() {
     assert!(error.hints()[0].to_string().starts_with("another process has taken memory; "), "{:?}", error.hints());
     assert_nothing_left(fake, "nothing was taken");
     fake.set("USED", "0");
-    assert!(load(&plan, &checkpoint, false).is_ok());
+    assert!(load(&plan, false).is_ok());
 }
 
 #[test]
@@ -310,12 +318,12 @@ fn a_kernel_that_fails_is_named_and_the_next_load_works() {
         ("3", "CUDA_ERROR_LAUNCH_FAILED (unspecified launch failure)"),
     ] {
         fake.set("FAIL_LAUNCH", failure);
-        let error = load(&plan, &checkpoint, false).err().unwrap();
+        let error = load(&plan, false).err().unwrap();
         assert_eq!(error.kind(), ErrorKind::Device);
         assert!(error.to_string().contains(shown), "{error}");
         assert_nothing_left(fake, "the kernel failed");
 
-        let mut model = load(&plan, &checkpoint, false).unwrap();
+        let mut model = load(&plan, false).unwrap();
         fake.set("FAIL_LAUNCH", failure);
         let error = model.generate_from(&[1, 2, 3], GenerateOptions::default()).err().unwrap();
         assert_eq!(error.kind(), ErrorKind::Device, "{error}");
@@ -323,7 +331,7 @@ fn a_kernel_that_fails_is_named_and_the_next_load_works() {
         drop(model);
         assert_nothing_left(fake, "the kernel failed");
     }
-    assert!(load(&plan, &checkpoint, false).is_ok());
+    assert!(load(&plan, false).is_ok());
 }
 
 #[test]
@@ -340,7 +348,7 @@ fn a_weight_that_is_not_finite_is_named() {
         bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
         broken.write(shard, &bytes);
         for scheme in [Scheme::Int8, Scheme::Int4, Scheme::Nl4] {
-            let error = load(&plan(&checkpoint, scheme, r#"{"": "cuda:1"}"#, None), &checkpoint, false).err().unwrap();
+            let error = load(&plan(&checkpoint, scheme, r#"{"": "cuda:1"}"#, None), false).err().unwrap();
             assert_eq!(error.to_string(), format!("tensor `{TENSOR}` has {shown} at row 3, column 5"));
             assert_eq!(error.kind(), ErrorKind::Input);
             assert_nothing_left(fake, "the load failed");
@@ -355,7 +363,7 @@ fn a_load_can_be_stopped() {
     let plan = plan(&checkpoint, Scheme::Int4, r#"{"": "cuda:0"}"#, None);
     let cancel = Cancel::new();
     let options = LoadOptions { cancel: cancel.clone(), ..LoadOptions::default() };
-    let result = plan.load(&checkpoint, &options, |event| {
+    let result = plan.load(&options, |event| {
         if let LoadEvent::Placed { .. } = event {
             cancel.cancel();
         }
@@ -409,7 +417,7 @@ fn tokens_that_run_ahead_are_those_of_one_step_after_the_other() {
     {
         let checkpoint = Checkpoint::open(fixture(name)).unwrap();
         let load_over = |devices: &[&str]| {
-            load(&plan(&checkpoint, Scheme::None, &map(&checkpoint, devices), Some(24)), &checkpoint, true).unwrap()
+            load(&plan(&checkpoint, Scheme::None, &map(&checkpoint, devices), Some(24)), true).unwrap()
         };
         let runs = [("lazy", "1"), ("eager", "0"), ("eager", "1")];
         for (sampling, (streams, graphs)) in samplings().into_iter().zip(runs) {
@@ -455,7 +463,7 @@ fn one_step_runs_ahead_and_no_more() {
     let Some((fake, _turn)) = fake_cuda::load(GPUS) else { return };
     let checkpoint = Checkpoint::open(fixture("parity/llama")).unwrap();
     let plan = plan(&checkpoint, Scheme::None, r#"{"": "cuda:0"}"#, None);
-    let mut model = load(&plan, &checkpoint, false).unwrap();
+    let mut model = load(&plan, false).unwrap();
     let mut launches = |options: &GenerateOptions| {
         let before = fake.stat("launches", 0);
         let tokens = generated(&mut model, options).0;
@@ -484,7 +492,7 @@ fn a_logit_that_is_no_number_is_reported_behind_its_token() {
         let checkpoint = Checkpoint::open(broken.directory()).unwrap();
         let plan = plan(&checkpoint, Scheme::None, &map(&checkpoint, devices), None);
         let options = GenerateOptions { max_new_tokens: Some(12), ignore_eos: true, ..GenerateOptions::default() };
-        generated(&mut load(&plan, &checkpoint, false).unwrap(), &options)
+        generated(&mut load(&plan, false).unwrap(), &options)
     };
     let (tokens, _) = run(&["cuda:0"]);
     // The row of a token that is generated: what comes behind it is no number.
@@ -517,7 +525,7 @@ fn the_same_tokens_can_come_from_a_gpu_and_from_the_cpu() {
     ] {
         let [gpu, cpu] = [&["cuda:0"], &["cpu"]].map(|devices| {
             let plan = plan(&checkpoint, Scheme::None, &map(&checkpoint, devices), None);
-            let mut model = load(&plan, &checkpoint, false).unwrap();
+            let mut model = load(&plan, false).unwrap();
             let mut tokens = BTreeSet::new();
             for seed in 0..48 {
                 let sampling = Sampling { seed, ..sampling.clone() };

@@ -19,6 +19,7 @@ use std::time::Duration;
 use evenkeel::bytes::{Bytes, MIB};
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::hub::{Hub, HubEvent, HubOptions, Refusal, RepoId, Repository, Token};
+use evenkeel::pool::Pool;
 use evenkeel::source::Source;
 use evenkeel::{Error, Result};
 use fake_hub::{FakeHub, Fault, Files, Part};
@@ -416,7 +417,7 @@ fn a_checkpoint_opens_without_its_weights() {
     files.insert("config.json".to_owned(), config.into());
     let weights: usize = SHARDS.iter().map(|name| files[*name].len()).sum();
     let scene = Scene::with(files);
-    let remote = Checkpoint::read("name", &scene.open().unwrap()).unwrap();
+    let remote = Checkpoint::read("name", &scene.open().unwrap(), &Pool::default()).unwrap();
     assert_eq!(remote.catalog.len(), 2);
     assert_eq!(scene.hub.gets(".safetensors"), SHARDS.len());
     assert!(scene.hub.sent() < weights as u64 / 2);
@@ -441,14 +442,14 @@ fn a_70b_checkpoint_costs_few_bytes_once() {
         files.insert(name.to_owned(), start);
     }
     scene.hub.commit(LATER, files);
-    let first = Checkpoint::read("70B", &scene.open().unwrap()).unwrap();
+    let first = Checkpoint::read("70B", &scene.open().unwrap(), &Pool::default()).unwrap();
     let parameters: u64 = first.catalog.values().map(|tensor| tensor.shape.iter().product::<u64>()).sum();
     assert_eq!(parameters, 70_553_706_496);
     assert!(scene.hub.sent() < 20_000_000, "{} bytes", scene.hub.sent());
     assert_eq!(scene.hub.gets(".safetensors"), first.shards.len());
 
     scene.hub.forget();
-    let again = Checkpoint::read("70B", &scene.open().unwrap()).unwrap();
+    let again = Checkpoint::read("70B", &scene.open().unwrap(), &Pool::default()).unwrap();
     assert_eq!(again.catalog, first.catalog);
     assert_eq!(scene.hub.gets(".safetensors"), 0, "headers are kept by commit");
 
@@ -457,7 +458,7 @@ fn a_70b_checkpoint_costs_few_bytes_once() {
     let header = kept.join(&first.shards[3]);
     for broken in [&b"x"[..], &[255; 9], b""] {
         std::fs::write(&header, broken).unwrap();
-        assert_eq!(Checkpoint::read("70B", &scene.open().unwrap()).unwrap().catalog, first.catalog);
+        assert_eq!(Checkpoint::read("70B", &scene.open().unwrap(), &Pool::default()).unwrap().catalog, first.catalog);
     }
     assert_eq!(scene.hub.gets(".safetensors"), 3);
 }

@@ -7,7 +7,8 @@ use evenkeel::architecture::ModuleTree;
 use evenkeel::bytes::{Bytes, MIB};
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device::DeviceId;
-use evenkeel::plan::{Inventory, Plan, PlanOptions, Strategy as Placement};
+use evenkeel::machine::Inventory;
+use evenkeel::plan::{Plan, PlanOptions, Strategy as Placement};
 use evenkeel::quant::{KvDtype, Scheme};
 use proptest::prelude::*;
 use serde_json::Value;
@@ -89,7 +90,7 @@ proptest! {
         }
         // The plan survives being written as a map.
         if plan.fits() {
-            let map = evenkeel::device_map::DeviceMap::parse("map", plan.device_map(&checkpoint).into_bytes()).unwrap();
+            let map = evenkeel::device_map::DeviceMap::parse("map", plan.device_map().into_bytes()).unwrap();
             let again = PlanOptions {
                 device_map: Some(map),
                 reserve: options.reserve,

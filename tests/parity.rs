@@ -158,7 +158,7 @@ fn experts_in_int8_are_near_the_unquantized_ones() {
             ..PlanOptions::default()
         };
         let plan = Plan::new(&checkpoint, &roomy(), &options).unwrap();
-        let int8 = logits(&mut load_plan(&plan, &checkpoint).unwrap(), &tokens);
+        let int8 = logits(&mut load_plan(&plan).unwrap(), &tokens);
         let largest = exact.iter().zip(&int8).map(|(exact, int8)| distance(exact, int8)).fold(0.0, f32::max);
         println!("{name}: logits with int8 experts are at most {largest:.4} of their length away");
         assert!(largest > 0.0 && largest <= 0.02, "{name}: {largest}");

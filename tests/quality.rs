@@ -49,7 +49,7 @@ fn measure(part: impl Fn(Vec<u32>) -> Vec<u32>) -> Vec<(Scheme, Perplexity)> {
     let measured = Scheme::ALL.map(|scheme| {
         let options = PlanOptions { quantize: Some(Quantize::Rules(rules(scheme))), ..PlanOptions::default() };
         let plan = Plan::new(&checkpoint, &roomy(), &options).unwrap();
-        let mut model = load_plan(&plan, &checkpoint).unwrap();
+        let mut model = load_plan(&plan).unwrap();
         let comparison = match scheme {
             Scheme::None => Comparison::Keep(&mut predictions),
             _ => Comparison::Against(&mut predictions),

@@ -1,17 +1,19 @@
 //! A whole model on the GPU: how fast it loads, beside the page cache and the link; how fast it runs.
 
+use std::collections::VecDeque;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use evenkeel::backend::cuda::Gpu;
+use evenkeel::backend::cuda::{Copying, Gpu};
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device_map::DeviceMap;
 use evenkeel::generate::{GenerateOptions, GenerateReport};
 use evenkeel::loader::{LoadOptions, Model};
-use evenkeel::plan::{Inventory, Plan, PlanOptions};
+use evenkeel::machine::Inventory;
+use evenkeel::plan::{Plan, PlanOptions};
 use evenkeel::quant::Scheme;
 
 use super::synthetic::Shape;
@@ -50,8 +52,14 @@ fn read(path: &Path) -> f64 {
 
 /// How fast page-locked memory is copied to the GPU, in bytes a second.
 fn link(gpu: &Arc<Gpu>) -> f64 {
-    let (pinned, region) = (gpu.allocate_pinned(SLAB).expect("host memory"), allocate(gpu, SLAB));
-    let copy = || region.write_from(&pinned, 0..SLAB).expect("a copy");
+    let region = allocate(gpu, SLAB);
+    let mut free: Vec<_> = (0..READERS).map(|_| gpu.allocate_pinned(SLAB).expect("host memory")).collect();
+    let mut waiting = VecDeque::new();
+    let copy = || {
+        let first = || waiting.pop_front().map(|copy: Copying| copy.finish().expect("a GPU that works"));
+        let slab = free.pop().or_else(first).expect("a slab");
+        waiting.push_back(region.write_from(slab, 0..SLAB).expect("a copy"));
+    };
     SLAB as f64 / seconds(copy, || gpu.synchronize().expect("a GPU that works"))
 }
 
@@ -66,8 +74,8 @@ fn plan(checkpoint: &Checkpoint, shape: &Shape, scheme: Scheme) -> Plan {
     Plan::new(checkpoint, &inventory, &options).expect("a plan")
 }
 
-fn load(checkpoint: &Checkpoint, plan: &Plan) -> Model {
-    plan.load(checkpoint, &LoadOptions::default(), |_| ()).expect("a model")
+fn load(plan: &Plan) -> Model {
+    plan.load(&LoadOptions::default(), |_| ()).expect("a model")
 }
 
 fn generate(model: &mut Model, prompt: &[u32], new: usize) -> GenerateReport {
@@ -93,17 +101,17 @@ pub fn model(gpu: &Arc<Gpu>, shape: &Shape) {
     for scheme in [Scheme::Int4, Scheme::Int8] {
         let plan = plan(&checkpoint, shape, scheme);
         // The driver compiles the kernels once, and keeps them for later runs.
-        drop(load(&checkpoint, &plan));
-        let warm = median((0..ROUNDS).map(|_| load(&checkpoint, &plan).report.seconds));
+        drop(load(&plan));
+        let warm = median((0..ROUNDS).map(|_| load(&plan).report.seconds));
         row(&format!("{scheme}: load, in the page cache"), warm, Amount::Bytes(size), Some(slower));
         let file = std::fs::File::open(&shard).expect("the shard");
         rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).expect("a file");
-        let report = load(&checkpoint, &plan).report;
+        let report = load(&plan).report;
         let what = format!("{scheme}: load, from the disk, {} past the page cache", report.past_cache);
         row(&what, report.seconds, Amount::Bytes(size), None);
         read(&shard);
 
-        let mut model = load(&checkpoint, &plan);
+        let mut model = load(&plan);
         let prompt = shape.tokens(shape.prompt);
         generate(&mut model, &prompt, 1);
         let prefill = median((0..ROUNDS).map(|_| generate(&mut model, &prompt, 1).prefill_seconds));

@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use evenkeel::architecture::ModuleTree;
 use evenkeel::bytes::Bytes;
 use evenkeel::model_config::ModelConfig;
+use evenkeel::pool::Pool;
 use evenkeel::source::LocalDirectory;
 use half::bf16;
-use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
 /// What a Llama is made of.
@@ -116,7 +116,7 @@ impl Shape {
         let mut file = File::create(directory.join("model.safetensors")).expect("a shard");
         file.write_all(&(header.len() as u64).to_le_bytes()).expect("room on the disk");
         file.write_all(header.as_bytes()).expect("room on the disk");
-        let mut piece = vec![0; PIECE];
+        let (pool, mut piece) = (Pool::default(), vec![0; PIECE]);
         let mut seed = 0;
         for parameter in parameters {
             let mut left = 2 * parameter.rows * parameter.cols;
@@ -126,7 +126,7 @@ impl Shape {
                 if parameter.rows == 1 {
                     piece.as_chunks_mut().0.fill(bf16::ONE.to_le_bytes());
                 } else {
-                    piece.par_chunks_mut(2 * RUN).enumerate().for_each(|(run, bytes)| fill(seed + run as u64, bytes));
+                    pool.chunks(piece, 2 * RUN, |run, bytes| fill(seed + run as u64, bytes));
                     seed += (PIECE / RUN) as u64;
                 }
                 file.write_all(piece).expect("room on the disk");

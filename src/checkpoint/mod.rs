@@ -5,10 +5,11 @@ mod header;
 pub mod index;
 
 use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use rayon::prelude::*;
 use safetensors::Dtype;
 
 pub use crate::source::{LocalDirectory, Source};
@@ -17,26 +18,27 @@ pub use index::Index;
 use crate::bytes::Bytes;
 use crate::error::{Error, Result, first_five, printable};
 use crate::model_config::ModelConfig;
+use crate::pool::Pool;
 
 /// The file of a checkpoint that has no index.
 pub const SINGLE_FILE: &str = "model.safetensors";
 
-/// A checkpoint whose configuration and headers have been read and checked.
-#[derive(Clone, Debug)]
+/// A checkpoint whose configuration and headers have been read and checked. Its clones share them.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Checkpoint {
     /// What the model is called in messages and maps: the last part of its
     /// directory's path, or the repository id.
     pub name: String,
     /// config.json, checked.
-    pub config: ModelConfig,
+    pub config: Arc<ModelConfig>,
     /// The local directory that holds it, if one does.
     pub directory: Option<PathBuf>,
     /// File names of the shards.
-    pub shards: Vec<String>,
+    pub shards: Arc<[String]>,
     /// Size of each shard.
-    pub shard_sizes: Vec<Bytes>,
+    pub shard_sizes: Arc<[Bytes]>,
     /// Every tensor that the index names, or that the single file holds.
-    pub catalog: BTreeMap<String, Tensor>,
+    pub catalog: Arc<BTreeMap<String, Tensor>>,
     /// Tensors that shards hold and the index does not name; nothing reads them.
     pub unlisted: usize,
 }
@@ -57,20 +59,26 @@ pub struct Tensor {
 impl Checkpoint {
     /// Opens the checkpoint in a local directory.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        Self::open_on(path, &Pool::default())
+    }
+
+    /// Opens the checkpoint in a local directory on the threads of `pool`.
+    pub fn open_on(path: impl AsRef<Path>, pool: &Pool) -> Result<Self> {
         let path = path.as_ref();
         let name = path
             .canonicalize()
             .ok()
             .and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()))
             .unwrap_or_else(|| path.display().to_string());
-        Self::read(name, &LocalDirectory::new(path)?)
+        Self::read(name, &LocalDirectory::new(path)?, pool)
     }
 
-    /// Reads the configuration and all headers from `source`.
+    /// Reads the configuration and all headers from `source`: those of a local directory on the
+    /// threads of `pool`, distant ones by a few requests at a time.
     ///
     /// # Errors
     /// A file is missing, is not as its format has it, or contradicts another.
-    pub fn read(name: impl Into<String>, source: &dyn Source) -> Result<Self> {
+    pub fn read(name: impl Into<String>, source: &dyn Source, pool: &Pool) -> Result<Self> {
         let config = ModelConfig::read(source)?;
         let index = if source.has(index::FILE)? {
             Some(Index::read(source)?)
@@ -81,14 +89,10 @@ impl Checkpoint {
         };
         let shards = index.as_ref().map_or_else(|| vec![SINGLE_FILE.to_owned()], |index| index.shards.clone());
         check_presence(source, &shards)?;
-        let header = |(at, file): (usize, &String)| header::read(source, file, at);
-        let read = || shards.par_iter().enumerate().map(header).collect::<Result<Vec<_>>>();
         // Reading a distant file is waiting, for which there need not be cores.
-        let distant = || rayon::ThreadPoolBuilder::new().num_threads(REQUESTS).build().ok();
-        let read = match source.directory().is_none().then(distant).flatten() {
-            Some(pool) => pool.install(read)?,
-            None => read()?,
-        };
+        let requests = Pool::new(REQUESTS);
+        let pool = if source.directory().is_some() { pool } else { &requests };
+        let read = pool.try_map(shards.len(), |at| header::read(source, &shards[at], at))?;
         let (shard_sizes, headers): (Vec<_>, Vec<_>) = read.into_iter().unzip();
         let (catalog, unlisted) = match index {
             Some(index) => catalog_by_index(source, &index, headers)?,
@@ -96,11 +100,11 @@ impl Checkpoint {
         };
         Ok(Self {
             name: name.into(),
-            config,
+            config: Arc::new(config),
             directory: source.directory().map(Path::to_path_buf),
-            shards,
-            shard_sizes,
-            catalog,
+            shards: shards.into(),
+            shard_sizes: shard_sizes.into(),
+            catalog: Arc::new(catalog),
             unlisted,
         })
     }
@@ -113,7 +117,7 @@ impl Checkpoint {
 }
 
 /// Headers that are asked for at a time where they are not in a local directory.
-const REQUESTS: usize = 8;
+const REQUESTS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(7);
 
 fn no_weights(source: &dyn Source) -> Error {
     let error = Error::input(format!("`{}` is missing, and so is `{}`", source.display(SINGLE_FILE), index::FILE));

@@ -44,6 +44,18 @@ pub enum Command {
     Quantize(Box<QuantizeArguments>),
 }
 
+impl Command {
+    /// The threads that were asked for.
+    pub fn threads(&self) -> Option<NonZeroUsize> {
+        match self {
+            Self::Devices(_) | Self::Plan(_) => None,
+            Self::Generate(arguments) => arguments.threads.threads,
+            Self::Perplexity(arguments) => arguments.threads.threads,
+            Self::Quantize(arguments) => arguments.threads.threads,
+        }
+    }
+}
+
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Messages")]
 pub struct OutputArguments {

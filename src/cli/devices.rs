@@ -3,7 +3,7 @@
 use evenkeel::backend::cuda::Installation;
 use evenkeel::bytes::Bytes;
 use evenkeel::device::DeviceId;
-use evenkeel::plan::{Device, Inventory};
+use evenkeel::machine::{Device, Inventory};
 use serde::Serialize;
 
 use super::args::{DevicesArguments, Format};

@@ -3,6 +3,7 @@
 //! | variable | effect |
 //! | --- | --- |
 //! | `HF_HOME`, `HF_HUB_CACHE`, `HUGGINGFACE_HUB_CACHE`, `XDG_CACHE_HOME` | where the Hub's cache is |
+//! | `XDG_CACHE_HOME` | where measured errors are kept |
 //! | `HF_TOKEN`, `HF_TOKEN_PATH`, `HF_HUB_DISABLE_IMPLICIT_TOKEN` | the token for the Hub |
 //! | `HF_ENDPOINT` | the Hub's address |
 //! | `HF_HUB_OFFLINE` | only the cache is used |
@@ -46,6 +47,16 @@ impl Environment {
         flag.map(Path::to_owned).or_else(|| self.path("TMPDIR")).unwrap_or_else(|| SCRATCH_DIRECTORY.into())
     }
 
+    /// The directory of all caches.
+    fn caches(&self) -> Option<PathBuf> {
+        self.path("XDG_CACHE_HOME").or_else(|| Some(self.path("HOME")?.join(".cache")))
+    }
+
+    /// Where measured errors are kept; nowhere without a home.
+    pub fn cache_directory(&self) -> Option<PathBuf> {
+        Some(self.caches()?.join("evenkeel"))
+    }
+
     /// The GPUs that the driver was told to show.
     pub fn visible_gpus(&self) -> Option<&str> {
         self.text("CUDA_VISIBLE_DEVICES")
@@ -78,9 +89,8 @@ mod hub {
     impl Environment {
         /// How the Hub is reached.
         pub fn hub(&self) -> Result<HubOptions> {
-            let caches = || self.path("HOME").unwrap_or_else(|| ".".into()).join(".cache");
             let home = self.path("HF_HOME");
-            let home = home.unwrap_or_else(|| self.path("XDG_CACHE_HOME").unwrap_or_else(caches).join("huggingface"));
+            let home = home.unwrap_or_else(|| self.caches().unwrap_or_else(|| ".cache".into()).join("huggingface"));
             let cache = self.path("HF_HUB_CACHE").or_else(|| self.path("HUGGINGFACE_HUB_CACHE"));
             let endpoint = self.text("HF_ENDPOINT").unwrap_or(ENDPOINT).trim_end_matches('/');
             Ok(HubOptions {
@@ -129,6 +139,17 @@ mod tests {
             (&[("TERM", "dumb")], true, false),
         ] {
             assert_eq!(environment(variables).color(terminal), color, "{variables:?}");
+        }
+    }
+
+    #[test]
+    fn errors_are_kept_with_other_caches() {
+        for (variables, directory) in [
+            (&[("HOME", "/h")][..], Some("/h/.cache/evenkeel")),
+            (&[("HOME", "/h"), ("XDG_CACHE_HOME", "/x")], Some("/x/evenkeel")),
+            (&[], None),
+        ] {
+            assert_eq!(environment(variables).cache_directory(), directory.map(PathBuf::from), "{variables:?}");
         }
     }
 

@@ -1,6 +1,7 @@
 //! `evenkeel generate`.
 
 use std::io::{IsTerminal, Read, stdin};
+use std::sync::Arc;
 
 use evenkeel::bytes::{Bytes, MIB};
 use evenkeel::checkpoint::Checkpoint;
@@ -23,13 +24,17 @@ const PROMPT_CAP: Bytes = Bytes(64 * MIB);
 pub fn run(arguments: &GenerateArguments, process: &Process) -> Outcome {
     let printer = &process.printer;
     let cancel = signal::cancel_by_interrupt()?;
-    let threads = arguments.threads.apply();
     let sampling = arguments.sampling.sampling();
     sampling.check()?;
     let prompt = read_prompt(&arguments.prompt)?;
-    let options = arguments.placement.options(None)?;
+    let options = arguments.placement.options(None, process)?;
     let offload_directory = process.environment.offload_directory(arguments.placement.offload_dir.as_deref());
-    let load_options = LoadOptions { offload_directory, cancel: cancel.clone(), threads, ..LoadOptions::default() };
+    let load_options = LoadOptions {
+        offload_directory,
+        cancel: cancel.clone(),
+        pool: Arc::clone(&process.pool),
+        separate_buffers: false,
+    };
     let checkpoint = model::open(&arguments.model, Need::Weights, process)?;
     let template = template(&arguments.prompt, &checkpoint)?;
     let load = || model::load(&checkpoint, &options, &load_options, process);

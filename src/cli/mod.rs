@@ -17,10 +17,12 @@ mod quantize;
 mod signal;
 
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::{CommandFactory, FromArgMatches};
 use evenkeel::device::DeviceError;
 use evenkeel::plan::DoesNotFit;
+use evenkeel::pool::Pool;
 use evenkeel::{Error, ErrorKind};
 
 use args::{Arguments, Command};
@@ -88,6 +90,7 @@ pub struct Process {
     pub command_line: CommandLine,
     pub environment: Environment,
     pub printer: Printer,
+    pub pool: Arc<Pool>,
 }
 
 /// Parses the arguments, runs the command, reports its error.
@@ -96,7 +99,8 @@ pub fn run() -> ExitCode {
     let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let environment = Environment::of_process();
     let printer = Printer::new(&arguments.output, &environment);
-    let process = Process { command_line: CommandLine::new(&matches), environment, printer };
+    let pool = Arc::new(arguments.command.threads().map_or_else(Pool::default, Pool::new));
+    let process = Process { command_line: CommandLine::new(&matches), environment, printer, pool };
     let outcome = match arguments.command {
         Command::Devices(arguments) => devices::run(&arguments, &process),
         Command::Generate(arguments) => generate::run(&arguments, &process),

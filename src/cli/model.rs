@@ -1,16 +1,17 @@
 //! The model and the plan that the arguments name.
 
-use std::num::NonZeroUsize;
 use std::path::Path;
+use std::sync::Arc;
 
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device_map::DeviceMap;
 use evenkeel::loader::{LoadEvent, LoadOptions, Model};
-use evenkeel::plan::{Inventory, Plan, PlanOptions, Strategy};
+use evenkeel::machine::Inventory;
+use evenkeel::plan::{Plan, PlanOptions, Strategy};
 use evenkeel::{Error, Result};
 
 use super::Process;
-use super::args::{ModelArguments, PlacementArguments, ThreadsArguments};
+use super::args::{ModelArguments, PlacementArguments};
 use super::printer::Printer;
 use super::progress::Bar;
 
@@ -28,7 +29,7 @@ pub fn open(arguments: &ModelArguments, need: Need, process: &Process) -> Result
     let model = arguments.model();
     let path = Path::new(model);
     let checkpoint = if path.exists() {
-        Checkpoint::open(path)?
+        Checkpoint::open_on(path, &process.pool)?
     } else if !could_be_repository(model) {
         return Err(Error::input(format!("there is no directory `{model}`"))
             .hint("name a directory that holds a checkpoint, or a repository on the Hub as `ORG/NAME`"));
@@ -59,7 +60,7 @@ fn from_hub(arguments: &ModelArguments, need: Need, process: &Process) -> Result
     })?;
     let repository = Hub::new(process.environment.hub()?)?.repository(&id, &arguments.revision)?;
     if need == Need::Headers {
-        return Checkpoint::read(model, &repository);
+        return Checkpoint::read(model, &repository, &process.pool);
     }
     let mut bar = None;
     let directory = repository.download(&mut |event| match (event, &bar) {
@@ -74,7 +75,7 @@ fn from_hub(arguments: &ModelArguments, need: Need, process: &Process) -> Result
         (HubEvent::RateLimited { left }, Some(bar)) => bar.say(format!("rate limit, {} s", left.as_secs())),
         _ => {}
     })?;
-    let mut checkpoint = Checkpoint::open(directory)?;
+    let mut checkpoint = Checkpoint::open_on(directory, &process.pool)?;
     model.clone_into(&mut checkpoint.name);
     Ok(checkpoint)
 }
@@ -89,14 +90,14 @@ fn from_hub(arguments: &ModelArguments, _: Need, _: &Process) -> Result<Checkpoi
 pub fn load(checkpoint: &Checkpoint, options: &PlanOptions, load: &LoadOptions, process: &Process) -> Result<Model> {
     let mut inventory = Inventory::this_machine(&load.offload_directory)?;
     if options.strategy == Strategy::Fastest {
-        inventory.measure_bandwidth();
+        inventory.measure_bandwidth(&options.pool);
     }
     let plan = Plan::new(checkpoint, &inventory, options)?;
     if !plan.fits() {
         return Err(process.command_line.does_not_fit(&plan));
     }
     let mut bar = None;
-    plan.load(checkpoint, load, |event| show(&event, "loading", &mut bar, &process.printer))
+    plan.load(load, |event| show(&event, "loading", &mut bar, &process.printer))
 }
 
 /// Draws the bar of `what` reads all weights.
@@ -111,32 +112,24 @@ pub fn show(event: &LoadEvent, what: &'static str, bar: &mut Option<Bar>, printe
     }
 }
 
-impl ThreadsArguments {
-    /// Their number, to which all other work of this process, such as quantizing, is held too.
-    pub fn apply(&self) -> Option<NonZeroUsize> {
-        if let Some(threads) = self.threads {
-            // It fails where threads were started already, and then they are as many as there are cores.
-            let _ = rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global();
-        }
-        self.threads
-    }
-}
-
 impl PlacementArguments {
-    /// The options of a plan, with the map in `map` or that of `--device-map`.
-    pub fn options(&self, map: Option<&Path>) -> Result<PlanOptions> {
+    /// The options of a plan that `process` makes, with the map in `map` or that of `--device-map`.
+    pub fn options(&self, map: Option<&Path>, process: &Process) -> Result<PlanOptions> {
         let file = map.or_else(|| (self.device_map != "auto").then(|| Path::new(&self.device_map)));
         Ok(PlanOptions {
             quantize: self.quantize.clone(),
             context: self.context,
-            batch: None,
+            // A text at a time, whatever the map was made for.
+            batch: Some(1),
             kv_cache: self.kv_cache,
             reserve: Some(self.reserve),
             max_memory: (!self.max_memory.is_empty()).then(|| self.max_memory.iter().copied().collect()),
             device_map: file.map(DeviceMap::open).transpose()?,
             any_model: self.any_model,
             strategy: self.placement,
-            kinds: false,
+            cache: process.environment.cache_directory(),
+            pool: Arc::clone(&process.pool),
+            ..PlanOptions::default()
         })
     }
 }

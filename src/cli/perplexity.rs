@@ -1,5 +1,7 @@
 //! `evenkeel perplexity`.
 
+use std::sync::Arc;
+
 use evenkeel::bytes::{Bytes, MIB};
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::generate::{Comparison, DEFAULT_WINDOW, Perplexity, Predictions, Windows};
@@ -42,11 +44,10 @@ struct Report {
 pub fn run(arguments: &PerplexityArguments, process: &Process) -> Outcome {
     let printer = &process.printer;
     let cancel = signal::cancel_by_interrupt()?;
-    let threads = arguments.threads.apply();
     let text = String::from_utf8(fs::read_capped(&arguments.text, TEXT_CAP)?)
         .map_err(|e| Error::input(format!("`{}` is not UTF-8", arguments.text.display())).caused_by(e))?;
     let checkpoint = model::open(&arguments.model, Need::Weights, process)?;
-    let mut options = arguments.placement.options(None)?;
+    let mut options = arguments.placement.options(None, process)?;
     let window = options.context.unwrap_or(DEFAULT_WINDOW.min(checkpoint.config.max_position_embeddings));
     options.context = Some(window);
     let stride = arguments.stride.unwrap_or(window);
@@ -62,7 +63,7 @@ pub fn run(arguments: &PerplexityArguments, process: &Process) -> Outcome {
     let offload_directory = process.environment.offload_directory(arguments.placement.offload_dir.as_deref());
     let measurement = Measurement {
         checkpoint: &checkpoint,
-        load: LoadOptions { offload_directory, cancel, threads, ..LoadOptions::default() },
+        load: LoadOptions { offload_directory, cancel, pool: Arc::clone(&process.pool), separate_buffers: false },
         tokens,
         windows,
         process,

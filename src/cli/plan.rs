@@ -1,7 +1,8 @@
 //! `evenkeel plan`.
 
 use evenkeel::fs;
-use evenkeel::plan::{Inventory, Plan};
+use evenkeel::machine::Inventory;
+use evenkeel::plan::Plan;
 
 use super::args::{PlanArguments, PlanFormat};
 use super::command_line::CommandLine;
@@ -11,14 +12,15 @@ use super::{Exit, Outcome, Process};
 /// Plans, and shows or writes the plan.
 pub fn run(arguments: &PlanArguments, process: &Process) -> Outcome {
     let printer = &process.printer;
-    let mut options = arguments.placement.options(arguments.check.as_deref())?;
+    let mut options = arguments.placement.options(arguments.check.as_deref(), process)?;
     options.batch = arguments.batch;
+    options.alternatives = true;
     options.kinds = arguments.verbose;
     let inventory = if arguments.device.is_empty() {
         let mut inventory = Inventory::this_machine(
             &process.environment.offload_directory(arguments.placement.offload_dir.as_deref()),
         )?;
-        inventory.measure_bandwidth();
+        inventory.measure_bandwidth(&process.pool);
         inventory
     } else {
         Inventory::described(&arguments.device.join(","))?
@@ -36,13 +38,13 @@ pub fn run(arguments: &PlanArguments, process: &Process) -> Outcome {
         if !plan.fits() {
             return Err(process.command_line.does_not_fit(&plan).into());
         }
-        fs::write_atomic(file, plan.device_map(&checkpoint).as_bytes(), arguments.force)?;
+        fs::write_atomic(file, plan.device_map().as_bytes(), arguments.force)?;
         printer.note(&format!("wrote `{}`", file.display()));
     }
     printer.result(&match arguments.format {
         PlanFormat::Text => printer.plan(&plan) + &remedies(&plan, &process.command_line),
         PlanFormat::Json => plan.to_json(),
-        PlanFormat::Hf => plan.hugging_face_map(&checkpoint),
+        PlanFormat::Hf => plan.hugging_face_map(),
         PlanFormat::Svg => plan.to_svg(),
         PlanFormat::Html => plan.to_html(),
     })?;

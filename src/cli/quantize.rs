@@ -1,6 +1,8 @@
 //! `evenkeel quantize`.
 
-use evenkeel::loader::{SaveFormat, SaveOptions, save_quantized};
+use std::sync::Arc;
+
+use evenkeel::export::{SaveFormat, SaveOptions, save_quantized};
 use evenkeel::plan::Quantize;
 
 use super::args::{PackedFormat, QuantizeArguments};
@@ -11,7 +13,6 @@ use super::{Exit, Outcome, Process, signal};
 pub fn run(arguments: &QuantizeArguments, process: &Process) -> Outcome {
     let printer = &process.printer;
     let cancel = signal::cancel_by_interrupt()?;
-    arguments.threads.apply();
     let checkpoint = model::open(&arguments.model, Need::Weights, process)?;
     let options = SaveOptions {
         scheme: arguments.quantize,
@@ -21,6 +22,7 @@ pub fn run(arguments: &QuantizeArguments, process: &Process) -> Outcome {
         },
         output: arguments.output.clone(),
         shard_size: arguments.max_shard_size,
+        pool: Arc::clone(&process.pool),
         cancel,
     };
     let mut bar = None;

@@ -2,7 +2,6 @@
 
 mod chat;
 mod perplexity;
-mod sampler;
 mod stream;
 
 use std::time::{Duration, Instant};
@@ -10,14 +9,14 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use crate::cancel::Cancel;
+use crate::engine::Sequence;
 use crate::error::{Error, Hint, Result, Setting};
 use crate::loader::Model;
-use sampler::Sampler;
 use stream::TextStream;
 
+pub use crate::engine::Sampling;
 pub use chat::{ChatTemplate, Message};
 pub use perplexity::{Comparison, DEFAULT_WINDOW, Divergence, Perplexity, Predictions, Windows};
-pub use sampler::Sampling;
 
 /// How to generate.
 #[derive(Clone, Debug, Default)]
@@ -106,7 +105,7 @@ impl Model {
     /// As [`Model::generate`].
     pub fn generate_from(&mut self, prompt: &[u32], options: GenerateOptions) -> Result<Generation<'_>> {
         options.sampling.check()?;
-        let context = self.pipeline.context();
+        let context = self.plan.context;
         if prompt.is_empty() {
             return Err(Error::input("the prompt is empty"));
         }
@@ -115,12 +114,10 @@ impl Model {
             return Err(self.too_long(prompt.len(), wanted));
         }
         let start = Instant::now();
-        let sampling = &options.sampling;
-        self.pipeline.begin(&sampling.choice(), sampling.seed, prompt)?;
-        let mut sampler = Sampler::new(options.sampling.clone(), prompt);
+        let mut sequence = self.engine.begin(prompt, &options.sampling)?;
         let next = match options.max_new_tokens {
             Some(0) => None,
-            _ => Some(sampler.sample(self.pipeline.extend(prompt, || options.cancel.check())?)?),
+            _ => Some(self.engine.next(&mut sequence, false, || options.cancel.check())?),
         };
         Ok(Generation {
             prompt_tokens: prompt.len(),
@@ -132,7 +129,7 @@ impl Model {
             finish: if next.is_none() { Some(Finish::MaxNewTokens) } else { None },
             stream: TextStream::new(options.stop.clone()),
             model: self,
-            sampler,
+            sequence,
             options,
         })
     }
@@ -154,25 +151,25 @@ impl Model {
     /// # Errors
     /// The tokens are none, too many, or not the model's, or the model fails.
     pub fn score(&mut self, tokens: &[u32], visit: impl FnMut(usize, &[f32])) -> Result<()> {
-        self.pipeline.score(tokens, visit)
+        self.engine.score(tokens, visit)
     }
 
     /// Takes prompts in chunks of at most `tokens`; no more than the plan counts.
     pub fn limit_prefill_chunk(&mut self, tokens: usize) {
-        self.pipeline.limit_chunk(tokens);
+        self.engine.limit_chunk(tokens);
     }
 
     /// Launches every kernel of a step by itself from now on, where GPUs would repeat them as one; to
     /// measure what that saves.
     pub fn launch_each_kernel(&mut self) {
-        self.pipeline.launch_each_kernel();
+        self.engine.launch_each_kernel();
     }
 }
 
 /// A generation that runs as it is iterated.
 pub struct Generation<'m> {
     model: &'m mut Model,
-    sampler: Sampler,
+    sequence: Sequence,
     stream: TextStream,
     options: GenerateOptions,
     next: Option<u32>,
@@ -212,13 +209,12 @@ impl Generation<'_> {
             self.finish = Some(Finish::MaxNewTokens);
         } else if self.options.cancel.is_cancelled() {
             self.finish = Some(Finish::Interrupted);
-        } else if self.model.pipeline.length() == self.model.pipeline.context() {
+        } else if self.sequence.tokens().len() > self.model.plan.context {
             self.finish = Some(Finish::Context);
         } else {
-            let pipeline = &mut self.model.pipeline;
-            let start = if pipeline.is_ahead() { self.since } else { Instant::now() };
+            let start = if self.sequence.is_ahead() { self.since } else { Instant::now() };
             let more = self.options.max_new_tokens.is_none_or(|most| self.generated + 1 < most);
-            self.next = Some(self.sampler.sample(pipeline.follow(token, more)?)?);
+            self.next = Some(self.model.engine.next(&mut self.sequence, more, || Ok(()))?);
             self.since = Instant::now();
             self.decode += self.since - start;
         }

@@ -6,13 +6,12 @@ use std::sync::Arc;
 
 use super::LoadOptions;
 use crate::backend::cpu;
-use crate::backend::cuda::{self, DeviceMatrix, Gpu, Region, Upload, Workspace};
+use crate::backend::cuda::{self, Cache, DeviceMatrix, Gpu, Region, Upload, Workspace};
 use crate::bytes::Bytes;
 use crate::device::{DeviceError, DeviceId};
 use crate::error::{Error, Hint, Result, Setting};
+use crate::footprint::{CudaBuffers, Purpose, State};
 use crate::fs;
-use crate::model_config::ModelConfig;
-use crate::plan::memory::{HostStaging, KvLayout, Placed};
 use crate::plan::{DevicePlan, Plan};
 
 /// The arenas while they are filled.
@@ -35,43 +34,26 @@ pub struct GpuArenas {
     pub matrices: HashMap<usize, DeviceMatrix>,
     /// The buffers of a step.
     pub workspace: Arc<Workspace>,
-    /// Keys and values of each block, in turn.
-    pub caches: Vec<Region>,
+    /// What each block keeps of each sequence, in the order they run.
+    pub caches: Vec<Vec<Cache>>,
 }
 
 impl Arenas {
     /// Takes the memory and the disk space of all weights, and all that is taken of GPUs.
-    pub fn take(
-        plan: &Plan,
-        config: &ModelConfig,
-        placed: &[Placed],
-        staging: HostStaging,
-        options: &LoadOptions,
-    ) -> Result<Self> {
-        let size = |device| -> Bytes { placed.iter().filter(|p| p.device == device).map(|p| p.layout.size()).sum() };
-        let disk = size(DeviceId::Disk);
-        let used = plan.devices.iter().filter(|device| matches!(device.id, DeviceId::Cuda(_)) && device.modules > 0);
-        let gpus = used.map(|device| {
-            let arenas = GpuArenas::take(device, plan, config, placed, staging, options)?;
-            Ok((device.id, arenas))
-        });
+    pub fn take(plan: &Plan, options: &LoadOptions) -> Result<Self> {
+        let disk = plan.sum(DeviceId::Disk, Purpose::Weights);
+        let used = plan.devices.iter().filter(|device| device.id.is_gpu() && device.modules > 0);
+        let gpus = used.map(|device| Ok((device.id, GpuArenas::take(device, plan, options)?)));
         Ok(Self {
             gpus: gpus.collect::<Result<_>>()?,
-            memory: cpu::zeroed("the weights", size(DeviceId::Cpu))?,
+            memory: cpu::zeroed("the weights", plan.sum(DeviceId::Cpu, Purpose::Weights))?,
             disk: (disk > Bytes::ZERO).then(|| fs::scratch_file(&options.offload_directory, disk)).transpose()?,
         })
     }
 }
 
 impl GpuArenas {
-    fn take(
-        device: &DevicePlan,
-        plan: &Plan,
-        config: &ModelConfig,
-        placed: &[Placed],
-        staging: HostStaging,
-        options: &LoadOptions,
-    ) -> Result<Self> {
+    fn take(device: &DevicePlan, plan: &Plan, options: &LoadOptions) -> Result<Self> {
         let DeviceId::Cuda(index) = device.id else { unreachable!("{} is no GPU", device.id) };
         let gpu = Gpu::open(index)?;
         let (free, _) = gpu.memory()?;
@@ -82,21 +64,31 @@ impl GpuArenas {
                 .hint(Hint::naming(what, [Setting::Replan])));
         }
         let separate = options.separate_buffers;
-        let mut here: Vec<usize> = (0..placed.len()).filter(|at| placed[*at].device == device.id).collect();
-        here.sort_by_key(|at| placed[*at].offset);
-        let sizes: Vec<Bytes> = here.iter().map(|at| placed[*at].layout.size()).collect();
+        let mut here: Vec<usize> = (0..plan.weights.len()).filter(|at| plan.weights[*at].device == device.id).collect();
+        here.sort_by_key(|at| plan.weights[*at].offset);
+        let sizes: Vec<Bytes> = here.iter().map(|at| plan.weights[*at].bytes()).collect();
         let weights = cuda::arena(&gpu, "the weights", &sizes, separate)?;
-        let matrix = |(at, region): (&usize, Region)| (*at, DeviceMatrix::new(placed[*at].layout.clone(), region));
+        let matrix =
+            |(at, region): (&usize, Region)| (*at, DeviceMatrix::new(plan.weights[*at].layout.clone(), region));
 
-        let blocks = plan.modules.iter().filter(|m| m.device == device.id && m.is_block()).count();
-        let cache = KvLayout::new(config, plan.context, plan.batch, plan.kv_cache)
-            .ok_or_else(|| Error::does_not_fit("the KV cache is too large for this machine"))?;
-        let caches = cuda::arena(&gpu, "the KV cache", &vec![cache.bytes(); 2 * blocks], separate)?;
+        let states = || plan.modules.iter().filter(|m| m.device == device.id).filter_map(|module| module.state);
+        let regions = states().flat_map(|State::KeysValues(kv)| vec![kv.bytes(); 2 * plan.batch]).collect::<Vec<_>>();
+        let mut regions = cuda::arena(&gpu, "the KV cache", &regions, separate)?.into_iter();
+        let mut cache = |kv| {
+            let (Some(keys), Some(values)) = (regions.next(), regions.next()) else {
+                unreachable!("an arena has a region for every size")
+            };
+            Cache::new(kv, &[keys, values])
+        };
+        let caches = states().map(|State::KeysValues(kv)| (0..plan.batch).map(|_| cache(kv)).collect()).collect();
+
+        let workspace = CudaBuffers::try_new(|name| plan.allocation(device.id, Purpose::Workspace, name))?;
+        let config = &plan.checkpoint().config;
         Ok(Self {
             matrices: here.iter().zip(weights).map(matrix).collect(),
             caches,
-            workspace: Arc::new(Workspace::take(&gpu, config, plan.context, separate)?),
-            upload: Some(Upload::take(&gpu, staging.slab, separate)?),
+            workspace: Arc::new(Workspace::take(&gpu, config, plan.context, &workspace, separate)?),
+            upload: Some(Upload::take(&gpu, plan.staging()?.slab, separate)?),
             gpu,
         })
     }

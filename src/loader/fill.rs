@@ -3,7 +3,6 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::time::Instant;
 
 use super::arenas::Arenas;
@@ -11,10 +10,11 @@ use super::reader::{self, Slab, SlabBuffer};
 use super::{LoadEvent, LoadOptions, LoadTimes};
 use crate::backend::cuda::InFlight;
 use crate::bytes::Bytes;
-use crate::checkpoint::Checkpoint;
 use crate::device::{DeviceError, DeviceId};
 use crate::error::{Error, Hint, Result, Setting};
-use crate::plan::memory::{HostStaging, Placed, STAGING_SLABS};
+use crate::footprint::{Placed, STAGING_SLABS};
+use crate::plan::Plan;
+use crate::pool::Pool;
 use crate::quant::{PackedRows, QuantizeError, Storage, quantize_rows};
 
 /// Slabs that may be on their way to GPUs; the readers have the others.
@@ -40,14 +40,13 @@ pub struct Filled {
 
 /// Reads every weight, packs it and puts it in place.
 pub fn fill(
+    plan: &Plan,
     arenas: &mut Arenas,
-    checkpoint: &Checkpoint,
-    directory: &Path,
-    placed: &[Placed],
-    staging: HostStaging,
     options: &LoadOptions,
     on_event: &mut impl FnMut(LoadEvent),
 ) -> Result<Filled> {
+    let (placed, checkpoint) = (&plan.weights[..], plan.checkpoint());
+    let staging = plan.staging()?;
     let buffer = |_| match arenas.gpus.values().next() {
         Some(arenas) => arenas.gpu.allocate_pinned(staging.slab).map(SlabBuffer::Pinned),
         None => SlabBuffer::heap(staging),
@@ -62,7 +61,7 @@ pub fn fill(
         let bytes = Bytes(len as u64);
         on_event(LoadEvent::Placed { module: &target.weight.parameter.module, device: target.device, bytes });
     };
-    let read = reader::read(checkpoint, directory, placed, buffers, staging.transposed, |slab, back| {
+    let read = reader::read(checkpoint, placed, buffers, staging.transposed, |slab, back| {
         options.cancel.check()?;
         let Slab { weight, row, range, buffer } = slab;
         let target = &placed[weight];
@@ -80,7 +79,7 @@ pub fn fill(
                 let Some(first) = sent.pop_front() else { return Ok(()) };
                 put(first.weight, first.range.len());
                 let start = Instant::now();
-                let buffer = receive(arenas, placed, first)?;
+                let buffer = receive(&options.pool, arenas, placed, first)?;
                 times.gpus += start.elapsed().as_secs_f64();
                 buffer
             }
@@ -99,18 +98,19 @@ pub fn fill(
     let start = Instant::now();
     for slab in sent {
         put(slab.weight, slab.range.len());
-        receive(arenas, placed, slab)?;
+        receive(&options.pool, arenas, placed, slab)?;
     }
     times.gpus += start.elapsed().as_secs_f64();
     times.read = read.waited.as_secs_f64();
     for gpu in arenas.gpus.values_mut() {
         gpu.upload = None;
     }
-    Ok(Filled { staged: staging.ring() + most_packed, past_cache: read.past_cache, times })
+    let ring = Bytes((staging.slab * STAGING_SLABS + staging.transposed) as u64);
+    Ok(Filled { staged: ring + most_packed, past_cache: read.past_cache, times })
 }
 
 /// Waits for a slab on its way to a GPU and gives its buffer back.
-fn receive(arenas: &mut Arenas, placed: &[Placed], sent: Sent) -> Result<SlabBuffer> {
+fn receive(pool: &Pool, arenas: &mut Arenas, placed: &[Placed], sent: Sent) -> Result<SlabBuffer> {
     let target = &placed[sent.weight];
     let gpu = arenas.gpus.get_mut(&target.device);
     let Some(upload) = gpu.and_then(|gpu| gpu.upload.as_mut()) else {
@@ -119,7 +119,7 @@ fn receive(arenas: &mut Arenas, placed: &[Placed], sent: Sent) -> Result<SlabBuf
     let (buffer, is_packed) = upload.finish(sent.slab)?;
     if let (false, Some(dtype)) = (is_packed, target.weight.dtype()) {
         // The GPU knows only that there is a weight that cannot be packed; the host finds it.
-        quantize_rows(&target.layout, dtype, &buffer[sent.range], &mut PackedRows::default())
+        quantize_rows(pool, &target.layout, dtype, &buffer[sent.range], &mut PackedRows::default())
             .map_err(|e| broken_weight(target, sent.row, e))?;
         let what = format!("cannot pack tensor `{}`, and the host can", target.weight.parameter.tensor());
         return Err(Error::device(DeviceError::Failed { device: target.device, what }));
@@ -150,7 +150,7 @@ fn pack(
     };
     match target.weight.data {
         Storage::Plain(dtype) if target.weight.data != layout.storage => {
-            quantize_rows(layout, dtype, bytes, packed).map_err(|e| broken_weight(target, row, e))?;
+            quantize_rows(&options.pool, layout, dtype, bytes, packed).map_err(|e| broken_weight(target, row, e))?;
             for (at, bytes) in packed.sections(layout, row) {
                 write(at, bytes)?;
             }

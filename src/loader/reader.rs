@@ -18,7 +18,7 @@ use crate::bytes::Bytes;
 use crate::checkpoint::Checkpoint;
 use crate::device::DeviceId;
 use crate::error::Result;
-use crate::plan::memory::{HostStaging, Placed, SLAB_MARGIN};
+use crate::footprint::{HostStaging, Placed, SLAB_MARGIN};
 
 /// The most threads that read: a copy from the page cache takes the time of several.
 const READERS: usize = 4;
@@ -94,12 +94,12 @@ pub struct Read {
 /// tensors that are stored the other way round.
 pub fn read(
     checkpoint: &Checkpoint,
-    directory: &Path,
     placed: &[Placed],
     buffers: Vec<SlabBuffer>,
     transposed: usize,
     mut visit: impl FnMut(Slab, &SyncSender<SlabBuffer>) -> Result<()>,
 ) -> Result<Read> {
+    let directory = checkpoint.local_directory()?;
     let jobs = jobs(placed, buffers.first().map_or(0, |buffer| buffer.len() - SLAB_MARGIN));
     let mut left: HashMap<usize, usize> = HashMap::new();
     for job in &jobs {
@@ -196,7 +196,7 @@ struct Queue {
 struct Reader<'a> {
     checkpoint: &'a Checkpoint,
     directory: &'a Path,
-    placed: &'a [Placed<'a>],
+    placed: &'a [Placed],
     jobs: &'a [Job],
     queue: Mutex<Queue>,
     gathered: Mutex<Vec<u8>>,
@@ -261,7 +261,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use super::*;
     use crate::architecture::ModuleTree;
-    use crate::plan::memory::lay_out;
+    use crate::footprint::lay_out;
     use crate::quant::{QuantizeRules, Scheme};
 
     #[test]
@@ -280,14 +280,14 @@ mod tests {
             let staging = HostStaging { slab: slab + SLAB_MARGIN, packed: 0, transposed: slab };
             let buffers = (0..4).map(|_| SlabBuffer::heap(staging).unwrap()).collect();
             let mut read_back = vec![Vec::new(); placed.len()];
-            let read = read(&checkpoint, &directory, &placed, buffers, slab, |slab, back| {
+            let read = read(&checkpoint, &placed, buffers, slab, |slab, back| {
                 read_back[slab.weight].extend_from_slice(slab.bytes());
                 let _ = back.send(slab.buffer);
                 Ok(())
             });
             read.unwrap();
             for (placed, rows) in placed.iter().zip(read_back) {
-                let (tensor, parameter) = (placed.weight.tensor, placed.weight.parameter);
+                let (tensor, parameter) = (&placed.weight.tensor, &placed.weight.parameter);
                 let shard = std::fs::read(directory.join(&checkpoint.shards[tensor.shard])).unwrap();
                 let stored = &shard[tensor.range.start as usize..tensor.range.end as usize];
                 let element = |row: usize, col: usize| &stored[2 * (col * parameter.rows + row)..][..2];

@@ -1,19 +1,25 @@
 //! What a caller may choose about a plan.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use crate::bytes::{Bytes, MIB};
 use crate::checkpoint::Checkpoint;
 use crate::device_map::{DeviceMap, MaxMemory};
 use crate::error::{Error, Hint, ParseError, Result, Setting};
+use crate::footprint::Extent;
 use crate::name::{named, unknown};
+use crate::pool::Pool;
 use crate::quant::{KvDtype, QuantizeRules, Scheme};
 
 /// Bytes of every device that a plan leaves free, unless told otherwise.
 pub const DEFAULT_RESERVE: Bytes = Bytes(512 * MIB);
 /// Rules that are still listed one by one.
 const MOST_RULES: usize = 5;
+/// Tokens of a prompt that are taken at once, unless told otherwise.
+pub const DEFAULT_CHUNK: usize = 512;
 /// The longest context that is planned unless a longer one is asked for.
 pub const DEFAULT_CONTEXT: usize = 4096;
 
@@ -26,6 +32,8 @@ pub struct PlanOptions {
     pub context: Option<usize>,
     /// Sequences at once; 1 by default.
     pub batch: Option<usize>,
+    /// Tokens of a prompt that are taken at once, at most the context; [`DEFAULT_CHUNK`] by default.
+    pub chunk: Option<usize>,
     /// The type of the KV cache's elements; f16 by default.
     pub kv_cache: Option<KvDtype>,
     /// Bytes left free on GPUs and host; [`DEFAULT_RESERVE`] by default.
@@ -38,8 +46,15 @@ pub struct PlanOptions {
     pub any_model: bool,
     /// How modules are placed automatically.
     pub strategy: Strategy,
+    /// Whether the plan lists what every other way to place the model would give.
+    pub alternatives: bool,
     /// Whether the plan lists the bits and the measured error of each kind of module.
     pub kinds: bool,
+    /// The directory that keeps the errors of schemes that were measured; without one they are
+    /// measured anew, and nothing is written.
+    pub cache: Option<PathBuf>,
+    /// The threads that measure errors.
+    pub pool: Arc<Pool>,
 }
 
 /// How modules are placed where no device map says it.
@@ -135,6 +150,7 @@ pub struct Conditions {
     pub quantize: QuantizeRules,
     pub context: usize,
     pub batch: usize,
+    pub chunk: usize,
     pub kv_cache: KvDtype,
     pub max_memory: MaxMemory,
     pub reserve: Bytes,
@@ -170,6 +186,7 @@ impl Conditions {
             quantize,
             context: options.context.or_else(|| map?.context).unwrap_or(longest.min(DEFAULT_CONTEXT)),
             batch: options.batch.or_else(|| map?.batch).unwrap_or(1),
+            chunk: 0,
             kv_cache: options.kv_cache.or_else(|| map?.kv_cache).unwrap_or_default(),
             max_memory: options.max_memory.clone().or_else(|| map?.max_memory.clone()).unwrap_or_default(),
             reserve: options.reserve.unwrap_or(DEFAULT_RESERVE),
@@ -181,9 +198,15 @@ impl Conditions {
             ))
             .hint(Hint::naming("{} is the longest", [Setting::Context(longest)])));
         }
-        if conditions.context == 0 || conditions.batch == 0 {
-            return Err(Error::usage("context and batch must be at least 1"));
+        let chunk = options.chunk.unwrap_or(DEFAULT_CHUNK).min(conditions.context);
+        if chunk == 0 || conditions.batch == 0 {
+            return Err(Error::usage("context, chunk and batch must be at least 1"));
         }
-        Ok(conditions)
+        Ok(Self { chunk, ..conditions })
+    }
+
+    /// What there is to be room for.
+    pub fn extent(&self) -> Extent {
+        Extent { context: self.context, chunk: self.chunk, sequences: self.batch }
     }
 }

@@ -5,10 +5,11 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::{Bandwidth, Device, DevicePlan, Plan, PlanOptions, Speed, Strategy, Subject, halve};
+use super::{DevicePlan, Plan, PlanOptions, Speed, Strategy, Subject, bisect};
 use crate::bytes::{Bytes, GIB, MIB};
 use crate::device::DeviceId;
 use crate::error::Result;
+use crate::machine::{Bandwidth, Device};
 use crate::quant::{KvDtype, QuantizeRules, Scheme};
 
 /// Changes with which a model fits, and what it takes then.
@@ -185,7 +186,7 @@ impl Search<'_> {
             }
         }
         let Subject { checkpoint, tree, ref weights, .. } = *self.subject;
-        Subject { checkpoint, inventory, tree, weights: weights.clone() }.plan(&options)
+        Subject { checkpoint, inventory, tree, weights: Cow::Borrowed(weights) }.plan(&options)
     }
 
     /// The remedy of `changes`, if it is one. What cannot be planned is none.
@@ -201,7 +202,7 @@ impl Search<'_> {
         if self.plan.context == 1 || !with(1) {
             return None;
         }
-        let longest = halve(1, self.plan.context - 1, |tokens| Ok(with(tokens))).ok()?;
+        let longest = bisect(1, self.plan.context - 1, |tokens| Ok(with(tokens))).ok()?;
         let tokens = if longest > ROUND { longest / ROUND * ROUND } else { longest };
         changes.push(Change::Context { tokens });
         self.fitting(changes)
@@ -212,7 +213,7 @@ impl Search<'_> {
         if self.plan.batch == 1 || !with(1) {
             return None;
         }
-        let sequences = halve(1, self.plan.batch - 1, |sequences| Ok(with(sequences))).ok()?;
+        let sequences = bisect(1, self.plan.batch - 1, |sequences| Ok(with(sequences))).ok()?;
         self.fitting(vec![Change::Batch { sequences }])
     }
 

@@ -2,17 +2,17 @@
 
 use std::borrow::Cow;
 
-use super::memory::KvLayout;
+use super::device_plan::Fixed;
 use super::options::Conditions;
-use super::{
-    DevicePlan, Inventory, Pace, Plan, PlanOptions, PlannedModule, Speed, Strategy, fastest, hf, memory, placement,
-};
-use crate::architecture::{Module, ModuleTree, Role, Weight};
+use super::{DevicePlan, Pace, Plan, PlanOptions, PlannedModule, Speed, Strategy, hf, place};
+use crate::architecture::{Module, ModuleKind, ModuleTree, Role, Weight};
 use crate::bytes::Bytes;
 use crate::checkpoint::Checkpoint;
 use crate::device::{DeviceError, DeviceId};
 use crate::device_map::{DeviceMap, MaxMemory};
 use crate::error::{Error, Hint, Result, Setting};
+use crate::footprint::{self, HostStaging, MAX_BYTES, State};
+use crate::machine::{self, Inventory};
 use crate::model_config::ModelConfig;
 use crate::quant::{QuantizeRules, WeightDtype};
 
@@ -21,12 +21,17 @@ pub struct Subject<'a> {
     pub checkpoint: &'a Checkpoint,
     pub inventory: Cow<'a, Inventory>,
     pub tree: &'a ModuleTree,
-    pub weights: Vec<Weight<'a>>,
+    pub weights: Cow<'a, [Weight]>,
 }
 
 impl<'a> Subject<'a> {
     pub fn new(checkpoint: &'a Checkpoint, inventory: &'a Inventory, tree: &'a ModuleTree) -> Result<Self> {
-        Ok(Self { checkpoint, inventory: Cow::Borrowed(inventory), tree, weights: tree.resolve(checkpoint)? })
+        Ok(Self {
+            checkpoint,
+            inventory: Cow::Borrowed(inventory),
+            tree,
+            weights: Cow::Owned(tree.resolve(checkpoint)?),
+        })
     }
 
     /// The plan under `options`, in which `auto` has been decided; without alternatives and remedies.
@@ -47,10 +52,22 @@ impl<'a> Subject<'a> {
         let Self { checkpoint, inventory, tree, weights } = self;
         let config = &checkpoint.config;
         let Conditions { context, batch, kv_cache, .. } = *conditions;
-        let kv = KvLayout::new(config, context, batch, kv_cache)
-            .ok_or_else(|| Error::input("the KV cache is too large to plan for"))?;
-        let staging = memory::HostStaging::new(weights, &conditions.quantize);
-        let empty = |device| DevicePlan::empty(device, conditions, config, staging);
+        let fixed = Fixed { config, conditions, staging: HostStaging::new(weights, &conditions.quantize) };
+        let empty = |device| DevicePlan::empty(device, &fixed);
+        let mut states = Vec::with_capacity(config.layers.len());
+        let mut all = 0u64;
+        for layer in &config.layers {
+            let state = State::new(config, *layer, conditions.extent(), kv_cache);
+            let bytes = state.and_then(|state| state.bytes().0.checked_mul(batch as u64));
+            let too_large = || Error::input("the KV cache is too large to plan for");
+            let (Some(state), Some(bytes)) = (state, bytes) else { return Err(too_large()) };
+            all = all.checked_add(bytes).filter(|all| *all <= MAX_BYTES).ok_or_else(too_large)?;
+            states.push((state, Bytes(bytes)));
+        }
+        let state_of = |module: &Module| match module.kind {
+            ModuleKind::Block(index) => Some(states[index]),
+            _ => None,
+        };
         let mut devices: Vec<DevicePlan> = inventory.devices.iter().map(empty).collect();
         let mut modules: Vec<PlannedModule> = tree
             .modules
@@ -60,7 +77,8 @@ impl<'a> Subject<'a> {
                 path: module.path.clone(),
                 device: DeviceId::Cpu,
                 weights: size.packed,
-                kv_cache: if module.is_block() { kv.bytes() + kv.bytes() } else { Bytes::ZERO },
+                kv_cache: state_of(module).map_or(Bytes::ZERO, |(_, bytes)| bytes),
+                state: state_of(module).map(|(state, _)| state),
                 read: size.read,
                 kind: module.kind,
             })
@@ -75,12 +93,7 @@ impl<'a> Subject<'a> {
             module.device = device;
         }
         for device in &mut devices {
-            device.take(&modules, memory::host_state(config, context), staging.ring());
-        }
-        let answers =
-            devices.iter().filter(|device| device.driver_context > Bytes::ZERO).map(|_| memory::CUDA_ANSWERS).sum();
-        if let Some(host) = devices.iter_mut().find(|device| device.id == DeviceId::Cpu) {
-            host.workspace += answers;
+            device.take(&modules, &fixed);
         }
         Ok(Plan {
             model: checkpoint.name.clone(),
@@ -91,6 +104,7 @@ impl<'a> Subject<'a> {
             context,
             longest_context: config.max_position_embeddings,
             batch,
+            chunk: conditions.chunk,
             kv_cache,
             max_memory: conditions.max_memory.clone(),
             speed: Speed::predict(&devices, &modules, batch),
@@ -102,6 +116,9 @@ impl<'a> Subject<'a> {
             kinds: Vec::new(),
             idle: inventory.idle.clone(),
             remedies: Vec::new(),
+            weights: Vec::new(),
+            allocations: Vec::new(),
+            checkpoint: (*checkpoint).clone(),
         })
     }
 }
@@ -121,10 +138,9 @@ fn module_sizes(
     rules: &QuantizeRules,
 ) -> Result<Vec<Size>> {
     let mut sizes = vec![Size::default(); tree.modules.len()];
-    let one_device = vec![DeviceId::Cpu; tree.modules.len()];
-    for placed in memory::lay_out(weights, &one_device, rules)? {
-        let size = &mut sizes[placed.weight.module];
-        let Size { packed, read } = weight_size(config, &placed.weight, placed.layout.size());
+    for weight in weights {
+        let size = &mut sizes[weight.module];
+        let Size { packed, read } = weight_size(config, weight, footprint::weight_bytes(weight, rules)?);
         *size = Size { packed: size.packed + packed, read: size.read + read };
     }
     if tree.tied
@@ -160,18 +176,16 @@ fn automatic(
     if let Some(head) = modules.pop_if(|_| tree.tied) {
         modules[0].read = head.read;
     }
-    let capacities: Vec<placement::Capacity> = devices
-        .iter()
-        .map(|device| placement::Capacity { id: device.id, room: device.budget - device.total() })
-        .collect();
+    let capacities: Vec<place::Capacity> =
+        devices.iter().map(|device| place::Capacity { id: device.id, room: device.budget - device.total() }).collect();
     if capacities.is_empty() {
         return Err(Error::usage("there is no device to place the model on"));
     }
     let mut placement = match strategy {
-        Strategy::Packed => placement::packed(&modules, &capacities),
-        Strategy::Sequential => placement::sequential(&modules, &capacities),
-        Strategy::Fastest => fastest::fastest(&modules, &capacities, &paces(devices)?),
-        _ => placement::balanced(&modules, &capacities),
+        Strategy::Packed => place::packed(&modules, &capacities),
+        Strategy::Sequential => place::sequential(&modules, &capacities),
+        Strategy::Fastest => place::fastest(&modules, &capacities, &paces(devices)?),
+        _ => place::balanced(&modules, &capacities),
     };
     if tree.tied {
         placement.push(placement[0]);
@@ -232,9 +246,7 @@ fn check_devices(placement: &[DeviceId], inventory: &Inventory) -> Result<()> {
     let usable = inventory.devices.iter().map(|device| device.id).collect();
     let error = Error::does_not_fit(DeviceError::Unusable { devices: absent.clone(), usable });
     Err(if inventory.idle.iter().any(|device| device.id == *first) {
-        error.hint(format!(
-            "{first} is there but cannot be used: evenkeel needs compute capability 7.5 and the NVIDIA driver 550"
-        ))
+        error.hint(format!("{first} is there but cannot be used: {}", machine::needs()))
     } else if first.is_gpu() {
         let what = format!("no NVIDIA driver was found, or it shows no {first}; {{}} uses what is there");
         error.hint(Hint::naming(what, [Setting::AutomaticPlacement]))

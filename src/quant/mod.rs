@@ -11,9 +11,11 @@
 mod groups;
 mod kv_cache;
 mod layout;
+mod levels;
 mod nl4;
 mod quantize;
 pub mod reference;
+mod round;
 mod rules;
 
 use half::bf16;
@@ -25,6 +27,7 @@ pub use kv_cache::KvDtype;
 pub use layout::{ALIGNMENT, GROUP_SIZE, Matrix, MatrixLayout, PACKED_ROW};
 pub use nl4::{NL4_LEVELS, NL4_UNIT};
 pub use quantize::{PackedRows, QuantizeError, quantize_activations, quantize_rows, squared_error};
+pub(crate) use round::ROUND;
 pub use rules::QuantizeRules;
 
 /// How the weights of a module are to be stored.
@@ -145,6 +148,18 @@ impl Storage {
             Scheme::Int8 => Some(Self::Int8),
             Scheme::Int4 => Some(Self::Int4),
             Scheme::Nl4 => Some(Self::Nl4),
+        }
+    }
+
+    /// Its name: that of the scheme or of the dtype.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Plain(WeightDtype::Bf16) => "bf16",
+            Self::Plain(WeightDtype::F16) => "f16",
+            Self::Plain(WeightDtype::F32) => "f32",
+            Self::Int8 => Scheme::Int8.name(),
+            Self::Int4 => Scheme::Int4.name(),
+            Self::Nl4 => Scheme::Nl4.name(),
         }
     }
 

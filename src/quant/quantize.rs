@@ -1,12 +1,16 @@
 //! Weights and activations into their packed forms.
 
-use rayon::prelude::*;
-
-use super::groups::{self, Int4};
+use super::groups;
+use super::levels::Int4;
 use super::nl4::Nl4;
+use super::round::round_i8;
 use super::{GROUP_SIZE, Matrix, MatrixLayout, Storage, WeightDtype};
 use crate::bytes::Bytes;
-use crate::simd::{Isa, vectorized};
+use crate::pool::Pool;
+use crate::simd::vectorized;
+
+/// Bytes of weights that a thread packs at once.
+const AT_ONCE: usize = 64 << 10;
 
 /// Weights that cannot be quantized; rows and columns are the slab's.
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
@@ -81,11 +85,12 @@ impl PackedRows {
 }
 
 /// Quantizes whole rows, `weights` of `[rows][K]` in the checkpoint's dtype,
-/// into `packed`, on all threads of the pool.
+/// into `packed`, on the threads of `pool`.
 ///
 /// # Panics
 /// `layout` is of plain storage, which is copied and not quantized.
 pub fn quantize_rows(
+    pool: &Pool,
     layout: &MatrixLayout,
     dtype: WeightDtype,
     weights: &[u8],
@@ -95,26 +100,28 @@ pub fn quantize_rows(
     let row_bytes = layout.cols * dtype.size();
     let rows = weights.len() / row_bytes;
     packed.resize(layout, rows);
-    let sub_scales: Vec<&mut [u8]> = match layout.sub_scale_row {
-        0 => (0..rows).map(|_| Default::default()).collect(),
-        row => packed.sub_scales.chunks_mut(row).collect(),
-    };
-    let isa = Isa::best();
-    let first_error = packed
-        .codes
-        .par_chunks_mut(layout.code_row)
-        .zip(packed.scales.par_chunks_mut(layout.scale_row))
-        .zip(sub_scales)
-        .zip(weights.par_chunks(row_bytes))
-        .enumerate()
-        .map_init(
-            || vec![0.0; layout.padded_cols],
-            |values, (row, (((codes, scale), sub_scales), bytes))| {
-                pack_row(isa, layout, dtype, bytes, row, values, codes, sub_scales, scale)
-            },
-        )
-        .find_first(Result::is_err);
-    first_error.unwrap_or(Ok(()))
+    let at_once = (AT_ONCE / row_bytes).max(1);
+    // Int8 has no sub-scales.
+    let mut sub_scales = packed.sub_scales.chunks_mut((at_once * layout.sub_scale_row).max(1));
+    let mut pieces: Vec<_> = weights
+        .chunks(at_once * row_bytes)
+        .zip(packed.codes.chunks_mut(at_once * layout.code_row))
+        .zip(packed.scales.chunks_mut(at_once * layout.scale_row))
+        .map(|((weights, codes), scales)| (weights, codes, sub_scales.next().unwrap_or_default(), scales, Ok(())))
+        .collect();
+    pool.chunks(&mut pieces, 1, |index, pieces| {
+        for (weights, codes, sub_scales, scales, result) in pieces {
+            let mut values = vec![0.0; layout.padded_cols];
+            let mut sub_scales = sub_scales.chunks_mut(layout.sub_scale_row.max(1));
+            let sections = codes.chunks_mut(layout.code_row).zip(scales.chunks_mut(layout.scale_row));
+            let mut rows = (index * at_once..).zip(weights.chunks(row_bytes).zip(sections));
+            *result = rows.try_for_each(|(row, (weights, (codes, scale)))| {
+                let sub_scales = sub_scales.next().unwrap_or_default();
+                pack_row(pool.isa(), layout, dtype, weights, row, &mut values, codes, sub_scales, scale)
+            });
+        }
+    });
+    pieces.into_iter().try_for_each(|(.., result)| result)
 }
 
 vectorized! {
@@ -155,6 +162,7 @@ vectorized! {
 /// # Panics
 /// `storage` is plain.
 pub fn squared_error(
+    pool: &Pool,
     storage: Storage,
     dtype: WeightDtype,
     cols: usize,
@@ -165,7 +173,7 @@ pub fn squared_error(
     let (Some(layout), mut packed) = (MatrixLayout::new(storage, rows, cols), PackedRows::default()) else {
         unreachable!("the rows are in memory")
     };
-    quantize_rows(&layout, dtype, weights, &mut packed)?;
+    quantize_rows(pool, &layout, dtype, weights, &mut packed)?;
     let bytes = packed.matrix(&layout);
     let matrix = Matrix::new(&layout, &bytes);
     let (mut exact, mut values) = (vec![0.0; cols], vec![0.0; cols]);
@@ -199,22 +207,6 @@ fn int8_row(values: &[f32], absmax: f32, codes: &mut [u8]) -> f32 {
         *code = round_i8(value / scale).cast_unsigned();
     }
     scale
-}
-
-/// Adding it leaves a number of up to 2^22 no bits for a fraction, which rounds
-/// it to the nearest whole number, ties to even, on every processor.
-pub const SHIFT: f32 = 12_582_912.0;
-
-/// The low byte of the whole number nearest to `x`.
-#[inline(always)]
-pub fn low_byte(x: f32) -> u8 {
-    (x + SHIFT).to_bits().to_le_bytes()[0]
-}
-
-/// The whole number nearest to `x`, −127 to 127.
-#[inline(always)]
-pub fn round_i8(x: f32) -> i8 {
-    low_byte(x.clamp(-127.0, 127.0)).cast_signed()
 }
 
 /// Activations to int8 in groups of 32: `scale = absmax / 127` of the group.
@@ -253,6 +245,7 @@ mod tests {
 
     use super::super::{Matrix, NL4_LEVELS, NL4_UNIT, WeightDtype};
     use super::*;
+    use crate::simd::Isa;
 
     const PACKED: [Storage; 3] = [Storage::Int8, Storage::Int4, Storage::Nl4];
 
@@ -260,7 +253,7 @@ mod tests {
         let layout = MatrixLayout::new(storage, rows, cols).unwrap();
         let bytes: Vec<u8> = weights.iter().flat_map(|w| w.to_le_bytes()).collect();
         let mut packed = PackedRows::default();
-        quantize_rows(&layout, WeightDtype::F32, &bytes, &mut packed)?;
+        quantize_rows(&Pool::default(), &layout, WeightDtype::F32, &bytes, &mut packed)?;
         let matrix = packed.matrix(&layout);
         let matrix = Matrix::new(&layout, &matrix);
         let mut values = vec![0.0; rows * cols];
@@ -268,14 +261,6 @@ mod tests {
             matrix.dequantize_row(row, values);
         }
         Ok(values)
-    }
-
-    #[test]
-    fn nearest_rounds_ties_to_even() {
-        for x in (-1024..=1024).map(|x| x as f32 / 8.0) {
-            assert_eq!((x + SHIFT) - SHIFT, x.round_ties_even(), "{x}");
-            assert_eq!(low_byte(x), (x.round_ties_even() as i32).to_le_bytes()[0], "{x}");
-        }
     }
 
     #[test]
@@ -328,7 +313,7 @@ mod tests {
         let layout = MatrixLayout::new(Storage::Int4, 2, 32).unwrap();
         let run = |dtype, bytes: Vec<u8>| {
             let mut packed = PackedRows::default();
-            quantize_rows(&layout, dtype, &bytes, &mut packed).unwrap();
+            quantize_rows(&Pool::default(), &layout, dtype, &bytes, &mut packed).unwrap();
             (packed.codes, packed.sub_scales, packed.scales)
         };
         let f32s = run(WeightDtype::F32, weights.iter().flat_map(|w| w.to_le_bytes()).collect());

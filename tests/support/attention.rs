@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use evenkeel::backend::cuda::{Affine, Attention, Cache, Gpu, Norm, Output, Region};
+use evenkeel::footprint::{CudaAttention, KvLayout};
 use evenkeel::model_config::NormKind;
-use evenkeel::plan::memory::{CudaAttention, KvLayout};
 use evenkeel::quant::{KvDtype, WeightDtype};
 
 use super::{buffer, download, floats, halves, near, placed, random, rounded, scratch, upload, vector};
@@ -19,8 +19,7 @@ struct TestCache {
 impl TestCache {
     fn new(gpu: &Arc<Gpu>, dtype: KvDtype, head_dim: usize, values: [&[f32]; 2]) -> Self {
         let vectors = values[0].len() / head_dim;
-        let codes = (vectors * dtype.code_bytes(head_dim)).next_multiple_of(4);
-        let layout = KvLayout { dtype, codes, scales: vectors * dtype.scale_bytes() };
+        let layout = KvLayout::new(dtype, 1, head_dim, vectors).unwrap();
         let each = values.map(|values| {
             let mut bytes = vec![0u8; layout.codes + layout.scales];
             for (at, vector) in values.chunks(head_dim).enumerate() {

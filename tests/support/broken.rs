@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use evenkeel::bytes::Bytes;
 use evenkeel::checkpoint::{Checkpoint, LocalDirectory, Source};
 use evenkeel::plan::{Plan, PlanOptions};
+use evenkeel::pool::Pool;
 use evenkeel::{ErrorKind, Result};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -191,7 +192,7 @@ impl Broken {
     /// Opens and plans the checkpoint, and sees to it that nothing but headers is read of its shards.
     pub fn plan(&self) -> Result<(Checkpoint, Plan)> {
         let source = HeadersOnly(LocalDirectory::new(&self.directory)?);
-        let checkpoint = Checkpoint::read("broken", &source)?;
+        let checkpoint = Checkpoint::read("broken", &source, &Pool::default())?;
         let plan = Plan::new(&checkpoint, &roomy(), &PlanOptions::default())?;
         Ok((checkpoint, plan))
     }

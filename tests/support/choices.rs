@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use evenkeel::backend::cuda::Choosing;
 use evenkeel::backend::{Choice, Draws};
-use evenkeel::plan::memory::CudaChoice;
+use evenkeel::footprint::CudaChoice;
 
 use super::*;
 

@@ -7,8 +7,9 @@ use std::sync::Arc;
 
 use evenkeel::backend::cuda::{Affine, DeviceMatrix, Gpu, Norm, Output, Region, Scratch};
 use evenkeel::bytes::Bytes;
+use evenkeel::footprint::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS};
 use evenkeel::model_config::{Activation, NormKind};
-use evenkeel::plan::memory::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS};
+use evenkeel::pool::Pool;
 use evenkeel::quant::{Matrix, MatrixLayout, PackedRows, Storage, WeightDtype, quantize_rows};
 use half::{bf16, f16};
 
@@ -40,6 +41,7 @@ macro_rules! every_case {
             rotation_equals_the_reference
             the_first_of_the_largest_logits_is_found
             the_tokens_of_an_expert_go_there_and_back
+            a_number_that_names_no_row_reaches_none
             tokens_are_drawn_as_often_as_they_are_likely
             what_cannot_be_packed_is_noticed
         }
@@ -147,7 +149,7 @@ pub fn packed(layout: &MatrixLayout, weights: &[f32]) -> Vec<u8> {
         return matrix;
     }
     let mut rows = PackedRows::default();
-    quantize_rows(layout, WeightDtype::F32, &encode(WeightDtype::F32, weights), &mut rows).unwrap();
+    quantize_rows(&Pool::default(), layout, WeightDtype::F32, &encode(WeightDtype::F32, weights), &mut rows).unwrap();
     put(layout.codes_at(0), &rows.codes);
     put(layout.sub_scales_at(0), &rows.sub_scales);
     put(layout.scales_at(0), &rows.scales);
@@ -314,4 +316,32 @@ pub fn the_tokens_of_an_expert_go_there_and_back(gpu: &Arc<Gpu>) {
         }
     }
     near("the sum", &download(&sum, WeightDtype::F32), &exact, 1e-6, Output::F32);
+}
+
+pub fn a_number_that_names_no_row_reaches_none(gpu: &Arc<Gpu>) {
+    let (rows, width) = (3u32, 70);
+    let ids: Vec<u8> = [2, rows, u32::MAX].iter().flat_map(|row| row.to_le_bytes()).collect();
+    let ids = upload(gpu, &ids);
+    // The rows that are there, then the others.
+    let split = |region: &Region, dtype| {
+        let values = download(region, dtype);
+        (values[..width].to_vec(), values[width..].to_vec())
+    };
+    let weights = random(rows as usize * width, 27);
+    for storage in STORAGES {
+        let layout = MatrixLayout::new(storage, rows as usize, width).unwrap();
+        let matrix = DeviceMatrix::new(layout.clone(), upload(gpu, &packed(&layout, &weights)));
+        let hidden = buffer(gpu, 3 * width * 4);
+        gpu.embed(&Affine::new(&matrix, None), &ids, 1.0, &hidden, Output::F32).unwrap();
+        let (there, others) = split(&hidden, WeightDtype::F32);
+        assert!(there.iter().all(|v| v.is_finite()) && others.iter().all(|v| v.is_nan()), "{storage:?}");
+    }
+    let out = buffer(gpu, 3 * width * 2);
+    gpu.gather(&halves(gpu, &weights), &ids, width, &out).unwrap();
+    let (there, others) = split(&out, WeightDtype::F16);
+    assert_eq!(there, rounded(&weights[2 * width..]));
+    assert!(others.iter().all(|v| v.is_nan()));
+    let sum = floats(gpu, &weights);
+    gpu.scatter_add(&floats(gpu, &weights), &ids, &floats(gpu, &[0.0; 3]), width, &sum).unwrap();
+    assert_eq!(download(&sum, WeightDtype::F32), weights);
 }

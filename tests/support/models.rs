@@ -9,7 +9,8 @@ use evenkeel::architecture::ModuleTree;
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device_map::DeviceMap;
 use evenkeel::loader::{LoadOptions, Model};
-use evenkeel::plan::{Inventory, Plan, PlanOptions, Quantize};
+use evenkeel::machine::Inventory;
+use evenkeel::plan::{Plan, PlanOptions, Quantize};
 use evenkeel::quant::{QuantizeRules, Scheme};
 
 use super::{expected, fixture, numbers};
@@ -51,9 +52,9 @@ pub fn plan(checkpoint: &Checkpoint, scheme: Scheme, map: &str, context: Option<
     Plan::new(checkpoint, &machine(), &options(scheme, map, context)).unwrap()
 }
 
-pub fn load(plan: &Plan, checkpoint: &Checkpoint, separate_buffers: bool) -> Result<Model> {
+pub fn load(plan: &Plan, separate_buffers: bool) -> Result<Model> {
     let offload_directory = env!("CARGO_TARGET_TMPDIR").into();
-    plan.load(checkpoint, &LoadOptions { offload_directory, separate_buffers, ..LoadOptions::default() }, |_| ())
+    plan.load(&LoadOptions { offload_directory, separate_buffers, ..LoadOptions::default() }, |_| ())
 }
 
 pub fn logits(model: &mut Model, tokens: &[u32]) -> Vec<Vec<f32>> {
@@ -106,7 +107,7 @@ pub fn assert_is_transformers(name: &str, maps: &[&[&str]], separate_buffers: bo
     let experts = checkpoint.config.experts.is_some();
     for devices in maps {
         let plan = plan(&checkpoint, Scheme::None, &map(&checkpoint, devices), None);
-        let mut model = load(&plan, &checkpoint, separate_buffers).unwrap();
+        let mut model = load(&plan, separate_buffers).unwrap();
         let ours = logits(&mut model, &sequence);
         let what = format!("{name} on {}", devices.join(" "));
         let prompt = assert_near(&what, &ours[input.len() - 1], &numbers::<f32>(&expected["prompt_logits_last"]));

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use evenkeel::backend::cuda::{DeviceMatrix, Gpu};
+use evenkeel::pool::Pool;
 use evenkeel::quant::{MatrixLayout, PackedRows, Storage, WeightDtype, quantize_rows};
 
 use super::{DTYPES, buffer, download, encode, random, upload};
@@ -75,7 +76,7 @@ fn same(gpu: &Arc<Gpu>, storage: Storage, first: usize, rows: usize, cols: usize
     let layout = MatrixLayout::new(storage, first + rows + 1, cols).unwrap();
     let bytes = encode(dtype, weights);
     let mut host = PackedRows::default();
-    quantize_rows(&layout, dtype, &bytes, &mut host).unwrap();
+    quantize_rows(&Pool::default(), &layout, dtype, &bytes, &mut host).unwrap();
     let (ours, failed) = quantized(gpu, &layout, first, dtype, &bytes);
     assert!(!failed, "{what}");
     assert_eq!(ours.scales, host.scales, "{what}: scales");

@@ -1,5 +1,6 @@
 //! Seeded matrices that are distributed as weights are, and what a scheme makes of them.
 
+use evenkeel::pool::Pool;
 use evenkeel::quant::{Storage, WeightDtype, squared_error};
 
 /// Distributions, with the bars of the relative squared error in thousandths for int4 and nl4.
@@ -53,6 +54,6 @@ pub fn matrix(distribution: &str, rows: usize, cols: usize) -> Vec<u8> {
 
 /// The squared error of `storage` over the squared weights, in thousandths.
 pub fn relative_error(storage: Storage, cols: usize, weights: &[u8]) -> f64 {
-    let (error, norm) = squared_error(storage, WeightDtype::F32, cols, weights).unwrap();
+    let (error, norm) = squared_error(&Pool::default(), storage, WeightDtype::F32, cols, weights).unwrap();
     1000.0 * error / norm
 }

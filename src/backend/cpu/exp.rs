@@ -2,12 +2,12 @@
 
 use std::f32::consts::LOG2_E;
 
+use crate::quant::ROUND;
+
 /// Below this, `exp` is less than half of the least number there is.
 const LEAST: f32 = -104.0;
 /// Above this, it is beyond the largest.
 const MOST: f32 = 89.0;
-/// 1.5 · 2^23: a sum with this has no bits behind the point, and its lowest bits are an integer.
-const ROUND: f32 = 12_582_912.0;
 /// ln 2 in two parts, the first of which has so few bits that products with small integers are exact.
 const LN_2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
 /// Coefficients of x² to x⁷ in a polynomial near e^x within ±ln 2 / 2, highest first.

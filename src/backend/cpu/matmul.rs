@@ -9,7 +9,7 @@ use std::array::from_fn;
 use std::ops::Range;
 
 use super::kernels::{self, Codes, MANY, Quantized, ROWS, Row, TILE, TOKENS, plain};
-use super::pool::{Pool, Table};
+use crate::pool::{Pool, Table};
 use crate::quant::{Matrix, NL4_UNIT, Storage, WeightDtype};
 use crate::simd::{Isa, vectorized};
 
@@ -208,7 +208,7 @@ mod tests {
             return matrix;
         }
         let mut rows = PackedRows::default();
-        quantize_rows(layout, WeightDtype::F32, &bytes, &mut rows).unwrap();
+        quantize_rows(&Pool::default(), layout, WeightDtype::F32, &bytes, &mut rows).unwrap();
         put(layout.codes_at(0), &rows.codes);
         put(layout.sub_scales_at(0), &rows.sub_scales);
         put(layout.scales_at(0), &rows.scales);

@@ -6,8 +6,8 @@ use candle_core::cpu::erf::erf_f32;
 
 use super::exp::{exp, tanh};
 use super::matmul::Affine;
-use super::pool::Pool;
 use crate::model_config::{Activation, NormKind};
+use crate::pool::Pool;
 use crate::simd::{Isa, vectorized};
 
 /// Elements that a thread takes at once.

@@ -3,10 +3,9 @@
 use std::ops::Range;
 
 use super::driver::Region;
-use super::launch::Argument;
+use crate::footprint::{CudaAttention, KvLayout};
 use crate::model_config::NormKind;
-use crate::plan::memory::{CudaAttention, KvLayout};
-use crate::quant::{KvDtype, MatrixLayout};
+use crate::quant::{KvDtype, MatrixLayout, Storage, WeightDtype};
 
 /// The widest head that a kernel takes.
 pub const MAX_HEAD_DIM: usize = 512;
@@ -42,6 +41,13 @@ impl DeviceMatrix {
         #[expect(clippy::cast_possible_truncation, reason = "an offset into the region")]
         let offset = offset as usize;
         self.region.part(offset, self.region.len() - offset)
+    }
+
+    /// The elements at `range` of a plain vector, and their dtype.
+    pub(super) fn elements(&self, range: Range<usize>) -> (Region, WeightDtype) {
+        let Storage::Plain(dtype) = self.layout.storage else { unreachable!("norms and biases are plain") };
+        assert!(range.end <= self.layout.rows * self.layout.cols, "a vector that is too short");
+        (self.region.part(range.start * dtype.size(), range.len() * dtype.size()), dtype)
     }
 
     /// Codes, sub-scales and scales from `row` on; `None` for those that the storage has not.
@@ -147,8 +153,8 @@ pub struct Scratch {
 
 impl Scratch {
     pub(super) fn holds(&self, parts: usize, arrivals: usize) {
-        holds(&self.parts, parts, FLOAT);
-        holds(&self.arrivals, arrivals, size_of::<u32>());
+        holds(&self.parts, [parts], FLOAT);
+        holds(&self.arrivals, [arrivals], size_of::<u32>());
     }
 }
 
@@ -156,8 +162,10 @@ impl Scratch {
 #[derive(Clone)]
 pub struct Cache {
     pub(super) dtype: KvDtype,
+    /// Tokens that there is room for.
+    pub(super) slots: usize,
     /// Codes and scales of keys, then of values.
-    regions: [Region; 4],
+    pub(super) regions: [Region; 4],
 }
 
 impl Cache {
@@ -168,18 +176,7 @@ impl Cache {
     pub fn new(layout: KvLayout, [keys, values]: &[Region; 2]) -> Self {
         let split = |region: &Region| (region.part(0, layout.codes), region.part(layout.codes, layout.scales));
         let ((key_codes, key_scales), (value_codes, value_scales)) = (split(keys), split(values));
-        Self { dtype: layout.dtype, regions: [key_codes, key_scales, value_codes, value_scales] }
-    }
-
-    pub(super) fn arguments(&self) -> [Argument<'_>; 5] {
-        let [keys, key_scales, values, value_scales] = self.regions.each_ref().map(Argument::Region);
-        let dtype = match self.dtype {
-            KvDtype::Bf16 => 0,
-            KvDtype::F16 => 1,
-            KvDtype::F32 => 2,
-            KvDtype::Int8 => 3,
-        };
-        [keys, key_scales, values, value_scales, Argument::I32(dtype)]
+        Self { dtype: layout.dtype, slots: layout.slots, regions: [key_codes, key_scales, value_codes, value_scales] }
     }
 }
 
@@ -217,8 +214,9 @@ impl Attention {
     pub(super) fn check(&self, query: &Region, cache: &Cache) {
         assert!(self.position + self.tokens <= self.context, "more tokens than the cache holds");
         assert!(self.head_dim <= MAX_HEAD_DIM, "a head that is too wide");
-        holds(query, self.tokens * self.heads * self.head_dim, HALF);
-        let vectors = self.kv_heads * self.context;
+        assert!(self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads), "heads that share no key-value head");
+        holds(query, [self.tokens, self.heads, self.head_dim], HALF);
+        let vectors = [self.kv_heads, self.context];
         for [codes, scales] in cache.regions.as_chunks().0 {
             holds(codes, vectors, cache.dtype.code_bytes(self.head_dim));
             holds(scales, vectors, cache.dtype.scale_bytes());
@@ -226,8 +224,9 @@ impl Attention {
     }
 }
 
-/// Sees to it that a region holds `count` elements of `size` bytes.
+/// Sees to it that a region holds an element of `size` bytes for all that `shape` counts.
 #[track_caller]
-pub(super) fn holds(region: &Region, count: usize, size: usize) {
-    assert!(region.len() >= count * size, "a kernel is given a region that is too short");
+pub(super) fn holds<const N: usize>(region: &Region, shape: [usize; N], size: usize) {
+    let bytes = shape.into_iter().try_fold(size, usize::checked_mul);
+    assert!(bytes.is_some_and(|bytes| bytes <= region.len()), "a kernel is given a region that is too short");
 }

@@ -1,7 +1,7 @@
 //! Launches that come again and again.
 
 use super::driver::Gpu;
-use super::launch::Graph;
+use super::kernels::Graph;
 use crate::error::Result;
 
 /// Launches that come again and again, the same ones for the same key.

@@ -15,11 +15,13 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod packed;
 pub mod plain;
 mod portable;
 
-use super::pool::Pool;
-use crate::plan::memory::ACTIVATION_GROUP;
+use crate::footprint::ACTIVATION_GROUP;
+use crate::pool::Pool;
 use crate::quant::{GROUP_SIZE, NL4_LEVELS, quantize_activations};
 use crate::simd::{Isa, Level, vectorized};
 

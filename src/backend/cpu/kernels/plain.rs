@@ -12,24 +12,24 @@ use crate::simd::{Isa, Level};
 /// Sums that a product runs in.
 const LANES: usize = 16;
 /// Tokens whose sums are held in registers, where there are enough of these.
-const BLOCK: usize = 4;
+const TOGETHER: usize = 4;
 
 type Lanes = [f32; LANES];
 
 /// The totals of four rows with one token.
 pub fn few(isa: Isa, dtype: WeightDtype, rows: &[Row; ROWS], x: &[f32]) -> [f32; ROWS] {
-    let [totals] = block(isa, dtype, rows, [x]);
+    let [totals] = totals_of(isa, dtype, rows, [x]);
     totals
 }
 
 /// The totals of a tile of rows with each token of `x`, which has `cols` columns.
 pub fn many(isa: Isa, dtype: WeightDtype, rows: &[Row; TILE], x: &[f32], cols: usize, totals: &mut [[f32; TILE]]) {
-    for (x, totals) in x.chunks(cols * BLOCK).zip(totals.chunks_mut(BLOCK)) {
+    for (x, totals) in x.chunks(cols * TOGETHER).zip(totals.chunks_mut(TOGETHER)) {
         for (at, rows) in rows.as_chunks::<ROWS>().0.iter().enumerate() {
             let mut put = |token: usize, sums: [f32; ROWS]| totals[token][at * ROWS..][..ROWS].copy_from_slice(&sums);
-            if x.len() == cols * BLOCK {
+            if x.len() == cols * TOGETHER {
                 let x = std::array::from_fn(|token| &x[token * cols..][..cols]);
-                for (token, sums) in block::<BLOCK>(isa, dtype, rows, x).into_iter().enumerate() {
+                for (token, sums) in totals_of::<TOGETHER>(isa, dtype, rows, x).into_iter().enumerate() {
                     put(token, sums);
                 }
             } else {
@@ -41,7 +41,8 @@ pub fn many(isa: Isa, dtype: WeightDtype, rows: &[Row; TILE], x: &[f32], cols: u
     }
 }
 
-fn block<const N: usize>(isa: Isa, dtype: WeightDtype, rows: &[Row; ROWS], x: [&[f32]; N]) -> [[f32; ROWS]; N] {
+/// The totals of four rows with each of several tokens.
+fn totals_of<const N: usize>(isa: Isa, dtype: WeightDtype, rows: &[Row; ROWS], x: [&[f32]; N]) -> [[f32; ROWS]; N] {
     let cols = x[0].len();
     for row in rows {
         assert_eq!(row.codes.len(), cols * dtype.size());
