@@ -119,7 +119,7 @@ fn products(criterion: &mut Criterion) {
 
 fn load(checkpoint: &Checkpoint, scheme: Scheme) -> Model {
     let directory = std::path::Path::new("target");
-    let inventory = Inventory::this_machine(directory).expect("this machine");
+    let inventory = Inventory::of_machine(directory).expect("this machine");
     let map = evenkeel::device_map::DeviceMap::parse("map.json", br#"{"": "cpu"}"#.to_vec()).expect("a map");
     let options = PlanOptions {
         quantize: Some(scheme.into()),

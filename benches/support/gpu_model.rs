@@ -64,7 +64,7 @@ fn link(gpu: &Arc<Gpu>) -> f64 {
 }
 
 fn plan(checkpoint: &Checkpoint, shape: &Shape, scheme: Scheme) -> Plan {
-    let inventory = Inventory::this_machine(Path::new(".")).expect("this machine");
+    let inventory = Inventory::of_machine(Path::new(".")).expect("this machine");
     let options = PlanOptions {
         quantize: Some(scheme.into()),
         context: Some(shape.prompt + NEW),

@@ -14,10 +14,15 @@ use crate::pool::Pool;
 use crate::quant::{GROUP_SIZE, Matrix, MatrixLayout, Storage};
 
 impl Inventory {
+    /// The devices of this machine, with the space for weights on the disk that [`fs::SCRATCH_DIRECTORY`] has.
+    pub fn this_machine() -> Result<Self> {
+        Self::of_machine(Path::new(fs::SCRATCH_DIRECTORY))
+    }
+
     /// The devices of this machine: free host memory under the limit of the
     /// process's control group, the space in `offload_directory`, and the GPUs;
     /// those that are too old, or whose driver is, are listed as idle.
-    pub fn this_machine(offload_directory: &Path) -> Result<Self> {
+    pub fn of_machine(offload_directory: &Path) -> Result<Self> {
         let path = Path::new("/proc/meminfo");
         let meminfo = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
         let memory = |key| field(&meminfo, key).ok_or_else(|| Error::input(format!("`/proc/meminfo` has no `{key}`")));
@@ -126,7 +131,7 @@ mod tests {
 
     #[test]
     fn this_machine_has_memory_and_a_disk() {
-        let inventory = Inventory::this_machine(Path::new("/")).unwrap();
+        let inventory = Inventory::of_machine(Path::new("/")).unwrap();
         let cpu = inventory.device(DeviceId::Cpu).unwrap();
         assert!(cpu.free > Bytes::ZERO && cpu.free <= cpu.total);
         assert!(inventory.device(DeviceId::Disk).is_some());

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use safetensors::Dtype;
 
-pub use crate::source::{LocalDirectory, Source};
+pub use crate::source::{LocalDirectory, Origin, Source};
 pub use index::Index;
 
 use crate::bytes::Bytes;
@@ -31,6 +31,8 @@ pub struct Checkpoint {
     pub name: String,
     /// config.json, checked.
     pub config: Arc<ModelConfig>,
+    /// Where it can be found again.
+    pub origin: Origin,
     /// The local directory that holds it, if one does.
     pub directory: Option<PathBuf>,
     /// File names of the shards.
@@ -101,6 +103,7 @@ impl Checkpoint {
         Ok(Self {
             name: name.into(),
             config: Arc::new(config),
+            origin: source.origin(),
             directory: source.directory().map(Path::to_path_buf),
             shards: shards.into(),
             shard_sizes: shard_sizes.into(),

@@ -4,10 +4,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use evenkeel::bytes::Bytes;
-use evenkeel::device::DeviceId;
-use evenkeel::plan::{Quantize, Strategy};
-use evenkeel::quant::{KvDtype, Scheme};
+use evenkeel::{Bytes, DeviceId, KvDtype, Quantize, Scheme, Strategy};
 
 const EXAMPLES: &str = "\
 Examples:

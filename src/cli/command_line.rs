@@ -2,8 +2,7 @@
 
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command, CommandFactory};
-use evenkeel::Error;
-use evenkeel::plan::{Change, Plan, Remedy};
+use evenkeel::{Change, Error, Plan, Remedy};
 
 use super::args::Arguments;
 use super::flags;
@@ -88,9 +87,9 @@ impl CommandLine {
 
 #[cfg(test)]
 mod tests {
+    use evenkeel::DeviceId;
+    use evenkeel::Scheme;
     use evenkeel::bytes::{Bytes, GIB};
-    use evenkeel::device::DeviceId;
-    use evenkeel::quant::Scheme;
 
     use super::*;
 

@@ -1,9 +1,6 @@
 //! `evenkeel devices`.
 
-use evenkeel::backend::cuda::Installation;
-use evenkeel::bytes::Bytes;
-use evenkeel::device::DeviceId;
-use evenkeel::machine::{Device, Inventory};
+use evenkeel::{Bytes, Device, DeviceId, Installation, Inventory};
 use serde::Serialize;
 
 use super::args::{DevicesArguments, Format};
@@ -35,7 +32,7 @@ struct Gpu<'a> {
 pub fn run(arguments: &DevicesArguments, process: &Process) -> Outcome {
     let printer = &process.printer;
     let directory = process.environment.offload_directory(arguments.offload_dir.as_deref());
-    let inventory = Inventory::this_machine(&directory)?;
+    let inventory = Inventory::of_machine(&directory)?;
     let installation = Installation::find();
     let gpus = installation.iter().flat_map(|installation| {
         installation.gpus.iter().map(|gpu| Gpu {

@@ -16,7 +16,7 @@ use std::collections::HashMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use evenkeel::fs::SCRATCH_DIRECTORY;
+use evenkeel::SCRATCH_DIRECTORY;
 
 /// The variables that are set, and not empty.
 pub struct Environment(HashMap<String, String>);
@@ -79,8 +79,8 @@ impl Environment {
 #[cfg(feature = "hub")]
 mod hub {
     use evenkeel::Result;
-    use evenkeel::bytes::{Bytes, KIB};
     use evenkeel::hub::{ENDPOINT, HubOptions, Token};
+    use evenkeel::{Bytes, KIB};
 
     use super::{Environment, Path};
 
@@ -112,7 +112,7 @@ mod hub {
             if !path.exists() {
                 return Ok(None);
             }
-            let bytes = evenkeel::fs::read_capped(&path, TOKEN_CAP)?;
+            let bytes = evenkeel::read_capped(&path, TOKEN_CAP)?;
             let token = String::from_utf8_lossy(&bytes).trim().to_owned();
             if token.is_empty() { Ok(None) } else { Token::new(&token).map(Some) }
         }

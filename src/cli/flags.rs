@@ -1,7 +1,6 @@
 //! How a command line spells what the library says to change.
 
-use evenkeel::error::Setting;
-use evenkeel::plan::Change;
+use evenkeel::{Change, Setting};
 
 /// A setting that a hint names, as one types it.
 pub fn spelled(setting: &Setting) -> String {

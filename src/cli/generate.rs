@@ -3,11 +3,10 @@
 use std::io::{IsTerminal, Read, stdin};
 use std::sync::Arc;
 
-use evenkeel::bytes::{Bytes, MIB};
-use evenkeel::checkpoint::Checkpoint;
-use evenkeel::generate::{ChatTemplate, Finish, GenerateOptions, GenerateReport, Message, Sampling};
-use evenkeel::loader::{LoadOptions, LoadReport, LoadTimes, Model};
-use evenkeel::{Error, ErrorKind, Result, fs};
+use evenkeel::{
+    Bytes, ChatTemplate, Checkpoint, Error, ErrorKind, Finish, GenerateOptions, GenerateReport, LoadOptions,
+    LoadReport, LoadTimes, MIB, Message, Model, Result, Sampling, read_capped,
+};
 use serde::Serialize;
 
 use super::args::{Format, GenerateArguments, OnShortfall, PromptArguments, SamplingArguments};
@@ -123,7 +122,7 @@ fn read_prompt(arguments: &PromptArguments) -> Result<String> {
     match (&arguments.prompt, &arguments.prompt_file) {
         (Some(prompt), _) if prompt != "-" => Ok(prompt.clone()),
         (None, Some(file)) => {
-            String::from_utf8(fs::read_capped(file, PROMPT_CAP)?).map_err(not_text(format!("`{}`", file.display())))
+            String::from_utf8(read_capped(file, PROMPT_CAP)?).map_err(not_text(format!("`{}`", file.display())))
         }
         (None, None) if stdin().is_terminal() => Err(Error::usage("there is no prompt")
             .hint("give one with `--prompt TEXT` or `--prompt-file FILE`, or pipe it in")),

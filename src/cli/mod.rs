@@ -20,10 +20,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{CommandFactory, FromArgMatches};
-use evenkeel::device::DeviceError;
-use evenkeel::plan::DoesNotFit;
-use evenkeel::pool::Pool;
-use evenkeel::{Error, ErrorKind};
+use evenkeel::{DeviceError, DoesNotFit, Error, ErrorKind, Pool};
 
 use args::{Arguments, Command};
 use command_line::CommandLine;

@@ -3,12 +3,9 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use evenkeel::checkpoint::Checkpoint;
-use evenkeel::device_map::DeviceMap;
-use evenkeel::loader::{LoadEvent, LoadOptions, Model};
-use evenkeel::machine::Inventory;
-use evenkeel::plan::{Plan, PlanOptions, Strategy};
-use evenkeel::{Error, Result};
+use evenkeel::{
+    Checkpoint, DeviceMap, Error, Inventory, LoadEvent, LoadOptions, Model, Plan, PlanOptions, Result, Strategy,
+};
 
 use super::Process;
 use super::args::{ModelArguments, PlacementArguments};
@@ -52,6 +49,7 @@ fn could_be_repository(model: &str) -> bool {
 
 #[cfg(feature = "hub")]
 fn from_hub(arguments: &ModelArguments, need: Need, process: &Process) -> Result<Checkpoint> {
+    use evenkeel::Source;
     use evenkeel::hub::{Hub, HubEvent, RepoId};
 
     let (model, printer) = (arguments.model(), &process.printer);
@@ -77,6 +75,7 @@ fn from_hub(arguments: &ModelArguments, need: Need, process: &Process) -> Result
     })?;
     let mut checkpoint = Checkpoint::open_on(directory, &process.pool)?;
     model.clone_into(&mut checkpoint.name);
+    checkpoint.origin = repository.origin();
     Ok(checkpoint)
 }
 
@@ -88,7 +87,7 @@ fn from_hub(arguments: &ModelArguments, _: Need, _: &Process) -> Result<Checkpoi
 
 /// Plans for this machine as it is now, and loads by the plan.
 pub fn load(checkpoint: &Checkpoint, options: &PlanOptions, load: &LoadOptions, process: &Process) -> Result<Model> {
-    let mut inventory = Inventory::this_machine(&load.offload_directory)?;
+    let mut inventory = Inventory::of_machine(&load.offload_directory)?;
     if options.strategy == Strategy::Fastest {
         inventory.measure_bandwidth(&options.pool);
     }

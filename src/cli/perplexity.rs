@@ -2,14 +2,10 @@
 
 use std::sync::Arc;
 
-use evenkeel::bytes::{Bytes, MIB};
-use evenkeel::checkpoint::Checkpoint;
-use evenkeel::generate::{Comparison, DEFAULT_WINDOW, Perplexity, Predictions, Windows};
-use evenkeel::loader::LoadOptions;
-use evenkeel::plan::PlanOptions;
-use evenkeel::quant::{QuantizeRules, Scheme};
-use evenkeel::tokenizer::Tokenizer;
-use evenkeel::{Error, Result, fs};
+use evenkeel::{
+    Bytes, Checkpoint, Comparison, DEFAULT_WINDOW, Error, LoadOptions, MIB, Perplexity, PlanOptions, Predictions,
+    QuantizeRules, Result, Scheme, Tokenizer, Windows, read_capped,
+};
 use serde::Serialize;
 
 use super::args::{Format, PerplexityArguments};
@@ -44,7 +40,7 @@ struct Report {
 pub fn run(arguments: &PerplexityArguments, process: &Process) -> Outcome {
     let printer = &process.printer;
     let cancel = signal::cancel_by_interrupt()?;
-    let text = String::from_utf8(fs::read_capped(&arguments.text, TEXT_CAP)?)
+    let text = String::from_utf8(read_capped(&arguments.text, TEXT_CAP)?)
         .map_err(|e| Error::input(format!("`{}` is not UTF-8", arguments.text.display())).caused_by(e))?;
     let checkpoint = model::open(&arguments.model, Need::Weights, process)?;
     let mut options = arguments.placement.options(None, process)?;

@@ -1,13 +1,10 @@
 //! `evenkeel plan`.
 
-use evenkeel::fs;
-use evenkeel::machine::Inventory;
-use evenkeel::plan::Plan;
-
 use super::args::{PlanArguments, PlanFormat};
 use super::command_line::CommandLine;
 use super::model::{self, Need};
 use super::{Exit, Outcome, Process};
+use evenkeel::{Inventory, Plan, write_atomic};
 
 /// Plans, and shows or writes the plan.
 pub fn run(arguments: &PlanArguments, process: &Process) -> Outcome {
@@ -17,9 +14,8 @@ pub fn run(arguments: &PlanArguments, process: &Process) -> Outcome {
     options.alternatives = true;
     options.kinds = arguments.verbose;
     let inventory = if arguments.device.is_empty() {
-        let mut inventory = Inventory::this_machine(
-            &process.environment.offload_directory(arguments.placement.offload_dir.as_deref()),
-        )?;
+        let mut inventory =
+            Inventory::of_machine(&process.environment.offload_directory(arguments.placement.offload_dir.as_deref()))?;
         inventory.measure_bandwidth(&process.pool);
         inventory
     } else {
@@ -38,11 +34,14 @@ pub fn run(arguments: &PlanArguments, process: &Process) -> Outcome {
         if !plan.fits() {
             return Err(process.command_line.does_not_fit(&plan).into());
         }
-        fs::write_atomic(file, plan.device_map().as_bytes(), arguments.force)?;
+        write_atomic(file, plan.device_map().as_bytes(), arguments.force)?;
         printer.note(&format!("wrote `{}`", file.display()));
     }
     printer.result(&match arguments.format {
-        PlanFormat::Text => printer.plan(&plan) + &remedies(&plan, &process.command_line),
+        PlanFormat::Text => {
+            let list = if arguments.verbose { plan.allocation_table() } else { String::new() };
+            printer.plan(&plan) + &list + &remedies(&plan, &process.command_line)
+        }
         PlanFormat::Json => plan.to_json(),
         PlanFormat::Hf => plan.hugging_face_map(),
         PlanFormat::Svg => plan.to_svg(),

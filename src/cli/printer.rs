@@ -5,8 +5,7 @@
 use std::error::Error as _;
 use std::io::{IsTerminal, Write, stderr, stdout};
 
-use evenkeel::Error;
-use evenkeel::plan::Plan;
+use evenkeel::{Error, Plan};
 
 use super::args::{OutputArguments, When};
 use super::env::Environment;

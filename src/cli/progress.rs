@@ -1,6 +1,6 @@
 //! Bars on standard error.
 
-use evenkeel::bytes::Bytes;
+use evenkeel::Bytes;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
 
 use super::printer::Printer;

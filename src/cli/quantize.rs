@@ -2,8 +2,7 @@
 
 use std::sync::Arc;
 
-use evenkeel::export::{SaveFormat, SaveOptions, save_quantized};
-use evenkeel::plan::Quantize;
+use evenkeel::{Quantize, SaveFormat, SaveOptions, save_quantized};
 
 use super::args::{PackedFormat, QuantizeArguments};
 use super::model::{self, Need};

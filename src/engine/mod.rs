@@ -51,6 +51,12 @@ impl Engine {
         Self { pipeline, context, chunk }
     }
 
+    /// The stages, for tests of them.
+    #[cfg(feature = "testing")]
+    pub fn pipeline(&mut self) -> &mut Pipeline {
+        &mut self.pipeline
+    }
+
     /// Takes prompts in chunks of at most `tokens`; no more than the plan counts.
     pub fn limit_chunk(&mut self, tokens: usize) {
         self.chunk = tokens.clamp(1, self.pipeline.largest_chunk());

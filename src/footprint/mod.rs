@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
+use crate::name::named;
 
 pub use cpu::{ACTIVATION_GROUP, CpuBuffers, StepShape, host_state};
 pub use cuda::{
@@ -42,8 +43,7 @@ pub struct Extent {
 }
 
 /// What an allocation is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Purpose {
     /// The arena of packed weights.
     Weights,
@@ -56,6 +56,14 @@ pub enum Purpose {
     /// What the driver takes by itself; an estimate.
     Driver,
 }
+
+named!(Purpose, "what an allocation is for", {
+    Weights => "weights",
+    State => "state",
+    Workspace => "workspace",
+    Staging => "staging",
+    Driver => "driver",
+});
 
 /// An allocation, or a region of one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

@@ -10,7 +10,6 @@ const RING_TILE: usize = 64;
 
 /// What a block keeps of one sequence, by its kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
 pub enum State {
     /// Keys and values: of the whole context, or where the block sees a window, of that and a
     /// chunk of prefill, in a ring.

@@ -33,6 +33,12 @@ pub struct GenerateOptions {
     pub cancel: Cancel,
 }
 
+impl From<Sampling> for GenerateOptions {
+    fn from(sampling: Sampling) -> Self {
+        Self { sampling, ..Self::default() }
+    }
+}
+
 /// Why a generation ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -94,9 +100,9 @@ impl Model {
     ///
     /// # Errors
     /// The prompt is empty or longer than the context, or the model fails.
-    pub fn generate(&mut self, prompt: &str, options: GenerateOptions) -> Result<Generation<'_>> {
+    pub fn generate(&mut self, prompt: &str, options: impl Into<GenerateOptions>) -> Result<Generation<'_>> {
         let tokens = self.tokenizer.encode(prompt, true)?;
-        self.generate_from(&tokens, options)
+        self.generate_from(&tokens, options.into())
     }
 
     /// Generates behind tokens.

@@ -19,7 +19,7 @@ use super::{Hub, HubEvent, LOCK_WAIT, RATE_LIMIT_WAIT, RepoId};
 use crate::bytes::{Bytes, KIB};
 use crate::checkpoint::{Index, SINGLE_FILE, index};
 use crate::error::{Error, Result, printable};
-use crate::source::{LocalDirectory, Source};
+use crate::source::{LocalDirectory, Origin, Source};
 use crate::{fs, model_config};
 
 /// How often a wait for the lock is announced.
@@ -419,6 +419,10 @@ impl Source for Repository {
 
     fn directory(&self) -> Option<&Path> {
         None
+    }
+
+    fn origin(&self) -> Origin {
+        Origin::Repository { repository: self.id.to_string(), commit: self.commit.clone() }
     }
 }
 

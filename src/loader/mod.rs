@@ -12,6 +12,7 @@ mod fill;
 pub(crate) mod reader;
 mod shard;
 
+use std::borrow::Borrow;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -134,7 +135,8 @@ impl Plan {
     /// # Errors
     /// The plan does not fit, a file is broken or has changed, a weight is not
     /// finite, memory or disk is not to be had, or the caller stopped it.
-    pub fn load(&self, options: &LoadOptions, mut on_event: impl FnMut(LoadEvent)) -> Result<Model> {
+    pub fn load(&self, options: impl Borrow<LoadOptions>, mut on_event: impl FnMut(LoadEvent)) -> Result<Model> {
+        let options = options.borrow();
         if !self.fits() {
             return Err(self.does_not_fit());
         }
@@ -169,5 +171,13 @@ impl Plan {
             report,
             engine: Engine::new(pipeline, self.context),
         })
+    }
+}
+
+#[cfg(feature = "testing")]
+impl Model {
+    /// What runs it, for tests of that.
+    pub fn engine(&mut self) -> &mut Engine {
+        &mut self.engine
     }
 }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::error::ParseError;
 
@@ -61,7 +61,7 @@ const GPUS: &[(&str, u64)] = &[
 ];
 
 /// How fast a device reads its memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bandwidth {
     /// Bytes a second: of a data sheet, or as measured.
     pub bytes_per_second: u64,

@@ -9,10 +9,13 @@ mod options;
 mod outline;
 mod place;
 mod remedies;
+mod saved;
 mod scheme;
 mod show;
 mod speed;
 mod subject;
+
+use std::borrow::Borrow;
 
 use serde::Serialize;
 
@@ -83,7 +86,7 @@ pub struct Plan {
     pub weights: Vec<Placed>,
     /// Every allocation of a load: the weights of each device together, what each block keeps, every buffer.
     pub allocations: Vec<Allocation>,
-    #[serde(skip)]
+    #[serde(serialize_with = "saved::origin")]
     checkpoint: Checkpoint,
 }
 
@@ -95,10 +98,10 @@ impl Plan {
     /// The checkpoint's tensors contradict its configuration, the device map
     /// does not match the model or names a device that is not there, or an
     /// option is out of its range.
-    pub fn new(checkpoint: &Checkpoint, inventory: &Inventory, options: &PlanOptions) -> Result<Self> {
+    pub fn new(checkpoint: &Checkpoint, inventory: &Inventory, options: impl Borrow<PlanOptions>) -> Result<Self> {
         let tree = ModuleTree::new(&checkpoint.config);
         let subject = Subject::new(checkpoint, inventory, &tree)?;
-        let (options, mut plan) = choose::with_scheme(&subject, options)?;
+        let (options, mut plan) = choose::with_scheme(&subject, options.borrow())?;
         if options.alternatives {
             plan.placements = outline::placements(&subject, &options, &plan);
         }

@@ -113,6 +113,12 @@ impl From<Scheme> for Quantize {
     }
 }
 
+impl From<Scheme> for Option<Quantize> {
+    fn from(scheme: Scheme) -> Self {
+        Some(scheme.into())
+    }
+}
+
 impl FromStr for Quantize {
     type Err = ParseError;
 

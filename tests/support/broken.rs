@@ -4,7 +4,7 @@ use std::error::Error as _;
 use std::path::{Path, PathBuf};
 
 use evenkeel::bytes::Bytes;
-use evenkeel::checkpoint::{Checkpoint, LocalDirectory, Source};
+use evenkeel::checkpoint::{Checkpoint, LocalDirectory, Origin, Source};
 use evenkeel::plan::{Plan, PlanOptions};
 use evenkeel::pool::Pool;
 use evenkeel::{ErrorKind, Result};
@@ -258,5 +258,9 @@ impl Source for HeadersOnly {
 
     fn directory(&self) -> Option<&Path> {
         self.0.directory()
+    }
+
+    fn origin(&self) -> Origin {
+        self.0.origin()
     }
 }

@@ -45,7 +45,7 @@ pub fn options(scheme: Scheme, map: &str, context: Option<usize>) -> PlanOptions
 }
 
 pub fn machine() -> Inventory {
-    Inventory::this_machine(Path::new(env!("CARGO_TARGET_TMPDIR"))).unwrap()
+    Inventory::of_machine(Path::new(env!("CARGO_TARGET_TMPDIR"))).unwrap()
 }
 
 pub fn plan(checkpoint: &Checkpoint, scheme: Scheme, map: &str, context: Option<usize>) -> Plan {

@@ -9,6 +9,7 @@ use crate::architecture::ModuleKind;
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::device_map::SCHEMA_VERSION;
+use crate::footprint::Allocation;
 use crate::machine;
 use crate::plan::{DevicePlan, Plan, PlannedModule, Quantize, Speed, speed};
 use crate::quant::KvDtype;
@@ -202,6 +203,17 @@ impl Plan {
         let unmeasured = self.kinds.iter().any(|kind| kind.error.is_none());
         let note = "the error is not measured: the weights are packed already, or not in a local directory\n";
         format!("\n{}{}", table(&rows), if unmeasured { note } else { "" })
+    }
+}
+
+impl Plan {
+    /// Every allocation of a load in a line: the device, what it is for, its name and its size.
+    pub fn allocation_table(&self) -> String {
+        let row = |Allocation { device, purpose, name, bytes }: &Allocation| {
+            vec![device.to_string(), purpose.to_string(), name.clone(), bytes.to_string()]
+        };
+        let allocations = self.allocations.iter().filter(|allocation| allocation.bytes > Bytes::ZERO);
+        format!("\n{}", table(&allocations.map(row).collect::<Vec<_>>()))
     }
 }
 
