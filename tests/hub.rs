@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use evenkeel::bytes::{Bytes, MIB};
 use evenkeel::checkpoint::Checkpoint;
-use evenkeel::hub::{Hub, HubEvent, HubOptions, RepoId, Repository, Token};
+use evenkeel::hub::{Hub, HubEvent, HubOptions, Refusal, RepoId, Repository, Token};
 use evenkeel::pool::Pool;
 use evenkeel::source::Source;
 use evenkeel::{Error, Result};
@@ -223,11 +223,19 @@ fn every_fault_has_its_own_message() {
             scope.spawn(move || {
                 let scene = Scene::new();
                 let case = format!("{part:?} {fault:?}");
+                let answered = if let Status(status, code) = fault { Some((status, code)) } else { None };
                 scene.hub.fail(part, fault, usize::MAX);
                 let token = token.map(|token| Token::new(token).unwrap());
                 let options = HubOptions { token, ..scene.options() };
                 let result = open(options, "main").and_then(|repository| repository.download(&mut |_| {}));
-                let text = text(&result.expect_err(&case));
+                let error = result.expect_err(&case);
+                if let Some((status, code)) = answered {
+                    let refusal = error.cause::<Refusal>().unwrap();
+                    // Of a file that is missing hf-hub keeps no code.
+                    let code = (code != "EntryNotFound").then_some(code);
+                    assert_eq!((refusal.status, refusal.code.as_deref()), (status, code), "{case}");
+                }
+                let text = text(&error);
                 for part in all {
                     assert!(text.contains(part), "{case}: {part:?} is not said in:\n{text}");
                 }

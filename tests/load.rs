@@ -7,8 +7,10 @@ use std::os::unix::fs::FileExt;
 
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::error::Setting;
+use evenkeel::generate::{GenerateOptions, TooLong};
 use evenkeel::loader::{LoadEvent, LoadOptions, WeightError};
-use evenkeel::plan::{Plan, PlanOptions};
+use evenkeel::machine::Inventory;
+use evenkeel::plan::{DoesNotFit, Plan, PlanOptions};
 use evenkeel::quant::Scheme;
 use evenkeel::{Cancel, Error, ErrorKind};
 use support::{fixture, load_plan, roomy};
@@ -55,6 +57,23 @@ fn a_weight_that_is_not_finite_is_named() {
         }
         assert!(load_plan(&plan(&checkpoint, Scheme::None)).is_ok());
     }
+}
+
+#[test]
+fn what_does_not_fit_and_what_is_too_long_say_so_in_numbers() {
+    let (_directory, checkpoint) = copy();
+    let small = Plan::new(&checkpoint, &Inventory::described("cpu=513MiB").unwrap(), &PlanOptions::default()).unwrap();
+    let error = load_plan(&small).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::DoesNotFit);
+    assert_eq!(error.cause::<DoesNotFit>().unwrap().devices, small.devices);
+
+    let options = PlanOptions { context: Some(8), ..PlanOptions::default() };
+    let plan = Plan::new(&checkpoint, &roomy(), &options).unwrap();
+    let options = GenerateOptions { max_new_tokens: Some(7), ..GenerateOptions::default() };
+    let mut model = load_plan(&plan).unwrap();
+    let error = model.generate_from(&[1, 2], options).err().unwrap();
+    assert_eq!(error.cause(), Some(&TooLong { context: 8, prompt: 2, wanted: 7 }));
+    assert_eq!(error.hints()[0].settings(), [Setting::Context(9)]);
 }
 
 #[test]
