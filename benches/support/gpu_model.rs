@@ -20,8 +20,6 @@ use super::synthetic::Shape;
 use super::table::{Amount, head, median, row, seconds};
 use super::{allocate, copy};
 
-/// New tokens behind the prompt.
-const NEW: usize = 128;
 /// How often each figure is taken.
 const ROUNDS: usize = 3;
 /// A slab, and how many threads read, as in the loader.
@@ -67,7 +65,7 @@ fn plan(checkpoint: &Checkpoint, shape: &Shape, scheme: Scheme) -> Plan {
     let inventory = Inventory::of_machine(Path::new(".")).expect("this machine");
     let options = PlanOptions {
         quantize: Some(scheme.into()),
-        context: Some(shape.prompt + NEW),
+        context: Some(shape.prompt + shape.new),
         device_map: Some(DeviceMap::parse("map.json", br#"{"": "cuda:0"}"#.to_vec()).expect("a map")),
         ..PlanOptions::default()
     };
@@ -124,14 +122,14 @@ pub fn model(gpu: &Arc<Gpu>, shape: &Shape) {
         // A token reads one row of the embedding, the first module.
         let weights: u64 = plan.modules.iter().skip(1).map(|module| module.weights.0).sum();
         for prompt in [&prompt[..16], &prompt] {
-            let decode = median((0..ROUNDS).map(|_| generate(&mut model, prompt, NEW).decode_seconds));
+            let decode = median((0..ROUNDS).map(|_| generate(&mut model, prompt, shape.new).decode_seconds));
             let keys = plan.modules.iter().map(|module| module.kv_cache.0).sum::<u64>() as f64;
-            let read = weights as f64 + keys * (prompt.len() + NEW / 2) as f64 / plan.context as f64;
+            let read = weights as f64 + keys * (prompt.len() + shape.new / 2) as f64 / plan.context as f64;
             let what = format!("{scheme}: decode behind {} tokens", prompt.len());
-            row(&what, decode, Amount::Tokens(NEW as f64 - 1.0), Some(copy / read));
+            row(&what, decode, Amount::Tokens(shape.new as f64 - 1.0), Some(copy / read));
         }
         model.launch_each_kernel();
-        let decode = median((0..ROUNDS).map(|_| generate(&mut model, &prompt[..16], NEW).decode_seconds));
-        row(&format!("{scheme}: the first without a graph"), decode, Amount::Tokens(NEW as f64 - 1.0), None);
+        let decode = median((0..ROUNDS).map(|_| generate(&mut model, &prompt[..16], shape.new).decode_seconds));
+        row(&format!("{scheme}: the first without a graph"), decode, Amount::Tokens(shape.new as f64 - 1.0), None);
     }
 }
