@@ -160,10 +160,16 @@ pub fn packed(layout: &MatrixLayout, weights: &[f32]) -> Vec<u8> {
 
 #[track_caller]
 fn near(what: &str, ours: &[f32], exact: &[f64], tolerance: f64, output: Output) {
+    near_each(what, ours, exact, |_| tolerance, output);
+}
+
+/// [`near`] with a tolerance for each element.
+#[track_caller]
+fn near_each(what: &str, ours: &[f32], exact: &[f64], tolerance: impl Fn(usize) -> f64, output: Output) {
     assert_eq!(ours.len(), exact.len(), "{what}");
     let rounding = if output == Output::F16 { 0.0006 } else { 2e-6 };
     for (i, (ours, exact)) in ours.iter().zip(exact).enumerate() {
-        let allowed = tolerance + rounding * exact.abs() + if output == Output::F16 { 1e-7 } else { 0.0 };
+        let allowed = tolerance(i) + rounding * exact.abs() + if output == Output::F16 { 1e-7 } else { 0.0 };
         assert!((f64::from(*ours) - exact).abs() <= allowed, "{what}, element {i}: {ours}, not {exact}");
     }
 }
