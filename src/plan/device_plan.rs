@@ -134,7 +134,7 @@ impl Fixed<'_> {
     /// and what is read pass through host memory even then.
     pub fn buffers(&self, device: DeviceId, computes: bool) -> Vec<Allocation> {
         let Self { config, staging, conditions } = *self;
-        let extent = conditions.extent();
+        let extent = conditions.extent;
         let of = |purpose| move |(name, bytes): (&str, Bytes)| Allocation { device, purpose, name: name.to_owned(), bytes };
         match device {
             DeviceId::Cuda(_) if computes => {

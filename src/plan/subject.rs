@@ -68,19 +68,20 @@ impl<'a> Subject<'a> {
             DevicePlan::new(device, &conditions, &allocations, here)
         };
         let devices: Vec<_> = inventory.devices.iter().map(device).collect();
+        let extent = conditions.extent;
         Ok(Plan {
             model: checkpoint.name.clone(),
             architecture: config.family.architecture.to_owned(),
             parameters: weights.iter().map(|weight| (weight.parameter.rows * weight.parameter.cols) as u64).sum(),
             dtype: config.dtype.clone(),
-            context: conditions.context,
+            context: extent.context,
             longest_context: config.max_position_embeddings,
-            batch: conditions.batch,
-            chunk: conditions.chunk,
+            batch: extent.sequences,
+            chunk: extent.chunk,
             kv_cache: conditions.kv_cache,
             quantize: conditions.quantize,
             max_memory: conditions.max_memory,
-            speed: Speed::predict(&devices, &modules, conditions.batch),
+            speed: Speed::predict(&devices, &modules, extent.sequences),
             modules,
             devices,
             placements: Vec::new(),
@@ -128,8 +129,8 @@ impl<'a> Subject<'a> {
         for module in &mut modules {
             let ModuleKind::Block(index) = module.kind else { continue };
             let too_large = || Error::input("the KV cache is too large to plan for");
-            module.state = State::new(config, config.layers[index], conditions.extent(), conditions.kv_cache);
-            let bytes = module.state.and_then(|state| state.bytes().0.checked_mul(conditions.batch as u64));
+            module.state = State::new(config, config.layers[index], conditions.extent, conditions.kv_cache);
+            let bytes = module.state.and_then(|state| state.bytes().0.checked_mul(conditions.extent.sequences as u64));
             module.kv_cache = Bytes(bytes.ok_or_else(too_large)?);
             all = all.checked_add(module.kv_cache.0).filter(|all| *all <= MAX_BYTES).ok_or_else(too_large)?;
         }
