@@ -9,7 +9,7 @@ use half::{bf16, f16};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
-use super::stored::Stored;
+use super::Stored;
 use crate::architecture::{ModuleTree, Weight};
 use crate::error::{Error, Hint, Result, Setting};
 use crate::footprint::Placed;
@@ -37,22 +37,20 @@ pub fn rules(scheme: Scheme, tree: &ModuleTree, weights: &[Weight]) -> Result<Qu
         return Err(Error::input(format!("`{tensor}` is stored by columns, which `{METHOD}` does not pack")));
     }
     let mut rules = vec![(String::new(), scheme)];
-    rules.extend([tree.embedding(), "lm_head"].map(|path| (path.to_owned(), Scheme::None)));
-    let is_ragged =
-        |weight: &&Weight| weight.parameter.is_quantizable() && !weight.parameter.cols.is_multiple_of(multiple);
-    let ragged = weights.iter().filter(is_ragged).map(|weight| weight.parameter.module.clone());
-    let ragged = ragged.filter(|path| path != tree.embedding() && path != "lm_head");
-    rules.extend(ragged.map(|path| (path, Scheme::None)));
+    let outer = [tree.embedding(), "lm_head"];
+    rules.extend(outer.map(|path| (path.to_owned(), Scheme::None)));
+    let matrices = weights.iter().map(|weight| &weight.parameter).filter(|parameter| parameter.is_quantizable());
+    let ragged = matrices.filter(|matrix| !matrix.cols.is_multiple_of(multiple) && !outer.contains(&&*matrix.module));
+    rules.extend(ragged.map(|matrix| (matrix.module.clone(), Scheme::None)));
     Ok(QuantizeRules::new(rules))
 }
 
 /// `quantization_config` of config.json.
 pub fn config(scheme: Scheme, placed: &[Placed]) -> Value {
-    let is_kept =
-        |target: &&Placed| target.layout.storage == target.weight.data && !target.weight.parameter.is_vector();
+    let kept = placed.iter().filter(|target| target.layout.storage == target.weight.data).map(|target| &target.weight);
+    let matrices = kept.map(|weight| &weight.parameter).filter(|parameter| !parameter.is_vector());
     // A tied head is no tensor.
-    let mut ignore: Vec<_> =
-        placed.iter().filter(is_kept).map(|target| target.weight.parameter.module.as_str()).collect();
+    let mut ignore: Vec<_> = matrices.map(|parameter| parameter.module.as_str()).collect();
     if !ignore.contains(&"lm_head") {
         ignore.push("lm_head");
     }
@@ -81,7 +79,10 @@ pub fn tensors(target: &Placed) -> [Stored; 3] {
     [
         Stored::new(name("packed"), Dtype::I32, vec![rows, words]),
         Stored::new(name("scale"), target.weight.tensor.dtype, vec![rows, groups(layout) as u64]),
-        Stored::new(name("shape"), Dtype::I64, vec![2]).holding([rows, cols].map(u64::to_le_bytes).concat()),
+        Stored {
+            content: [rows, cols].map(u64::to_le_bytes).concat(),
+            ..Stored::new(name("shape"), Dtype::I64, vec![2])
+        },
     ]
 }
 

@@ -17,8 +17,8 @@ use safetensors::Dtype;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
+use super::Stored;
 use super::compressed_tensors::{self, Rows};
-use super::stored::Stored;
 use crate::architecture::ModuleTree;
 use crate::bytes::{Bytes, MIB};
 use crate::cancel::Cancel;
@@ -138,7 +138,7 @@ pub fn save_quantized(
         let target = &placed[slab.weight];
         let (layout, bytes) = (&target.layout, slab.bytes());
         let write = |tensor: usize, at: u64, bytes: &[u8]| {
-            let (file, start) = &files[slab.weight][tensor];
+            let (file, start) = &files[&(slab.weight, tensor)];
             file.write_all_at(bytes, start + at).map_err(|e| Error::io("write into", &options.output, e))
         };
         let broken = |e| broken_weight(target, slab.row, e);
@@ -210,36 +210,31 @@ fn shards(tensors: &[Vec<Stored>], limit: Bytes) -> Vec<Range<usize>> {
 }
 
 /// Makes the shards with their headers, and the index where there are several.
-/// Returns the file of each tensor of each weight and where its data begins there.
+/// Returns the place of each tensor of each weight.
 fn write_shards(
     output: &NewDirectory,
     tensors: &[Vec<Stored>],
     shards: &[Range<usize>],
     format: SaveFormat,
-) -> Result<Vec<Vec<Place>>> {
-    let mut files = Vec::with_capacity(tensors.len());
+) -> Result<BTreeMap<(usize, usize), Place>> {
+    let mut files = BTreeMap::new();
     let mut weight_map = Map::new();
     for (at, shard) in shards.iter().enumerate() {
         let name = match shards.len() {
             1 => SINGLE_FILE.to_owned(),
             count => format!("model-{:05}-of-{count:05}.safetensors", at + 1),
         };
-        let (method, mut order) = (
-            if format == SaveFormat::Evenkeel { PACKED_METHOD } else { "pt" },
-            shard
-                .clone()
-                .flat_map(|weight| (0..tensors[weight].len()).map(move |part| (weight, part)))
-                .collect::<Vec<_>>(),
-        );
+        let method = if format == SaveFormat::Evenkeel { PACKED_METHOD } else { "pt" };
+        let parts = |weight: usize| (0..tensors[weight].len()).map(move |part| (weight, part));
+        let mut order: Vec<_> = shard.clone().flat_map(parts).collect();
         if format == SaveFormat::CompressedTensors {
             // Each then stands on a multiple of its elements' size; what we pack is a multiple of all.
             order.sort_by_key(|(weight, part)| std::cmp::Reverse(tensors[*weight][*part].dtype.bitsize()));
         }
         let mut header = Map::from_iter([("__metadata__".to_owned(), json!({"format": method}))]);
-        let (mut end, mut starts) = (0u64, BTreeMap::new());
-        for (weight, part) in order {
-            let Stored { name: tensor, dtype, shape, size, .. } = &tensors[weight][part];
-            starts.insert((weight, part), end);
+        let mut end = 0u64;
+        for (weight, part) in &order {
+            let Stored { name: tensor, dtype, shape, size, .. } = &tensors[*weight][*part];
             let entry = json!({"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]});
             header.insert(tensor.clone(), entry);
             weight_map.insert(tensor.clone(), name.clone().into());
@@ -254,13 +249,12 @@ fn write_shards(
         let bytes = [&(length as u64).to_le_bytes()[..], &header].concat();
         let write = |at, bytes: &[u8]| file.write_all_at(bytes, at).map_err(|e| Error::io("write", name.as_ref(), e));
         write(0, &bytes)?;
-        for weight in shard.clone() {
-            let place = |part| (Arc::clone(&file), data + starts[&(weight, part)]);
-            let places: Vec<_> = (0..tensors[weight].len()).map(place).collect();
-            for (tensor, (_, start)) in tensors[weight].iter().zip(&places) {
-                write(*start, &tensor.content)?;
-            }
-            files.push(places);
+        let mut start = data;
+        for (weight, part) in order {
+            let tensor = &tensors[weight][part];
+            write(start, &tensor.content)?;
+            files.insert((weight, part), (Arc::clone(&file), start));
+            start += tensor.size;
         }
     }
     if shards.len() > 1 {

@@ -1,6 +1,7 @@
 //! What a GPU takes, and how its kernels share out their work where that decides about memory.
 
-use super::{Extent, STAGING_SLABS, StepShape, aligned, buffers};
+use super::cpu::feed_forward;
+use super::{Extent, STAGING_SLABS, aligned, buffers};
 use crate::architecture::Role;
 use crate::bytes::{Bytes, MIB};
 use crate::model_config::ModelConfig;
@@ -90,91 +91,59 @@ impl CudaChoice {
 }
 
 buffers! {
-    /// The buffers that a GPU computes a step in. Normalized states, queries to up, and the inputs of experts
-    /// are f16, tokens, shares and positions 32 bits wide, all others f32.
-    CudaBuffers {
-        /// The hidden state.
-        hidden,
-        /// The normalized hidden state.
-        normed,
-        /// Queries.
-        query,
-        /// Keys.
-        key,
-        /// Values.
-        value,
-        /// What attention gives.
-        attended,
-        /// The gate's output.
-        gate,
-        /// Up's output.
-        up,
-        /// What a half of a block gives where that is not added at once.
-        branch,
-        /// The experts' scores.
-        routes,
-        /// The inputs of an expert.
-        gathered,
-        /// The outputs of an expert.
-        expert,
-        /// The tokens of experts, and their weights.
-        shares,
-        /// Logits.
-        logits,
-        /// Tokens, with room for what is chosen.
-        tokens,
-        /// The frequencies of all ropes.
-        frequencies,
-        /// What those leave that share attention or a product.
-        parts,
-        /// How many of them are done; zeros between launches.
-        arrivals,
-        /// The position of each sequence.
-        positions,
-        /// What launches that choose a token leave each other.
-        choice,
-        /// A bit for each token that occurred.
-        seen,
-    }
-}
-
-impl CudaBuffers<Bytes> {
-    /// Their sizes, each aligned.
-    pub fn sizes(config: &ModelConfig, extent: Extent) -> Self {
-        let shape = StepShape::new(config, extent.chunk);
+    /// The buffers that a GPU computes a step in, each aligned. Normalized states, queries to up, and the inputs of
+    /// experts are f16, tokens, shares and positions 32 bits wide, all others f32.
+    CudaBuffers(config, extent) {
+        let (hidden, queries, keys, tokens) = (config.hidden_size, config.queries(), config.keys(), extent.chunk);
+        let (feed_forward, experts) = feed_forward(config);
+        let mixed = experts.map_or(0, |_| hidden);
         let roles = || config.family.block().map(|(role, _)| role);
         let norms_outputs = roles().any(|role| matches!(role, Role::AttentionOutputNorm | Role::FeedForwardOutputNorm));
-        let routed =
-            if shape.routes > 0 { config.experts.map_or(0, |experts| shape.tokens * experts.per_token) } else { 0 };
         let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
-        let [parts, arrivals] = CudaAttention::scratch(heads, kv_heads, config.head_dim, shape.tokens, extent.context);
+        let [parts, arrivals] = CudaAttention::scratch(heads, kv_heads, config.head_dim, tokens, extent.context);
         let choice = CudaChoice::new(config.vocab_size);
         let rotated: usize = config.ropes.iter().map(|rope| rope.rotary_dim / 2).sum();
         let bytes = |len: usize| aligned(len as u64);
-        Self {
-            hidden: bytes(shape.normed * WORD),
-            normed: bytes(shape.normed * HALF),
-            query: bytes(shape.query * HALF),
-            key: bytes(shape.key * HALF),
-            value: bytes(shape.key * HALF),
-            attended: bytes(shape.query * HALF),
-            gate: bytes(shape.gate * HALF),
-            up: bytes(shape.gate * HALF),
-            branch: bytes(if norms_outputs || shape.mixed > 0 { shape.normed * WORD } else { 0 }),
-            routes: bytes(shape.routes * WORD),
-            gathered: bytes(shape.mixed * HALF),
-            expert: bytes(shape.mixed * WORD),
-            shares: bytes(2 * routed * WORD),
-            logits: bytes(config.vocab_size * WORD),
-            tokens: bytes((shape.tokens * WORD).max(CudaChoice::CHOSEN)),
-            frequencies: bytes(rotated * WORD),
-            parts: bytes(parts.max(CUDA_FEW_BLOCKS * CUDA_FEW_PARTS * WORD)),
-            arrivals: bytes(arrivals.max(CUDA_FEW_BLOCKS * WORD)),
-            positions: bytes(extent.sequences * WORD),
-            choice: bytes(choice.scratch),
-            seen: bytes(choice.seen),
-        }
+        let (halves, words) = (|width: usize| bytes(tokens * width * HALF), |width: usize| bytes(tokens * width * WORD));
     }
+    /// The hidden state.
+    hidden: words(hidden),
+    /// The normalized hidden state.
+    normed: halves(hidden),
+    query: halves(queries),
+    key: halves(keys),
+    value: halves(keys),
+    /// What attention gives.
+    attended: halves(queries),
+    /// The gate's output.
+    gate: halves(feed_forward),
+    /// Up's output.
+    up: halves(feed_forward),
+    /// What a half of a block gives where that is not added at once.
+    branch: words(if norms_outputs { hidden } else { mixed }),
+    /// The experts' scores.
+    routes: words(experts.map_or(0, |experts| experts.count)),
+    /// The inputs of an expert.
+    gathered: halves(mixed),
+    /// The outputs of an expert.
+    expert: words(mixed),
+    /// The tokens of experts, and their weights.
+    shares: words(experts.map_or(0, |experts| 2 * experts.per_token)),
+    logits: bytes(config.vocab_size * WORD),
+    /// Tokens, with room for what is chosen.
+    tokens: bytes((tokens * WORD).max(CudaChoice::CHOSEN)),
+    /// The frequencies of all ropes.
+    frequencies: bytes(rotated * WORD),
+    /// What those leave that share attention or a product.
+    parts: bytes(parts.max(CUDA_FEW_BLOCKS * CUDA_FEW_PARTS * WORD)),
+    /// How many of them are done; zeros between launches.
+    arrivals: bytes(arrivals.max(CUDA_FEW_BLOCKS * WORD)),
+    /// The position of each sequence.
+    positions: bytes(extent.sequences * WORD),
+    /// What launches that choose a token leave each other.
+    choice: bytes(choice.scratch),
+    /// A bit for each token that occurred.
+    seen: bytes(choice.seen),
 }
 
 /// The regions of a GPU's staging ring: as many slabs as the host's has, and a word for each that

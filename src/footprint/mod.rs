@@ -13,7 +13,7 @@ use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::name::named;
 
-pub use cpu::{ACTIVATION_GROUP, CpuBuffers, StepShape, host_state};
+pub use cpu::{ACTIVATION_GROUP, CpuBuffers, host_state};
 pub use cuda::{
     CUDA_ANSWERS, CUDA_CONTEXT, CUDA_FEW_BLOCKS, CUDA_FEW_PARTS, CudaAttention, CudaBuffers, CudaChoice, cuda_staging,
 };
@@ -80,11 +80,23 @@ pub struct Allocation {
 
 /// Defines a struct of named buffers, which has a `T` for each: its size, or the buffer itself.
 macro_rules! buffers {
-    ($(#[$about:meta])* $name:ident { $($(#[doc = $doc:literal])* $field:ident,)* }) => {
+    (
+        $(#[$about:meta])* $name:ident($config:ident, $extent:ident) { $($known:tt)* }
+        $($(#[$doc:meta])* $field:ident: $size:expr,)*
+    ) => {
         $(#[$about])*
         #[derive(Clone, Debug, PartialEq, Eq)]
+        #[allow(missing_docs, reason = "some names say it all")]
         pub struct $name<T> {
-            $($(#[doc = $doc])* pub $field: T,)*
+            $($(#[$doc])* pub $field: T,)*
+        }
+
+        impl $name<Bytes> {
+            /// Their sizes.
+            pub fn sizes($config: &ModelConfig, $extent: Extent) -> Self {
+                $($known)*
+                Self { $($field: $size,)* }
+            }
         }
 
         impl<T> $name<T> {

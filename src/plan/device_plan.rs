@@ -8,7 +8,9 @@ use super::options::Conditions;
 use crate::architecture::ModuleKind;
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
-use crate::footprint::{self, CUDA_ANSWERS, CUDA_CONTEXT, CpuBuffers, CudaBuffers, HostStaging, Purpose, State};
+use crate::footprint::{
+    self, Allocation, CUDA_ANSWERS, CUDA_CONTEXT, CpuBuffers, CudaBuffers, HostStaging, Purpose, State,
+};
 use crate::machine::{Bandwidth, Device};
 use crate::model_config::ModelConfig;
 
@@ -78,11 +80,11 @@ pub struct DevicePlan {
 }
 
 impl DevicePlan {
-    /// What a device takes when it is used at all, before any module is on it.
-    pub(super) fn empty(device: &Device, fixed: &Fixed) -> Self {
-        let conditions = fixed.conditions;
+    /// What `allocations` take of a device, and how many `modules` are on it.
+    pub(super) fn new(device: &Device, conditions: &Conditions, allocations: &[Allocation], modules: usize) -> Self {
         let reserve = if device.id == DeviceId::Disk { Bytes::ZERO } else { conditions.reserve };
         let limit = conditions.max_memory.get(&device.id).copied().unwrap_or(device.free);
+        let sum = |purpose| sum(allocations, device.id, purpose);
         Self {
             id: device.id,
             name: device.name.clone(),
@@ -90,37 +92,12 @@ impl DevicePlan {
             free: device.free,
             reserve,
             budget: limit.min(device.free - reserve),
-            weights: Bytes::ZERO,
-            kv_cache: Bytes::ZERO,
-            workspace: Bytes::ZERO,
-            staging: Bytes::ZERO,
-            driver_context: Bytes::ZERO,
-            modules: 0,
-        }
-        .with(fixed.regions(device.id, true))
-    }
-
-    /// With what it takes beside weights and state.
-    fn with(mut self, regions: Vec<(Purpose, &'static str, Bytes)>) -> Self {
-        let sum = |wanted| regions.iter().filter(|(purpose, ..)| *purpose == wanted).map(|(.., bytes)| *bytes).sum();
-        self.workspace = sum(Purpose::Workspace);
-        self.staging = sum(Purpose::Staging);
-        self.driver_context = sum(Purpose::Driver);
-        self
-    }
-
-    /// Adds what `modules` take of this device, and of the others what passes through it.
-    pub(super) fn take(&mut self, modules: &[PlannedModule], fixed: &Fixed) {
-        let id = self.id;
-        let here = || modules.iter().filter(|module| module.device == id);
-        let in_memory_here = || modules.iter().filter(|module| memory_device(module.device) == id);
-        let computes = in_memory_here().next().is_some();
-        self.weights = here().map(|module| module.weights).sum();
-        self.modules = here().count();
-        self.kv_cache = in_memory_here().map(|module| module.kv_cache).sum();
-        *self = self.clone().with(fixed.regions(id, computes));
-        if id == DeviceId::Cpu {
-            self.workspace += answers(modules).map(|(_, bytes)| bytes).sum();
+            weights: sum(Purpose::Weights),
+            kv_cache: sum(Purpose::State),
+            workspace: sum(Purpose::Workspace),
+            staging: sum(Purpose::Staging),
+            driver_context: sum(Purpose::Driver),
+            modules,
         }
     }
 
@@ -155,33 +132,51 @@ pub struct Fixed<'a> {
 impl Fixed<'_> {
     /// What a device takes beside weights and state, if it computes modules or if it does not: hidden states, logits
     /// and what is read pass through host memory even then.
-    pub fn regions(&self, id: DeviceId, computes: bool) -> Vec<(Purpose, &'static str, Bytes)> {
+    pub fn buffers(&self, device: DeviceId, computes: bool) -> Vec<Allocation> {
         let Self { config, staging, conditions } = *self;
-        let extent = conditions.extent();
-        let (workspace, staging, driver): (Vec<_>, Vec<_>, _) = match id {
+        let extent = conditions.extent;
+        let of = |purpose| move |(name, bytes): (&str, Bytes)| Allocation { device, purpose, name: name.to_owned(), bytes };
+        match device {
             DeviceId::Cuda(_) if computes => {
                 let buffers = CudaBuffers::sizes(config, extent);
-                let workspace = buffers.each().map(|(name, bytes)| (name, *bytes)).collect();
-                (workspace, footprint::cuda_staging(staging.slab).into(), Some(("context", CUDA_CONTEXT)))
+                let workspace = buffers.each().map(|(name, bytes)| (name, *bytes)).map(of(Purpose::Workspace));
+                let staging = footprint::cuda_staging(staging.slab).map(of(Purpose::Staging));
+                workspace.chain(staging).chain([("context", CUDA_CONTEXT)].map(of(Purpose::Driver))).collect()
             }
             DeviceId::Cpu => {
                 let buffers = computes.then(|| CpuBuffers::sizes(config, extent));
                 let buffers = buffers.iter().flat_map(CpuBuffers::each).map(|(name, bytes)| (name, *bytes));
-                let workspace = buffers.chain(footprint::host_state(config, extent)).collect();
-                (workspace, staging.regions(computes).into(), None)
+                let workspace = buffers.chain(footprint::host_state(config, extent)).map(of(Purpose::Workspace));
+                workspace.chain(staging.regions(computes).map(of(Purpose::Staging))).collect()
             }
-            DeviceId::Cuda(_) | DeviceId::Disk => return Vec::new(),
-        };
-        let all =
-            [(Purpose::Workspace, workspace), (Purpose::Staging, staging), (Purpose::Driver, Vec::from_iter(driver))];
-        all.into_iter()
-            .flat_map(|(purpose, regions)| regions.into_iter().map(move |(name, bytes)| (purpose, name, bytes)))
-            .collect()
+            DeviceId::Cuda(_) | DeviceId::Disk => Vec::new(),
+        }
+    }
+
+    /// Every allocation of a load with `modules` where they are.
+    pub fn allocations(&self, modules: &[PlannedModule]) -> Vec<Allocation> {
+        // What is read passes through host memory wherever it goes.
+        let devices: BTreeSet<_> = modules.iter().map(|module| module.device).chain([DeviceId::Cpu]).collect();
+        let mut all = Vec::new();
+        for device in devices.iter().copied() {
+            let allocation = |purpose, name: String, bytes| Allocation { device, purpose, name, bytes };
+            let here = modules.iter().filter(|module| module.device == device);
+            all.push(allocation(Purpose::Weights, "weights".to_owned(), here.map(|module| module.weights).sum()));
+            let in_memory_here = || modules.iter().filter(|module| memory_device(module.device) == device);
+            let keeping = in_memory_here().filter(|module| module.state.is_some());
+            all.extend(keeping.map(|module| allocation(Purpose::State, module.path.clone(), module.kv_cache)));
+            all.extend(self.buffers(device, in_memory_here().next().is_some()));
+            if device == DeviceId::Cpu {
+                let gpus = devices.iter().filter(|device| device.is_gpu());
+                all.extend(gpus.map(|gpu| allocation(Purpose::Workspace, format!("answers of {gpu}"), CUDA_ANSWERS)));
+            }
+        }
+        all
     }
 }
 
-/// The host's memory for what each GPU that computes answers.
-pub fn answers(modules: &[PlannedModule]) -> impl Iterator<Item = (DeviceId, Bytes)> {
-    let gpus: BTreeSet<_> = modules.iter().map(|module| module.device).filter(|device| device.is_gpu()).collect();
-    gpus.into_iter().map(|gpu| (gpu, CUDA_ANSWERS))
+/// Bytes of a device that are for a purpose.
+pub fn sum(allocations: &[Allocation], device: DeviceId, purpose: Purpose) -> Bytes {
+    let is_meant = |allocation: &&Allocation| (allocation.device, allocation.purpose) == (device, purpose);
+    allocations.iter().filter(is_meant).map(|allocation| allocation.bytes).sum()
 }

@@ -4,7 +4,6 @@
 //! `plan` prints it and `generate` carries it out; both make it here.
 
 mod device_plan;
-mod list;
 mod options;
 mod outline;
 mod place;
@@ -25,7 +24,7 @@ use crate::checkpoint::Checkpoint;
 use crate::device::DeviceId;
 use crate::device_map::{self, Contents, MAX_BATCH, MaxMemory};
 use crate::error::{Error, Result};
-use crate::footprint::{Allocation, HostStaging, Placed, Purpose, STAGING_SLABS};
+use crate::footprint::{self, Allocation, HostStaging, Placed, Purpose, STAGING_SLABS};
 use crate::machine::{Device, Inventory};
 use crate::quant::{KvDtype, QuantizeRules};
 use scheme::{choose, kinds};
@@ -99,8 +98,7 @@ impl Plan {
     /// does not match the model or names a device that is not there, or an
     /// option is out of its range.
     pub fn new(checkpoint: &Checkpoint, inventory: &Inventory, options: impl Borrow<PlanOptions>) -> Result<Self> {
-        let tree = ModuleTree::new(&checkpoint.config);
-        let subject = Subject::new(checkpoint, inventory, &tree)?;
+        let subject = Subject::new(checkpoint, inventory)?;
         let (options, mut plan) = choose::with_scheme(&subject, options.borrow())?;
         if options.alternatives {
             plan.placements = outline::placements(&subject, &options, &plan);
@@ -111,7 +109,9 @@ impl Plan {
         if !plan.fits() {
             plan.remedies = remedies::find(&subject, &options, &plan);
         }
-        plan.list(&subject)?;
+        plan.weights = footprint::lay_out(&subject.weights, &plan.placement(), &plan.quantize)?;
+        // Shard after shard, each from its beginning to its end.
+        plan.weights.sort_by_key(|placed| (placed.weight.tensor.shard, placed.weight.tensor.range.start));
         Ok(plan)
     }
 
@@ -122,8 +122,7 @@ impl Plan {
 
     /// Bytes of a device that are for a purpose.
     pub fn sum(&self, device: DeviceId, purpose: Purpose) -> Bytes {
-        let is_meant = |allocation: &&Allocation| (allocation.device, allocation.purpose) == (device, purpose);
-        self.allocations.iter().filter(is_meant).map(|allocation| allocation.bytes).sum()
+        device_plan::sum(&self.allocations, device, purpose)
     }
 
     /// Bytes of an allocation by its name.
@@ -244,8 +243,7 @@ fn largest(
     limit: usize,
     set: impl Fn(&mut PlanOptions, usize),
 ) -> Result<Option<usize>> {
-    let tree = ModuleTree::new(&checkpoint.config);
-    let subject = Subject::new(checkpoint, inventory, &tree)?;
+    let subject = Subject::new(checkpoint, inventory)?;
     let plan = |size| {
         let mut options = options.clone();
         set(&mut options, size);
@@ -262,7 +260,7 @@ fn largest(
 }
 
 /// The largest size of `fitting..=limit` that fits, where `fitting` does and larger ones are harder.
-fn bisect(mut fitting: usize, limit: usize, fits: impl Fn(usize) -> Result<bool>) -> Result<usize> {
+fn bisect(mut fitting: usize, limit: usize, mut fits: impl FnMut(usize) -> Result<bool>) -> Result<usize> {
     let mut too_large = limit + 1;
     while too_large - fitting > 1 {
         let middle = usize::midpoint(fitting, too_large);

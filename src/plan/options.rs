@@ -154,9 +154,7 @@ impl fmt::Display for Quantize {
 /// What a plan is made under: the caller's choices, else the map's, else the defaults.
 pub struct Conditions {
     pub quantize: QuantizeRules,
-    pub context: usize,
-    pub batch: usize,
-    pub chunk: usize,
+    pub extent: Extent,
     pub kv_cache: KvDtype,
     pub max_memory: MaxMemory,
     pub reserve: Bytes,
@@ -188,31 +186,25 @@ impl Conditions {
             (Some(packed), _) => packed,
             (None, wanted) => wanted.unwrap_or_else(|| QuantizeRules::whole_model(Scheme::None)),
         };
-        let conditions = Self {
-            quantize,
-            context: options.context.or_else(|| map?.context).unwrap_or(longest.min(DEFAULT_CONTEXT)),
-            batch: options.batch.or_else(|| map?.batch).unwrap_or(1),
-            chunk: 0,
-            kv_cache: options.kv_cache.or_else(|| map?.kv_cache).unwrap_or_default(),
-            max_memory: options.max_memory.clone().or_else(|| map?.max_memory.clone()).unwrap_or_default(),
-            reserve: options.reserve.unwrap_or(DEFAULT_RESERVE),
-        };
-        if conditions.context > longest {
+        let context = options.context.or_else(|| map?.context).unwrap_or(longest.min(DEFAULT_CONTEXT));
+        if context > longest {
             return Err(Error::usage(format!(
-                "a context of {} tokens is longer than the {longest} that `{}` was made for",
-                conditions.context, checkpoint.name
+                "a context of {context} tokens is longer than the {longest} that `{}` was made for",
+                checkpoint.name
             ))
             .hint(Hint::naming("{} is the longest", [Setting::Context(longest)])));
         }
-        let chunk = options.chunk.unwrap_or(DEFAULT_CHUNK).min(conditions.context);
-        if chunk == 0 || conditions.batch == 0 {
+        let chunk = options.chunk.unwrap_or(DEFAULT_CHUNK).min(context);
+        let sequences = options.batch.or_else(|| map?.batch).unwrap_or(1);
+        if chunk == 0 || sequences == 0 {
             return Err(Error::usage("context, chunk and batch must be at least 1"));
         }
-        Ok(Self { chunk, ..conditions })
-    }
-
-    /// What there is to be room for.
-    pub fn extent(&self) -> Extent {
-        Extent { context: self.context, chunk: self.chunk, sequences: self.batch }
+        Ok(Self {
+            quantize,
+            extent: Extent { context, chunk, sequences },
+            kv_cache: options.kv_cache.or_else(|| map?.kv_cache).unwrap_or_default(),
+            max_memory: options.max_memory.clone().or_else(|| map?.max_memory.clone()).unwrap_or_default(),
+            reserve: options.reserve.unwrap_or(DEFAULT_RESERVE),
+        })
     }
 }

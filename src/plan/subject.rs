@@ -1,7 +1,5 @@
 //! One plan of a checkpoint for a machine, under options that leave nothing open.
 
-use std::borrow::Cow;
-
 use super::device_plan::Fixed;
 use super::options::Conditions;
 use super::{DevicePlan, Pace, Plan, PlanOptions, PlannedModule, Speed, Strategy, hf, place};
@@ -12,30 +10,30 @@ use crate::device::{DeviceError, DeviceId};
 use crate::device_map::{DeviceMap, MaxMemory};
 use crate::error::{Error, Hint, Result, Setting};
 use crate::footprint::{self, HostStaging, MAX_BYTES, State};
-use crate::machine::{self, Inventory};
-use crate::model_config::ModelConfig;
-use crate::quant::{QuantizeRules, WeightDtype};
+use crate::machine::{self, Device, Inventory};
+use crate::quant::WeightDtype;
 
 /// What is planned, and for what: a checkpoint whose tensors have been found, and a machine.
 pub struct Subject<'a> {
     pub checkpoint: &'a Checkpoint,
-    pub inventory: Cow<'a, Inventory>,
-    pub tree: &'a ModuleTree,
-    pub weights: Cow<'a, [Weight]>,
+    pub inventory: &'a Inventory,
+    pub tree: ModuleTree,
+    pub weights: Vec<Weight>,
 }
 
 impl<'a> Subject<'a> {
-    pub fn new(checkpoint: &'a Checkpoint, inventory: &'a Inventory, tree: &'a ModuleTree) -> Result<Self> {
-        Ok(Self {
-            checkpoint,
-            inventory: Cow::Borrowed(inventory),
-            tree,
-            weights: Cow::Owned(tree.resolve(checkpoint)?),
-        })
+    pub fn new(checkpoint: &'a Checkpoint, inventory: &'a Inventory) -> Result<Self> {
+        let tree = ModuleTree::new(&checkpoint.config);
+        Ok(Self { checkpoint, inventory, weights: tree.resolve(checkpoint)?, tree })
     }
 
     /// The plan under `options`, in which `auto` has been decided; without alternatives and remedies.
     pub fn plan(&self, options: &PlanOptions) -> Result<Plan> {
+        self.plan_on(self.inventory, options)
+    }
+
+    /// The plan for another machine.
+    pub fn plan_on(&self, inventory: &Inventory, options: &PlanOptions) -> Result<Plan> {
         let Self { checkpoint, tree, weights, .. } = self;
         let config = &checkpoint.config;
         check_model(options, checkpoint)?;
@@ -43,71 +41,47 @@ impl<'a> Subject<'a> {
         if let Some((path, _)) = conditions.quantize.iter().find(|(path, _)| !tree.names(path)) {
             return Err(Error::input(format!("`quantize` names unknown module `{path}`")));
         }
-        let sizes = module_sizes(config, tree, weights, &conditions.quantize)?;
-        self.place(options, &conditions, &sizes)
-    }
-
-    /// The plan whose modules take `sizes`.
-    pub fn place(&self, options: &PlanOptions, conditions: &Conditions, sizes: &[Size]) -> Result<Plan> {
-        let Self { checkpoint, inventory, tree, weights } = self;
-        let config = &checkpoint.config;
-        let Conditions { context, batch, kv_cache, .. } = *conditions;
-        let fixed = Fixed { config, conditions, staging: HostStaging::new(weights, &conditions.quantize) };
-        let empty = |device| DevicePlan::empty(device, &fixed);
-        let mut states = Vec::with_capacity(config.layers.len());
-        let mut all = 0u64;
-        for layer in &config.layers {
-            let state = State::new(config, *layer, conditions.extent(), kv_cache);
-            let bytes = state.and_then(|state| state.bytes().0.checked_mul(batch as u64));
-            let too_large = || Error::input("the KV cache is too large to plan for");
-            let (Some(state), Some(bytes)) = (state, bytes) else { return Err(too_large()) };
-            all = all.checked_add(bytes).filter(|all| *all <= MAX_BYTES).ok_or_else(too_large)?;
-            states.push((state, Bytes(bytes)));
-        }
-        let state_of = |module: &Module| match module.kind {
-            ModuleKind::Block(index) => Some(states[index]),
-            _ => None,
-        };
-        let mut devices: Vec<DevicePlan> = inventory.devices.iter().map(empty).collect();
-        let mut modules: Vec<PlannedModule> = tree
-            .modules
-            .iter()
-            .zip(sizes)
-            .map(|(module, size)| PlannedModule {
-                path: module.path.clone(),
-                device: DeviceId::Cpu,
-                weights: size.packed,
-                kv_cache: state_of(module).map_or(Bytes::ZERO, |(_, bytes)| bytes),
-                state: state_of(module).map(|(state, _)| state),
-                read: size.read,
-                kind: module.kind,
-            })
-            .collect();
+        let mut modules = self.modules(&conditions)?;
+        let fixed =
+            Fixed { config, conditions: &conditions, staging: HostStaging::new(weights, &conditions.quantize) };
         let placement = match &options.device_map {
             Some(map) => map.resolve(tree)?,
-            None if options.strategy.is_transformers() => as_transformers(self, conditions, options.strategy)?,
-            None => automatic(tree, &modules, &devices, options.strategy)?,
+            None if options.strategy.is_transformers() => {
+                as_transformers(self, inventory, &conditions, options.strategy)?
+            }
+            None => {
+                // What each takes when it is used at all, before any module is on it.
+                let empty = |device: &Device| {
+                    DevicePlan::new(device, &conditions, &fixed.buffers(device.id, true), 0)
+                };
+                let devices: Vec<_> = inventory.devices.iter().map(empty).collect();
+                automatic(tree, &modules, &devices, options.strategy)?
+            }
         };
         check_devices(&placement, inventory)?;
         for (module, device) in modules.iter_mut().zip(placement) {
             module.device = device;
         }
-        for device in &mut devices {
-            device.take(&modules, &fixed);
-        }
+        let allocations = fixed.allocations(&modules);
+        let device = |device: &Device| {
+            let here = modules.iter().filter(|module| module.device == device.id).count();
+            DevicePlan::new(device, &conditions, &allocations, here)
+        };
+        let devices: Vec<_> = inventory.devices.iter().map(device).collect();
+        let extent = conditions.extent;
         Ok(Plan {
             model: checkpoint.name.clone(),
             architecture: config.family.architecture.to_owned(),
             parameters: weights.iter().map(|weight| (weight.parameter.rows * weight.parameter.cols) as u64).sum(),
             dtype: config.dtype.clone(),
-            quantize: conditions.quantize.clone(),
-            context,
+            context: extent.context,
             longest_context: config.max_position_embeddings,
-            batch,
-            chunk: conditions.chunk,
-            kv_cache,
-            max_memory: conditions.max_memory.clone(),
-            speed: Speed::predict(&devices, &modules, batch),
+            batch: extent.sequences,
+            chunk: extent.chunk,
+            kv_cache: conditions.kv_cache,
+            quantize: conditions.quantize,
+            max_memory: conditions.max_memory,
+            speed: Speed::predict(&devices, &modules, extent.sequences),
             modules,
             devices,
             placements: Vec::new(),
@@ -117,52 +91,51 @@ impl<'a> Subject<'a> {
             idle: inventory.idle.clone(),
             remedies: Vec::new(),
             weights: Vec::new(),
-            allocations: Vec::new(),
+            allocations,
             checkpoint: (*checkpoint).clone(),
         })
     }
-}
 
-/// What weights take, and what a token reads of them.
-#[derive(Clone, Copy, Default)]
-pub struct Size {
-    pub packed: Bytes,
-    pub read: Bytes,
-}
-
-/// The size of every module; where the head is the embedding, a token reads all of that.
-fn module_sizes(
-    config: &ModelConfig,
-    tree: &ModuleTree,
-    weights: &[Weight],
-    rules: &QuantizeRules,
-) -> Result<Vec<Size>> {
-    let mut sizes = vec![Size::default(); tree.modules.len()];
-    for weight in weights {
-        let size = &mut sizes[weight.module];
-        let Size { packed, read } = weight_size(config, weight, footprint::weight_bytes(weight, rules)?);
-        *size = Size { packed: size.packed + packed, read: size.read + read };
-    }
-    if tree.tied
-        && let Some(embedding) = sizes.first().map(|size| size.packed)
-        && let Some(head) = sizes.last_mut()
-    {
-        head.read = embedding;
-    }
-    Ok(sizes)
-}
-
-/// The size of a weight that takes `packed`: a token reads a row of the embedding, the experts
-/// that it is sent to, and all of anything else.
-pub fn weight_size(config: &ModelConfig, weight: &Weight, packed: Bytes) -> Size {
-    let read = match (weight.parameter.role, config.experts) {
-        (Role::Embedding | Role::Positions, _) => Bytes::ZERO,
-        (Role::ExpertGate(_) | Role::ExpertUp(_) | Role::ExpertDown(_), Some(experts)) => {
-            Bytes(packed.0 / experts.count as u64 * experts.per_token as u64)
+    /// Every module and what it takes, not yet placed. A token reads a row of the embedding, or all of it as the
+    /// head, the experts that it is sent to, and all of anything else.
+    fn modules(&self, conditions: &Conditions) -> Result<Vec<PlannedModule>> {
+        let config = &self.checkpoint.config;
+        let planned = |module: &Module| PlannedModule {
+            path: module.path.clone(),
+            device: DeviceId::Cpu,
+            weights: Bytes::ZERO,
+            kv_cache: Bytes::ZERO,
+            state: None,
+            read: Bytes::ZERO,
+            kind: module.kind,
+        };
+        let mut modules: Vec<_> = self.tree.modules.iter().map(planned).collect();
+        for weight in &self.weights {
+            let packed = footprint::weight_bytes(weight, &conditions.quantize)?;
+            let module = &mut modules[weight.module];
+            module.weights += packed;
+            module.read += match (weight.parameter.role, config.experts) {
+                (Role::Embedding | Role::Positions, _) => Bytes::ZERO,
+                (Role::ExpertGate(_) | Role::ExpertUp(_) | Role::ExpertDown(_), Some(experts)) => {
+                    Bytes(packed.0 / experts.count as u64 * experts.per_token as u64)
+                }
+                _ => packed,
+            };
         }
-        _ => packed,
-    };
-    Size { packed, read }
+        if let (true, [embedding, .., head]) = (self.tree.tied, &mut modules[..]) {
+            head.read = embedding.weights;
+        }
+        let mut all = 0u64;
+        for module in &mut modules {
+            let ModuleKind::Block(index) = module.kind else { continue };
+            let too_large = || Error::input("the KV cache is too large to plan for");
+            module.state = State::new(config, config.layers[index], conditions.extent, conditions.kv_cache);
+            let bytes = module.state.and_then(|state| state.bytes().0.checked_mul(conditions.extent.sequences as u64));
+            module.kv_cache = Bytes(bytes.ok_or_else(too_large)?);
+            all = all.checked_add(module.kv_cache.0).filter(|all| *all <= MAX_BYTES).ok_or_else(too_large)?;
+        }
+        Ok(modules)
+    }
 }
 
 fn automatic(
@@ -206,8 +179,13 @@ fn paces(devices: &[DevicePlan]) -> Result<Vec<Pace>> {
 }
 
 /// What Transformers would choose, which sees free memory, our limits and the bytes of weights alone.
-fn as_transformers(subject: &Subject, conditions: &Conditions, strategy: Strategy) -> Result<Vec<DeviceId>> {
-    let Subject { checkpoint, inventory, tree, weights } = subject;
+fn as_transformers(
+    subject: &Subject,
+    inventory: &Inventory,
+    conditions: &Conditions,
+    strategy: Strategy,
+) -> Result<Vec<DeviceId>> {
+    let Subject { checkpoint, tree, weights, .. } = subject;
     let dtype = weights.iter().find_map(Weight::dtype).unwrap_or(WeightDtype::Bf16);
     let model = hf::tree_of(&checkpoint.config, tree, dtype, conditions.quantize.scheme(""));
     let memory = inventory.devices.iter().filter(|device| device.id != DeviceId::Disk);

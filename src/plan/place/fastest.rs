@@ -16,7 +16,7 @@ const MAX_IN_ANY_ORDER: usize = 9;
 /// Where nothing fits, as [`sequential`]. `paces` has one for each device.
 pub fn fastest(modules: &[PlannedModule], devices: &[Capacity], paces: &[Pace]) -> Vec<DeviceId> {
     let count = modules.len();
-    let gpus = devices.iter().take_while(|device| device.id.is_gpu()).count();
+    let gpus = devices.partition_point(|device| device.id.is_gpu());
     let off = |modules: &[PlannedModule]| off_gpus(modules, &devices[gpus..], &paces[gpus..]);
     let time = |modules: &[PlannedModule]| off(modules).map_or(f64::INFINITY, |(_, time)| time);
     let host_hop = |at: usize| if at == 0 || at == count { 0.0 } else { paces.get(gpus).map_or(0.0, |pace| pace.hop) };

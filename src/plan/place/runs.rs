@@ -49,8 +49,7 @@ fn place(
     on_gpus: impl Fn(&[PlannedModule], &[Capacity]) -> Option<Vec<DeviceId>>,
 ) -> Vec<DeviceId> {
     assert!(!devices.is_empty(), "a placement needs a device");
-    let gpus = gpus(devices);
-    let host = &devices[gpus.len()..];
+    let (gpus, host) = devices.split_at(devices.partition_point(|device| device.id.is_gpu()));
     if let Some(placement) = on_gpus(modules, gpus) {
         return placement;
     }
@@ -105,32 +104,15 @@ fn how_many(
     modules.iter().position(overflows).unwrap_or(modules.len())
 }
 
-/// The GPUs, which come before all other devices.
-fn gpus(devices: &[Capacity]) -> &[Capacity] {
-    let is_gpu = |device: &&Capacity| device.id.is_gpu();
-    &devices[..devices.iter().take_while(is_gpu).count()]
-}
-
-/// Sums of the first n modules' bytes on a GPU.
-fn prefix_sums(modules: &[PlannedModule]) -> Vec<u64> {
-    let mut sums = vec![0u64];
-    for module in modules {
-        let last = sums[sums.len() - 1];
-        sums.push(last.saturating_add((module.weights + module.kv_cache).0));
-    }
-    sums
-}
-
-/// The share of its room that `taken` bytes are.
-fn share(taken: u64, device: &Capacity) -> f64 {
-    if taken == 0 { 0.0 } else { taken as f64 / device.room.0 as f64 }
-}
-
 /// The contiguous partition over `gpus` with the least largest share, or with `fewest` of those
 /// over as few of them as hold all modules; `None` where none fits.
 fn min_max_share(modules: &[PlannedModule], gpus: &[Capacity], fewest: bool) -> Option<Vec<DeviceId>> {
-    let sums = prefix_sums(modules);
     let count = modules.len();
+    // Sums of the first n modules' bytes.
+    let mut sums = vec![Bytes::ZERO; count + 1];
+    for (at, module) in modules.iter().enumerate() {
+        sums[at + 1] = sums[at] + module.weights + module.kv_cache;
+    }
     // least[used][n]: the least largest share with the first n modules on the GPUs so far, of which
     // `used` have a run where that counts; starts[g][used][n]: where the run of GPU g begins in that
     // partition, n if it has none.
@@ -144,11 +126,12 @@ fn min_max_share(modules: &[PlannedModule], gpus: &[Capacity], fewest: bool) -> 
         for end in 1..=count {
             for begin in (0..end).rev() {
                 let taken = sums[end] - sums[begin];
-                if taken > gpu.room.0 {
+                if taken > gpu.room {
                     break;
                 }
+                let share = if taken == Bytes::ZERO { 0.0 } else { taken.0 as f64 / gpu.room.0 as f64 };
                 for used in step..=most {
-                    let worst = least[used - step][begin].max(share(taken, gpu));
+                    let worst = least[used - step][begin].max(share);
                     if worst < next[used][end] {
                         (next[used][end], start[used][end]) = (worst, begin);
                     }

@@ -31,7 +31,7 @@ pub struct KindReport {
 
 /// Every kind in the order that the first of them runs, under `rules`, measured as `options` say.
 pub fn report(subject: &Subject, rules: &QuantizeRules, options: &PlanOptions) -> Result<Vec<KindReport>> {
-    let groups = groups(subject.tree, &subject.weights);
+    let groups = groups(&subject.tree, &subject.weights);
     let losses = losses(subject.checkpoint, &groups, options)?;
     let mut kinds: IndexMap<&str, KindReport> = IndexMap::new();
     for (at, group) in groups.iter().enumerate() {

@@ -65,16 +65,7 @@ impl Plan {
         let other = |module: &&PlannedModule| module.device == device && !module.is_block();
         self.modules.iter().filter(other).filter_map(|module| module.path.rsplit('.').next()).collect()
     }
-}
 
-impl fmt::Display for Plan {
-    /// A column a device, then the alternatives and the verdict.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.write(f, "")
-    }
-}
-
-impl Plan {
     /// As it prints, with the bars of [`Plan::bars`] under the table.
     pub fn with_bars(&self, color: bool) -> String {
         let mut text = String::new();
@@ -204,9 +195,7 @@ impl Plan {
         let note = "the error is not measured: the weights are packed already, or not in a local directory\n";
         format!("\n{}{}", table(&rows), if unmeasured { note } else { "" })
     }
-}
 
-impl Plan {
     /// Every allocation of a load in a line: the device, what it is for, its name and its size.
     pub fn allocation_table(&self) -> String {
         let row = |Allocation { device, purpose, name, bytes }: &Allocation| {
@@ -214,6 +203,13 @@ impl Plan {
         };
         let allocations = self.allocations.iter().filter(|allocation| allocation.bytes > Bytes::ZERO);
         format!("\n{}", table(&allocations.map(row).collect::<Vec<_>>()))
+    }
+}
+
+impl fmt::Display for Plan {
+    /// A column a device, then the alternatives and the verdict.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.write(f, "")
     }
 }
 
