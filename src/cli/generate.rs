@@ -12,7 +12,7 @@ use serde::Serialize;
 use super::args::{Format, GenerateArguments, OnShortfall, PromptArguments, SamplingArguments};
 use super::model::{self, Need};
 use super::printer::Printer;
-use super::{Exit, Outcome, Process, Stop, signal};
+use super::{Exit, Process, signal};
 
 /// New tokens where neither the user nor the context sets a limit.
 const DEFAULT_NEW_TOKENS: usize = 256;
@@ -20,7 +20,7 @@ const DEFAULT_NEW_TOKENS: usize = 256;
 const PROMPT_CAP: Bytes = Bytes(64 * MIB);
 
 /// Loads a model by its plan and prints what it generates.
-pub fn run(arguments: &GenerateArguments, process: &Process) -> Outcome {
+pub fn run(arguments: &GenerateArguments, process: &Process) -> Result<Exit> {
     let printer = &process.printer;
     let cancel = signal::cancel_by_interrupt()?;
     let sampling = arguments.sampling.sampling();
@@ -79,7 +79,7 @@ fn stream(
     options: GenerateOptions,
     format: Format,
     printer: &Printer,
-) -> Result<GenerateReport, Stop> {
+) -> Result<GenerateReport> {
     let cancel = options.cancel.clone();
     let mut generation = model.generate_from(tokens, options)?;
     for piece in &mut generation {

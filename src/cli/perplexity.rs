@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::args::{Format, PerplexityArguments};
 use super::model::{self, Need};
 use super::progress::Bar;
-use super::{Exit, Outcome, Process, signal};
+use super::{Exit, Process, signal};
 
 /// The longest text that is read.
 const TEXT_CAP: Bytes = Bytes(1024 * MIB);
@@ -37,7 +37,7 @@ struct Report {
 }
 
 /// Scores a text, once or in several schemes.
-pub fn run(arguments: &PerplexityArguments, process: &Process) -> Outcome {
+pub fn run(arguments: &PerplexityArguments, process: &Process) -> Result<Exit> {
     let printer = &process.printer;
     let cancel = signal::cancel_by_interrupt()?;
     let text = String::from_utf8(read_capped(&arguments.text, TEXT_CAP)?)
@@ -53,7 +53,7 @@ pub fn run(arguments: &PerplexityArguments, process: &Process) -> Outcome {
     let scored = windows.scored(tokens.len());
     if scored == 0 {
         let text = arguments.text.display();
-        return Err(Error::input(format!("`{text}` has {} tokens; 2 is the least to score", tokens.len())).into());
+        return Err(Error::input(format!("`{text}` has {} tokens; 2 is the least to score", tokens.len())));
     }
 
     let offload_directory = process.environment.offload_directory(arguments.placement.offload_dir.as_deref());
