@@ -10,7 +10,7 @@ use crate::bytes::{Bytes, MIB};
 use crate::error::{Hint, Result, Setting, first_five, printable};
 use crate::json::{Document, Node};
 use crate::source::Source;
-use family::{Biases, Windowed, Windows};
+use family::{Windowed, Windows};
 use fields::Fields;
 
 pub use families::{FAMILIES, table};
@@ -64,8 +64,6 @@ pub struct ModelConfig {
     pub vocab_size: usize,
     /// The longest context that the model was made for, in tokens.
     pub max_position_embeddings: usize,
-    /// How norms are computed.
-    pub norm_kind: NormKind,
     /// The epsilon under the norms' root.
     pub norm_eps: f32,
     /// The activation of the feed-forward layer.
@@ -152,42 +150,42 @@ impl ModelConfig {
         let packed = fields.optional("quantization_config").map(packed).transpose()?;
         refuse_unsupported(&fields)?;
 
-        let keys = family.keys;
-        let hidden_size = fields.size(keys.hidden_size, MAX_WIDTH)?;
-        let num_attention_heads = fields.size(keys.num_attention_heads, MAX_HEADS)?;
+        let heads = family.key("num_attention_heads");
+        let hidden_size = fields.size(family.key("hidden_size"), MAX_WIDTH)?;
+        let num_attention_heads = fields.size(heads, MAX_HEADS)?;
         let num_key_value_heads = fields.size_or("num_key_value_heads", MAX_HEADS, num_attention_heads)?;
         if !num_attention_heads.is_multiple_of(num_key_value_heads) {
-            return Err(fields.error(
-                keys.num_attention_heads,
-                format!(
-                    "{num_attention_heads} attention heads do not divide over {num_key_value_heads} key-value heads"
-                ),
-            ));
+            let problem = format!("{num_attention_heads} attention heads do not divide over {num_key_value_heads} key-value heads");
+            return Err(fields.error(heads, problem));
         }
         let divides = hidden_size.is_multiple_of(num_attention_heads) || family.head_dim.is_some();
         if !divides && fields.optional("head_dim").is_none() {
-            return Err(fields.error(
-                keys.hidden_size,
-                format!("a hidden size of {hidden_size} does not divide over {num_attention_heads} attention heads"),
-            ));
+            let problem = format!("a hidden size of {hidden_size} does not divide over {num_attention_heads} attention heads");
+            return Err(fields.error(family.key("hidden_size"), problem));
         }
         let head_dim = family.head_dim.unwrap_or(hidden_size / num_attention_heads);
         let head_dim = fields.size_or("head_dim", MAX_WIDTH, head_dim)?;
-        let max_position_embeddings = fields.size_or(keys.max_position_embeddings, MAX_CONTEXT, 2048)?;
+        let max_position_embeddings = fields.size_or(family.key("max_position_embeddings"), MAX_CONTEXT, 2048)?;
         let ropes = match family.positions {
             Some(_) => Vec::new(),
             None => rope::read(&fields, family, &rope::Context { head_dim, max_position_embeddings })?,
         };
-        let num_hidden_layers = fields.size(keys.num_hidden_layers, MAX_BLOCKS)?;
+        let num_hidden_layers = fields.size(family.key("num_hidden_layers"), MAX_BLOCKS)?;
         let experts = experts(&fields, family, num_hidden_layers)?;
         let intermediate_size = match family.positions {
             // GPT-2's is four times the hidden size unless it says otherwise.
-            Some(_) => fields.size_or(keys.intermediate_size, MAX_WIDTH, 4 * hidden_size)?,
-            None => fields.size(keys.intermediate_size, MAX_WIDTH)?,
+            Some(_) => fields.size_or(family.key("intermediate_size"), MAX_WIDTH, 4 * hidden_size)?,
+            None => fields.size(family.key("intermediate_size"), MAX_WIDTH)?,
         };
         let multiplier = |key| if family.has_multipliers { fields.positive_or(key, MAX_SCALE, 1.0) } else { Ok(1.0) };
         let (attention_softcap, logit_softcap) = softcaps(&fields, family)?;
-        let (query_key_value_bias, output_bias, feed_forward_bias) = biases(&fields, family)?;
+        let [query_key_value_bias, output_bias, feed_forward_bias] = match family.biases {
+            Some(biases) => biases,
+            None => {
+                let attention = fields.truth_or("attention_bias", false)?;
+                [attention, attention, fields.truth_or("mlp_bias", false)?]
+            }
+        };
         // What is computed with is f32.
         #[expect(clippy::cast_possible_truncation, reason = "used in f32")]
         Ok(Self {
@@ -205,8 +203,7 @@ impl ModelConfig {
             head_dim,
             vocab_size: fields.size("vocab_size", MAX_VOCABULARY)?,
             max_position_embeddings,
-            norm_kind: family.norm_kind,
-            norm_eps: fields.positive_or(keys.norm_eps, 1.0, family.norm_eps)? as f32,
+            norm_eps: fields.positive_or(family.key("rms_norm_eps"), 1.0, family.norm_eps)? as f32,
             activation: activation(&fields, family)?,
             query_key_value_bias,
             output_bias,
@@ -279,7 +276,7 @@ fn refuse_unsupported(fields: &Fields) -> Result<()> {
 
 fn activation(fields: &Fields, family: &Family) -> Result<Activation> {
     // Gemma's older configurations have its activation under the usual name too, where it counts for nothing.
-    let Some(node) = fields.optional(family.keys.activation) else {
+    let Some(node) = fields.optional(family.key("hidden_act")) else {
         return Ok(family.activation);
     };
     let name = node.text()?;
@@ -288,18 +285,6 @@ fn activation(fields: &Fields, family: &Family) -> Result<Activation> {
         node.error(format!(
             "activation `{name}` is not supported; `silu`, `gelu`, `gelu_new` and `gelu_pytorch_tanh` are"
         ))
-    })
-}
-
-/// Whether queries, keys and values, attention's output, and the feed-forward layer have biases.
-fn biases(fields: &Fields, family: &Family) -> Result<(bool, bool, bool)> {
-    Ok(match family.biases {
-        Biases::All => (true, true, true),
-        Biases::QueryKeyValue => (true, false, false),
-        Biases::Configured => {
-            let attention = fields.truth_or("attention_bias", false)?;
-            (attention, attention, fields.truth_or("mlp_bias", false)?)
-        }
     })
 }
 

@@ -29,11 +29,8 @@ pub struct Rope {
 pub enum RopeScaling {
     /// Not at all.
     Default,
-    /// All divided by `factor`.
-    Linear {
-        /// The divisor.
-        factor: f64,
-    },
+    /// All divided by this.
+    Linear(f64),
     /// Llama 3.1: low frequencies divided by `factor`, high ones kept, those between blended.
     Llama3 {
         /// Divisor of the low frequencies.
@@ -86,7 +83,7 @@ impl Rope {
     fn scaled(&self, index: usize, frequency: f64, context: usize) -> f64 {
         match &self.scaling {
             RopeScaling::Default => frequency,
-            RopeScaling::Linear { factor } => frequency / factor,
+            RopeScaling::Linear(factor) => frequency / factor,
             RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
                 let turns = original_max_position_embeddings * frequency / TAU;
                 let kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
@@ -160,7 +157,7 @@ fn one(fields: &Fields, node: Option<Node>, theta: f64, family: &Family, context
     let mut attention_factor = 1.0;
     let scaling = match kind {
         "default" => RopeScaling::Default,
-        "linear" => RopeScaling::Linear { factor: rope.positive("factor", MAX_FACTOR)? },
+        "linear" => RopeScaling::Linear(rope.positive("factor", MAX_FACTOR)?),
         "llama3" => {
             let (low, high) =
                 (rope.positive("low_freq_factor", MAX_FACTOR)?, rope.positive("high_freq_factor", MAX_FACTOR)?);
