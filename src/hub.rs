@@ -129,22 +129,11 @@ pub enum HubEvent {
         files: usize,
     },
     /// How much of the total is there. May fall when a file is begun again.
-    Downloaded {
-        /// All that has arrived so far.
-        bytes: Bytes,
-    },
-    /// Another process is downloading the same files, and is waited for.
-    LockHeld {
-        /// The lock's file.
-        path: PathBuf,
-        /// How long it has been waited for.
-        waited: Duration,
-    },
-    /// The Hub has had too many requests, and is given time. Said every second.
-    RateLimited {
-        /// How long it will still be waited for.
-        left: Duration,
-    },
+    Downloaded(Bytes),
+    /// Another process is downloading the same files, holds the lock of this path, and is waited for.
+    LockHeld(PathBuf),
+    /// The Hub has had too many requests, and is given so much more time. Said every second.
+    RateLimited(Duration),
 }
 
 /// The Hub, or its cache alone.

@@ -1,7 +1,7 @@
 //! One repository at one commit: what of it is in the cache, and the rest.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -10,8 +10,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use hf_hub::{HFError, split_id};
-use rustix::fs::{FlockOperation, flock};
-use rustix::io::Errno;
 
 use super::explain::lock_held;
 use super::link::{Failure, Limits, Link, Note, QUIET_WAIT, is_commit, quiet};
@@ -145,10 +143,8 @@ impl Repository {
             }
             self.fetch_all(link, &missing, on_event)?;
         } else {
-            for file in &wanted {
-                if !self.is_cached(file) {
-                    return Err(self.offline(file));
-                }
+            if let Some(file) = wanted.iter().find(|file| !self.is_cached(file)) {
+                return Err(self.offline(file));
             }
             on_event(HubEvent::Total { bytes: Bytes::ZERO, files: 0 });
         }
@@ -228,18 +224,17 @@ impl Repository {
         let begun = Instant::now();
         let mut announced = 0;
         loop {
-            let waited = begun.elapsed();
-            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            match file.try_lock() {
                 Ok(()) => return Ok(file),
-                Err(Errno::WOULDBLOCK) if waited < LOCK_WAIT => {
-                    if waited >= HEARTBEAT * announced {
+                Err(TryLockError::WouldBlock) if begun.elapsed() < LOCK_WAIT => {
+                    if begun.elapsed() >= HEARTBEAT * announced {
                         announced += 1;
-                        on_event(HubEvent::LockHeld { path: path.clone(), waited });
+                        on_event(HubEvent::LockHeld(path.clone()));
                     }
                     thread::sleep(Duration::from_millis(50));
                 }
-                Err(Errno::WOULDBLOCK) => return Err(lock_held(&path)),
-                Err(e) => return Err(Error::io("lock", &path, e.into())),
+                Err(TryLockError::WouldBlock) => return Err(lock_held(&path)),
+                Err(TryLockError::Error(e)) => return Err(Error::io("lock", &path, e)),
             }
         }
     }
@@ -270,13 +265,13 @@ impl Repository {
                 });
             }
             drop(sender);
-            let mut arrived = vec![0; files.len()];
+            let mut arrived = vec![Bytes::ZERO; files.len()];
             let mut failed = None;
             for (at, note) in receiver {
                 match note {
-                    Ok(HubEvent::Downloaded { bytes }) => {
-                        arrived[at] = bytes.0;
-                        on_event(HubEvent::Downloaded { bytes: Bytes(arrived.iter().sum()) });
+                    Ok(HubEvent::Downloaded(bytes)) => {
+                        arrived[at] = bytes;
+                        on_event(HubEvent::Downloaded(arrived.iter().copied().sum()));
                     }
                     Ok(event) => on_event(event),
                     Err(failure) => failed = failed.or_else(|| Some(link.explain(failure, Some(&files[at].0)))),
@@ -310,7 +305,7 @@ impl Repository {
                 return Err(Failure::WrongSize { got, size });
             }
             // Whether to go on is asked before the next file.
-            let _ = note(HubEvent::Downloaded { bytes: Bytes(size) });
+            let _ = note(HubEvent::Downloaded(Bytes(size)));
             Ok(())
         })
     }
