@@ -1,11 +1,10 @@
 //! `evenkeel generate`.
 
 use std::io::{IsTerminal, Read, stdin};
-use std::sync::Arc;
 
 use evenkeel::{
-    Bytes, ChatTemplate, Checkpoint, Error, ErrorKind, Finish, GenerateOptions, GenerateReport, LoadOptions,
-    LoadReport, LoadTimes, MIB, Message, Model, Result, Sampling, read_capped,
+    Bytes, ChatTemplate, Error, ErrorKind, Finish, GenerateOptions, GenerateReport, LoadReport, LoadTimes, MIB,
+    Message, Model, Result, Sampling, read_capped,
 };
 use serde::Serialize;
 
@@ -27,15 +26,11 @@ pub fn run(arguments: &GenerateArguments, process: &Process) -> Result<Exit> {
     sampling.check()?;
     let prompt = read_prompt(&arguments.prompt)?;
     let options = arguments.placement.options(None, process)?;
-    let offload_directory = process.environment.offload_directory(arguments.placement.offload_dir.as_deref());
-    let load_options = LoadOptions {
-        offload_directory,
-        cancel: cancel.clone(),
-        pool: Arc::clone(&process.pool),
-        separate_buffers: false,
-    };
+    let load_options = arguments.placement.load_options(cancel.clone(), process);
     let checkpoint = model::open(&arguments.model, Need::Weights, process)?;
-    let template = template(&arguments.prompt, &checkpoint)?;
+    // Before anything is loaded.
+    let open_template = || checkpoint.local_directory().and_then(ChatTemplate::open);
+    let template = arguments.prompt.chat.then(open_template).transpose()?;
     let load = || model::load(&checkpoint, &options, &load_options, process);
     let mut model = match load() {
         Err(error) if error.kind() == ErrorKind::Shortfall && arguments.on_shortfall == OnShortfall::Replan => {
@@ -140,14 +135,6 @@ fn read_prompt(arguments: &PromptArguments) -> Result<String> {
             }
             Ok(text)
         }
-    }
-}
-
-/// The chat template, before anything is loaded.
-fn template(arguments: &PromptArguments, checkpoint: &Checkpoint) -> Result<Option<ChatTemplate>> {
-    match &checkpoint.directory {
-        Some(directory) if arguments.chat => ChatTemplate::open(directory).map(Some),
-        _ => Ok(None),
     }
 }
 

@@ -1,7 +1,5 @@
 //! `evenkeel perplexity`.
 
-use std::sync::Arc;
-
 use evenkeel::{
     Bytes, Checkpoint, Comparison, DEFAULT_WINDOW, Error, LoadOptions, MIB, Perplexity, PlanOptions, Predictions,
     QuantizeRules, Result, Scheme, Tokenizer, Windows, read_capped,
@@ -48,7 +46,8 @@ pub fn run(arguments: &PerplexityArguments, process: &Process) -> Result<Exit> {
     options.context = Some(window);
     let stride = arguments.stride.unwrap_or(window);
     let windows = Windows::new(window, stride)?;
-    let mut tokens = tokenize(&checkpoint, &text)?;
+    let tokenizer = Tokenizer::open(checkpoint.local_directory()?, checkpoint.config.vocab_size)?;
+    let mut tokens = tokenizer.encode(&text, false)?;
     tokens.truncate(arguments.max_tokens.unwrap_or(usize::MAX));
     let scored = windows.scored(tokens.len());
     if scored == 0 {
@@ -56,14 +55,8 @@ pub fn run(arguments: &PerplexityArguments, process: &Process) -> Result<Exit> {
         return Err(Error::input(format!("`{text}` has {} tokens; 2 is the least to score", tokens.len())));
     }
 
-    let offload_directory = process.environment.offload_directory(arguments.placement.offload_dir.as_deref());
-    let measurement = Measurement {
-        checkpoint: &checkpoint,
-        load: LoadOptions { offload_directory, cancel, pool: Arc::clone(&process.pool), separate_buffers: false },
-        tokens,
-        windows,
-        process,
-    };
+    let load = arguments.placement.load_options(cancel, process);
+    let measurement = Measurement { checkpoint: &checkpoint, load, tokens, windows, process };
     let rows = if arguments.compare.is_empty() {
         vec![measurement.row(&options, Comparison::Alone)?]
     } else {
@@ -76,10 +69,6 @@ pub fn run(arguments: &PerplexityArguments, process: &Process) -> Result<Exit> {
         Format::Json => serde_json::to_string_pretty(&report).unwrap_or_default() + "\n",
     })?;
     Ok(Exit::Done)
-}
-
-fn tokenize(checkpoint: &Checkpoint, text: &str) -> Result<Vec<u32>> {
-    Tokenizer::open(checkpoint.local_directory()?, checkpoint.config.vocab_size)?.encode(text, false)
 }
 
 /// What is scored, and how.

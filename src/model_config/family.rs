@@ -80,18 +80,6 @@ pub enum Activation {
     Silu,
 }
 
-impl Activation {
-    /// The activation that Transformers calls `name`.
-    pub(super) fn named(name: &str) -> Option<Self> {
-        match name {
-            "silu" | "swish" => Some(Self::Silu),
-            "gelu" => Some(Self::Gelu),
-            "gelu_new" | "gelu_pytorch_tanh" => Some(Self::GeluTanh),
-            _ => None,
-        }
-    }
-}
-
 /// How a norm is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NormKind {

@@ -155,12 +155,13 @@ impl ModelConfig {
         let num_attention_heads = fields.size(heads, MAX_HEADS)?;
         let num_key_value_heads = fields.size_or("num_key_value_heads", MAX_HEADS, num_attention_heads)?;
         if !num_attention_heads.is_multiple_of(num_key_value_heads) {
-            let problem = format!("{num_attention_heads} attention heads do not divide over {num_key_value_heads} key-value heads");
-            return Err(fields.error(heads, problem));
+            let heads_of_keys = format!("{num_key_value_heads} key-value heads");
+            return Err(fields.error(heads, format!("{num_attention_heads} attention heads do not divide over {heads_of_keys}")));
         }
         let divides = hidden_size.is_multiple_of(num_attention_heads) || family.head_dim.is_some();
         if !divides && fields.optional("head_dim").is_none() {
-            let problem = format!("a hidden size of {hidden_size} does not divide over {num_attention_heads} attention heads");
+            let heads = format!("{num_attention_heads} attention heads");
+            let problem = format!("a hidden size of {hidden_size} does not divide over {heads}");
             return Err(fields.error(family.key("hidden_size"), problem));
         }
         let head_dim = family.head_dim.unwrap_or(hidden_size / num_attention_heads);
@@ -225,9 +226,7 @@ impl ModelConfig {
             eos_token_ids: fields.token_ids("eos_token_id")?,
         })
     }
-}
 
-impl ModelConfig {
     /// Width of all queries of a token.
     pub fn queries(&self) -> usize {
         self.num_attention_heads * self.head_dim
@@ -279,13 +278,15 @@ fn activation(fields: &Fields, family: &Family) -> Result<Activation> {
     let Some(node) = fields.optional(family.key("hidden_act")) else {
         return Ok(family.activation);
     };
-    let name = node.text()?;
-    Activation::named(&name).ok_or_else(|| {
-        let name = printable(&name);
-        node.error(format!(
-            "activation `{name}` is not supported; `silu`, `gelu`, `gelu_new` and `gelu_pytorch_tanh` are"
-        ))
-    })
+    match node.text()?.as_str() {
+        "silu" | "swish" => Ok(Activation::Silu),
+        "gelu" => Ok(Activation::Gelu),
+        "gelu_new" | "gelu_pytorch_tanh" => Ok(Activation::GeluTanh),
+        other => Err(node.error(format!(
+            "activation `{}` is not supported; `silu`, `gelu`, `gelu_new` and `gelu_pytorch_tanh` are",
+            printable(other)
+        ))),
+    }
 }
 
 fn attention_scale(fields: &Fields, family: &Family, head_dim: usize) -> Result<f64> {
