@@ -171,14 +171,4 @@ impl Hub {
         };
         Ok(Self { options, client })
     }
-
-    /// Opens a repository at a branch, a tag or a commit. The commit is found
-    /// out now, and all files are read from it.
-    ///
-    /// # Errors
-    /// The repository or the revision does not exist or may not be read, or the
-    /// Hub cannot be reached; offline: the revision is not in the cache.
-    pub fn repository(&self, id: &RepoId, revision: &str) -> Result<Repository> {
-        Repository::open(self, id, revision)
-    }
 }

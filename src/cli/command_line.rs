@@ -16,7 +16,6 @@ pub struct CommandLine {
 }
 
 impl CommandLine {
-    /// What was parsed.
     pub fn new(matches: &ArgMatches) -> Self {
         let mut all = Arguments::command();
         // From here on a command has the global flags too.

@@ -28,7 +28,6 @@ struct Gpu<'a> {
     is_usable: bool,
 }
 
-/// Shows the devices that a plan for this machine has.
 pub fn run(arguments: &DevicesArguments, process: &Process) -> Result<Exit> {
     let printer = &process.printer;
     let directory = process.environment.offload_directory(arguments.offload_dir.as_deref());

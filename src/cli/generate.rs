@@ -15,10 +15,8 @@ use super::{Exit, Process, signal};
 
 /// New tokens where neither the user nor the context sets a limit.
 const DEFAULT_NEW_TOKENS: usize = 256;
-/// The longest prompt that is read.
 const PROMPT_CAP: Bytes = Bytes(64 * MIB);
 
-/// Loads a model by its plan and prints what it generates.
 pub fn run(arguments: &GenerateArguments, process: &Process) -> Result<Exit> {
     let printer = &process.printer;
     let cancel = signal::cancel_by_interrupt()?;
@@ -158,7 +156,6 @@ impl SamplingArguments {
 }
 
 impl Printer {
-    /// Times, rates and bytes of a run, on standard error.
     fn stats(&self, loaded: &LoadReport, generated: &GenerateReport) {
         let rate = |count: usize, seconds: f64| if seconds > 0.0 { count as f64 / seconds } else { 0.0 };
         let gigabytes = loaded.read.0 as f64 / 1e9 / loaded.seconds;

@@ -66,7 +66,6 @@ pub struct Process {
     pub pool: Arc<Pool>,
 }
 
-/// Parses the arguments, runs the command, reports its error.
 pub fn run() -> ExitCode {
     let matches = Arguments::command().get_matches();
     let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());

@@ -21,7 +21,6 @@ pub enum Need {
     Weights,
 }
 
-/// Opens a checkpoint in a directory or on the Hub.
 pub fn open(arguments: &ModelArguments, need: Need, process: &Process) -> Result<Checkpoint> {
     let model = arguments.model();
     let path = Path::new(model);

@@ -11,10 +11,8 @@ use super::model::{self, Need};
 use super::progress::Bar;
 use super::{Exit, Process, signal};
 
-/// The longest text that is read.
 const TEXT_CAP: Bytes = Bytes(1024 * MIB);
 
-/// The figures of one scheme.
 #[derive(Serialize)]
 struct Row {
     quantize: QuantizeRules,
@@ -34,7 +32,6 @@ struct Report {
     rows: Vec<Row>,
 }
 
-/// Scores a text, once or in several schemes.
 pub fn run(arguments: &PerplexityArguments, process: &Process) -> Result<Exit> {
     let printer = &process.printer;
     let cancel = signal::cancel_by_interrupt()?;
@@ -81,7 +78,6 @@ struct Measurement<'a> {
 }
 
 impl Measurement<'_> {
-    /// The unquantized model's figures, then those of each scheme.
     fn compare(&self, options: &PlanOptions, schemes: &[Scheme], scored: usize) -> Result<Vec<Row>> {
         let vocab_size = self.checkpoint.config.vocab_size;
         let scratch = Predictions::bytes(scored, vocab_size);

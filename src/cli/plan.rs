@@ -6,7 +6,6 @@ use super::model::{self, Need};
 use super::{Exit, Process};
 use evenkeel::{Inventory, Plan, Result, write_atomic};
 
-/// Plans, and shows or writes the plan.
 pub fn run(arguments: &PlanArguments, process: &Process) -> Result<Exit> {
     let printer = &process.printer;
     let mut options = arguments.placement.options(arguments.check.as_deref(), process)?;

@@ -11,18 +11,15 @@ use super::args::{OutputArguments, When};
 use super::env::Environment;
 use super::{PipeClosed, flags};
 
-/// Where results and messages go.
 pub struct Printer {
     quiet: bool,
     color: bool,
     /// Whether results are coloured; `None` where they are not for a terminal.
     result_color: Option<bool>,
-    /// Whether bars are drawn.
     pub progress: bool,
 }
 
 impl Printer {
-    /// Decides from flags, environment and terminal.
     pub fn new(arguments: &OutputArguments, environment: &Environment) -> Self {
         let terminal = stderr().is_terminal();
         let is_wanted = |when: When, auto: bool| when == When::Always || when == When::Auto && auto;
@@ -64,7 +61,6 @@ impl Printer {
         }
     }
 
-    /// An error with its causes and hints.
     pub fn error(&self, error: &Error) {
         eprintln!("{} {error}", self.label("error:", "31"));
         let mut cause = error.source();

@@ -8,7 +8,6 @@ use super::args::{PackedFormat, QuantizeArguments};
 use super::model::{self, Need};
 use super::{Exit, Process, signal};
 
-/// Writes a quantized checkpoint.
 pub fn run(arguments: &QuantizeArguments, process: &Process) -> Result<Exit> {
     let printer = &process.printer;
     let cancel = signal::cancel_by_interrupt()?;

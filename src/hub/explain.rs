@@ -123,17 +123,12 @@ fn answer(error: &HFError) -> Option<Refusal> {
         | HFError::EntryNotFound { context, .. } => context.as_ref(),
         _ => return None,
     };
-    Some(match context {
-        Some(context) => Refusal {
-            status: context.status.as_u16(),
-            code: context.error_code.clone(),
-            shown: match &context.server_message {
-                Some(message) => format!("{}: {}", context.status, printable(message)),
-                None => context.status.to_string(),
-            },
-        },
-        None => Refusal { status: 404, code: None, shown: "404 Not Found".to_owned() },
-    })
+    let Some(context) = context else {
+        return Some(Refusal { status: 404, code: None, shown: "404 Not Found".to_owned() });
+    };
+    let message = context.server_message.as_ref().map_or(String::new(), |message| format!(": {}", printable(message)));
+    let (status, code) = (context.status, context.error_code.clone());
+    Some(Refusal { status: status.as_u16(), code, shown: format!("{status}{message}") })
 }
 
 pub(super) fn lock_held(path: &Path) -> Error {

@@ -58,9 +58,14 @@ pub struct Repository {
     heads: Mutex<HashMap<String, Arc<Vec<u8>>>>,
 }
 
-impl Repository {
-    /// As [`Hub::repository`].
-    pub(super) fn open(hub: &Hub, id: &RepoId, revision: &str) -> Result<Self> {
+impl Hub {
+    /// Opens a repository at a branch, a tag or a commit. The commit is found
+    /// out now, and all files are read from it.
+    ///
+    /// # Errors
+    /// The repository or the revision does not exist or may not be read, or the
+    /// Hub cannot be reached; offline: the revision is not in the cache.
+    pub fn repository(&self, id: &RepoId, revision: &str) -> Result<Repository> {
         let part_is_plain = |part: &str| !matches!(part, "" | "." | "..");
         if !revision.split('/').all(part_is_plain)
             || revision.len() > 250
@@ -70,13 +75,13 @@ impl Repository {
                 .hint("name a branch, a tag or a commit"));
         }
         let folder = format!("models--{}", id.0.replace('/', "--"));
-        let home = hub.options.cache.join(&folder);
+        let home = self.options.cache.join(&folder);
         let cached = cached_commit(&home, revision);
-        let (commit, files, link) = if let Some(client) = &hub.client {
+        let (commit, files, link) = if let Some(client) = &self.client {
             let (owner, name) = split_id(&id.0);
             let link = Link {
                 repository: client.model(owner, name),
-                options: hub.options.clone(),
+                options: self.options.clone(),
                 id: id.clone(),
                 revision: revision.to_owned(),
             };
@@ -95,12 +100,12 @@ impl Repository {
             let commit = cached.ok_or_else(|| not_cached("the commit", id, revision))?;
             (commit, BTreeMap::new(), None)
         };
-        Ok(Self {
+        Ok(Repository {
             id: id.clone(),
             revision: revision.to_owned(),
             snapshot: home.join("snapshots").join(&commit),
-            locks: hub.options.cache.join(".locks").join(&folder),
-            headers: hub.options.cache.join(".evenkeel").join(folder).join(&commit),
+            locks: self.options.cache.join(".locks").join(&folder),
+            headers: self.options.cache.join(".evenkeel").join(folder).join(&commit),
             home,
             commit,
             files,
@@ -108,7 +113,9 @@ impl Repository {
             heads: Mutex::default(),
         })
     }
+}
 
+impl Repository {
     /// The commit that all files are read from.
     pub fn commit(&self) -> &str {
         &self.commit

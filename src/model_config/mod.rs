@@ -192,10 +192,7 @@ impl ModelConfig {
         Ok(Self {
             family,
             packed,
-            dtype: match fields.text_or_none("dtype")? {
-                Some(dtype) => Some(printable(&dtype)),
-                None => fields.text_or_none("torch_dtype")?.map(|dtype| printable(&dtype)),
-            },
+            dtype: fields.text_or_none(["dtype", "torch_dtype"])?.map(|dtype| printable(&dtype)),
             hidden_size,
             intermediate_size,
             num_hidden_layers,
@@ -241,7 +238,7 @@ impl ModelConfig {
 /// What [`ModelConfig::packed`] says, from a `quantization_config`.
 fn packed(quantization: Node) -> Result<Vec<(String, String)>> {
     let fields = Fields::of(quantization)?;
-    let method = fields.text_or_none("quant_method")?;
+    let method = fields.text_or_none(["quant_method"])?;
     if method.as_deref() != Some(PACKED_METHOD) {
         let method = printable(method.as_deref().unwrap_or("unnamed"));
         return Err(quantization

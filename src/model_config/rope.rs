@@ -139,10 +139,7 @@ fn one(fields: &Fields, node: Option<Node>, theta: f64, family: &Family, context
     let rope = Fields::of(node)?;
     let theta = rope.positive_or("rope_theta", MAX_THETA, theta)?;
     let rotary_dim = rotary_dim(&rope, rope.positive_or("partial_rotary_factor", 1.0, share)?, context)?;
-    let kind = match rope.text_or_none("rope_type")? {
-        Some(kind) => Some(kind),
-        None => rope.text_or_none("type")?,
-    };
+    let kind = rope.text_or_none(["rope_type", "type"])?;
     let kind = match kind.as_deref().unwrap_or("default") {
         "su" | "yarn" if family.is_yarn_longrope => "longrope",
         kind => kind,
