@@ -63,10 +63,8 @@ impl Printer {
 
     pub fn error(&self, error: &Error) {
         eprintln!("{} {error}", self.label("error:", "31"));
-        let mut cause = error.source();
-        while let Some(error) = cause {
-            eprintln!("  Caused by: {error}");
-            cause = error.source();
+        for cause in std::iter::successors(error.source(), |&error| error.source()) {
+            eprintln!("  Caused by: {cause}");
         }
         if !error.hints().is_empty() {
             eprintln!();

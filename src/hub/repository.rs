@@ -159,15 +159,10 @@ impl Repository {
         Ok(self.snapshot.clone())
     }
 
-    /// The files that a load reads.
     fn wanted(&self) -> Result<Vec<String>> {
         let mut wanted = vec![model_config::FILE.to_owned()];
-        for file in SMALL_FILES {
-            if self.has(file)? {
-                wanted.push(file.to_owned());
-            }
-        }
-        if self.has(index::FILE)? {
+        wanted.extend(SMALL_FILES.into_iter().filter(|file| self.has(file)).map(str::to_owned));
+        if self.has(index::FILE) {
             wanted.push(index::FILE.to_owned());
             wanted.extend(Index::read(self)?.shards);
         } else {
@@ -317,7 +312,6 @@ impl Repository {
         })
     }
 
-    /// A part of a file by a range request.
     fn range(&self, link: &Link, file: &str, size: u64, offset: u64, len: u64) -> Result<Vec<u8>> {
         let bytes = link.retry(QUIET_WAIT, &mut quiet, |note| {
             let (name, commit) = (file.to_owned(), self.commit.clone());
@@ -367,8 +361,8 @@ fn head_end(head: &[u8]) -> Option<usize> {
 }
 
 impl Source for Repository {
-    fn has(&self, file: &str) -> Result<bool> {
-        Ok(if self.link.is_some() { self.files.contains_key(file) } else { self.is_cached(file) })
+    fn has(&self, file: &str) -> bool {
+        if self.link.is_some() { self.files.contains_key(file) } else { self.is_cached(file) }
     }
 
     fn read(&self, file: &str, cap: Bytes) -> Result<Vec<u8>> {

@@ -132,7 +132,7 @@ impl ModelConfig {
     /// its range, or the architecture is not supported.
     pub fn read(source: &dyn Source) -> Result<Self> {
         let mut config = Self::parse(&source.display(FILE), source.read(FILE, CAP)?)?;
-        if source.has(GENERATION_FILE)? {
+        if source.has(GENERATION_FILE) {
             let document = Document::parse(source.display(GENERATION_FILE), source.read(GENERATION_FILE, CAP)?)?;
             let ids = Fields::of(document.root())?.token_ids("eos_token_id")?;
             if !ids.is_empty() {
@@ -169,7 +169,7 @@ impl ModelConfig {
         let max_position_embeddings = fields.size_or(family.key("max_position_embeddings"), MAX_CONTEXT, 2048)?;
         let ropes = match family.positions {
             Some(_) => Vec::new(),
-            None => rope::read(&fields, family, &rope::Context { head_dim, max_position_embeddings })?,
+            None => rope::read(&fields, family, head_dim, max_position_embeddings)?,
         };
         let num_hidden_layers = fields.size(family.key("num_hidden_layers"), MAX_BLOCKS)?;
         let experts = experts(&fields, family, num_hidden_layers)?;
