@@ -232,7 +232,7 @@ fn push(parameters: &mut Vec<Parameter>, config: &ModelConfig, role: Role, path:
         Role::Query | Role::Key | Role::Value | Role::QueryKeyValue => config.query_key_value_bias,
         Role::Output => config.output_bias,
         Role::Gate | Role::Up | Role::GateUp | Role::Down => config.feed_forward_bias,
-        _ => is_norm && config.norm_kind == NormKind::Layer,
+        _ => is_norm && config.family.norm_kind == NormKind::Layer,
     };
     let is_transposed =
         config.family.is_transposed && matches!(role, Role::QueryKeyValue | Role::Output | Role::Up | Role::Down);

@@ -59,19 +59,11 @@ impl FromStr for DeviceId {
 #[non_exhaustive]
 pub enum DeviceError {
     /// The driver does not show it.
-    #[error("no NVIDIA driver was found, or it shows no {device}")]
-    Absent {
-        /// The device.
-        device: DeviceId,
-    },
-    /// It failed.
-    #[error("{device} {what}")]
-    Failed {
-        /// The device.
-        device: DeviceId,
-        /// What it cannot do, and what its driver says.
-        what: String,
-    },
+    #[error("no NVIDIA driver was found, or it shows no {0}")]
+    Absent(DeviceId),
+    /// It failed: what it cannot do, and what its driver says.
+    #[error("{0} {1}")]
+    Failed(DeviceId, String),
     /// It refused memory.
     #[error("{device} cannot give {needed} for {what}, {} free: {why}", .free.map_or("an unknown number of bytes are".to_owned(), |free| format!("{free} are")))]
     Refused {
@@ -110,8 +102,8 @@ impl DeviceError {
     /// The devices that it is about.
     pub fn devices(&self) -> &[DeviceId] {
         match self {
-            Self::Absent { device }
-            | Self::Failed { device, .. }
+            Self::Absent(device)
+            | Self::Failed(device, _)
             | Self::Refused { device, .. }
             | Self::Shortfall { device, .. } => std::slice::from_ref(device),
             Self::Unusable { devices, .. } => devices,

@@ -53,7 +53,8 @@ struct Inner {
 }
 
 impl Error {
-    fn new(kind: ErrorKind, what: impl Into<Cause>) -> Self {
+    /// An error of `kind`: a text, or an error with a type.
+    pub fn new(kind: ErrorKind, what: impl Into<Cause>) -> Self {
         Self(Box::new(Inner { kind, what: what.into(), source: None, hints: Vec::new() }))
     }
 
@@ -70,11 +71,6 @@ impl Error {
     /// Memory or disk does not suffice.
     pub fn does_not_fit(what: impl Into<Cause>) -> Self {
         Self::new(ErrorKind::DoesNotFit, what)
-    }
-
-    /// A device has less free than when the plan was made.
-    pub fn shortfall(what: impl Into<Cause>) -> Self {
-        Self::new(ErrorKind::Shortfall, what)
     }
 
     /// An option is wrong.
@@ -117,7 +113,8 @@ impl Error {
 
     /// The cause of type `T`: what the error itself is, or what it comes from.
     pub fn cause<T: StdError + 'static>(&self) -> Option<&T> {
-        chain(Some(&*self.0.what)).chain(chain(self.source())).find_map(|error| error.downcast_ref())
+        let behind = || iter::successors(self.source(), |&error| error.source()).find_map(|error| error.downcast_ref());
+        self.0.what.downcast_ref().or_else(behind)
     }
 
     /// The hints, most useful first.
@@ -136,11 +133,6 @@ impl StdError for Error {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         self.0.source.as_deref().map(|source| source as &(dyn StdError + 'static)).or_else(|| self.0.what.source())
     }
-}
-
-/// An error and those behind it.
-fn chain<'a>(first: Option<&'a (dyn StdError + 'static)>) -> impl Iterator<Item = &'a (dyn StdError + 'static)> {
-    iter::successors(first, |&error| error.source())
 }
 
 /// What helps: a sentence, and the settings that it names.
@@ -198,15 +190,9 @@ impl Hint {
     }
 }
 
-impl From<String> for Hint {
-    fn from(sentence: String) -> Self {
-        Self { sentence, settings: Vec::new() }
-    }
-}
-
-impl From<&str> for Hint {
-    fn from(sentence: &str) -> Self {
-        sentence.to_owned().into()
+impl<T: Into<String>> From<T> for Hint {
+    fn from(sentence: T) -> Self {
+        Self::naming(sentence, [])
     }
 }
 

@@ -36,13 +36,11 @@ pub fn is_cached(file: &File, offset: u64) -> bool {
     rustix::io::preadv2(file, buffers, offset, rustix::io::ReadWriteFlags::NOWAIT) != Err(rustix::io::Errno::AGAIN)
 }
 
-/// `file` again, for reads past the page cache: not on this system.
 #[cfg(not(target_os = "linux"))]
 pub fn past_cache(_: &File) -> Option<File> {
     None
 }
 
-/// Whether the page of `file` at `offset` is in the page cache: this system does not tell.
 #[cfg(not(target_os = "linux"))]
 pub fn is_cached(_: &File, _: u64) -> bool {
     true

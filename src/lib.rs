@@ -64,7 +64,7 @@ pub use footprint::{Allocation, Placed, Purpose};
 pub use fs::{SCRATCH_DIRECTORY, read_capped, write_atomic};
 pub use generate::{
     ChatTemplate, Comparison, DEFAULT_WINDOW, Divergence, Finish, GenerateOptions, GenerateReport, Generation, Message,
-    Perplexity, Piece, Predictions, Sampling, Windows,
+    Perplexity, Piece, Predictions, Sampling, TooLong, Windows,
 };
 pub use loader::{LoadEvent, LoadOptions, LoadReport, LoadTimes, MeasuredDevice, Model, WeightError};
 pub use machine::{Bandwidth, Device, Inventory};

@@ -18,9 +18,7 @@ use crate::source::Source;
 const LENGTH_FIELD: usize = 8;
 /// The longest header that is read, in bytes (the format's own limit).
 const MAX_HEADER: u64 = 100_000_000;
-/// The most tensors that one shard may name.
 const MAX_TENSORS: usize = 1_000_000;
-/// The most dimensions that a tensor may have.
 const MAX_RANK: usize = 64;
 /// The longest name of a tensor, in bytes.
 const MAX_NAME: usize = 512;

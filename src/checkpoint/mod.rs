@@ -82,9 +82,9 @@ impl Checkpoint {
     /// A file is missing, is not as its format has it, or contradicts another.
     pub fn read(name: impl Into<String>, source: &dyn Source, pool: &Pool) -> Result<Self> {
         let config = ModelConfig::read(source)?;
-        let index = if source.has(index::FILE)? {
+        let index = if source.has(index::FILE) {
             Some(Index::read(source)?)
-        } else if source.has(SINGLE_FILE)? {
+        } else if source.has(SINGLE_FILE) {
             None
         } else {
             return Err(no_weights(source));
@@ -125,7 +125,7 @@ const REQUESTS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(7);
 fn no_weights(source: &dyn Source) -> Error {
     let error = Error::input(format!("`{}` is missing, and so is `{}`", source.display(SINGLE_FILE), index::FILE));
     let pickles = ["pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth"];
-    match pickles.iter().find(|file| source.has(file).unwrap_or(false)) {
+    match pickles.iter().find(|file| source.has(file)) {
         Some(file) => error.hint(format!(
             "`{file}` is a Python pickle, which can run code and is never read; convert the checkpoint to safetensors"
         )),
@@ -138,12 +138,7 @@ fn check_presence(source: &dyn Source, shards: &[String]) -> Result<()> {
     let Some(directory) = source.directory() else {
         return Ok(());
     };
-    let mut missing = Vec::new();
-    for shard in shards {
-        if !source.has(shard)? {
-            missing.push(shard);
-        }
-    }
+    let missing: Vec<_> = shards.iter().filter(|shard| !source.has(shard)).collect();
     if missing.is_empty() {
         return Ok(());
     }

@@ -42,7 +42,6 @@ pub enum Command {
 }
 
 impl Command {
-    /// The threads that were asked for.
     pub fn threads(&self) -> Option<NonZeroUsize> {
         match self {
             Self::Devices(_) | Self::Plan(_) => None,
@@ -96,7 +95,6 @@ pub struct ModelArguments {
 }
 
 impl ModelArguments {
-    /// The model, however it was given.
     pub fn model(&self) -> &str {
         // Clap requires one of the two.
         self.model.as_deref().or(self.model_flag.as_deref()).unwrap_or_default()

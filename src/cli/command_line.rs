@@ -1,5 +1,7 @@
 //! The command that was given, with some of its flags changed: what a user can run next.
 
+use std::collections::BTreeMap;
+
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command, CommandFactory};
 use evenkeel::{Change, Error, Plan, Remedy};
@@ -14,24 +16,23 @@ pub struct CommandLine {
 }
 
 impl CommandLine {
-    /// What was parsed.
     pub fn new(matches: &ArgMatches) -> Self {
         let mut all = Arguments::command();
         // From here on a command has the global flags too.
         all.build();
         let (command, matches) = matches.subcommand().unwrap_or(("", matches));
         let command = all.find_subcommand(command).unwrap_or(&all).clone();
-        let mut given = Vec::new();
+        let mut given = BTreeMap::new();
         for arg in command.get_arguments() {
             let id = arg.get_id().as_str();
             if matches.value_source(id) == Some(ValueSource::CommandLine) {
                 let places = matches.indices_of(id).into_iter().flatten();
                 let values = matches.get_raw(id).into_iter().flatten();
-                given.extend(places.zip(values).map(|(at, value)| (at, arg.clone(), value)));
+                let values = values.map(|value| (arg.clone(), value.to_string_lossy().into_owned()));
+                given.extend(places.zip(values));
             }
         }
-        given.sort_by_key(|(at, ..)| *at);
-        let given = given.into_iter().map(|(_, arg, value)| (arg, value.to_string_lossy().into_owned())).collect();
+        let given = given.into_values().collect();
         Self { command, given }
     }
 

@@ -1,10 +1,10 @@
 //! `evenkeel devices`.
 
-use evenkeel::{Bytes, Device, DeviceId, Installation, Inventory};
+use evenkeel::{Bytes, Device, DeviceId, Installation, Inventory, Result};
 use serde::Serialize;
 
 use super::args::{DevicesArguments, Format};
-use super::{Exit, Outcome, Process};
+use super::{Exit, Process};
 
 /// What `--format json` writes.
 #[derive(Serialize)]
@@ -28,8 +28,7 @@ struct Gpu<'a> {
     is_usable: bool,
 }
 
-/// Shows the devices that a plan for this machine has.
-pub fn run(arguments: &DevicesArguments, process: &Process) -> Outcome {
+pub fn run(arguments: &DevicesArguments, process: &Process) -> Result<Exit> {
     let printer = &process.printer;
     let directory = process.environment.offload_directory(arguments.offload_dir.as_deref());
     let inventory = Inventory::of_machine(&directory)?;

@@ -22,7 +22,6 @@ use evenkeel::SCRATCH_DIRECTORY;
 pub struct Environment(HashMap<String, String>);
 
 impl Environment {
-    /// The environment of this process.
     #[expect(clippy::disallowed_methods, reason = "the one place that reads the environment")]
     pub fn of_process() -> Self {
         let text = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
@@ -70,7 +69,6 @@ impl Environment {
         self.text("CLICOLOR_FORCE").is_some_and(|value| value != "0") || is_terminal
     }
 
-    /// Whether bars may be shown on a terminal.
     pub fn progress(&self) -> bool {
         !self.is_on("HF_HUB_DISABLE_PROGRESS_BARS") && self.text("TERM") != Some("dumb")
     }
@@ -87,7 +85,6 @@ mod hub {
     const TOKEN_CAP: Bytes = Bytes(64 * KIB);
 
     impl Environment {
-        /// How the Hub is reached.
         pub fn hub(&self) -> Result<HubOptions> {
             let home = self.path("HF_HOME");
             let home = home.unwrap_or_else(|| self.caches().unwrap_or_else(|| ".cache".into()).join("huggingface"));

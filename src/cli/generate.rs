@@ -1,41 +1,34 @@
 //! `evenkeel generate`.
 
 use std::io::{IsTerminal, Read, stdin};
-use std::sync::Arc;
 
 use evenkeel::{
-    Bytes, ChatTemplate, Checkpoint, Error, ErrorKind, Finish, GenerateOptions, GenerateReport, LoadOptions,
-    LoadReport, LoadTimes, MIB, Message, Model, Result, Sampling, read_capped,
+    Bytes, ChatTemplate, Error, ErrorKind, Finish, GenerateOptions, GenerateReport, LoadReport, LoadTimes, MIB,
+    Message, Model, Result, Sampling, read_capped,
 };
 use serde::Serialize;
 
 use super::args::{Format, GenerateArguments, OnShortfall, PromptArguments, SamplingArguments};
 use super::model::{self, Need};
 use super::printer::Printer;
-use super::{Exit, Outcome, Process, Stop, signal};
+use super::{Exit, Process, signal};
 
 /// New tokens where neither the user nor the context sets a limit.
 const DEFAULT_NEW_TOKENS: usize = 256;
-/// The longest prompt that is read.
 const PROMPT_CAP: Bytes = Bytes(64 * MIB);
 
-/// Loads a model by its plan and prints what it generates.
-pub fn run(arguments: &GenerateArguments, process: &Process) -> Outcome {
+pub fn run(arguments: &GenerateArguments, process: &Process) -> Result<Exit> {
     let printer = &process.printer;
     let cancel = signal::cancel_by_interrupt()?;
     let sampling = arguments.sampling.sampling();
     sampling.check()?;
     let prompt = read_prompt(&arguments.prompt)?;
     let options = arguments.placement.options(None, process)?;
-    let offload_directory = process.environment.offload_directory(arguments.placement.offload_dir.as_deref());
-    let load_options = LoadOptions {
-        offload_directory,
-        cancel: cancel.clone(),
-        pool: Arc::clone(&process.pool),
-        separate_buffers: false,
-    };
+    let load_options = arguments.placement.load_options(cancel.clone(), process);
     let checkpoint = model::open(&arguments.model, Need::Weights, process)?;
-    let template = template(&arguments.prompt, &checkpoint)?;
+    // Before anything is loaded.
+    let open_template = || checkpoint.local_directory().and_then(ChatTemplate::open);
+    let template = arguments.prompt.chat.then(open_template).transpose()?;
     let load = || model::load(&checkpoint, &options, &load_options, process);
     let mut model = match load() {
         Err(error) if error.kind() == ErrorKind::Shortfall && arguments.on_shortfall == OnShortfall::Replan => {
@@ -79,7 +72,7 @@ fn stream(
     options: GenerateOptions,
     format: Format,
     printer: &Printer,
-) -> Result<GenerateReport, Stop> {
+) -> Result<GenerateReport> {
     let cancel = options.cancel.clone();
     let mut generation = model.generate_from(tokens, options)?;
     for piece in &mut generation {
@@ -143,14 +136,6 @@ fn read_prompt(arguments: &PromptArguments) -> Result<String> {
     }
 }
 
-/// The chat template, before anything is loaded.
-fn template(arguments: &PromptArguments, checkpoint: &Checkpoint) -> Result<Option<ChatTemplate>> {
-    match &checkpoint.directory {
-        Some(directory) if arguments.chat => ChatTemplate::open(directory).map(Some),
-        _ => Ok(None),
-    }
-}
-
 fn messages(arguments: &PromptArguments, prompt: String) -> Vec<Message> {
     let message = |role: &str, content| Message { role: role.to_owned(), content };
     let system = arguments.system.clone().map(|text| message("system", text));
@@ -171,7 +156,6 @@ impl SamplingArguments {
 }
 
 impl Printer {
-    /// Times, rates and bytes of a run, on standard error.
     fn stats(&self, loaded: &LoadReport, generated: &GenerateReport) {
         let rate = |count: usize, seconds: f64| if seconds > 0.0 { count as f64 / seconds } else { 0.0 };
         let gigabytes = loaded.read.0 as f64 / 1e9 / loaded.seconds;

@@ -27,49 +27,25 @@ use command_line::CommandLine;
 use env::Environment;
 use printer::Printer;
 
-/// Why a command ended before its end.
-pub enum Stop {
-    /// It failed.
-    Error(Error),
-    /// Whoever reads standard output has closed it; that is no error.
-    PipeClosed,
-}
+/// Whoever reads standard output has closed it, which ends a command and is not shown as an error.
+#[derive(Debug, thiserror::Error)]
+#[error("standard output is closed")]
+pub struct PipeClosed;
 
-impl From<Error> for Stop {
-    fn from(error: Error) -> Self {
-        Self::Error(error)
-    }
-}
-
-/// A command's exit code, or why it stopped.
-pub type Outcome = Result<Exit, Stop>;
-
-/// How a command that did not fail ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How a command that did not fail ends, with its exit code.
 pub enum Exit {
-    /// It did what was asked.
-    Done,
+    Done = 0,
     /// The plan that it shows does not fit.
-    DoesNotFit,
+    DoesNotFit = 3,
     /// The user stopped it.
-    Interrupted,
-}
-
-impl Exit {
-    fn code(self) -> u8 {
-        match self {
-            Self::Done => 0,
-            Self::DoesNotFit => 3,
-            Self::Interrupted => 130,
-        }
-    }
+    Interrupted = 130,
 }
 
 fn exit_code(kind: ErrorKind) -> u8 {
     match kind {
         ErrorKind::Usage => 2,
-        ErrorKind::DoesNotFit | ErrorKind::Device | ErrorKind::Shortfall => Exit::DoesNotFit.code(),
-        ErrorKind::Interrupted => Exit::Interrupted.code(),
+        ErrorKind::DoesNotFit | ErrorKind::Device | ErrorKind::Shortfall => Exit::DoesNotFit as u8,
+        ErrorKind::Interrupted => Exit::Interrupted as u8,
         // Input, and kinds that a later version may add.
         _ => 1,
     }
@@ -90,7 +66,6 @@ pub struct Process {
     pub pool: Arc<Pool>,
 }
 
-/// Parses the arguments, runs the command, reports its error.
 pub fn run() -> ExitCode {
     let matches = Arguments::command().get_matches();
     let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
@@ -106,9 +81,9 @@ pub fn run() -> ExitCode {
         Command::Quantize(arguments) => quantize::run(&arguments, &process),
     };
     let code = match outcome {
-        Ok(exit) => exit.code(),
-        Err(Stop::PipeClosed) => Exit::Done.code(),
-        Err(Stop::Error(error)) => {
+        Ok(exit) => exit as u8,
+        Err(error) if error.cause::<PipeClosed>().is_some() => Exit::Done as u8,
+        Err(error) => {
             let error = match process.environment.visible_gpus() {
                 Some(mask) if is_about_gpus(&error) => {
                     error.hint(format!("`CUDA_VISIBLE_DEVICES={mask}` says which GPUs there are, and in which order"))

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use evenkeel::{
-    Checkpoint, DeviceMap, Error, Inventory, LoadEvent, LoadOptions, Model, Plan, PlanOptions, Result, Strategy,
+    Cancel, Checkpoint, DeviceMap, Error, Inventory, LoadEvent, LoadOptions, Model, Plan, PlanOptions, Result, Strategy,
 };
 
 use super::Process;
@@ -21,13 +21,13 @@ pub enum Need {
     Weights,
 }
 
-/// Opens a checkpoint in a directory or on the Hub.
 pub fn open(arguments: &ModelArguments, need: Need, process: &Process) -> Result<Checkpoint> {
     let model = arguments.model();
     let path = Path::new(model);
     let checkpoint = if path.exists() {
         Checkpoint::open_on(path, &process.pool)?
-    } else if !could_be_repository(model) {
+    } else if model.starts_with(['.', '/', '~']) || model.matches('/').count() > 1 || model.ends_with('/') {
+        // No repository has such a name.
         return Err(Error::input(format!("there is no directory `{model}`"))
             .hint("name a directory that holds a checkpoint, or a repository on the Hub as `ORG/NAME`"));
     } else {
@@ -40,11 +40,6 @@ pub fn open(arguments: &ModelArguments, need: Need, process: &Process) -> Result
         ));
     }
     Ok(checkpoint)
-}
-
-/// Whether a name that is no path that exists may be a repository's.
-fn could_be_repository(model: &str) -> bool {
-    !model.starts_with(['.', '/', '~']) && model.matches('/').count() <= 1 && !model.ends_with('/')
 }
 
 #[cfg(feature = "hub")]
@@ -66,11 +61,11 @@ fn from_hub(arguments: &ModelArguments, need: Need, process: &Process) -> Result
             printer.note(&format!("downloading {files} files of `{model}`, {bytes}"));
             bar = Some(Bar::new(printer, "downloading", bytes));
         }
-        (HubEvent::Downloaded { bytes }, Some(bar)) => bar.set(bytes.0),
-        (HubEvent::LockHeld { path, .. }, _) => {
+        (HubEvent::Downloaded(bytes), Some(bar)) => bar.set(bytes.0),
+        (HubEvent::LockHeld(path), _) => {
             printer.note(&format!("waiting for another process that downloads `{model}` (`{}`)", path.display()));
         }
-        (HubEvent::RateLimited { left }, Some(bar)) => bar.say(format!("rate limit, {} s", left.as_secs())),
+        (HubEvent::RateLimited(left), Some(bar)) => bar.say(format!("rate limit, {} s", left.as_secs())),
         _ => {}
     })?;
     let mut checkpoint = Checkpoint::open_on(directory, &process.pool)?;
@@ -112,6 +107,12 @@ pub fn show(event: &LoadEvent, what: &'static str, bar: &mut Option<Bar>, printe
 }
 
 impl PlacementArguments {
+    /// The options of a load that `cancel` stops.
+    pub fn load_options(&self, cancel: Cancel, process: &Process) -> LoadOptions {
+        let offload_directory = process.environment.offload_directory(self.offload_dir.as_deref());
+        LoadOptions { offload_directory, cancel, pool: Arc::clone(&process.pool), ..LoadOptions::default() }
+    }
+
     /// The options of a plan that `process` makes, with the map in `map` or that of `--device-map`.
     pub fn options(&self, map: Option<&Path>, process: &Process) -> Result<PlanOptions> {
         let file = map.or_else(|| (self.device_map != "auto").then(|| Path::new(&self.device_map)));

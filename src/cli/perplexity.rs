@@ -1,7 +1,5 @@
 //! `evenkeel perplexity`.
 
-use std::sync::Arc;
-
 use evenkeel::{
     Bytes, Checkpoint, Comparison, DEFAULT_WINDOW, Error, LoadOptions, MIB, Perplexity, PlanOptions, Predictions,
     QuantizeRules, Result, Scheme, Tokenizer, Windows, read_capped,
@@ -11,12 +9,10 @@ use serde::Serialize;
 use super::args::{Format, PerplexityArguments};
 use super::model::{self, Need};
 use super::progress::Bar;
-use super::{Exit, Outcome, Process, signal};
+use super::{Exit, Process, signal};
 
-/// The longest text that is read.
 const TEXT_CAP: Bytes = Bytes(1024 * MIB);
 
-/// The figures of one scheme.
 #[derive(Serialize)]
 struct Row {
     quantize: QuantizeRules,
@@ -36,8 +32,7 @@ struct Report {
     rows: Vec<Row>,
 }
 
-/// Scores a text, once or in several schemes.
-pub fn run(arguments: &PerplexityArguments, process: &Process) -> Outcome {
+pub fn run(arguments: &PerplexityArguments, process: &Process) -> Result<Exit> {
     let printer = &process.printer;
     let cancel = signal::cancel_by_interrupt()?;
     let text = String::from_utf8(read_capped(&arguments.text, TEXT_CAP)?)
@@ -48,22 +43,17 @@ pub fn run(arguments: &PerplexityArguments, process: &Process) -> Outcome {
     options.context = Some(window);
     let stride = arguments.stride.unwrap_or(window);
     let windows = Windows::new(window, stride)?;
-    let mut tokens = tokenize(&checkpoint, &text)?;
+    let tokenizer = Tokenizer::open(checkpoint.local_directory()?, checkpoint.config.vocab_size)?;
+    let mut tokens = tokenizer.encode(&text, false)?;
     tokens.truncate(arguments.max_tokens.unwrap_or(usize::MAX));
     let scored = windows.scored(tokens.len());
     if scored == 0 {
         let text = arguments.text.display();
-        return Err(Error::input(format!("`{text}` has {} tokens; 2 is the least to score", tokens.len())).into());
+        return Err(Error::input(format!("`{text}` has {} tokens; 2 is the least to score", tokens.len())));
     }
 
-    let offload_directory = process.environment.offload_directory(arguments.placement.offload_dir.as_deref());
-    let measurement = Measurement {
-        checkpoint: &checkpoint,
-        load: LoadOptions { offload_directory, cancel, pool: Arc::clone(&process.pool), separate_buffers: false },
-        tokens,
-        windows,
-        process,
-    };
+    let load = arguments.placement.load_options(cancel, process);
+    let measurement = Measurement { checkpoint: &checkpoint, load, tokens, windows, process };
     let rows = if arguments.compare.is_empty() {
         vec![measurement.row(&options, Comparison::Alone)?]
     } else {
@@ -78,10 +68,6 @@ pub fn run(arguments: &PerplexityArguments, process: &Process) -> Outcome {
     Ok(Exit::Done)
 }
 
-fn tokenize(checkpoint: &Checkpoint, text: &str) -> Result<Vec<u32>> {
-    Tokenizer::open(checkpoint.local_directory()?, checkpoint.config.vocab_size)?.encode(text, false)
-}
-
 /// What is scored, and how.
 struct Measurement<'a> {
     checkpoint: &'a Checkpoint,
@@ -92,7 +78,6 @@ struct Measurement<'a> {
 }
 
 impl Measurement<'_> {
-    /// The unquantized model's figures, then those of each scheme.
     fn compare(&self, options: &PlanOptions, schemes: &[Scheme], scored: usize) -> Result<Vec<Row>> {
         let vocab_size = self.checkpoint.config.vocab_size;
         let scratch = Predictions::bytes(scored, vocab_size);

@@ -3,11 +3,10 @@
 use super::args::{PlanArguments, PlanFormat};
 use super::command_line::CommandLine;
 use super::model::{self, Need};
-use super::{Exit, Outcome, Process};
-use evenkeel::{Inventory, Plan, write_atomic};
+use super::{Exit, Process};
+use evenkeel::{Inventory, Plan, Result, write_atomic};
 
-/// Plans, and shows or writes the plan.
-pub fn run(arguments: &PlanArguments, process: &Process) -> Outcome {
+pub fn run(arguments: &PlanArguments, process: &Process) -> Result<Exit> {
     let printer = &process.printer;
     let mut options = arguments.placement.options(arguments.check.as_deref(), process)?;
     options.batch = arguments.batch;
@@ -32,7 +31,7 @@ pub fn run(arguments: &PlanArguments, process: &Process) -> Outcome {
     let plan = Plan::new(&checkpoint, &inventory, &options)?;
     if let Some(file) = &arguments.output {
         if !plan.fits() {
-            return Err(process.command_line.does_not_fit(&plan).into());
+            return Err(process.command_line.does_not_fit(&plan));
         }
         write_atomic(file, plan.device_map().as_bytes(), arguments.force)?;
         printer.note(&format!("wrote `{}`", file.display()));

@@ -2,14 +2,13 @@
 
 use std::sync::Arc;
 
-use evenkeel::{Quantize, SaveFormat, SaveOptions, save_quantized};
+use evenkeel::{Quantize, Result, SaveFormat, SaveOptions, save_quantized};
 
 use super::args::{PackedFormat, QuantizeArguments};
 use super::model::{self, Need};
-use super::{Exit, Outcome, Process, signal};
+use super::{Exit, Process, signal};
 
-/// Writes a quantized checkpoint.
-pub fn run(arguments: &QuantizeArguments, process: &Process) -> Outcome {
+pub fn run(arguments: &QuantizeArguments, process: &Process) -> Result<Exit> {
     let printer = &process.printer;
     let cancel = signal::cancel_by_interrupt()?;
     let checkpoint = model::open(&arguments.model, Need::Weights, process)?;

@@ -7,7 +7,6 @@ use evenkeel::{Cancel, Error, Result};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 
-/// What an interrupt cancels.
 pub fn cancel_by_interrupt() -> Result<Cancel> {
     let interrupted = Arc::new(AtomicBool::new(false));
     for (signal, code) in [(SIGINT, 130), (SIGTERM, 143)] {

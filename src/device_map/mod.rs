@@ -16,7 +16,7 @@ use crate::bytes::{Bytes, MIB};
 use crate::device::DeviceId;
 use crate::error::{Error, ParseError, Result, did_you_mean, printable};
 use crate::fs;
-use crate::json::{Document, Member, Node, Place};
+use crate::json::{Document, Member, Node};
 use crate::model_config::MAX_CONTEXT;
 use crate::quant::{KvDtype, QuantizeRules};
 
@@ -55,7 +55,7 @@ pub struct DeviceMap {
 struct Entry {
     path: String,
     device: DeviceId,
-    place: Place,
+    place: String,
 }
 
 impl DeviceMap {

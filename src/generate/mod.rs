@@ -4,7 +4,7 @@ mod chat;
 mod perplexity;
 mod stream;
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde::Serialize;
 
@@ -126,13 +126,15 @@ impl Model {
             _ => Some(self.engine.next(&mut sequence, false, || options.cancel.check())?),
         };
         Ok(Generation {
-            prompt_tokens: prompt.len(),
-            prefill: start.elapsed(),
-            decode: Duration::ZERO,
-            generated: 0,
+            report: GenerateReport {
+                prompt_tokens: prompt.len(),
+                generated_tokens: 0,
+                prefill_seconds: start.elapsed().as_secs_f64(),
+                decode_seconds: 0.0,
+                finish: if next.is_none() { Finish::MaxNewTokens } else { Finish::Interrupted },
+            },
             next,
             since: Instant::now(),
-            finish: if next.is_none() { Some(Finish::MaxNewTokens) } else { None },
             stream: TextStream::new(options.stop.clone()),
             model: self,
             sequence,
@@ -179,11 +181,8 @@ pub struct Generation<'m> {
     stream: TextStream,
     options: GenerateOptions,
     next: Option<u32>,
-    prompt_tokens: usize,
-    generated: usize,
-    prefill: Duration,
-    decode: Duration,
-    finish: Option<Finish>,
+    /// Interrupted, unless it has ended otherwise.
+    report: GenerateReport,
     /// When the last token was known.
     since: Instant,
 }
@@ -191,38 +190,32 @@ pub struct Generation<'m> {
 impl Generation<'_> {
     /// Counts and times so far.
     pub fn report(&self) -> GenerateReport {
-        GenerateReport {
-            prompt_tokens: self.prompt_tokens,
-            generated_tokens: self.generated,
-            prefill_seconds: self.prefill.as_secs_f64(),
-            decode_seconds: self.decode.as_secs_f64(),
-            finish: self.finish.unwrap_or(Finish::Interrupted),
-        }
+        self.report.clone()
     }
 
     /// Gives out `token` and chooses the one behind it.
     fn step(&mut self, token: u32) -> Result<Piece> {
-        self.generated += 1;
+        self.report.generated_tokens += 1;
         if !self.options.ignore_eos && self.model.eos_token_ids.contains(&token) {
-            self.finish = Some(Finish::EndOfText);
+            self.report.finish = Finish::EndOfText;
             return Ok(Piece { token: Some(token), text: String::new() });
         }
         let (text, stopped) = self.stream.push(token, &self.model.tokenizer)?;
         let piece = Piece { token: Some(token), text };
         if stopped {
-            self.finish = Some(Finish::Stop);
-        } else if self.options.max_new_tokens == Some(self.generated) {
-            self.finish = Some(Finish::MaxNewTokens);
+            self.report.finish = Finish::Stop;
+        } else if self.options.max_new_tokens == Some(self.report.generated_tokens) {
+            self.report.finish = Finish::MaxNewTokens;
         } else if self.options.cancel.is_cancelled() {
-            self.finish = Some(Finish::Interrupted);
+            self.report.finish = Finish::Interrupted;
         } else if self.sequence.tokens().len() > self.model.plan.context {
-            self.finish = Some(Finish::Context);
+            self.report.finish = Finish::Context;
         } else {
             let start = if self.sequence.is_ahead() { self.since } else { Instant::now() };
-            let more = self.options.max_new_tokens.is_none_or(|most| self.generated + 1 < most);
+            let more = self.options.max_new_tokens.is_none_or(|most| self.report.generated_tokens + 1 < most);
             self.next = Some(self.model.engine.next(&mut self.sequence, more, || Ok(()))?);
             self.since = Instant::now();
-            self.decode += self.since - start;
+            self.report.decode_seconds += (self.since - start).as_secs_f64();
         }
         Ok(piece)
     }

@@ -9,7 +9,7 @@ use crate::backend::cpu;
 use crate::backend::cuda::{self, Cache, DeviceMatrix, Gpu, Region, Upload, Workspace};
 use crate::bytes::Bytes;
 use crate::device::{DeviceError, DeviceId};
-use crate::error::{Error, Hint, Result, Setting};
+use crate::error::{Error, ErrorKind, Hint, Result, Setting};
 use crate::footprint::{CudaBuffers, Purpose, State};
 use crate::fs;
 use crate::plan::{DevicePlan, Plan};
@@ -60,8 +60,8 @@ impl GpuArenas {
         let needed = device.total() - device.driver_context;
         if free < needed {
             let what = "another process has taken memory; {} plans again with what is left";
-            return Err(Error::shortfall(DeviceError::Shortfall { device: device.id, planned: needed, free })
-                .hint(Hint::naming(what, [Setting::Replan])));
+            let shortfall = DeviceError::Shortfall { device: device.id, planned: needed, free };
+            return Err(Error::new(ErrorKind::Shortfall, shortfall).hint(Hint::naming(what, [Setting::Replan])));
         }
         let separate = options.separate_buffers;
         let mut here: Vec<usize> = (0..plan.weights.len()).filter(|at| plan.weights[*at].device == device.id).collect();

@@ -122,7 +122,7 @@ fn receive(pool: &Pool, arenas: &mut Arenas, placed: &[Placed], sent: Sent) -> R
         quantize_rows(pool, &target.layout, dtype, &buffer[sent.range], &mut PackedRows::default())
             .map_err(|e| broken_weight(target, sent.row, e))?;
         let what = format!("cannot pack tensor `{}`, and the host can", target.weight.parameter.tensor());
-        return Err(Error::device(DeviceError::Failed { device: target.device, what }));
+        return Err(Error::device(DeviceError::Failed(target.device, what)));
     }
     Ok(SlabBuffer::Pinned(buffer))
 }

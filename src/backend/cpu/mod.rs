@@ -95,7 +95,7 @@ impl CpuStage {
         pool: Arc<Pool>,
     ) -> Self {
         let setup = Setup {
-            norm: Norm { kind: config.norm_kind, epsilon: config.norm_eps },
+            norm: Norm { kind: config.family.norm_kind, epsilon: config.norm_eps },
             pool,
             frequencies: config.ropes.iter().map(|rope| rope.frequencies(context)).collect(),
             config: Arc::clone(config),

@@ -13,7 +13,7 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, DriverErr
 
 use crate::bytes::Bytes;
 use crate::device::{DeviceError, DeviceId};
-use crate::error::{Error, Hint, Result, Setting};
+use crate::error::{Error, ErrorKind, Hint, Result, Setting};
 use crate::footprint::aligned;
 
 /// What a GPU that fails later than it is told has done.
@@ -58,7 +58,7 @@ impl Gpu {
     pub(super) fn without_kernels(index: u32) -> Result<Self> {
         let id = DeviceId::Cuda(index);
         if driver().is_none_or(|(count, _)| index >= count) {
-            return Err(Error::does_not_fit(DeviceError::Absent { device: id }));
+            return Err(Error::does_not_fit(DeviceError::Absent(id)));
         }
         let failed = |what: &str, e| failure(id, what, e);
         let context = CudaContext::new(index as usize).map_err(|e| failed("cannot be opened", e))?;
@@ -89,7 +89,7 @@ impl Gpu {
         let refused = |why: String| {
             let free = self.memory().ok().map(|(free, _)| free);
             let (device, what) = (self.id(), what.to_owned());
-            Error::shortfall(DeviceError::Refused { device, needed: len, free, what, why })
+            Error::new(ErrorKind::Shortfall, DeviceError::Refused { device, needed: len, free, what, why })
                 .hint(Hint::naming("{} plans again with what is left", [Setting::Replan]))
         };
         let bytes = len.as_usize().ok_or_else(|| refused("more than can be addressed".to_owned()))?;
@@ -134,7 +134,7 @@ impl Gpu {
 }
 
 fn failure(device: DeviceId, what: &str, error: DriverError) -> Error {
-    Error::device(DeviceError::Failed { device, what: format!("{what}: {}", name(error)) })
+    Error::device(DeviceError::Failed(device, format!("{what}: {}", name(error))))
 }
 
 /// The error's name and text, such as `CUDA_ERROR_LAUNCH_FAILED (unspecified launch failure)`.

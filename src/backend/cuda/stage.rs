@@ -50,7 +50,7 @@ impl CudaStage {
     }
 
     fn norm_of<'a>(&self, linear: &'a Linear<DeviceMatrix>) -> Norm<'a> {
-        Norm { kind: self.config.norm_kind, epsilon: self.config.norm_eps, affine: linear.affine() }
+        Norm { kind: self.config.family.norm_kind, epsilon: self.config.norm_eps, affine: linear.affine() }
     }
 
     fn input<'a>(&'a self, states: &'a Region, norm: Option<&'a Norm<'a>>) -> Input<'a> {
