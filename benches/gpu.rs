@@ -145,7 +145,7 @@ fn matrix(gpu: &Arc<Gpu>, storage: Storage, rows: usize, cols: usize) -> DeviceM
 }
 
 fn bytes<'a>(matrices: impl IntoIterator<Item = &'a DeviceMatrix>) -> f64 {
-    matrices.into_iter().map(|matrix| matrix.layout().size().0 as f64).sum()
+    matrices.into_iter().map(|matrix| matrix.as_ref().size().0 as f64).sum()
 }
 
 /// So many matrices in turn that no cache holds them.

@@ -2,7 +2,7 @@
 
 mod sampling;
 
-use crate::backend::{Chooser, Chosen, Draws, Pipeline, Run};
+use crate::backend::{Chooser, Chosen, DeviceChooser, Draws, Pipeline, Run};
 use crate::error::{Error, Hint, Result, Setting};
 
 pub use sampling::Sampling;
@@ -102,7 +102,7 @@ impl Engine {
             if more && seen < self.context && self.does_whole_steps() {
                 self.step(sequence, None)?;
             }
-            chosen = self.pipeline.chooser().map(|chooser| chooser.chosen()).transpose()?;
+            chosen = self.pipeline.chooser().map(DeviceChooser::chosen).transpose()?;
         }
         match chosen {
             Some(Chosen { token, is_finite: true }) => {

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use super::LoadOptions;
 use super::arenas::Arenas;
 use crate::architecture::{ModuleKind, Part, Role};
-use crate::backend::block::{Finder, Modules, WithLayout};
+use crate::backend::block::{Finder, Modules};
 use crate::backend::cpu::{Arena, CpuStage, KvCache, Parameter, Workspace};
 use crate::backend::cuda::{CudaStage, DeviceMatrix};
 use crate::backend::{Pipeline, Stage, StageRoles};
@@ -16,6 +16,7 @@ use crate::device::DeviceId;
 use crate::error::Result;
 use crate::footprint::{CUDA_ANSWERS, CpuBuffers, Purpose, State};
 use crate::plan::Plan;
+use crate::quant::MatrixLayout;
 
 /// Bytes that were taken of each device.
 type Measured = BTreeMap<DeviceId, Bytes>;
@@ -102,7 +103,7 @@ fn runs(plan: &Plan) -> Vec<(DeviceId, Range<usize>)> {
 }
 
 /// The modules at `range` of the plan.
-fn modules<P: WithLayout>(
+fn modules<P: AsRef<MatrixLayout> + Clone>(
     plan: &Plan,
     range: Range<usize>,
     mut parameter: impl FnMut((usize, Role, Part)) -> Option<P>,

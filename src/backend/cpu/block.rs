@@ -28,12 +28,11 @@ impl Setup {
         workspace.normed[..width].copy_from_slice(hidden);
         self.normalize(block.feed_forward_norm.as_ref(), &mut workspace.normed[..width]);
         let tokens = width / self.config.hidden_size;
-        match (&block.feed_forward, self.config.experts) {
-            (FeedForward::Experts { router, experts: all }, Some(experts)) => {
-                self.experts(router, all, experts, workspace, tokens);
+        match &block.feed_forward {
+            FeedForward::Experts { routing, router, experts } => {
+                self.experts(*routing, router, experts, workspace, tokens);
             }
-            (FeedForward::Experts { .. }, None) => {}
-            (FeedForward::Dense(dense), _) => {
+            FeedForward::Dense(dense) => {
                 let Workspace { normed, gate, up, words, .. } = workspace;
                 self.feed_forward(dense, &mut normed[..width], Buffers { gate, up, words });
             }
@@ -109,9 +108,9 @@ impl Setup {
     /// Replaces the normalized hidden states by the weighted sum of what each token's experts make of them.
     fn experts(
         &self,
+        routing: Experts,
         router: &Linear<Parameter>,
-        all: &[Dense<Parameter>],
-        experts: Experts,
+        experts: &[Dense<Parameter>],
         workspace: &mut Workspace,
         tokens: usize,
     ) {
@@ -119,15 +118,15 @@ impl Setup {
         let hidden = self.config.hidden_size;
         let normed = &mut normed[..tokens * hidden];
         let mixed = &mut mixed[..tokens * hidden];
-        let routes = &mut routes[..tokens * experts.count];
+        let routes = &mut routes[..tokens * routing.count];
         let (router, pool) = (router.affine(), &self.pool);
         let x = Activations::of(pool, normed, bytemuck::must_cast_slice_mut(words), &[&router]);
         matmul(pool, &x, [(&router, &mut *routes)]);
-        ops::route(routes, experts.count, experts.per_token, experts.is_normalized);
+        ops::route(routes, routing);
 
         mixed.fill(0.0);
-        for (at, expert) in all.iter().enumerate() {
-            let weights = || routes.chunks(experts.count).map(|row| row[at]).enumerate().filter(|(_, w)| *w != 0.0);
+        for (at, expert) in experts.iter().enumerate() {
+            let weights = || routes.chunks(routing.count).map(|row| row[at]).enumerate().filter(|(_, w)| *w != 0.0);
             let count = weights().count();
             if count == 0 {
                 continue;

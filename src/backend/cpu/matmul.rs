@@ -8,9 +8,10 @@
 use std::array::from_fn;
 use std::ops::Range;
 
+use super::Affine;
 use super::kernels::{self, Codes, MANY, Quantized, ROWS, Row, TILE, TOKENS, plain};
 use crate::pool::{Pool, Table};
-use crate::quant::{Matrix, NL4_UNIT, Storage, WeightDtype};
+use crate::quant::{NL4_UNIT, Storage, WeightDtype};
 use crate::simd::{Isa, vectorized};
 
 /// Bytes of weights that a thread takes at once for one token.
@@ -74,32 +75,6 @@ impl<'a> Activations<'a> {
 enum Input<'a> {
     Plain(WeightDtype),
     Packed(Codes, Quantized<'a>),
-}
-
-/// The weight of a module and its bias, or some of their rows.
-#[derive(Clone)]
-pub struct Affine<'a> {
-    /// The weight.
-    pub weight: Matrix<'a>,
-    /// The bias, a plain vector.
-    pub bias: Option<Matrix<'a>>,
-    /// The rows that are meant.
-    pub rows: Range<usize>,
-}
-
-impl<'a> Affine<'a> {
-    /// All rows of `weight`.
-    pub fn new(weight: Matrix<'a>, bias: Option<Matrix<'a>>) -> Self {
-        Self { weight, bias, rows: 0..weight.layout.rows }
-    }
-
-    /// Some rows, which lie within those that are meant now.
-    #[must_use]
-    pub fn slice(mut self, rows: Range<usize>) -> Self {
-        debug_assert!(self.rows.end - self.rows.start >= rows.end);
-        self.rows = self.rows.start + rows.start..self.rows.start + rows.end;
-        self
-    }
 }
 
 /// `y = x · wᵀ + b`, `[tokens][rows]`, for several matrices with one input.
@@ -179,7 +154,7 @@ vectorized! {
 mod tests {
     use super::*;
     use crate::backend::cpu::kernels::GROUP_WORDS;
-    use crate::quant::{GROUP_SIZE, MatrixLayout, PackedRows, quantize_rows, reference};
+    use crate::quant::{GROUP_SIZE, Matrix, MatrixLayout, PackedRows, quantize_rows, reference};
 
     fn random(count: usize, seed: u64) -> Vec<f32> {
         let mut state = seed;
@@ -358,7 +333,7 @@ mod tests {
             assert_eq!(all[5], unbiased[5] + whole.bias.unwrap().element(5), "{storage:?}");
             for part in [0..17, 17..40] {
                 let wanted: Vec<f32> = all.chunks(rows).flat_map(|row| &row[part.clone()]).copied().collect();
-                assert_eq!(run(&pool, &whole.clone().slice(part), &x), wanted, "{storage:?}");
+                assert_eq!(run(&pool, &whole.slice(part), &x), wanted, "{storage:?}");
             }
         }
     }

@@ -19,10 +19,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub use arena::{Arena, zeroed};
 pub use kernels::GROUP_WORDS;
 pub use kv::KvCache;
-pub use matmul::{Activations, Affine, matmul};
+pub use matmul::{Activations, matmul};
 pub(super) use ops::{route, soft_cap};
 
-use super::block::{Linear, Modules, WithLayout};
+use super::block::{Linear, Modules};
 use super::{Hidden, Run, Stage};
 use crate::error::Result;
 use crate::footprint::CpuBuffers;
@@ -50,16 +50,18 @@ impl Parameter {
     }
 }
 
-impl WithLayout for Parameter {
-    fn layout(&self) -> &MatrixLayout {
+impl AsRef<MatrixLayout> for Parameter {
+    fn as_ref(&self) -> &MatrixLayout {
         &self.layout
     }
 }
 
+/// What a product takes.
+pub type Affine<'a> = Linear<Matrix<'a>>;
+
 impl Linear<Parameter> {
     fn affine(&self) -> Affine<'_> {
-        let rows = self.rows.clone();
-        Affine { weight: self.weight.matrix(), bias: self.bias.as_ref().map(Parameter::matrix), rows }
+        self.map(Parameter::matrix)
     }
 }
 

@@ -4,9 +4,9 @@ use std::f32::consts::{FRAC_1_SQRT_2, FRAC_2_SQRT_PI};
 
 use candle_core::cpu::erf::erf_f32;
 
+use super::Affine;
 use super::exp::{exp, tanh};
-use super::matmul::Affine;
-use crate::model_config::{Activation, NormKind};
+use crate::model_config::{Activation, Experts, NormKind};
 use crate::pool::Pool;
 use crate::simd::{Isa, vectorized};
 
@@ -212,18 +212,19 @@ pub fn cap(pool: &Pool, logits: &mut [f32], scale: f32, cap: Option<f32>) {
 }
 
 /// Turns the scores of each row of `scores`, `[tokens][experts]`, into the
-/// weights of the `chosen` best, which are those of a softmax over all, made to
-/// sum up to 1 if `is_normalized`; the others become 0.
-pub fn route(scores: &mut [f32], experts: usize, chosen: usize, is_normalized: bool) {
-    for row in scores.chunks_mut(experts) {
+/// weights of the best, which are those of a softmax over all, made to
+/// sum up to 1 if they are to be normalized; the others become 0.
+pub fn route(scores: &mut [f32], experts: Experts) {
+    let chosen = experts.per_token;
+    for row in scores.chunks_mut(experts.count) {
         let largest = row.iter().fold(f32::NEG_INFINITY, |max, score| max.max(*score));
         for score in &mut *row {
             *score = (*score - largest).exp();
         }
         let all: f32 = row.iter().sum();
-        let mut best: Vec<usize> = (0..experts).collect();
+        let mut best: Vec<usize> = (0..experts.count).collect();
         best.sort_by(|a, b| row[*b].total_cmp(&row[*a]));
-        let sum = if is_normalized { best[..chosen].iter().map(|at| row[*at]).sum() } else { all };
+        let sum = if experts.is_normalized { best[..chosen].iter().map(|at| row[*at]).sum() } else { all };
         for (rank, at) in best.into_iter().enumerate() {
             row[at] = if rank < chosen { row[at] / sum } else { 0.0 };
         }
@@ -311,7 +312,7 @@ mod tests {
         let exp = logits.map(f32::exp);
         for (is_normalized, sum) in [(true, exp[1] + exp[3]), (false, exp.iter().sum())] {
             let mut row = logits;
-            route(&mut row, 4, 2, is_normalized);
+            route(&mut row, Experts { count: 4, per_token: 2, intermediate_size: 1, is_normalized });
             for (weight, wanted) in row.iter().zip([0.0, exp[1] / sum, 0.0, exp[3] / sum]) {
                 assert!((weight - wanted).abs() < 1e-6, "{row:?}");
             }

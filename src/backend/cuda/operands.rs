@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::driver::Region;
+use crate::backend::block::Linear;
 use crate::footprint::{CudaAttention, KvLayout};
 use crate::model_config::NormKind;
 use crate::quant::{KvDtype, MatrixLayout, Storage, WeightDtype};
@@ -28,11 +29,6 @@ impl DeviceMatrix {
     pub fn new(layout: MatrixLayout, region: Region) -> Self {
         assert!(region.len() as u64 >= layout.size().0, "a region is shorter than the matrix in it");
         Self { layout, region }
-    }
-
-    /// Where its sections stand.
-    pub fn layout(&self) -> &MatrixLayout {
-        &self.layout
     }
 
     /// The bytes from `offset` of the matrix on, where a section or a row of one starts.
@@ -62,6 +58,12 @@ impl DeviceMatrix {
     }
 }
 
+impl AsRef<MatrixLayout> for DeviceMatrix {
+    fn as_ref(&self) -> &MatrixLayout {
+        &self.layout
+    }
+}
+
 /// Where a result goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Output {
@@ -79,41 +81,8 @@ impl Output {
     }
 }
 
-/// The weight of a module and its bias, or some of their rows.
-#[derive(Clone)]
-pub struct Affine<'a> {
-    pub(super) weight: &'a DeviceMatrix,
-    pub(super) bias: Option<&'a DeviceMatrix>,
-    pub(super) rows: Range<usize>,
-}
-
-impl<'a> Affine<'a> {
-    /// All rows of `weight`; `bias` is a plain vector.
-    pub fn new(weight: &'a DeviceMatrix, bias: Option<&'a DeviceMatrix>) -> Self {
-        Self { weight, bias, rows: 0..weight.layout.rows }
-    }
-
-    /// Some rows, counted from the first that is meant now.
-    ///
-    /// # Panics
-    /// There are not as many.
-    #[must_use]
-    pub fn slice(mut self, rows: Range<usize>) -> Self {
-        assert!(rows.end <= self.rows.len(), "rows that the matrix has not");
-        self.rows = self.rows.start + rows.start..self.rows.start + rows.end;
-        self
-    }
-
-    /// Number of rows that are meant.
-    pub fn rows(&self) -> usize {
-        self.rows.len()
-    }
-
-    /// Length of a row; of a vector, its length.
-    pub fn cols(&self) -> usize {
-        self.weight.layout.cols
-    }
-}
+/// What a product takes, or a norm.
+pub type Affine<'a> = Linear<&'a DeviceMatrix>;
 
 /// A norm: its weight is a plain vector as long as a row, its bias another.
 #[derive(Clone)]

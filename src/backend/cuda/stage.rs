@@ -7,22 +7,16 @@ use super::operands::HALF;
 use super::repeat::Repeated;
 use super::workspace::{WORD, Workspace};
 use super::{Affine, Attention, Cache, Choosing, DeviceMatrix, Input, Norm, Output, Region};
-use crate::backend::block::{self, Block, Dense, FeedForward, Linear, Modules, WithLayout};
+use crate::backend::block::{self, Block, Dense, FeedForward, Linear, Modules};
 use crate::backend::cpu::{route, soft_cap};
 use crate::backend::{Choice, Chosen, DeviceChooser, Hidden, Run, Stage};
 use crate::error::Result;
 use crate::model_config::{Experts, Layer, ModelConfig};
-use crate::quant::{MatrixLayout, WeightDtype};
-
-impl WithLayout for DeviceMatrix {
-    fn layout(&self) -> &MatrixLayout {
-        &self.layout
-    }
-}
+use crate::quant::WeightDtype;
 
 impl Linear<DeviceMatrix> {
     fn affine(&self) -> Affine<'_> {
-        Affine { weight: &self.weight, bias: self.bias.as_ref(), rows: self.rows.clone() }
+        self.map(|matrix| matrix)
     }
 }
 
@@ -71,12 +65,11 @@ impl CudaStage {
         let input = self.input(hidden, norm.as_ref());
         let is_sum = matches!(block.feed_forward, FeedForward::Experts { .. });
         let branch = Branch::new(self, block.feed_forward_output_norm.as_ref(), hidden, is_sum);
-        match (&block.feed_forward, self.config.experts) {
-            (FeedForward::Experts { router, experts: all }, Some(experts)) => {
-                self.experts(router, all, experts, input, &branch, tokens)?;
+        match &block.feed_forward {
+            FeedForward::Experts { routing, router, experts } => {
+                self.experts(*routing, router, experts, input, &branch, tokens)?;
             }
-            (FeedForward::Experts { .. }, None) => {}
-            (FeedForward::Dense(dense), _) => {
+            FeedForward::Dense(dense) => {
                 let x = self.gated(dense, input, tokens)?;
                 branch.matmul(&dense.down.affine(), x, tokens)?;
             }
@@ -149,9 +142,9 @@ impl CudaStage {
     /// tokens go to which expert.
     fn experts(
         &self,
+        routing: Experts,
         router: &Linear<DeviceMatrix>,
-        all: &[Dense<DeviceMatrix>],
-        experts: Experts,
+        experts: &[Dense<DeviceMatrix>],
         input: Input,
         branch: &Branch,
         tokens: usize,
@@ -160,14 +153,14 @@ impl CudaStage {
         let gpu = &*w.gpu;
         let input = gpu.half(input, (tokens, hidden))?;
         gpu.matmul(&router.affine(), input, tokens, (&w.routes, Output::F32, 1.0), &w.scratch)?;
-        let mut scores = vec![0.0f32; tokens * experts.count];
+        let mut scores = vec![0.0f32; tokens * routing.count];
         w.routes.read(bytemuck::must_cast_slice_mut(&mut scores))?;
-        route(&mut scores, experts.count, experts.per_token, experts.is_normalized);
+        route(&mut scores, routing);
 
         // All experts' tokens, one expert after the other, then their weights.
         let (mut chosen, mut shares, mut ends) = (Vec::<u32>::new(), Vec::<f32>::new(), Vec::new());
-        for expert in 0..experts.count {
-            for (token, row) in (0u32..).zip(scores.chunks(experts.count)) {
+        for expert in 0..routing.count {
+            for (token, row) in (0u32..).zip(scores.chunks(routing.count)) {
                 if row[expert] != 0.0 {
                     chosen.push(token);
                     shares.push(row[expert]);
@@ -180,7 +173,7 @@ impl CudaStage {
         w.shares.part(total * WORD, total * WORD).write(bytemuck::must_cast_slice(&shares))?;
         branch.target.part(0, tokens * hidden * WORD).clear()?;
         let mut start = 0;
-        for (expert, end) in all.iter().zip(ends) {
+        for (expert, end) in experts.iter().zip(ends) {
             let count = end - start;
             if count > 0 {
                 let indices = w.shares.part(start * WORD, count * WORD);

@@ -57,7 +57,7 @@ impl Upload {
         buffer: Pinned,
         range: Range<usize>,
     ) -> Result<InFlight> {
-        let layout = matrix.layout();
+        let layout = &matrix.layout;
         if data == layout.storage {
             let place = matrix.at((row * data.stored_row(layout.cols)) as u64);
             return Ok(InFlight { buffer: place.write_from(buffer, range)?, packing: None });

@@ -81,7 +81,7 @@ impl Gpu {
         match gate {
             Some(gate) if gate.weight.layout.storage != up.weight.layout.storage => {
                 self.matmuls(&[(gate, y), (up, apart)], x, tokens, scratch)?;
-                self.activate(activation, y, Some(apart), tokens * up.rows())
+                self.activate(activation, y, Some(apart), tokens * up.rows.len())
             }
             Some(gate) => self.product(&[(gate, y), (up, y)], x, tokens, activated, scratch),
             None => self.product(&[(up, y)], x, tokens, activated, scratch),
@@ -140,17 +140,17 @@ impl Gpu {
 
         let blocks_of = |slots: usize| match (epilogue.activation, parts) {
             (Some(_), [(gate, _), (up, _)]) => {
-                assert!(gate.rows() == up.rows(), "a gate of another size");
-                gate.rows().div_ceil(slots / 2)
+                assert!(gate.rows.len() == up.rows.len(), "a gate of another size");
+                gate.rows.len().div_ceil(slots / 2)
             }
-            _ => parts.iter().map(|(affine, _)| affine.rows().div_ceil(slots)).sum(),
+            _ => parts.iter().map(|(affine, _)| affine.rows.len().div_ceil(slots)).sum(),
         };
         let given: Vec<_> = parts
             .iter()
             .map(|(affine, y)| {
-                holds(y, [tokens, affine.rows()], epilogue.output.size());
+                holds(y, [tokens, affine.rows.len()], epilogue.output.size());
                 let sections = affine.weight.sections(affine.rows.start);
-                (sections, affine.rows(), Vector::new(affine.bias, affine.rows.clone()), *y)
+                (sections, affine.rows.len(), Vector::new(affine.bias, affine.rows.clone()), *y)
             })
             .collect();
         let mut arguments = Vec::new();
