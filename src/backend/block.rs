@@ -132,20 +132,13 @@ impl<P> Default for Modules<P> {
 }
 
 /// Finds the parameters of a module by what they are for.
-pub struct Finder<F> {
-    find: F,
-}
+pub struct Finder<F>(pub F);
 
 impl<P: AsRef<MatrixLayout> + Clone, F: FnMut(Role, Part) -> Option<P>> Finder<F> {
-    /// Parameters as `find` gives them.
-    pub fn new(find: F) -> Self {
-        Self { find }
-    }
-
     /// The weight and the bias of a role, if there are such.
     pub fn find(&mut self, role: Role) -> Option<Linear<P>> {
-        let weight = (self.find)(role, Part::Weight)?;
-        Some(Linear::new(weight, (self.find)(role, Part::Bias)))
+        let weight = (self.0)(role, Part::Weight)?;
+        Some(Linear::new(weight, (self.0)(role, Part::Bias)))
     }
 
     /// As [`Finder::find`] of one that every model has.

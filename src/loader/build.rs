@@ -15,7 +15,7 @@ use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::error::Result;
 use crate::footprint::{CUDA_ANSWERS, CpuBuffers, Purpose, State};
-use crate::plan::Plan;
+use crate::plan::{Plan, PlannedModule};
 use crate::quant::MatrixLayout;
 
 /// Bytes that were taken of each device.
@@ -93,13 +93,11 @@ pub fn build(plan: &Plan, arenas: Arenas, options: &LoadOptions) -> Result<(Pipe
 fn runs(plan: &Plan) -> Vec<(DeviceId, Range<usize>)> {
     let modules = &plan.modules[..plan.modules.len() - usize::from(plan.is_tied())];
     let mut end = 0;
-    let run = |modules: &[_]| {
+    let run = |modules: &[PlannedModule]| {
         end += modules.len();
-        end - modules.len()..end
+        (modules[0].device, end - modules.len()..end)
     };
-    let devices = modules.chunk_by(|a, b| a.device == b.device);
-    let ranges: Vec<_> = devices.clone().map(run).collect();
-    devices.map(|modules| modules[0].device).zip(ranges).collect()
+    modules.chunk_by(|a, b| a.device == b.device).map(run).collect()
 }
 
 /// The modules at `range` of the plan.
@@ -110,7 +108,7 @@ fn modules<P: AsRef<MatrixLayout> + Clone>(
 ) -> Result<Modules<P>> {
     let mut modules = Modules::default();
     for index in range {
-        let mut finder = Finder::new(|role, part| parameter((index, role, part)));
+        let mut finder = Finder(|role, part| parameter((index, role, part)));
         match plan.modules[index].kind {
             ModuleKind::Block(block) => modules.blocks.push(finder.block(&plan.checkpoint().config, block)?),
             ModuleKind::Embedding => modules.embedding = finder.find(Role::Embedding),

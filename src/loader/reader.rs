@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::{Deref, DerefMut, Range};
 use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::shard::{PastCache, Shard};
@@ -19,6 +19,7 @@ use crate::checkpoint::Checkpoint;
 use crate::device::DeviceId;
 use crate::error::Result;
 use crate::footprint::{HostStaging, Placed, SLAB_MARGIN};
+use crate::pool::lock;
 
 /// The most threads that read: a copy from the page cache takes the time of several.
 const READERS: usize = 4;
@@ -250,11 +251,6 @@ impl Reader<'_> {
         };
         Ok(Slab { weight: job.weight, row, range, buffer })
     }
-}
-
-/// The lock, though a thread that had it may have panicked: then the load ends with that.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -133,10 +133,8 @@ impl Shard {
     /// Fails where the file has changed since it was opened.
     pub fn check_unchanged(&self) -> Result<()> {
         let now = self.file.metadata().map_err(|e| Error::io("read", &self.path, e))?;
-        let same = |part: fn(&Metadata) -> i128| part(&now) == part(&self.opened);
-        let unchanged = same(|m| i128::from(m.len()))
-            && same(|m| i128::from(m.mtime()) * 1_000_000_000 + i128::from(m.mtime_nsec()));
-        if unchanged { Ok(()) } else { Err(self.changed()) }
+        let [now, opened] = [&now, &self.opened].map(|m| (m.len(), m.mtime(), m.mtime_nsec()));
+        if now == opened { Ok(()) } else { Err(self.changed()) }
     }
 
     fn changed(&self) -> Error {

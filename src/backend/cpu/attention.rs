@@ -78,8 +78,8 @@ impl<'a> Attention<'a> {
     fn by_tiles(&self, pool: &Pool, attended: &mut [f32]) {
         let (width, group) = (self.cache.head_dim, self.cache.group());
         let table = Table { values: attended, stride: self.cache.heads * width };
-        pool.tiles(table, group * width, (QUERIES / group).max(1), |kv_head, _, mut columns| {
-            let tokens = columns.tokens();
+        pool.tiles(&mut [table], group * width, (QUERIES / group).max(1), |_, mut columns| {
+            let (kv_head, tokens) = (columns.start() / (group * width), columns.tokens());
             let all = tokens.start * group..tokens.end * group;
             let mut mixed = vec![0.0; QUERIES.min(all.len()) * width];
             for start in all.clone().step_by(QUERIES) {
@@ -154,9 +154,7 @@ vectorized! {
         }
         *total = Softmax { largest, sum: total.sum * before + part.sum * now };
     }
-}
 
-vectorized! {
     fn divide(values: &mut [f32], by: f32) {
         for value in values {
             *value /= by;

@@ -34,7 +34,7 @@ impl Setup {
             }
             FeedForward::Dense(dense) => {
                 let Workspace { normed, gate, up, words, .. } = workspace;
-                self.feed_forward(dense, &mut normed[..width], Buffers { gate, up, words });
+                self.feed_forward(dense, &mut normed[..width], [gate, up, words]);
             }
         }
         self.normalize(block.feed_forward_output_norm.as_ref(), &mut workspace.normed[..width]);
@@ -135,7 +135,7 @@ impl Setup {
             for ((token, _), x) in weights().zip(x.chunks_mut(hidden)) {
                 x.copy_from_slice(&normed[token * hidden..][..hidden]);
             }
-            self.feed_forward(expert, x, Buffers { gate: &mut *gate, up: &mut *up, words: &mut *words });
+            self.feed_forward(expert, x, [&mut *gate, &mut *up, &mut *words]);
             for ((token, weight), x) in weights().zip(x.chunks(hidden)) {
                 ops::add(pool.isa(), &mut mixed[token * hidden..][..hidden], x, weight);
             }
@@ -148,7 +148,7 @@ impl Setup {
         &self,
         dense: &Dense<Parameter>,
         x: &mut [f32],
-        Buffers { gate: gated, up: other, words }: Buffers,
+        [gated, other, words]: [&mut Vec<f32>; 3],
     ) {
         let Self { config, pool, .. } = self;
         let (gate, up, down) = (dense.gate.as_ref().map(Linear::affine), dense.up.affine(), dense.down.affine());
@@ -165,11 +165,4 @@ impl Setup {
         }
         matmul(pool, &Activations::of(pool, gated, words, &[&down]), [(&down, x)]);
     }
-}
-
-/// What a feed-forward layer works in.
-struct Buffers<'a> {
-    gate: &'a mut [f32],
-    up: &'a mut [f32],
-    words: &'a mut [f32],
 }

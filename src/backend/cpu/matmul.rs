@@ -87,7 +87,7 @@ pub fn matmul<const N: usize>(pool: &Pool, x: &Activations, products: [(&Affine,
     });
     let is_few = x.tokens() < MANY;
     let at_once = if is_few { (TASK / row_bytes.max(1)).next_multiple_of(ROWS).clamp(ROWS, 2 * TILE) } else { TILE };
-    pool.columns_of(&mut tables, at_once, |table, _, mut columns| {
+    pool.tiles(&mut tables, at_once, usize::MAX, |table, mut columns| {
         let (affine, width) = (&affines[table], columns.width());
         let start = affine.rows.start + columns.start();
         if is_few {

@@ -14,7 +14,7 @@ mod kv;
 mod matmul;
 mod ops;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 pub use arena::{Arena, zeroed};
 pub use kernels::GROUP_WORDS;
@@ -27,7 +27,7 @@ use super::{Hidden, Run, Stage};
 use crate::error::Result;
 use crate::footprint::CpuBuffers;
 use crate::model_config::ModelConfig;
-use crate::pool::Pool;
+use crate::pool::{Pool, lock};
 use crate::quant::{Matrix, MatrixLayout};
 use ops::Norm;
 
@@ -126,8 +126,7 @@ impl Stage for CpuStage {
             return Ok(());
         }
         let hidden = hidden.on_host()?;
-        // A panic while the lock was held leaves only scratch data behind.
-        let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut workspace = lock(&self.workspace);
         let Setup { config, frequencies, pool, .. } = &self.setup;
         let Workspace { cos, sin, normed, .. } = &mut *workspace;
         if let Some(positions) = positions {
@@ -164,7 +163,7 @@ impl Stage for CpuStage {
     fn logits(&mut self, hidden: &mut Hidden, logits: &mut [f32]) -> Result<()> {
         if let Some(head) = &self.modules.head {
             let head = head.affine();
-            let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut workspace = lock(&self.workspace);
             let (pool, words) = (&self.setup.pool, bytemuck::must_cast_slice_mut(&mut workspace.words));
             matmul(pool, &Activations::of(pool, hidden.on_host()?, words, &[&head]), [(&head, &mut *logits)]);
             let config = &self.setup.config;

@@ -101,33 +101,25 @@ vectorized! {
             }
         }
     }
-}
 
-vectorized! {
     /// `x += scale · y`.
     pub fn add(x: &mut [f32], y: &[f32], scale: f32) {
         for (x, y) in x.iter_mut().zip(y) {
             *x += scale * y;
         }
     }
-}
 
-vectorized! {
     /// `x *= factor · (weight + one)`.
     fn multiply(x: &mut [f32], weight: &[f32], one: f32, factor: f32) {
         for (x, weight) in x.iter_mut().zip(weight) {
             *x *= factor * (weight + one);
         }
     }
-}
 
-vectorized! {
     fn sum(x: &[f32]) -> f32 {
         sum_of(x, |x| x)
     }
-}
 
-vectorized! {
     fn sum_of_squares(x: &[f32]) -> f32 {
         sum_of(x, |x| x * x)
     }
@@ -173,9 +165,7 @@ vectorized! {
             *x = function(*x);
         }
     }
-}
 
-vectorized! {
     fn map_times<F: Fn(f32) -> f32>(function: F, x: &mut [f32], y: &[f32]) {
         for (x, y) in x.iter_mut().zip(y) {
             *x = function(*x) * y;

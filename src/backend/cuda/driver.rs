@@ -6,7 +6,7 @@
 #![expect(unsafe_code, reason = "the driver's interface is C")]
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use cudarc::driver::sys::CUdevice_attribute;
 use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, DriverError, result, sys};
@@ -15,6 +15,7 @@ use crate::bytes::Bytes;
 use crate::device::{DeviceError, DeviceId};
 use crate::error::{Error, Hint, Result, Setting};
 use crate::footprint::aligned;
+use crate::pool::lock;
 
 /// What a GPU that fails later than it is told has done.
 const FAILED: &str = "has failed at work that was queued";
@@ -96,7 +97,7 @@ impl Gpu {
         self.bind()?;
         // SAFETY: the context is bound; the pointer is freed once, in `Buffer::drop`.
         let pointer = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(|e| refused(name(e)))?;
-        let mut allocated = self.allocated.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut allocated = lock(&self.allocated);
         allocated.0 += len;
         allocated.1 = allocated.1.max(allocated.0);
         Ok(Arc::new(Buffer { gpu: Arc::clone(self), pointer, len: bytes }))
@@ -104,7 +105,7 @@ impl Gpu {
 
     /// The most bytes that were allocated at once.
     pub fn peak(&self) -> Bytes {
-        self.allocated.lock().unwrap_or_else(PoisonError::into_inner).1
+        lock(&self.allocated).1
     }
 
     /// Allocates `len` bytes of page-locked host memory, zeroed.
@@ -155,7 +156,7 @@ pub struct Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        let mut allocated = self.gpu.allocated.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut allocated = lock(&self.gpu.allocated);
         allocated.0 = allocated.0 - Bytes(self.len as u64);
         // A context that has failed does no more work, and takes the memory with it.
         let _ = self.gpu.synchronize();

@@ -1,7 +1,7 @@
 //! The buffers that stages of a GPU work in.
 
 use std::ops::Deref;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::answers::Answers;
 use super::{Gpu, MAX_HEAD_DIM, Region, Scratch, arena};
@@ -9,6 +9,7 @@ use crate::bytes::Bytes;
 use crate::error::{Error, Result};
 use crate::footprint::{CudaBuffers, CudaChoice};
 use crate::model_config::ModelConfig;
+use crate::pool::lock;
 
 /// Bytes of a u32 or an f32.
 pub(super) const WORD: usize = 4;
@@ -70,7 +71,7 @@ impl Workspace {
     }
 
     pub(super) fn answers(&self) -> MutexGuard<'_, Answers> {
-        self.answers.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.answers)
     }
 
     /// A chosen token, a flag, and the random number behind it; the token stands where the next step looks for its own.

@@ -31,15 +31,12 @@ fn given(cache: &Cache) -> [Argument<'_>; 5] {
     [keys, key_scales, values, value_scales, Argument::I32(dtype)]
 }
 
-/// Every launch is queued on the compute stream.
+/// Every launch is queued on the compute stream, and panics where a region is shorter than its shapes say.
 impl Gpu {
     /// Normalizes the heads of queries and keys where there are norms for that, rotates them by their
     /// positions, and puts keys and values into the cache.
     /// `position` holds that of `shape`, an i32; a rope is an f32 for each pair that is rotated, and the factor
     /// of cosines and sines.
-    ///
-    /// # Panics
-    /// A region is shorter than the shapes say.
     pub fn rotate_and_store(
         &self,
         shape: &Attention,
@@ -75,9 +72,6 @@ impl Gpu {
 
     /// Attention of `query` over the cache, into `out`. `position` holds that of `shape`, an i32. The scratch is
     /// as long as [`scratch`](crate::footprint::CudaAttention::scratch) says; its second region holds zeros.
-    ///
-    /// # Panics
-    /// A region is shorter than the shapes say.
     pub fn attend(
         &self,
         shape: &Attention,

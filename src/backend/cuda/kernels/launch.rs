@@ -2,7 +2,6 @@
 #![expect(unsafe_code, reason = "the driver's interface is C, and cudarc's graph is bound to a thread")]
 
 use std::ffi::c_void;
-use std::sync::PoisonError;
 
 use cudarc::driver::CudaGraph;
 use cudarc::driver::sys::{self, CUgraphInstantiate_flags, CUstreamCaptureMode};
@@ -11,6 +10,7 @@ use crate::backend::cuda::driver::{Gpu, Region};
 use crate::backend::cuda::modules::{EARLY, Kernel};
 use crate::error::{Error, Result};
 use crate::model_config::Activation;
+use crate::pool::lock;
 use crate::quant::{Storage, WeightDtype};
 
 /// What a kernel is given.
@@ -99,7 +99,7 @@ impl Gpu {
                 Argument::F32(number) => u64::from(number.to_bits()),
             })
             .collect();
-        if let Some(captured) = &mut *self.captured.lock().unwrap_or_else(PoisonError::into_inner) {
+        if let Some(captured) = &mut *lock(&self.captured) {
             let region = |argument: &Argument| {
                 if let Argument::Region(region) = argument { Some((*region).clone()) } else { None }
             };
@@ -144,7 +144,7 @@ impl Gpu {
     /// Keeps the launches that `queue` would queue, and queues nothing; `None` where one or the driver fails.
     /// `queue` does nothing else, and waits for nothing.
     pub(in crate::backend::cuda) fn capture(&self, queue: impl FnOnce() -> Result<()>) -> Option<Graph> {
-        let captured = || self.captured.lock().unwrap_or_else(PoisonError::into_inner);
+        let captured = || lock(&self.captured);
         self.stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).ok()?;
         *captured() = Some(Vec::new());
         let queued = queue();

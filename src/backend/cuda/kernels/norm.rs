@@ -56,13 +56,10 @@ impl NormArguments {
     }
 }
 
-/// Every launch is queued on the compute stream.
+/// Every launch is queued on the compute stream, and panics where a region is shorter than its shapes say.
 impl Gpu {
     /// `factor` times a norm of `rows` rows of `dtype` in `x`; without one, times the rows as they are.
     /// The shape is rows and their width.
-    ///
-    /// # Panics
-    /// A region is shorter than the shapes say.
     pub fn normalize(
         &self,
         norm: Option<&Norm>,

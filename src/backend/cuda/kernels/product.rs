@@ -35,12 +35,9 @@ impl Epilogue {
     const PLAIN: Self = Self { output: Output::F16, factor: 1.0, activation: None };
 }
 
-/// Every launch is queued on the compute stream.
+/// Every launch is queued on the compute stream, and panics where a region is shorter than its shapes say.
 impl Gpu {
     /// `y = factor · (x · wᵀ + bias)` for `tokens` rows in `x`.
-    ///
-    /// # Panics
-    /// A region is shorter than the shapes say.
     pub fn matmul(
         &self,
         affine: &Affine,
@@ -53,9 +50,6 @@ impl Gpu {
     }
 
     /// [`Gpu::matmul`] of the same `x` into f16 for several matrices, in one launch where their storage is one.
-    ///
-    /// # Panics
-    /// A region is shorter than the shapes say.
     pub fn matmuls(&self, parts: &[(&Affine, &Region)], x: Input, tokens: usize, scratch: &Scratch) -> Result<()> {
         let storage = |part: &(&Affine, &Region)| part.0.weight.layout.storage;
         let launches = || parts.chunk_by(|a, b| storage(a) == storage(b)).flat_map(|same| same.chunks(MATRICES));
@@ -65,9 +59,6 @@ impl Gpu {
 
     /// `y = activation(gate(x)) · up(x)`, or without a gate `activation(up(x))`, in f16. Where gate and up
     /// differ in storage, `apart` holds what up gives.
-    ///
-    /// # Panics
-    /// A region is shorter than the shapes say.
     pub fn gated(
         &self,
         activation: Activation,
@@ -89,9 +80,6 @@ impl Gpu {
     }
 
     /// An input as rows of f16, normalized now where it is not yet. The shape is rows and their width.
-    ///
-    /// # Panics
-    /// A region is shorter than the shapes say.
     pub fn half<'a>(&self, x: Input<'a>, shape: (usize, usize)) -> Result<Input<'a>> {
         if let Input::Hidden { states, norm, normed } = x {
             self.normalize(norm, (states, WeightDtype::F32), shape, normed, Output::F16, 1.0)?;
