@@ -115,7 +115,7 @@ fn copy() -> f64 {
 
 fn allocate(gpu: &Arc<Gpu>, len: usize) -> Region {
     let len = len.next_multiple_of(size_of::<u32>());
-    Region::new(&gpu.allocate("a benchmark", Bytes(len as u64)).expect("memory"), 0, len)
+    gpu.allocate("a benchmark", Bytes(len as u64)).expect("memory")
 }
 
 fn small(gpu: &Arc<Gpu>, len: usize) -> Region {

@@ -38,7 +38,6 @@ pub struct Pool {
     busy: AtomicBool,
 }
 
-/// The threads beside the caller's.
 struct Workers {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,

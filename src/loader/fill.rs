@@ -20,7 +20,6 @@ use crate::quant::{PackedRows, QuantizeError, Storage, quantize_rows};
 /// Slabs that may be on their way to GPUs; the readers have the others.
 const IN_FLIGHT: usize = STAGING_SLABS / 2;
 
-/// A slab on its way to the GPU that its weight is placed on.
 struct Sent {
     weight: usize,
     row: usize,
@@ -28,13 +27,9 @@ struct Sent {
     slab: InFlight,
 }
 
-/// What filling took.
 pub struct Filled {
-    /// Bytes of the staging ring.
     pub staged: Bytes,
-    /// Bytes that were read past the page cache.
     pub past_cache: Bytes,
-    /// What was waited for.
     pub times: LoadTimes,
 }
 
@@ -167,14 +162,14 @@ fn pack(
 /// Refuses scales that no quantizer writes, in rows of what is packed already.
 fn check_scales(target: &Placed, row: usize, bytes: &[u8]) -> Result<()> {
     let weight = &target.weight;
-    let broken = match weight.dtype() {
-        Some(_) => None,
-        None => target.layout.broken_scale((row * weight.row_bytes()) as u64, bytes),
-    };
-    broken.map_or(Ok(()), |row| {
-        Err(Error::input(WeightError::BrokenScale { tensor: weight.parameter.tensor(), row })
-            .hint(Hint::naming("the file is broken; {} makes it again", [Setting::SaveQuantized])))
-    })
+    if weight.dtype().is_some() {
+        return Ok(());
+    }
+    match target.layout.broken_scale((row * weight.row_bytes()) as u64, bytes) {
+        Some(row) => Err(Error::input(WeightError::BrokenScale { tensor: weight.parameter.tensor(), row })
+            .hint(Hint::naming("the file is broken; {} makes it again", [Setting::SaveQuantized]))),
+        None => Ok(()),
+    }
 }
 
 /// The error of a weight of `target` that cannot be packed, in a slab that begins at `first_row`.

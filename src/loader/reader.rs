@@ -33,7 +33,6 @@ pub enum SlabBuffer {
 }
 
 impl SlabBuffer {
-    /// A slab in ordinary memory.
     pub fn heap(staging: HostStaging) -> Result<Self> {
         let mut memory = cpu::zeroed("a staging slab", Bytes(staging.slab as u64))?;
         // Taken from the system now, so that the time of the first reads is the disk's own.
@@ -66,7 +65,6 @@ impl DerefMut for SlabBuffer {
 pub struct Slab {
     /// Position of the weight in the list that is read.
     pub weight: usize,
-    /// First row.
     pub row: usize,
     /// Where in the buffer they are.
     pub range: Range<usize>,
@@ -75,17 +73,13 @@ pub struct Slab {
 }
 
 impl Slab {
-    /// The rows.
     pub fn bytes(&self) -> &[u8] {
         &self.buffer[self.range.clone()]
     }
 }
 
-/// How reading went.
 pub struct Read {
-    /// What was spent waiting for slabs.
     pub waited: Duration,
-    /// What was read past the page cache.
     pub past_cache: Bytes,
 }
 

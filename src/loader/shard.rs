@@ -37,7 +37,6 @@ impl PastCache {
         Self { threads, bytes: AtomicU64::new(0), nanoseconds: AtomicU64::new(0) }
     }
 
-    /// What was read so far.
     pub fn bytes(&self) -> Bytes {
         Bytes(self.bytes.load(Ordering::Relaxed))
     }

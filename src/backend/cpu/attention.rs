@@ -35,7 +35,6 @@ impl Cache {
     }
 }
 
-/// What a step attends to.
 struct Attention<'a> {
     cache: &'a Cache,
     isa: Isa,
@@ -139,7 +138,6 @@ impl<'a> Attention<'a> {
     }
 }
 
-/// The keys of a part.
 fn keys(part: usize) -> Range<usize> {
     part * PART..(part + 1) * PART
 }

@@ -38,7 +38,6 @@ impl<'a> Activations<'a> {
         self.x.len() / self.cols
     }
 
-    /// The totals of four rows with a token.
     fn few(&self, isa: Isa, tile: &Tile<ROWS>, token: usize) -> [f32; ROWS] {
         match self.input(tile.storage) {
             Input::Plain(dtype) => plain::few(isa, dtype, &tile.rows, &self.x[token * self.cols..][..self.cols]),

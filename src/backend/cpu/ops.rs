@@ -17,7 +17,6 @@ const PIECE: usize = 16_384;
 const DECODED: usize = 256;
 /// Sums that run side by side.
 const LANES: usize = 16;
-/// √(2 / π).
 const SQRT_FRAC_2_PI: f32 = FRAC_2_SQRT_PI * FRAC_1_SQRT_2;
 
 /// How norms are computed.
@@ -138,7 +137,6 @@ fn sum_of(x: &[f32], term: impl Fn(f32) -> f32) -> f32 {
     sums.iter().sum::<f32>() + rest.iter().map(|x| term(*x)).sum::<f32>()
 }
 
-/// `x = activation(x)`.
 pub fn activate(pool: &Pool, activation: Activation, x: &mut [f32]) {
     pool.chunks(x, PIECE, |_, x| match activation {
         Activation::Gelu => map(pool.isa(), gelu, x),
@@ -147,7 +145,6 @@ pub fn activate(pool: &Pool, activation: Activation, x: &mut [f32]) {
     });
 }
 
-/// `gate = activation(gate) · up`.
 pub fn gate(pool: &Pool, activation: Activation, gate: &mut [f32], up: &[f32]) {
     pool.chunks(gate, PIECE, |index, gate| {
         let up = &up[index * PIECE..][..gate.len()];

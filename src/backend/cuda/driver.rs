@@ -1,6 +1,6 @@
 //! Contexts, memory and copies: with launches, all here that the compiler cannot check.
 //!
-//! A [`Gpu`] owns its context and two streams; a [`Buffer`] is device memory that
+//! A [`Gpu`] owns its context and two streams; a `Buffer` is device memory that
 //! is given back when it is dropped; a [`Region`] is a part of one, and no copy or
 //! launch reaches beyond it. Page-locked memory belongs to the copy that is on its way.
 #![expect(unsafe_code, reason = "the driver's interface is C")]
@@ -86,7 +86,7 @@ impl Gpu {
     }
 
     /// Allocates `len` bytes, of unknown content, for `what`.
-    pub fn allocate(self: &Arc<Self>, what: &str, len: Bytes) -> Result<Arc<Buffer>> {
+    pub fn allocate(self: &Arc<Self>, what: &str, len: Bytes) -> Result<Region> {
         let refused = |why: String| {
             let free = self.memory().ok().map(|(free, _)| free);
             let (device, what) = (self.id(), what.to_owned());
@@ -100,7 +100,8 @@ impl Gpu {
         let mut allocated = lock(&self.allocated);
         allocated.0 += len;
         allocated.1 = allocated.1.max(allocated.0);
-        Ok(Arc::new(Buffer { gpu: Arc::clone(self), pointer, len: bytes }))
+        let buffer = Arc::new(Buffer { gpu: Arc::clone(self), pointer, len: bytes });
+        Ok(Region { buffer, offset: 0, len: bytes })
     }
 
     /// The most bytes that were allocated at once.
@@ -148,7 +149,7 @@ fn name(error: DriverError) -> String {
 }
 
 /// Memory of a GPU.
-pub struct Buffer {
+struct Buffer {
     gpu: Arc<Gpu>,
     pointer: sys::CUdeviceptr,
     len: usize,
@@ -176,15 +177,6 @@ pub struct Region {
 }
 
 impl Region {
-    /// The `len` bytes of `buffer` from `offset` on.
-    ///
-    /// # Panics
-    /// The buffer ends before.
-    pub fn new(buffer: &Arc<Buffer>, offset: usize, len: usize) -> Self {
-        assert!(offset.checked_add(len).is_some_and(|end| end <= buffer.len), "a region beyond its buffer");
-        Self { buffer: Arc::clone(buffer), offset, len }
-    }
-
     /// The `len` bytes from `offset` on.
     ///
     /// # Panics
@@ -335,20 +327,19 @@ impl Region {
 pub fn arena(gpu: &Arc<Gpu>, what: &str, sizes: &[Bytes], separate: bool) -> Result<Vec<Region>> {
     let len = |size: Bytes| size.as_usize().unwrap_or(usize::MAX);
     if separate {
-        return sizes.iter().map(|size| Ok(Region::new(&gpu.allocate(what, *size)?, 0, len(*size)))).collect();
+        return sizes.iter().map(|size| gpu.allocate(what, *size)).collect();
     }
     if sizes.is_empty() {
         return Ok(Vec::new());
     }
     let mut end = Bytes::ZERO;
-    let mut start = |size: &Bytes| {
-        let start = end;
+    let place = |size: &Bytes| {
         end += aligned(size.0);
-        (start, *size)
+        (len(end - aligned(size.0)), len(*size))
     };
-    let places: Vec<_> = sizes.iter().map(&mut start).collect();
-    let buffer = gpu.allocate(what, end)?;
-    Ok(places.into_iter().map(|(start, size)| Region::new(&buffer, len(start), len(size))).collect())
+    let places: Vec<_> = sizes.iter().map(place).collect();
+    let whole = gpu.allocate(what, end)?;
+    Ok(places.into_iter().map(|(start, len)| whole.part(start, len)).collect())
 }
 
 /// Page-locked host memory: copies from and to it run beside the host's work.

@@ -15,7 +15,7 @@ mod stage;
 mod upload;
 mod workspace;
 
-pub use driver::{Buffer, Copying, Gpu, Pinned, Region, arena};
+pub use driver::{Copying, Gpu, Pinned, Region, arena};
 pub use installation::{GpuInfo, Installation, devices, measure_bandwidth};
 pub use kernels::Choosing;
 pub use operands::{Affine, Attention, Cache, DeviceMatrix, Input, MAX_HEAD_DIM, Norm, Output, Scratch};

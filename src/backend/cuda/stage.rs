@@ -198,7 +198,6 @@ impl CudaStage {
         w.gpu.matmul(&head.affine(), self.input(states, norm), 1, logits, &w.scratch)
     }
 
-    /// Chooses among the logits of the workspace.
     fn choose_one(&self) -> Result<()> {
         let w = &*self.workspace;
         let at = Choosing { scratch: &w.choice, seen: &w.seen, chosen: &w.chosen() };
@@ -260,7 +259,6 @@ impl CudaStage {
         queued
     }
 
-    /// Tells kernels where the tokens of each run stand.
     fn place_positions(&self, runs: &[Run]) -> Result<()> {
         let mut positions = runs.iter().enumerate().map(|(at, run)| (self.workspace.position(at), row(run.position)));
         positions.try_for_each(|(region, position)| region.fill(position))

@@ -8,7 +8,6 @@ use crate::backend::cuda::operands::{FLOAT, holds};
 use crate::error::Result;
 use crate::footprint::CudaChoice;
 
-/// Threads of a block.
 const THREADS: u32 = 256;
 /// Launches that find the least weight that is left, each some bits of it.
 const DIGITS: i32 = 3;

@@ -13,16 +13,12 @@ use crate::model_config::Activation;
 use crate::pool::lock;
 use crate::quant::{Storage, WeightDtype};
 
-/// What a kernel is given.
+/// What a kernel is given: a region by the pointer to its start.
 #[derive(Clone, Copy)]
 pub enum Argument<'a> {
-    /// A pointer to the start of a region.
     Region(&'a Region),
-    /// A null pointer.
     Null,
-    /// A number.
     I32(i32),
-    /// A number.
     F32(f32),
 }
 
@@ -83,7 +79,7 @@ impl Gpu {
         threads: u32,
         arguments: &[Argument],
     ) -> Result<()> {
-        let what = || format!("cannot run the kernel `{}`", kernel.name());
+        let what = || format!("cannot run the kernel `{kernel:?}`");
         let dimension =
             |n| u32::try_from(n).map_err(|_| Error::input(format!("{} {}: its grid is too large", self.id(), what())));
         let grid = (dimension(grid.0)?, dimension(grid.1)?);
@@ -136,8 +132,8 @@ impl Gpu {
     /// The most blocks of `threads` threads of a kernel that run at once.
     pub(super) fn blocks_at_once(&self, kernel: Kernel, threads: u32) -> Result<usize> {
         let each = self.function(kernel).occupancy_max_active_blocks_per_multiprocessor(threads, 0, None);
-        let each = each
-            .map_err(|e| self.failure(&format!("does not tell how much of `{}` it runs at once", kernel.name()), e))?;
+        let failed = |e| self.failure(&format!("does not tell how much of `{kernel:?}` it runs at once"), e);
+        let each = each.map_err(failed)?;
         Ok(self.multiprocessors * each.max(1) as usize)
     }
 

@@ -14,7 +14,6 @@ use crate::quant::WeightDtype;
 pub struct Vector(Option<(Region, WeightDtype)>);
 
 impl Vector {
-    /// The elements of `matrix` at `range`.
     pub fn new(matrix: Option<&DeviceMatrix>, range: Range<usize>) -> Self {
         Self(matrix.map(|matrix| matrix.elements(range)))
     }
