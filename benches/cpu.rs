@@ -88,7 +88,7 @@ fn product(
 
 #[allow(clippy::print_stdout, reason = "shares are what this is for")]
 fn products(criterion: &mut Criterion) {
-    let pool = Pool::of_all_cores();
+    let pool = Pool::default();
     let bandwidth = bandwidth(&pool);
     println!("{} threads read memory at {:.1} GB/s", pool.threads(), bandwidth / 1e9);
     let mut group = criterion.benchmark_group("one token");
@@ -134,7 +134,7 @@ fn load(checkpoint: &Checkpoint, scheme: Scheme) -> Model {
 #[allow(clippy::print_stdout, reason = "shares are what this is for")]
 fn model(criterion: &mut Criterion) {
     let checkpoint = Checkpoint::open(SHAPE.checkpoint()).expect("a checkpoint");
-    let bandwidth = bandwidth(&Pool::of_all_cores());
+    let bandwidth = bandwidth(&Pool::default());
     let prompt = SHAPE.tokens(TOKENS.0);
     for scheme in [Scheme::Int8, Scheme::Int4, Scheme::Nl4, Scheme::None] {
         // Loaded by the first of those that are not filtered out.

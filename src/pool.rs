@@ -72,8 +72,9 @@ struct Shared {
 unsafe impl Sync for Shared {}
 
 impl Default for Pool {
+    /// One thread for each core that this process may use; two threads of a core count as one.
     fn default() -> Self {
-        Self::of_all_cores()
+        Self { isa: Isa::best(), wanted: None, workers: OnceLock::new(), busy: AtomicBool::new(false) }
     }
 }
 
@@ -86,12 +87,7 @@ impl fmt::Debug for Pool {
 impl Pool {
     /// A pool of `threads`, one of which is the caller's; of fewer where the system refuses them.
     pub fn new(threads: NonZeroUsize) -> Self {
-        Self { wanted: Some(threads), ..Self::of_all_cores() }
-    }
-
-    /// A pool of one thread for each core that this process may use; two threads of a core count as one.
-    pub fn of_all_cores() -> Self {
-        Self { isa: Isa::best(), wanted: None, workers: OnceLock::new(), busy: AtomicBool::new(false) }
+        Self { wanted: Some(threads), ..Self::default() }
     }
 
     /// The same threads with other instructions.

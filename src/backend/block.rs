@@ -125,12 +125,6 @@ pub struct Modules<P> {
     pub head: Option<Linear<P>>,
 }
 
-impl<P> Default for Modules<P> {
-    fn default() -> Self {
-        Self { embedding: None, positions: None, blocks: Vec::new(), norm: None, head: None }
-    }
-}
-
 /// Finds the parameters of a module by what they are for.
 pub struct Finder<F>(pub F);
 

@@ -56,7 +56,7 @@ pub fn fill(
         let bytes = Bytes(len as u64);
         on_event(LoadEvent::Placed { module: &target.weight.parameter.module, device: target.device, bytes });
     };
-    let read = reader::read(checkpoint, placed, buffers, staging.transposed, |slab, back| {
+    let (waited, past_cache) = reader::read(checkpoint, placed, buffers, staging.transposed, |slab, back| {
         options.cancel.check()?;
         let Slab { weight, row, range, buffer } = slab;
         let target = &placed[weight];
@@ -96,12 +96,12 @@ pub fn fill(
         receive(&options.pool, arenas, placed, slab)?;
     }
     times.gpus += start.elapsed().as_secs_f64();
-    times.read = read.waited.as_secs_f64();
+    times.read = waited.as_secs_f64();
     for gpu in arenas.gpus.values_mut() {
         gpu.upload = None;
     }
     let ring = Bytes((staging.slab * STAGING_SLABS + staging.transposed) as u64);
-    Ok(Filled { staged: ring + most_packed, past_cache: read.past_cache, times })
+    Ok(Filled { staged: ring + most_packed, past_cache, times })
 }
 
 /// Waits for a slab on its way to a GPU and gives its buffer back.

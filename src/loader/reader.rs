@@ -78,22 +78,18 @@ impl Slab {
     }
 }
 
-pub struct Read {
-    pub waited: Duration,
-    pub past_cache: Bytes,
-}
-
 /// Reads `placed`, which is sorted by shard and offset, and calls `visit` with
 /// each slab in turn, and with the way that buffers go back. `visit` may keep
 /// some of the buffers, but not all. `transposed` bytes are taken for rows of
-/// tensors that are stored the other way round.
+/// tensors that are stored the other way round. Gives how long slabs were waited for, and what was
+/// read past the page cache.
 pub fn read(
     checkpoint: &Checkpoint,
     placed: &[Placed],
     buffers: Vec<SlabBuffer>,
     transposed: usize,
     mut visit: impl FnMut(Slab, &SyncSender<SlabBuffer>) -> Result<()>,
-) -> Result<Read> {
+) -> Result<(Duration, Bytes)> {
     let directory = checkpoint.local_directory()?;
     let jobs = jobs(placed, buffers.first().map_or(0, |buffer| buffer.len() - SLAB_MARGIN));
     let mut left: HashMap<usize, usize> = HashMap::new();
@@ -142,7 +138,7 @@ pub fn read(
         }
         Ok(waited)
     });
-    Ok(Read { waited: waited?, past_cache: reader.past_cache.bytes() })
+    Ok((waited?, reader.past_cache.bytes()))
 }
 
 /// The place of a slab in the order, and the slab with the shard that it is of.

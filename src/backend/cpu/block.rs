@@ -114,19 +114,19 @@ impl Setup {
         workspace: &mut Workspace,
         tokens: usize,
     ) {
-        let Workspace { normed, gate, up, routes, gathered, mixed, words, .. } = workspace;
+        let Workspace { normed, gate, up, routes: shares, gathered, mixed, words, .. } = workspace;
         let hidden = self.config.hidden_size;
         let normed = &mut normed[..tokens * hidden];
         let mixed = &mut mixed[..tokens * hidden];
-        let routes = &mut routes[..tokens * routing.count];
+        let shares = &mut shares[..tokens * routing.count];
         let (router, pool) = (router.affine(), &self.pool);
         let x = Activations::of(pool, normed, bytemuck::must_cast_slice_mut(words), &[&router]);
-        matmul(pool, &x, [(&router, &mut *routes)]);
-        ops::route(routes, routing);
+        matmul(pool, &x, [(&router, &mut *shares)]);
+        ops::route(shares, routing);
 
         mixed.fill(0.0);
         for (at, expert) in experts.iter().enumerate() {
-            let weights = || routes.chunks(routing.count).map(|row| row[at]).enumerate().filter(|(_, w)| *w != 0.0);
+            let weights = || ops::routed(shares, routing.count, at).map(|(token, weight)| (token as usize, weight));
             let count = weights().count();
             if count == 0 {
                 continue;

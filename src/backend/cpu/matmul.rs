@@ -232,7 +232,7 @@ mod tests {
                 let bytes = packed(&layout, &random(rows * cols, 1));
                 let matrix = Matrix::new(&layout, &bytes);
                 let x = random(tokens * cols, 2);
-                let y = run(&Pool::of_all_cores(), &Affine::new(matrix, None), &x);
+                let y = run(&Pool::default(), &Affine::new(matrix, None), &x);
                 let quantized = !matches!(storage, Storage::Plain(_));
                 let seen = if quantized { reference::rounded_activations(&x, cols) } else { x };
                 let exact = reference::matmul(&matrix, &seen, tokens);
@@ -255,9 +255,9 @@ mod tests {
                 let bytes = packed(&layout, &random(rows * cols, 1));
                 let affine = Affine::new(Matrix::new(&layout, &bytes), None);
                 let x = random(tokens * cols, 2);
-                let wanted = run(&Pool::of_all_cores().with_isa(Isa::PORTABLE), &affine, &x);
+                let wanted = run(&Pool::default().with_isa(Isa::PORTABLE), &affine, &x);
                 for isa in Isa::available() {
-                    let y = run(&Pool::of_all_cores().with_isa(isa), &affine, &x);
+                    let y = run(&Pool::default().with_isa(isa), &affine, &x);
                     assert!(y == wanted, "{isa:?} {storage:?} {rows}×{cols}, {tokens} tokens");
                 }
             }
@@ -275,7 +275,7 @@ mod tests {
                 let matrix = Matrix::new(&layout, &bytes);
                 let exact = reference::matmul(&matrix, &x, tokens);
                 for isa in Isa::available() {
-                    let y = run(&Pool::of_all_cores().with_isa(isa), &Affine::new(matrix, None), &x);
+                    let y = run(&Pool::default().with_isa(isa), &Affine::new(matrix, None), &x);
                     for (ours, exact) in y.iter().zip(&exact) {
                         assert!((f64::from(*ours) - exact).abs() < 1e-3, "{isa:?} {storage:?}: {ours} {exact}");
                     }
@@ -294,7 +294,7 @@ mod tests {
             let x = vec![x; tokens * 64];
             let exact = reference::matmul(&matrix, &x, tokens);
             for isa in Isa::available() {
-                let y = run(&Pool::of_all_cores().with_isa(isa), &Affine::new(matrix, None), &x);
+                let y = run(&Pool::default().with_isa(isa), &Affine::new(matrix, None), &x);
                 for (ours, exact) in y.iter().zip(&exact) {
                     assert!((f64::from(*ours) - exact).abs() < 1e-4 * exact.abs(), "{isa:?}: {ours} {exact}");
                 }
@@ -310,7 +310,7 @@ mod tests {
             let bytes = packed(&layout, &random(rows * cols, 3));
             let affine = Affine::new(Matrix::new(&layout, &bytes), None);
             let x = random(tokens * cols, 4);
-            let pool = Pool::of_all_cores();
+            let pool = Pool::default();
             let alone: Vec<f32> = x.chunks(cols).flat_map(|x| run(&pool, &affine, x)).collect();
             assert_eq!(run(&pool, &affine, &x), alone, "{storage:?}");
         }
@@ -326,7 +326,7 @@ mod tests {
             let bias = packed(&vector, &random(rows, 6));
             let whole = Affine::new(Matrix::new(&layout, &bytes), Some(Matrix::new(&vector, &bias)));
             let x = random(tokens * cols, 7);
-            let pool = Pool::of_all_cores();
+            let pool = Pool::default();
             let all = run(&pool, &whole, &x);
             let unbiased = run(&pool, &Affine::new(whole.weight, None), &x);
             assert_eq!(all[5], unbiased[5] + whole.bias.unwrap().element(5), "{storage:?}");
@@ -345,7 +345,7 @@ mod tests {
             .map(|(storage, rows)| MatrixLayout::new(storage, rows, cols).unwrap());
         let bytes = layouts.each_ref().map(|layout| packed(layout, &random(layout.rows * cols, 9)));
         let [a, b] = [0, 1].map(|at| Affine::new(Matrix::new(&layouts[at], &bytes[at]), None));
-        let pool = Pool::of_all_cores();
+        let pool = Pool::default();
         let mut words = vec![0; tokens * cols / GROUP_SIZE * GROUP_WORDS];
         let activations = Activations::of(&pool, &x, &mut words, &[&a, &b]);
         let (mut y_a, mut y_b) = (vec![f32::NAN; tokens * 70], vec![f32::NAN; tokens * 3]);

@@ -16,11 +16,11 @@ mod ops;
 
 use std::sync::{Arc, Mutex};
 
-pub use arena::{Arena, zeroed};
+pub use arena::{Arena, map, zeroed};
 pub use kernels::GROUP_WORDS;
 pub use kv::KvCache;
 pub use matmul::{Activations, matmul};
-pub(super) use ops::{route, soft_cap};
+pub(super) use ops::{route, routed, soft_cap};
 
 use super::block::{Linear, Modules};
 use super::{Hidden, Run, Stage};
@@ -46,7 +46,7 @@ impl Parameter {
     }
 
     fn matrix(&self) -> Matrix<'_> {
-        Matrix::new(&self.layout, &self.arena.bytes()[self.offset..])
+        Matrix::new(&self.layout, &self.arena[self.offset..])
     }
 }
 

@@ -218,6 +218,11 @@ pub fn route(scores: &mut [f32], experts: Experts) {
     }
 }
 
+/// The tokens that go through an expert by what [`route`] leaves, and the weight of each.
+pub fn routed(weights: &[f32], experts: usize, expert: usize) -> impl Iterator<Item = (u32, f32)> {
+    (0..).zip(weights.chunks(experts).map(move |row| row[expert])).filter(|(_, weight)| *weight != 0.0)
+}
+
 #[cfg(test)]
 mod tests {
     use std::num::NonZeroUsize;

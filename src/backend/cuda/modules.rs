@@ -39,7 +39,6 @@ macro_rules! modules {
         /// All kernels, in the order of their numbers.
         const KERNELS: &[Kernel] = &[$($(Kernel::$kernel,)*)*];
 
-        /// All files.
         const MODULES: &[Module] = &[$(Module {
             name: stringify!($module),
             capability: $capability,

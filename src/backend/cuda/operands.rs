@@ -10,9 +10,9 @@ use crate::quant::{KvDtype, MatrixLayout, Storage, WeightDtype};
 
 /// The widest head that a kernel takes.
 pub const MAX_HEAD_DIM: usize = 512;
-/// Bytes of an f16 and of an f32.
+/// Bytes of an f16, and of an f32 or a u32.
 pub(super) const HALF: usize = 2;
-pub(super) const FLOAT: usize = 4;
+pub(super) const WORD: usize = 4;
 
 /// A matrix or vector on a GPU, in the canonical packing.
 #[derive(Clone)]
@@ -77,7 +77,7 @@ pub enum Output {
 
 impl Output {
     pub(super) fn size(self) -> usize {
-        if self == Self::F16 { HALF } else { FLOAT }
+        if self == Self::F16 { HALF } else { WORD }
     }
 }
 
@@ -122,7 +122,7 @@ pub struct Scratch {
 
 impl Scratch {
     pub(super) fn holds(&self, parts: usize, arrivals: usize) {
-        holds(&self.parts, [parts], FLOAT);
+        holds(&self.parts, [parts], WORD);
         holds(&self.arrivals, [arrivals], size_of::<u32>());
     }
 }

@@ -3,12 +3,12 @@
 
 use std::sync::Arc;
 
-use super::operands::HALF;
+use super::operands::{HALF, WORD};
 use super::repeat::Repeated;
-use super::workspace::{WORD, Workspace};
+use super::workspace::Workspace;
 use super::{Affine, Attention, Cache, Choosing, DeviceMatrix, Input, Norm, Output, Region};
 use crate::backend::block::{self, Block, Dense, FeedForward, Linear, Modules};
-use crate::backend::cpu::{route, soft_cap};
+use crate::backend::cpu::{route, routed, soft_cap};
 use crate::backend::{Choice, Chosen, DeviceChooser, Hidden, Run, Stage};
 use crate::error::Result;
 use crate::model_config::{Experts, Layer, ModelConfig};
@@ -158,23 +158,15 @@ impl CudaStage {
         route(&mut scores, routing);
 
         // All experts' tokens, one expert after the other, then their weights.
-        let (mut chosen, mut shares, mut ends) = (Vec::<u32>::new(), Vec::<f32>::new(), Vec::new());
-        for expert in 0..routing.count {
-            for (token, row) in (0u32..).zip(scores.chunks(routing.count)) {
-                if row[expert] != 0.0 {
-                    chosen.push(token);
-                    shares.push(row[expert]);
-                }
-            }
-            ends.push(chosen.len());
-        }
+        let routed = |expert| routed(&scores, routing.count, expert);
+        let (chosen, shares): (Vec<_>, Vec<_>) = (0..routing.count).flat_map(routed).unzip();
         let total = chosen.len();
         w.shares.write(bytemuck::must_cast_slice(&chosen))?;
         w.shares.part(total * WORD, total * WORD).write(bytemuck::must_cast_slice(&shares))?;
         branch.target.part(0, tokens * hidden * WORD).clear()?;
         let mut start = 0;
-        for (expert, end) in experts.iter().zip(ends) {
-            let count = end - start;
+        for (at, expert) in experts.iter().enumerate() {
+            let count = routed(at).count();
             if count > 0 {
                 let indices = w.shares.part(start * WORD, count * WORD);
                 let weights = w.shares.part((total + start) * WORD, count * WORD);
@@ -184,13 +176,11 @@ impl CudaStage {
                 gpu.matmul(&expert.down.affine(), Input::Half(x), count, given, &w.scratch)?;
                 gpu.scatter_add(&w.expert, &indices, &weights, hidden, branch.target)?;
             }
-            start = end;
+            start += count;
         }
         Ok(())
     }
-}
 
-impl CudaStage {
     /// The logits of one hidden state before the soft cap, with a norm before them or as it is.
     fn head_of(&self, head: &Linear<DeviceMatrix>, states: &Region, norm: Option<&Norm>) -> Result<()> {
         let w = &*self.workspace;

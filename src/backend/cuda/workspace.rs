@@ -4,15 +4,13 @@ use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::answers::Answers;
+use super::operands::WORD;
 use super::{Gpu, MAX_HEAD_DIM, Region, Scratch, arena};
 use crate::bytes::Bytes;
 use crate::error::{Error, Result};
 use crate::footprint::{CudaBuffers, CudaChoice};
 use crate::model_config::ModelConfig;
 use crate::pool::lock;
-
-/// Bytes of a u32 or an f32.
-pub(super) const WORD: usize = 4;
 
 /// The buffers of a step on one GPU, shared by all its stages: they run in turn.
 pub struct Workspace {

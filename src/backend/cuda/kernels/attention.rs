@@ -5,7 +5,7 @@ use super::launch::Argument;
 use super::norm::NormArguments;
 use crate::backend::cuda::driver::{Gpu, Region};
 use crate::backend::cuda::modules::{Kernel, TENSOR_CORES};
-use crate::backend::cuda::operands::{Attention, Cache, FLOAT, HALF, Norm, Scratch, holds};
+use crate::backend::cuda::operands::{Attention, Cache, WORD, HALF, Norm, Scratch, holds};
 use crate::error::Result;
 use crate::quant::KvDtype;
 
@@ -37,6 +37,9 @@ impl Gpu {
     /// positions, and puts keys and values into the cache.
     /// `position` holds that of `shape`, an i32; a rope is an f32 for each pair that is rotated, and the factor
     /// of cosines and sines.
+    ///
+    /// # Panics
+    /// A rope has more pairs than a head.
     pub fn rotate_and_store(
         &self,
         shape: &Attention,
@@ -51,7 +54,7 @@ impl Gpu {
         for region in [key, value] {
             holds(region, [shape.tokens, shape.kv_heads, shape.head_dim], HALF);
         }
-        let pairs = rope.map_or(0, |(frequencies, _)| frequencies.len() / FLOAT);
+        let pairs = rope.map_or(0, |(frequencies, _)| frequencies.len() / WORD);
         assert!(2 * pairs <= shape.head_dim, "more pairs than a head has");
         let numbers = [
             Argument::optional(rope.map(|(frequencies, _)| frequencies)),

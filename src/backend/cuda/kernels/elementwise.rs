@@ -3,7 +3,7 @@
 use super::launch::Argument;
 use crate::backend::cuda::driver::{Gpu, Region};
 use crate::backend::cuda::modules::Kernel;
-use crate::backend::cuda::operands::{Affine, FLOAT, HALF, Output, holds};
+use crate::backend::cuda::operands::{Affine, WORD, HALF, Output, holds};
 use crate::error::Result;
 use crate::model_config::Activation;
 
@@ -14,7 +14,7 @@ impl Gpu {
     pub fn embed(&self, affine: &Affine, tokens: &Region, scale: f32, hidden: &Region, output: Output) -> Result<()> {
         let (matrix, cols) = (affine.weight, affine.cols());
         let count = tokens.len() / size_of::<u32>();
-        holds(hidden, [count, cols], FLOAT);
+        holds(hidden, [count, cols], WORD);
         let [codes, sub_scales, scales] = matrix.sections(0);
         let arguments = [
             Argument::Region(tokens),
@@ -54,10 +54,10 @@ impl Gpu {
     /// u32 of `tokens` names, if there is one; none is named twice.
     pub fn scatter_add(&self, x: &Region, tokens: &Region, weights: &Region, width: usize, out: &Region) -> Result<()> {
         let count = tokens.len() / size_of::<u32>();
-        holds(x, [count, width], FLOAT);
-        holds(weights, [count], FLOAT);
+        holds(x, [count, width], WORD);
+        holds(weights, [count], WORD);
         let regions = [x, tokens, weights].map(Argument::Region);
-        let [rows, width] = [out.len() / (width * FLOAT), width].map(Argument::int);
+        let [rows, width] = [out.len() / (width * WORD), width].map(Argument::int);
         let arguments = [&regions[..], &[rows, width, Argument::Region(out)]].concat();
         self.launch(Kernel::scatter_add, (count, 1), 256, &arguments)
     }
