@@ -51,8 +51,7 @@ impl Engine {
         Self { pipeline, context, chunk }
     }
 
-    /// The stages, for tests of them.
-    #[cfg(feature = "testing")]
+    /// The stages.
     pub fn pipeline(&mut self) -> &mut Pipeline {
         &mut self.pipeline
     }
@@ -60,11 +59,6 @@ impl Engine {
     /// Takes prompts in chunks of at most `tokens`; no more than the plan counts.
     pub fn limit_chunk(&mut self, tokens: usize) {
         self.chunk = tokens.clamp(1, self.pipeline.largest_chunk());
-    }
-
-    /// Launches every kernel of a step by itself from now on, where GPUs would repeat them as one.
-    pub fn launch_each_kernel(&mut self) {
-        self.pipeline.launch_each_kernel();
     }
 
     /// Begins a sequence with `prompt`, in place of the one before.

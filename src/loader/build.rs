@@ -95,7 +95,6 @@ fn runs(plan: &Plan) -> Vec<(DeviceId, Range<usize>)> {
     modules.chunk_by(|a, b| a.device == b.device).map(run).collect()
 }
 
-/// The modules at `range` of the plan.
 fn modules<P: AsRef<MatrixLayout> + Clone>(
     plan: &Plan,
     range: Range<usize>,

@@ -33,7 +33,6 @@ pub struct Filled {
     pub times: LoadTimes,
 }
 
-/// Reads every weight, packs it and puts it in place.
 pub fn fill(
     plan: &Plan,
     arenas: &mut Arenas,

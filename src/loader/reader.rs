@@ -6,7 +6,6 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::{Deref, DerefMut, Range};
-use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -90,7 +89,6 @@ pub fn read(
     transposed: usize,
     mut visit: impl FnMut(Slab, &SyncSender<SlabBuffer>) -> Result<()>,
 ) -> Result<(Duration, Bytes)> {
-    let directory = checkpoint.local_directory()?;
     let jobs = jobs(placed, buffers.first().map_or(0, |buffer| buffer.len() - SLAB_MARGIN));
     let mut left: HashMap<usize, usize> = HashMap::new();
     for job in &jobs {
@@ -106,7 +104,7 @@ pub fn read(
     let queue = Queue { next: 0, empty, shards: HashMap::new(), left: left.clone() };
     let (queue, gathered) = (Mutex::new(queue), Mutex::new(vec![0; transposed]));
     let past_cache = PastCache::by(threads);
-    let reader = &Reader { checkpoint, directory, placed, jobs: &jobs, queue, gathered, past_cache };
+    let reader = &Reader { checkpoint, placed, jobs: &jobs, queue, gathered, past_cache };
     // Both ends that the visitor holds are dropped with its closure, so that
     // readers that wait end where the visitor fails.
     let waited = std::thread::scope(move |scope| {
@@ -175,7 +173,6 @@ fn jobs(placed: &[Placed], slab: usize) -> Vec<Job> {
     jobs.into_iter().map(|(_, job)| job).collect()
 }
 
-/// What is left to read.
 struct Queue {
     next: usize,
     empty: Receiver<SlabBuffer>,
@@ -186,7 +183,6 @@ struct Queue {
 
 struct Reader<'a> {
     checkpoint: &'a Checkpoint,
-    directory: &'a Path,
     placed: &'a [Placed],
     jobs: &'a [Job],
     queue: Mutex<Queue>,
@@ -219,7 +215,7 @@ impl Reader<'_> {
     fn shard(&self, queue: &mut Queue, index: usize) -> Result<Arc<Shard>> {
         let shard = match queue.shards.remove(&index) {
             Some(shard) => shard,
-            None => Arc::new(Shard::open(self.checkpoint, self.directory, index)?),
+            None => Arc::new(Shard::open(self.checkpoint, index)?),
         };
         let left = queue.left.entry(index).or_default();
         *left -= 1;
@@ -245,6 +241,8 @@ impl Reader<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
     use crate::architecture::ModuleTree;
     use crate::footprint::lay_out;

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 use cudarc::driver::sys::CUdevice_attribute;
 use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, DriverError, result, sys};
 
+use super::operands::WORD;
 use crate::bytes::Bytes;
 use crate::device::{DeviceError, DeviceId};
 use crate::error::{Error, Hint, Result, Setting};
@@ -250,7 +251,6 @@ impl Region {
     /// # Panics
     /// The region is none of whole words.
     pub fn fill(&self, word: u32) -> Result<()> {
-        const WORD: usize = size_of::<u32>();
         assert!(self.offset.is_multiple_of(WORD) && self.len.is_multiple_of(WORD), "words in a region of bytes");
         let gpu = self.gpu();
         gpu.bind()?;

@@ -18,7 +18,6 @@ pub(super) const EARLY: (i32, i32) = (9, 0);
 /// What makes comments of the instructions for that; common.cuh writes it.
 const EARLY_MARK: &str = "//sm_90 ";
 
-/// A file of kernels.
 struct Module {
     name: &'static str,
     /// The compute capability that its PTX is for; build_ptx.py says the same.

@@ -158,15 +158,15 @@ impl CudaStage {
         route(&mut scores, routing);
 
         // All experts' tokens, one expert after the other, then their weights.
-        let routed = |expert| routed(&scores, routing.count, expert);
-        let (chosen, shares): (Vec<_>, Vec<_>) = (0..routing.count).flat_map(routed).unzip();
+        let tokens_of = |expert| routed(&scores, routing.count, expert);
+        let (chosen, shares): (Vec<_>, Vec<_>) = (0..routing.count).flat_map(tokens_of).unzip();
         let total = chosen.len();
         w.shares.write(bytemuck::must_cast_slice(&chosen))?;
         w.shares.part(total * WORD, total * WORD).write(bytemuck::must_cast_slice(&shares))?;
         branch.target.part(0, tokens * hidden * WORD).clear()?;
         let mut start = 0;
         for (at, expert) in experts.iter().enumerate() {
-            let count = routed(at).count();
+            let count = tokens_of(at).count();
             if count > 0 {
                 let indices = w.shares.part(start * WORD, count * WORD);
                 let weights = w.shares.part((total + start) * WORD, count * WORD);
@@ -268,28 +268,25 @@ struct Branch<'a> {
     norm: Option<Norm<'a>>,
     hidden: &'a Region,
     target: &'a Region,
+    is_apart: bool,
 }
 
 impl<'a> Branch<'a> {
     fn new(stage: &'a CudaStage, norm: Option<&'a Linear<DeviceMatrix>>, hidden: &'a Region, is_sum: bool) -> Self {
         let norm = norm.map(|norm| stage.norm_of(norm));
-        let apart = norm.is_some() || is_sum;
-        Self { stage, norm, hidden, target: if apart { &stage.workspace.branch } else { hidden } }
-    }
-
-    fn is_apart(&self) -> bool {
-        !self.target.is(self.hidden)
+        let is_apart = norm.is_some() || is_sum;
+        Self { stage, norm, hidden, target: if is_apart { &stage.workspace.branch } else { hidden }, is_apart }
     }
 
     fn matmul(&self, affine: &Affine, x: &Region, tokens: usize) -> Result<()> {
-        let apart = self.is_apart();
-        let (output, factor) = if apart { (Output::F32, 1.0) } else { (Output::Add, self.stage.config.residual_scale) };
+        let onto = (Output::Add, self.stage.config.residual_scale);
+        let (output, factor) = if self.is_apart { (Output::F32, 1.0) } else { onto };
         let w = &*self.stage.workspace;
         w.gpu.matmul(affine, Input::Half(x), tokens, (self.target, output, factor), &w.scratch)
     }
 
     fn add(&self, tokens: usize) -> Result<()> {
-        if !self.is_apart() {
+        if !self.is_apart {
             return Ok(());
         }
         let config = &self.stage.config;

@@ -97,26 +97,24 @@ impl Gpu {
         epilogue: Epilogue,
         scratch: &Scratch,
     ) -> Result<()> {
+        use Storage::{Int4, Int8, Nl4, Plain};
+        use WeightDtype::{Bf16, F16, F32};
         let (cols, storage) = (parts[0].0.cols(), parts[0].0.weight.layout.storage);
         assert!(parts.len() <= MATRICES, "more matrices than a launch takes");
         assert!(parts.iter().all(|(affine, _)| affine.cols() == cols && affine.weight.layout.storage == storage));
         let mma = self.capability >= TENSOR_CORES;
         let (few_kernel, many_kernels) = match storage {
-            Storage::Plain(WeightDtype::Bf16) if mma => {
-                (Kernel::few_bf16, [Kernel::mma_many_bf16_64, Kernel::mma_many_bf16_128])
-            }
-            Storage::Plain(WeightDtype::F16) if mma => {
-                (Kernel::few_f16, [Kernel::mma_many_f16_64, Kernel::mma_many_f16_128])
-            }
-            Storage::Plain(WeightDtype::Bf16) => (Kernel::few_bf16, [Kernel::many_bf16; 2]),
-            Storage::Plain(WeightDtype::F16) => (Kernel::few_f16, [Kernel::many_f16; 2]),
-            Storage::Plain(WeightDtype::F32) => (Kernel::few_f32, [Kernel::many_f32; 2]),
-            Storage::Int8 if mma => (Kernel::mma_few_int8, [Kernel::mma_many_int8_64, Kernel::mma_many_int8_128]),
-            Storage::Int4 if mma => (Kernel::mma_few_int4, [Kernel::mma_many_int4_64, Kernel::mma_many_int4_128]),
-            Storage::Nl4 if mma => (Kernel::mma_few_nl4, [Kernel::mma_many_nl4_64, Kernel::mma_many_nl4_128]),
-            Storage::Int8 => (Kernel::few_int8, [Kernel::many_int8; 2]),
-            Storage::Int4 => (Kernel::few_int4, [Kernel::many_int4; 2]),
-            Storage::Nl4 => (Kernel::few_nl4, [Kernel::many_nl4; 2]),
+            Plain(Bf16) if mma => (Kernel::few_bf16, [Kernel::mma_many_bf16_64, Kernel::mma_many_bf16_128]),
+            Plain(F16) if mma => (Kernel::few_f16, [Kernel::mma_many_f16_64, Kernel::mma_many_f16_128]),
+            Plain(Bf16) => (Kernel::few_bf16, [Kernel::many_bf16; 2]),
+            Plain(F16) => (Kernel::few_f16, [Kernel::many_f16; 2]),
+            Plain(F32) => (Kernel::few_f32, [Kernel::many_f32; 2]),
+            Int8 if mma => (Kernel::mma_few_int8, [Kernel::mma_many_int8_64, Kernel::mma_many_int8_128]),
+            Int4 if mma => (Kernel::mma_few_int4, [Kernel::mma_many_int4_64, Kernel::mma_many_int4_128]),
+            Nl4 if mma => (Kernel::mma_few_nl4, [Kernel::mma_many_nl4_64, Kernel::mma_many_nl4_128]),
+            Int8 => (Kernel::few_int8, [Kernel::many_int8; 2]),
+            Int4 => (Kernel::few_int4, [Kernel::many_int4; 2]),
+            Nl4 => (Kernel::few_nl4, [Kernel::many_nl4; 2]),
         };
         let mma_few = mma && tokens <= FEW && !matches!(storage, Storage::Plain(_));
         let x = if mma_few { x } else { self.half(x, (tokens, cols))? };
