@@ -92,7 +92,7 @@ fn product(
 
 #[allow(clippy::print_stdout, reason = "shares are what this is for")]
 fn products(criterion: &mut Criterion) {
-    let pool = Pool::of_all_cores();
+    let pool = Pool::default();
     let bandwidth = bandwidth(&pool);
     println!("{} threads read memory at {:.1} GB/s", pool.threads(), bandwidth / 1e9);
     let mut group = criterion.benchmark_group("one token");
@@ -139,7 +139,7 @@ fn load(checkpoint: &Checkpoint, shape: &Shape, scheme: Scheme) -> Model {
 fn model(criterion: &mut Criterion) {
     let shape = if is_test() { SHAPES[2] } else { SHAPES[1] };
     let checkpoint = Checkpoint::open(shape.checkpoint()).expect("a checkpoint");
-    let bandwidth = bandwidth(&Pool::of_all_cores());
+    let bandwidth = bandwidth(&Pool::default());
     let prompt = shape.tokens(shape.prompt);
     for scheme in [Scheme::Int8, Scheme::Int4, Scheme::Nl4, Scheme::None] {
         // Loaded by the first of those that are not filtered out.

@@ -118,7 +118,7 @@ fn copy() -> f64 {
 
 fn allocate(gpu: &Arc<Gpu>, len: usize) -> Region {
     let len = len.next_multiple_of(size_of::<u32>());
-    Region::new(&gpu.allocate("a benchmark", Bytes(len as u64)).expect("memory"), 0, len)
+    gpu.allocate("a benchmark", Bytes(len as u64)).expect("memory")
 }
 
 fn small(gpu: &Arc<Gpu>, len: usize) -> Region {
@@ -148,7 +148,7 @@ fn matrix(gpu: &Arc<Gpu>, storage: Storage, rows: usize, cols: usize) -> DeviceM
 }
 
 fn bytes<'a>(matrices: impl IntoIterator<Item = &'a DeviceMatrix>) -> f64 {
-    matrices.into_iter().map(|matrix| matrix.layout().size().0 as f64).sum()
+    matrices.into_iter().map(|matrix| matrix.as_ref().size().0 as f64).sum()
 }
 
 /// So many matrices in turn that no cache holds them.

@@ -5,14 +5,8 @@ use std::ops::Range;
 
 use crate::architecture::{Part, Role};
 use crate::error::{Error, Result};
-use crate::model_config::{Layer, ModelConfig};
+use crate::model_config::{Experts, Layer, ModelConfig};
 use crate::quant::MatrixLayout;
-
-/// A parameter on a device.
-pub trait WithLayout: Clone {
-    /// How it is stored.
-    fn layout(&self) -> &MatrixLayout;
-}
 
 /// A weight and its bias, or some of their rows.
 #[derive(Clone, Debug)]
@@ -25,10 +19,35 @@ pub struct Linear<P> {
     pub rows: Range<usize>,
 }
 
-impl<P: Clone> Linear<P> {
-    /// Some of the rows.
-    fn slice(&self, rows: Range<usize>) -> Self {
+impl<P: AsRef<MatrixLayout>> Linear<P> {
+    /// All rows of `weight`; `bias` is a plain vector.
+    pub fn new(weight: P, bias: Option<P>) -> Self {
+        let rows = 0..weight.as_ref().rows;
+        Self { weight, bias, rows }
+    }
+
+    /// The same rows of what `of` makes of weight and bias.
+    pub fn map<'a, Q>(&'a self, of: impl Fn(&'a P) -> Q) -> Linear<Q> {
+        Linear { weight: of(&self.weight), bias: self.bias.as_ref().map(&of), rows: self.rows.clone() }
+    }
+
+    /// Some rows, counted from the first that is meant now.
+    ///
+    /// # Panics
+    /// There are not as many.
+    #[must_use]
+    pub fn slice(&self, rows: Range<usize>) -> Self
+    where
+        P: Clone,
+    {
+        assert!(rows.end <= self.rows.len(), "rows that the matrix has not");
+        let rows = self.rows.start + rows.start..self.rows.start + rows.end;
         Self { rows, ..self.clone() }
+    }
+
+    /// Length of a row; of a vector, its length.
+    pub fn cols(&self) -> usize {
+        self.weight.as_ref().cols
     }
 }
 
@@ -71,6 +90,8 @@ pub enum FeedForward<P> {
     Dense(Dense<P>),
     /// Each token goes through some of many.
     Experts {
+        /// How many there are, and which a token goes through.
+        routing: Experts,
         /// Their scores.
         router: Linear<P>,
         /// The experts.
@@ -104,28 +125,14 @@ pub struct Modules<P> {
     pub head: Option<Linear<P>>,
 }
 
-impl<P> Default for Modules<P> {
-    fn default() -> Self {
-        Self { embedding: None, positions: None, blocks: Vec::new(), norm: None, head: None }
-    }
-}
-
 /// Finds the parameters of a module by what they are for.
-pub struct Finder<F> {
-    find: F,
-}
+pub struct Finder<F>(pub F);
 
-impl<P: WithLayout, F: FnMut(Role, Part) -> Option<P>> Finder<F> {
-    /// Parameters as `find` gives them.
-    pub fn new(find: F) -> Self {
-        Self { find }
-    }
-
+impl<P: AsRef<MatrixLayout> + Clone, F: FnMut(Role, Part) -> Option<P>> Finder<F> {
     /// The weight and the bias of a role, if there are such.
     pub fn find(&mut self, role: Role) -> Option<Linear<P>> {
-        let weight = (self.find)(role, Part::Weight)?;
-        let rows = 0..weight.layout().rows;
-        Some(Linear { weight, bias: (self.find)(role, Part::Bias), rows })
+        let weight = (self.0)(role, Part::Weight)?;
+        Some(Linear::new(weight, (self.0)(role, Part::Bias)))
     }
 
     /// As [`Finder::find`] of one that every model has.
@@ -146,9 +153,10 @@ impl<P: WithLayout, F: FnMut(Role, Part) -> Option<P>> Finder<F> {
             attention_output_norm: self.find(Role::AttentionOutputNorm),
             feed_forward_norm: self.find(Role::FeedForwardNorm),
             feed_forward: match config.experts.filter(|_| layer.has_experts) {
-                Some(experts) => FeedForward::Experts {
+                Some(routing) => FeedForward::Experts {
+                    routing,
                     router: self.need(Role::Router)?,
-                    experts: (0..experts.count).map(|at| self.expert(at)).collect::<Result<_>>()?,
+                    experts: (0..routing.count).map(|at| self.expert(at)).collect::<Result<_>>()?,
                 },
                 None => FeedForward::Dense(self.dense(config)?),
             },

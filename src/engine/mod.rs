@@ -2,7 +2,7 @@
 
 mod sampling;
 
-use crate::backend::{Chooser, Chosen, Draws, Pipeline, Run};
+use crate::backend::{Chooser, Chosen, DeviceChooser, Draws, Pipeline, Run};
 use crate::error::{Error, Hint, Result, Setting};
 
 pub use sampling::Sampling;
@@ -51,8 +51,7 @@ impl Engine {
         Self { pipeline, context, chunk }
     }
 
-    /// The stages, for tests of them.
-    #[cfg(feature = "testing")]
+    /// The stages.
     pub fn pipeline(&mut self) -> &mut Pipeline {
         &mut self.pipeline
     }
@@ -60,11 +59,6 @@ impl Engine {
     /// Takes prompts in chunks of at most `tokens`; no more than the plan counts.
     pub fn limit_chunk(&mut self, tokens: usize) {
         self.chunk = tokens.clamp(1, self.pipeline.largest_chunk());
-    }
-
-    /// Launches every kernel of a step by itself from now on, where GPUs would repeat them as one.
-    pub fn launch_each_kernel(&mut self) {
-        self.pipeline.launch_each_kernel();
     }
 
     /// Begins a sequence with `prompt`, in place of the one before.
@@ -102,7 +96,7 @@ impl Engine {
             if more && seen < self.context && self.does_whole_steps() {
                 self.step(sequence, None)?;
             }
-            chosen = self.pipeline.chooser().map(|chooser| chooser.chosen()).transpose()?;
+            chosen = self.pipeline.chooser().map(DeviceChooser::chosen).transpose()?;
         }
         match chosen {
             Some(Chosen { token, is_finite: true }) => {

@@ -170,7 +170,7 @@ impl Model {
     /// Launches every kernel of a step by itself from now on, where GPUs would repeat them as one; to
     /// measure what that saves.
     pub fn launch_each_kernel(&mut self) {
-        self.engine.launch_each_kernel();
+        self.engine.pipeline().launch_each_kernel();
     }
 }
 

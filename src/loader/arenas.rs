@@ -14,25 +14,18 @@ use crate::footprint::{CudaBuffers, Purpose, State};
 use crate::fs;
 use crate::plan::{DevicePlan, Plan};
 
-/// The arenas while they are filled.
 pub struct Arenas {
-    /// The weights in host memory.
     pub memory: memmap2::MmapMut,
-    /// The weights on the disk.
     pub disk: Option<File>,
-    /// The GPUs that the plan uses.
     pub gpus: BTreeMap<DeviceId, GpuArenas>,
 }
 
-/// What a plan takes of a GPU.
 pub struct GpuArenas {
-    /// The GPU.
     pub gpu: Arc<Gpu>,
     /// The ring, while the weights are filled.
     pub upload: Option<Upload>,
-    /// Weights, by their position in the list that is read.
+    /// By the position of the weight in the list that is read.
     pub matrices: HashMap<usize, DeviceMatrix>,
-    /// The buffers of a step.
     pub workspace: Arc<Workspace>,
     /// What each block keeps of each sequence, in the order they run.
     pub caches: Vec<Vec<Cache>>,
@@ -73,14 +66,11 @@ impl GpuArenas {
 
         let states = || plan.modules.iter().filter(|m| m.device == device.id).filter_map(|module| module.state);
         let regions = states().flat_map(|State::KeysValues(kv)| vec![kv.bytes(); 2 * plan.batch]).collect::<Vec<_>>();
-        let mut regions = cuda::arena(&gpu, "the KV cache", &regions, separate)?.into_iter();
-        let mut cache = |kv| {
-            let (Some(keys), Some(values)) = (regions.next(), regions.next()) else {
-                unreachable!("an arena has a region for every size")
-            };
-            Cache::new(kv, &[keys, values])
-        };
-        let caches = states().map(|State::KeysValues(kv)| (0..plan.batch).map(|_| cache(kv)).collect()).collect();
+        let regions = cuda::arena(&gpu, "the KV cache", &regions, separate)?;
+        let of_blocks = states().zip(regions.as_chunks().0.chunks(plan.batch));
+        let caches =
+            of_blocks.map(|(State::KeysValues(kv), pairs)| pairs.iter().map(|pair| Cache::new(kv, pair)).collect());
+        let caches = caches.collect();
 
         let workspace = CudaBuffers::try_new(|name| plan.allocation(device.id, Purpose::Workspace, name))?;
         let config = &plan.checkpoint().config;

@@ -7,15 +7,16 @@ use std::sync::{Arc, Mutex};
 use super::LoadOptions;
 use super::arenas::Arenas;
 use crate::architecture::{ModuleKind, Part, Role};
-use crate::backend::block::{Finder, Modules, WithLayout};
-use crate::backend::cpu::{Arena, CpuStage, KvCache, Parameter, Workspace};
+use crate::backend::block::{Finder, Modules};
+use crate::backend::cpu::{self, Arena, CpuStage, KvCache, Parameter, Workspace};
 use crate::backend::cuda::{CudaStage, DeviceMatrix};
 use crate::backend::{Pipeline, Stage, StageRoles};
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::error::Result;
 use crate::footprint::{CUDA_ANSWERS, CpuBuffers, Purpose, State};
-use crate::plan::Plan;
+use crate::plan::{Plan, PlannedModule};
+use crate::quant::MatrixLayout;
 
 /// Bytes that were taken of each device.
 type Measured = BTreeMap<DeviceId, Bytes>;
@@ -26,9 +27,9 @@ type Parameters<P> = HashMap<(usize, Role, Part), P>;
 pub fn build(plan: &Plan, arenas: Arenas, options: &LoadOptions) -> Result<(Pipeline, Measured)> {
     let config = &plan.checkpoint().config;
     let Arenas { memory, disk, mut gpus } = arenas;
-    let mut host = BTreeMap::from([(DeviceId::Cpu, Arc::new(Arena::Memory(memory)))]);
+    let mut host = BTreeMap::<_, Arc<Arena>>::from([(DeviceId::Cpu, Arc::new(memory) as _)]);
     if let Some(file) = disk {
-        host.insert(DeviceId::Disk, Arc::new(Arena::map(&file, &options.offload_directory)?));
+        host.insert(DeviceId::Disk, Arc::new(cpu::map(&file, &options.offload_directory)?));
     }
     let (mut on_host, mut on_gpus) = (Parameters::<Parameter>::new(), Parameters::<DeviceMatrix>::new());
     for (at, placed) in plan.weights.iter().enumerate() {
@@ -52,27 +53,22 @@ pub fn build(plan: &Plan, arenas: Arenas, options: &LoadOptions) -> Result<(Pipe
     let workspace: Arc<Mutex<Workspace>> = Arc::new(Mutex::new(workspace));
 
     let mut stages: Vec<Box<dyn Stage>> = Vec::new();
-    let mut roles = StageRoles::default();
-    for (device, range) in runs(plan) {
-        let at = stages.len();
-        let has = |kind| plan.modules[range.clone()].iter().any(|module| module.kind == kind);
-        if has(ModuleKind::Embedding) {
-            roles.embedding = at;
-        }
-        if has(ModuleKind::Norm) {
-            roles.norm = at;
-        }
-        if has(if plan.is_tied() { ModuleKind::Embedding } else { ModuleKind::Head }) {
-            roles.head = at;
-        }
+    let runs = runs(plan);
+    let stage_of = |kind| {
+        let has = |(_, range): &(_, Range<usize>)| plan.modules[range.clone()].iter().any(|m| m.kind == kind);
+        runs.iter().position(has).unwrap_or_default()
+    };
+    let head = stage_of(if plan.is_tied() { ModuleKind::Embedding } else { ModuleKind::Head });
+    let roles = StageRoles { embedding: stage_of(ModuleKind::Embedding), norm: stage_of(ModuleKind::Norm), head };
+    for (device, range) in runs {
         if let Some(gpu) = gpus.get_mut(&device) {
             let modules = modules(plan, range, |key| on_gpus.remove(&key))?;
             let caches = gpu.caches.drain(..modules.blocks.len()).collect();
             stages.push(Box::new(CudaStage::new(config, (modules, caches), Arc::clone(&gpu.workspace))));
         } else {
-            let states = plan.modules[range.clone()].iter().filter_map(|module| Some((module.state?, module.kv_cache)));
+            let kept = plan.modules[range.clone()].iter().filter_map(|module| Some((module.state?, module.kv_cache)));
             let cache = |(State::KeysValues(kv), bytes)| KvCache::new(kv, plan.batch, bytes);
-            let caches: Vec<_> = states.map(cache).collect::<Result<_>>()?;
+            let caches: Vec<_> = kept.map(cache).collect::<Result<_>>()?;
             taken += caches.iter().map(KvCache::bytes).sum();
             let parts = (modules(plan, range, |key| on_host.remove(&key))?, caches);
             let (workspace, pool) = (Arc::clone(&workspace), Arc::clone(&options.pool));
@@ -82,7 +78,7 @@ pub fn build(plan: &Plan, arenas: Arenas, options: &LoadOptions) -> Result<(Pipe
     let pipeline = Pipeline::new(stages, roles, config, plan.chunk);
     for (device, arena) in &host {
         let used = plan.weights.iter().any(|placed| placed.device == *device);
-        measured.insert(*device, if used { Bytes(arena.bytes().len() as u64) } else { Bytes::ZERO });
+        measured.insert(*device, if used { Bytes(arena.len() as u64) } else { Bytes::ZERO });
     }
     *measured.entry(DeviceId::Cpu).or_default() += taken + Bytes(pipeline.host_bytes() as u64);
     Ok((pipeline, measured))
@@ -92,24 +88,21 @@ pub fn build(plan: &Plan, arenas: Arenas, options: &LoadOptions) -> Result<(Pipe
 fn runs(plan: &Plan) -> Vec<(DeviceId, Range<usize>)> {
     let modules = &plan.modules[..plan.modules.len() - usize::from(plan.is_tied())];
     let mut end = 0;
-    let run = |modules: &[_]| {
+    let run = |modules: &[PlannedModule]| {
         end += modules.len();
-        end - modules.len()..end
+        (modules[0].device, end - modules.len()..end)
     };
-    let devices = modules.chunk_by(|a, b| a.device == b.device);
-    let ranges: Vec<_> = devices.clone().map(run).collect();
-    devices.map(|modules| modules[0].device).zip(ranges).collect()
+    modules.chunk_by(|a, b| a.device == b.device).map(run).collect()
 }
 
-/// The modules at `range` of the plan.
-fn modules<P: WithLayout>(
+fn modules<P: AsRef<MatrixLayout> + Clone>(
     plan: &Plan,
     range: Range<usize>,
     mut parameter: impl FnMut((usize, Role, Part)) -> Option<P>,
 ) -> Result<Modules<P>> {
-    let mut modules = Modules::default();
+    let mut modules = Modules { embedding: None, positions: None, blocks: Vec::new(), norm: None, head: None };
     for index in range {
-        let mut finder = Finder::new(|role, part| parameter((index, role, part)));
+        let mut finder = Finder(|role, part| parameter((index, role, part)));
         match plan.modules[index].kind {
             ModuleKind::Block(block) => modules.blocks.push(finder.block(&plan.checkpoint().config, block)?),
             ModuleKind::Embedding => modules.embedding = finder.find(Role::Embedding),

@@ -20,7 +20,6 @@ use crate::quant::{PackedRows, QuantizeError, Storage, quantize_rows};
 /// Slabs that may be on their way to GPUs; the readers have the others.
 const IN_FLIGHT: usize = STAGING_SLABS / 2;
 
-/// A slab on its way to the GPU that its weight is placed on.
 struct Sent {
     weight: usize,
     row: usize,
@@ -28,17 +27,12 @@ struct Sent {
     slab: InFlight,
 }
 
-/// What filling took.
 pub struct Filled {
-    /// Bytes of the staging ring.
     pub staged: Bytes,
-    /// Bytes that were read past the page cache.
     pub past_cache: Bytes,
-    /// What was waited for.
     pub times: LoadTimes,
 }
 
-/// Reads every weight, packs it and puts it in place.
 pub fn fill(
     plan: &Plan,
     arenas: &mut Arenas,
@@ -61,7 +55,7 @@ pub fn fill(
         let bytes = Bytes(len as u64);
         on_event(LoadEvent::Placed { module: &target.weight.parameter.module, device: target.device, bytes });
     };
-    let read = reader::read(checkpoint, placed, buffers, staging.transposed, |slab, back| {
+    let (waited, past_cache) = reader::read(checkpoint, placed, buffers, staging.transposed, |slab, back| {
         options.cancel.check()?;
         let Slab { weight, row, range, buffer } = slab;
         let target = &placed[weight];
@@ -101,12 +95,12 @@ pub fn fill(
         receive(&options.pool, arenas, placed, slab)?;
     }
     times.gpus += start.elapsed().as_secs_f64();
-    times.read = read.waited.as_secs_f64();
+    times.read = waited.as_secs_f64();
     for gpu in arenas.gpus.values_mut() {
         gpu.upload = None;
     }
     let ring = Bytes((staging.slab * STAGING_SLABS + staging.transposed) as u64);
-    Ok(Filled { staged: ring + most_packed, past_cache: read.past_cache, times })
+    Ok(Filled { staged: ring + most_packed, past_cache, times })
 }
 
 /// Waits for a slab on its way to a GPU and gives its buffer back.
@@ -167,14 +161,14 @@ fn pack(
 /// Refuses scales that no quantizer writes, in rows of what is packed already.
 fn check_scales(target: &Placed, row: usize, bytes: &[u8]) -> Result<()> {
     let weight = &target.weight;
-    let broken = match weight.dtype() {
-        Some(_) => None,
-        None => target.layout.broken_scale((row * weight.row_bytes()) as u64, bytes),
-    };
-    broken.map_or(Ok(()), |row| {
-        Err(Error::input(WeightError::BrokenScale { tensor: weight.parameter.tensor(), row })
-            .hint(Hint::naming("the file is broken; {} makes it again", [Setting::SaveQuantized])))
-    })
+    if weight.dtype().is_some() {
+        return Ok(());
+    }
+    match target.layout.broken_scale((row * weight.row_bytes()) as u64, bytes) {
+        Some(row) => Err(Error::input(WeightError::BrokenScale { tensor: weight.parameter.tensor(), row })
+            .hint(Hint::naming("the file is broken; {} makes it again", [Setting::SaveQuantized]))),
+        None => Ok(()),
+    }
 }
 
 /// The error of a weight of `target` that cannot be packed, in a slab that begins at `first_row`.

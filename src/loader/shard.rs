@@ -8,7 +8,7 @@ use std::fs::{File, Metadata};
 use std::hash::{BuildHasher, RandomState};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -32,17 +32,14 @@ pub struct PastCache {
 }
 
 impl PastCache {
-    /// Reads of this many threads at once.
     pub fn by(threads: usize) -> Self {
         Self { threads, bytes: AtomicU64::new(0), nanoseconds: AtomicU64::new(0) }
     }
 
-    /// What was read so far.
     pub fn bytes(&self) -> Bytes {
         Bytes(self.bytes.load(Ordering::Relaxed))
     }
 
-    /// Whether the disk is fast, as far as is known.
     fn is_fast(&self) -> bool {
         let bytes = self.bytes.load(Ordering::Relaxed);
         let nanoseconds = self.nanoseconds.load(Ordering::Relaxed) as f64 / self.threads as f64;
@@ -69,9 +66,9 @@ pub struct Shard {
 
 impl Shard {
     /// Fails where there is no such file, or one that is not as long as it was when its header was read.
-    pub fn open(checkpoint: &Checkpoint, directory: &Path, index: usize) -> Result<Self> {
+    pub fn open(checkpoint: &Checkpoint, index: usize) -> Result<Self> {
         let name = &checkpoint.shards[index];
-        let path = fs::confined(directory, name)?;
+        let path = fs::confined(checkpoint.local_directory()?, name)?;
         let file = fs::open_regular(&path)?;
         let opened = file.metadata().map_err(|e| Error::io("read", &path, e))?;
         let shard = Self { index, path, direct: fs::past_cache(&file), file, opened };
@@ -133,10 +130,8 @@ impl Shard {
     /// Fails where the file has changed since it was opened.
     pub fn check_unchanged(&self) -> Result<()> {
         let now = self.file.metadata().map_err(|e| Error::io("read", &self.path, e))?;
-        let same = |part: fn(&Metadata) -> i128| part(&now) == part(&self.opened);
-        let unchanged = same(|m| i128::from(m.len()))
-            && same(|m| i128::from(m.mtime()) * 1_000_000_000 + i128::from(m.mtime_nsec()));
-        if unchanged { Ok(()) } else { Err(self.changed()) }
+        let [now, opened] = [&now, &self.opened].map(|m| (m.len(), m.mtime(), m.mtime_nsec()));
+        if now == opened { Ok(()) } else { Err(self.changed()) }
     }
 
     fn changed(&self) -> Error {

@@ -93,7 +93,7 @@ fn rounded(values: &[f32]) -> Vec<f32> {
 
 /// A buffer of its own, so that reading or writing beyond it is noticed.
 pub fn buffer(gpu: &Arc<Gpu>, len: usize) -> Region {
-    Region::new(&gpu.allocate("a test", Bytes(len as u64)).unwrap(), 0, len)
+    gpu.allocate("a test", Bytes(len as u64)).unwrap()
 }
 
 fn upload(gpu: &Arc<Gpu>, bytes: &[u8]) -> Region {

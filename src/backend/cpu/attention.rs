@@ -35,7 +35,6 @@ impl Cache {
     }
 }
 
-/// What a step attends to.
 struct Attention<'a> {
     cache: &'a Cache,
     isa: Isa,
@@ -78,8 +77,8 @@ impl<'a> Attention<'a> {
     fn by_tiles(&self, pool: &Pool, attended: &mut [f32]) {
         let (width, group) = (self.cache.head_dim, self.cache.group());
         let table = Table { values: attended, stride: self.cache.heads * width };
-        pool.tiles(table, group * width, (QUERIES / group).max(1), |kv_head, _, mut columns| {
-            let tokens = columns.tokens();
+        pool.tiles(&mut [table], group * width, (QUERIES / group).max(1), |_, mut columns| {
+            let (kv_head, tokens) = (columns.start() / (group * width), columns.tokens());
             let all = tokens.start * group..tokens.end * group;
             let mut mixed = vec![0.0; QUERIES.min(all.len()) * width];
             for start in all.clone().step_by(QUERIES) {
@@ -139,7 +138,6 @@ impl<'a> Attention<'a> {
     }
 }
 
-/// The keys of a part.
 fn keys(part: usize) -> Range<usize> {
     part * PART..(part + 1) * PART
 }
@@ -154,9 +152,7 @@ vectorized! {
         }
         *total = Softmax { largest, sum: total.sum * before + part.sum * now };
     }
-}
 
-vectorized! {
     fn divide(values: &mut [f32], by: f32) {
         for value in values {
             *value /= by;

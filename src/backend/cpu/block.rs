@@ -28,14 +28,13 @@ impl Setup {
         workspace.normed[..width].copy_from_slice(hidden);
         self.normalize(block.feed_forward_norm.as_ref(), &mut workspace.normed[..width]);
         let tokens = width / self.config.hidden_size;
-        match (&block.feed_forward, self.config.experts) {
-            (FeedForward::Experts { router, experts: all }, Some(experts)) => {
-                self.experts(router, all, experts, workspace, tokens);
+        match &block.feed_forward {
+            FeedForward::Experts { routing, router, experts } => {
+                self.experts(*routing, router, experts, workspace, tokens);
             }
-            (FeedForward::Experts { .. }, None) => {}
-            (FeedForward::Dense(dense), _) => {
+            FeedForward::Dense(dense) => {
                 let Workspace { normed, gate, up, words, .. } = workspace;
-                self.feed_forward(dense, &mut normed[..width], Buffers { gate, up, words });
+                self.feed_forward(dense, &mut normed[..width], [gate, up, words]);
             }
         }
         self.normalize(block.feed_forward_output_norm.as_ref(), &mut workspace.normed[..width]);
@@ -109,25 +108,25 @@ impl Setup {
     /// Replaces the normalized hidden states by the weighted sum of what each token's experts make of them.
     fn experts(
         &self,
+        routing: Experts,
         router: &Linear<Parameter>,
-        all: &[Dense<Parameter>],
-        experts: Experts,
+        experts: &[Dense<Parameter>],
         workspace: &mut Workspace,
         tokens: usize,
     ) {
-        let Workspace { normed, gate, up, routes, gathered, mixed, words, .. } = workspace;
+        let Workspace { normed, gate, up, routes: shares, gathered, mixed, words, .. } = workspace;
         let hidden = self.config.hidden_size;
         let normed = &mut normed[..tokens * hidden];
         let mixed = &mut mixed[..tokens * hidden];
-        let routes = &mut routes[..tokens * experts.count];
+        let shares = &mut shares[..tokens * routing.count];
         let (router, pool) = (router.affine(), &self.pool);
         let x = Activations::of(pool, normed, bytemuck::must_cast_slice_mut(words), &[&router]);
-        matmul(pool, &x, [(&router, &mut *routes)]);
-        ops::route(routes, experts.count, experts.per_token, experts.is_normalized);
+        matmul(pool, &x, [(&router, &mut *shares)]);
+        ops::route(shares, routing);
 
         mixed.fill(0.0);
-        for (at, expert) in all.iter().enumerate() {
-            let weights = || routes.chunks(experts.count).map(|row| row[at]).enumerate().filter(|(_, w)| *w != 0.0);
+        for (at, expert) in experts.iter().enumerate() {
+            let weights = || ops::routed(shares, routing.count, at).map(|(token, weight)| (token as usize, weight));
             let count = weights().count();
             if count == 0 {
                 continue;
@@ -136,7 +135,7 @@ impl Setup {
             for ((token, _), x) in weights().zip(x.chunks_mut(hidden)) {
                 x.copy_from_slice(&normed[token * hidden..][..hidden]);
             }
-            self.feed_forward(expert, x, Buffers { gate: &mut *gate, up: &mut *up, words: &mut *words });
+            self.feed_forward(expert, x, [&mut *gate, &mut *up, &mut *words]);
             for ((token, weight), x) in weights().zip(x.chunks(hidden)) {
                 ops::add(pool.isa(), &mut mixed[token * hidden..][..hidden], x, weight);
             }
@@ -149,7 +148,7 @@ impl Setup {
         &self,
         dense: &Dense<Parameter>,
         x: &mut [f32],
-        Buffers { gate: gated, up: other, words }: Buffers,
+        [gated, other, words]: [&mut Vec<f32>; 3],
     ) {
         let Self { config, pool, .. } = self;
         let (gate, up, down) = (dense.gate.as_ref().map(Linear::affine), dense.up.affine(), dense.down.affine());
@@ -166,11 +165,4 @@ impl Setup {
         }
         matmul(pool, &Activations::of(pool, gated, words, &[&down]), [(&down, x)]);
     }
-}
-
-/// What a feed-forward layer works in.
-struct Buffers<'a> {
-    gate: &'a mut [f32],
-    up: &'a mut [f32],
-    words: &'a mut [f32],
 }

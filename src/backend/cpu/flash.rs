@@ -182,9 +182,7 @@ vectorized! {
             *value = f32::from(*code) * scale;
         }
     }
-}
 
-vectorized! {
     fn decode_half(dtype: WeightDtype, codes: &[u8], values: &mut [f32]) {
         dtype.decode(codes, values);
     }
@@ -208,17 +206,13 @@ vectorized! {
     fn score_one(tile: &[f32], query: &[f32], scores: &mut [f32; KEY_TILE]) {
         score(tile, [query], std::array::from_mut(scores));
     }
-}
 
-vectorized! {
     fn score_four(tile: &[f32], queries: [&[f32]; TOGETHER], scores: &mut [[f32; KEY_TILE]]) {
         if let Some(scores) = scores.first_chunk_mut() {
             score(tile, queries, scores);
         }
     }
-}
 
-vectorized! {
     /// Turns the products of a query with a tile's keys into weights, 0 where it does not see the
     /// key, and takes them into its softmax. Gives the factor for what was weighted before.
     fn weigh(
@@ -332,9 +326,7 @@ vectorized! {
     fn mix_one(tile: &[f32], seen: &Range<usize>, weights: &[f32; KEY_TILE], rescale: f32, mixed: &mut [f32]) {
         mix(tile, seen, [weights], [rescale], [mixed]);
     }
-}
 
-vectorized! {
     fn mix_four(
         tile: &[f32],
         seen: &Range<usize>,

@@ -14,20 +14,20 @@ mod kv;
 mod matmul;
 mod ops;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
-pub use arena::{Arena, zeroed};
+pub use arena::{Arena, map, zeroed};
 pub use kernels::GROUP_WORDS;
 pub use kv::KvCache;
-pub use matmul::{Activations, Affine, matmul};
-pub(super) use ops::{route, soft_cap};
+pub use matmul::{Activations, matmul};
+pub(super) use ops::{route, routed, soft_cap};
 
-use super::block::{Linear, Modules, WithLayout};
+use super::block::{Linear, Modules};
 use super::{Hidden, Run, Stage};
 use crate::error::Result;
 use crate::footprint::CpuBuffers;
 use crate::model_config::ModelConfig;
-use crate::pool::Pool;
+use crate::pool::{Pool, lock};
 use crate::quant::{Matrix, MatrixLayout};
 use ops::Norm;
 
@@ -46,20 +46,22 @@ impl Parameter {
     }
 
     fn matrix(&self) -> Matrix<'_> {
-        Matrix::new(&self.layout, &self.arena.bytes()[self.offset..])
+        Matrix::new(&self.layout, &self.arena[self.offset..])
     }
 }
 
-impl WithLayout for Parameter {
-    fn layout(&self) -> &MatrixLayout {
+impl AsRef<MatrixLayout> for Parameter {
+    fn as_ref(&self) -> &MatrixLayout {
         &self.layout
     }
 }
 
+/// What a product takes.
+pub type Affine<'a> = Linear<Matrix<'a>>;
+
 impl Linear<Parameter> {
     fn affine(&self) -> Affine<'_> {
-        let rows = self.rows.clone();
-        Affine { weight: self.weight.matrix(), bias: self.bias.as_ref().map(Parameter::matrix), rows }
+        self.map(Parameter::matrix)
     }
 }
 
@@ -124,8 +126,7 @@ impl Stage for CpuStage {
             return Ok(());
         }
         let hidden = hidden.on_host()?;
-        // A panic while the lock was held leaves only scratch data behind.
-        let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut workspace = lock(&self.workspace);
         let Setup { config, frequencies, pool, .. } = &self.setup;
         let Workspace { cos, sin, normed, .. } = &mut *workspace;
         if let Some(positions) = positions {
@@ -162,7 +163,7 @@ impl Stage for CpuStage {
     fn logits(&mut self, hidden: &mut Hidden, logits: &mut [f32]) -> Result<()> {
         if let Some(head) = &self.modules.head {
             let head = head.affine();
-            let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut workspace = lock(&self.workspace);
             let (pool, words) = (&self.setup.pool, bytemuck::must_cast_slice_mut(&mut workspace.words));
             matmul(pool, &Activations::of(pool, hidden.on_host()?, words, &[&head]), [(&head, &mut *logits)]);
             let config = &self.setup.config;

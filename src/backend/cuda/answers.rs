@@ -22,9 +22,6 @@ impl Answers {
     }
 
     /// Queues that the host is told what `chosen` holds then.
-    ///
-    /// # Panics
-    /// As many as there is memory for are on their way.
     pub fn send(&mut self, chosen: &Region) -> Result<()> {
         let Some(slot) = self.free.pop() else { unreachable!("no more tokens are on their way at once") };
         self.waiting.push_back(chosen.part(0, CudaChoice::ANSWER).read_to(slot)?);
@@ -32,9 +29,6 @@ impl Answers {
     }
 
     /// Waits for the first.
-    ///
-    /// # Panics
-    /// None is on its way.
     pub fn receive(&mut self) -> Result<Chosen> {
         let Some(first) = self.waiting.pop_front() else { unreachable!("a token was asked for") };
         let slot = first.finish()?;

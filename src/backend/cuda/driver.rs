@@ -1,20 +1,22 @@
 //! Contexts, memory and copies: with launches, all here that the compiler cannot check.
 //!
-//! A [`Gpu`] owns its context and two streams; a [`Buffer`] is device memory that
+//! A [`Gpu`] owns its context and two streams; a `Buffer` is device memory that
 //! is given back when it is dropped; a [`Region`] is a part of one, and no copy or
 //! launch reaches beyond it. Page-locked memory belongs to the copy that is on its way.
 #![expect(unsafe_code, reason = "the driver's interface is C")]
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use cudarc::driver::sys::CUdevice_attribute;
 use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, DriverError, result, sys};
 
+use super::operands::WORD;
 use crate::bytes::Bytes;
 use crate::device::{DeviceError, DeviceId};
 use crate::error::{Error, ErrorKind, Hint, Result, Setting};
 use crate::footprint::aligned;
+use crate::pool::lock;
 
 /// What a GPU that fails later than it is told has done.
 const FAILED: &str = "has failed at work that was queued";
@@ -85,7 +87,7 @@ impl Gpu {
     }
 
     /// Allocates `len` bytes, of unknown content, for `what`.
-    pub fn allocate(self: &Arc<Self>, what: &str, len: Bytes) -> Result<Arc<Buffer>> {
+    pub fn allocate(self: &Arc<Self>, what: &str, len: Bytes) -> Result<Region> {
         let refused = |why: String| {
             let free = self.memory().ok().map(|(free, _)| free);
             let (device, what) = (self.id(), what.to_owned());
@@ -96,15 +98,16 @@ impl Gpu {
         self.bind()?;
         // SAFETY: the context is bound; the pointer is freed once, in `Buffer::drop`.
         let pointer = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(|e| refused(name(e)))?;
-        let mut allocated = self.allocated.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut allocated = lock(&self.allocated);
         allocated.0 += len;
         allocated.1 = allocated.1.max(allocated.0);
-        Ok(Arc::new(Buffer { gpu: Arc::clone(self), pointer, len: bytes }))
+        let buffer = Arc::new(Buffer { gpu: Arc::clone(self), pointer, len: bytes });
+        Ok(Region { buffer, offset: 0, len: bytes })
     }
 
     /// The most bytes that were allocated at once.
     pub fn peak(&self) -> Bytes {
-        self.allocated.lock().unwrap_or_else(PoisonError::into_inner).1
+        lock(&self.allocated).1
     }
 
     /// Allocates `len` bytes of page-locked host memory, zeroed.
@@ -147,7 +150,7 @@ fn name(error: DriverError) -> String {
 }
 
 /// Memory of a GPU.
-pub struct Buffer {
+struct Buffer {
     gpu: Arc<Gpu>,
     pointer: sys::CUdeviceptr,
     len: usize,
@@ -155,7 +158,7 @@ pub struct Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        let mut allocated = self.gpu.allocated.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut allocated = lock(&self.gpu.allocated);
         allocated.0 = allocated.0 - Bytes(self.len as u64);
         // A context that has failed does no more work, and takes the memory with it.
         let _ = self.gpu.synchronize();
@@ -175,15 +178,6 @@ pub struct Region {
 }
 
 impl Region {
-    /// The `len` bytes of `buffer` from `offset` on.
-    ///
-    /// # Panics
-    /// The buffer ends before.
-    pub fn new(buffer: &Arc<Buffer>, offset: usize, len: usize) -> Self {
-        assert!(offset.checked_add(len).is_some_and(|end| end <= buffer.len), "a region beyond its buffer");
-        Self { buffer: Arc::clone(buffer), offset, len }
-    }
-
     /// The `len` bytes from `offset` on.
     ///
     /// # Panics
@@ -195,13 +189,9 @@ impl Region {
     }
 
     /// Number of bytes.
+    #[allow(clippy::len_without_is_empty, reason = "nobody asks")]
     pub fn len(&self) -> usize {
         self.len
-    }
-
-    /// Whether it has no bytes.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
     }
 
     /// The GPU that it is on.
@@ -261,7 +251,6 @@ impl Region {
     /// # Panics
     /// The region is none of whole words.
     pub fn fill(&self, word: u32) -> Result<()> {
-        const WORD: usize = size_of::<u32>();
         assert!(self.offset.is_multiple_of(WORD) && self.len.is_multiple_of(WORD), "words in a region of bytes");
         let gpu = self.gpu();
         gpu.bind()?;
@@ -334,20 +323,19 @@ impl Region {
 pub fn arena(gpu: &Arc<Gpu>, what: &str, sizes: &[Bytes], separate: bool) -> Result<Vec<Region>> {
     let len = |size: Bytes| size.as_usize().unwrap_or(usize::MAX);
     if separate {
-        return sizes.iter().map(|size| Ok(Region::new(&gpu.allocate(what, *size)?, 0, len(*size)))).collect();
+        return sizes.iter().map(|size| gpu.allocate(what, *size)).collect();
     }
     if sizes.is_empty() {
         return Ok(Vec::new());
     }
     let mut end = Bytes::ZERO;
-    let mut start = |size: &Bytes| {
-        let start = end;
+    let place = |size: &Bytes| {
         end += aligned(size.0);
-        (start, *size)
+        (len(end - aligned(size.0)), len(*size))
     };
-    let places: Vec<_> = sizes.iter().map(&mut start).collect();
-    let buffer = gpu.allocate(what, end)?;
-    Ok(places.into_iter().map(|(start, size)| Region::new(&buffer, len(start), len(size))).collect())
+    let places: Vec<_> = sizes.iter().map(place).collect();
+    let whole = gpu.allocate(what, end)?;
+    Ok(places.into_iter().map(|(start, len)| whole.part(start, len)).collect())
 }
 
 /// Page-locked host memory: copies from and to it run beside the host's work.

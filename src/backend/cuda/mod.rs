@@ -1,18 +1,8 @@
 //! NVIDIA GPUs, through the driver alone: the library is opened at run time,
 //! and a machine without it has no GPUs.
 //!
-//! | file | what |
-//! | --- | --- |
-//! | `driver.rs` | contexts, memory, copies |
-//! | `installation.rs` | which GPUs there are |
-//! | `modules.rs` | the kernels by name, and a GPU with them loaded |
-//! | `operands.rs` | what kernels are given: matrices, norms, caches |
-//! | `kernels/` | a file of launches beside each of kernels; `launch.rs` there and `driver.rs` have all that is unsafe |
-//! | `repeat.rs` | launches that come again and again |
-//! | `answers.rs` | chosen tokens on their way to the host |
-//! | `upload.rs` | rows from the host into the canonical packing |
-//! | `workspace.rs` | the buffers of a step |
-//! | `stage.rs` | a run of modules on one GPU |
+//! Only `driver.rs` and `kernels/launch.rs` have what is unsafe; of `kernels/`, a file of launches stands beside
+//! each of kernels.
 
 mod answers;
 mod driver;
@@ -25,7 +15,7 @@ mod stage;
 mod upload;
 mod workspace;
 
-pub use driver::{Buffer, Copying, Gpu, Pinned, Region, arena};
+pub use driver::{Copying, Gpu, Pinned, Region, arena};
 pub use installation::{GpuInfo, Installation, devices, measure_bandwidth};
 pub use kernels::Choosing;
 pub use operands::{Affine, Attention, Cache, DeviceMatrix, Input, MAX_HEAD_DIM, Norm, Output, Scratch};

@@ -18,7 +18,6 @@ pub(super) const EARLY: (i32, i32) = (9, 0);
 /// What makes comments of the instructions for that; common.cuh writes it.
 const EARLY_MARK: &str = "//sm_90 ";
 
-/// A file of kernels.
 struct Module {
     name: &'static str,
     /// The compute capability that its PTX is for; build_ptx.py says the same.
@@ -39,15 +38,6 @@ macro_rules! modules {
         /// All kernels, in the order of their numbers.
         const KERNELS: &[Kernel] = &[$($(Kernel::$kernel,)*)*];
 
-        impl Kernel {
-            pub fn name(self) -> &'static str {
-                match self {
-                    $($(Self::$kernel => stringify!($kernel),)*)*
-                }
-            }
-        }
-
-        /// All files.
         const MODULES: &[Module] = &[$(Module {
             name: stringify!($module),
             capability: $capability,
@@ -109,8 +99,8 @@ impl Gpu {
             let module =
                 module.map_err(|e| gpu.failure(&format!("cannot load the kernels `{name}`"), e).hint(needs()))?;
             for kernel in *kernels {
-                let function = module.load_function(kernel.name());
-                let function = function.map_err(|e| gpu.failure(&format!("has no kernel `{}`", kernel.name()), e))?;
+                let function = module.load_function(&format!("{kernel:?}"));
+                let function = function.map_err(|e| gpu.failure(&format!("has no kernel `{kernel:?}`"), e))?;
                 functions[*kernel as usize] = Some(function);
             }
         }
@@ -121,7 +111,7 @@ impl Gpu {
     pub(super) fn function(&self, kernel: Kernel) -> &CudaFunction {
         match self.functions.get(kernel as usize) {
             Some(Some(function)) => function,
-            _ => unreachable!("{} runs no `{}`", self.id(), kernel.name()),
+            _ => unreachable!("{} runs no `{kernel:?}`", self.id()),
         }
     }
 }
@@ -140,8 +130,8 @@ mod tests {
     #[test]
     fn the_kernels_are_those_of_the_ptx() {
         for module in MODULES {
-            let named: BTreeSet<_> = module.kernels.iter().map(|kernel| kernel.name()).collect();
-            let there: BTreeSet<_> = entries(module.ptx).map(|(name, _)| name).collect();
+            let named: BTreeSet<_> = module.kernels.iter().map(|kernel| format!("{kernel:?}")).collect();
+            let there: BTreeSet<_> = entries(module.ptx).map(|(name, _)| name.to_owned()).collect();
             assert_eq!(named, there, "{}", module.name);
             let (major, minor) = module.capability;
             assert!(module.ptx.contains(&format!("\n.target sm_{major}{minor}\n")), "{}", module.name);

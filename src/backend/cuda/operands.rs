@@ -3,15 +3,16 @@
 use std::ops::Range;
 
 use super::driver::Region;
+use crate::backend::block::Linear;
 use crate::footprint::{CudaAttention, KvLayout};
 use crate::model_config::NormKind;
 use crate::quant::{KvDtype, MatrixLayout, Storage, WeightDtype};
 
 /// The widest head that a kernel takes.
 pub const MAX_HEAD_DIM: usize = 512;
-/// Bytes of an f16 and of an f32.
+/// Bytes of an f16, and of an f32 or a u32.
 pub(super) const HALF: usize = 2;
-pub(super) const FLOAT: usize = 4;
+pub(super) const WORD: usize = 4;
 
 /// A matrix or vector on a GPU, in the canonical packing.
 #[derive(Clone)]
@@ -28,11 +29,6 @@ impl DeviceMatrix {
     pub fn new(layout: MatrixLayout, region: Region) -> Self {
         assert!(region.len() as u64 >= layout.size().0, "a region is shorter than the matrix in it");
         Self { layout, region }
-    }
-
-    /// Where its sections stand.
-    pub fn layout(&self) -> &MatrixLayout {
-        &self.layout
     }
 
     /// The bytes from `offset` of the matrix on, where a section or a row of one starts.
@@ -62,6 +58,12 @@ impl DeviceMatrix {
     }
 }
 
+impl AsRef<MatrixLayout> for DeviceMatrix {
+    fn as_ref(&self) -> &MatrixLayout {
+        &self.layout
+    }
+}
+
 /// Where a result goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Output {
@@ -75,45 +77,12 @@ pub enum Output {
 
 impl Output {
     pub(super) fn size(self) -> usize {
-        if self == Self::F16 { HALF } else { FLOAT }
+        if self == Self::F16 { HALF } else { WORD }
     }
 }
 
-/// The weight of a module and its bias, or some of their rows.
-#[derive(Clone)]
-pub struct Affine<'a> {
-    pub(super) weight: &'a DeviceMatrix,
-    pub(super) bias: Option<&'a DeviceMatrix>,
-    pub(super) rows: Range<usize>,
-}
-
-impl<'a> Affine<'a> {
-    /// All rows of `weight`; `bias` is a plain vector.
-    pub fn new(weight: &'a DeviceMatrix, bias: Option<&'a DeviceMatrix>) -> Self {
-        Self { weight, bias, rows: 0..weight.layout.rows }
-    }
-
-    /// Some rows, counted from the first that is meant now.
-    ///
-    /// # Panics
-    /// There are not as many.
-    #[must_use]
-    pub fn slice(mut self, rows: Range<usize>) -> Self {
-        assert!(rows.end <= self.rows.len(), "rows that the matrix has not");
-        self.rows = self.rows.start + rows.start..self.rows.start + rows.end;
-        self
-    }
-
-    /// Number of rows that are meant.
-    pub fn rows(&self) -> usize {
-        self.rows.len()
-    }
-
-    /// Length of a row; of a vector, its length.
-    pub fn cols(&self) -> usize {
-        self.weight.layout.cols
-    }
-}
+/// What a product takes, or a norm.
+pub type Affine<'a> = Linear<&'a DeviceMatrix>;
 
 /// A norm: its weight is a plain vector as long as a row, its bias another.
 #[derive(Clone)]
@@ -153,7 +122,7 @@ pub struct Scratch {
 
 impl Scratch {
     pub(super) fn holds(&self, parts: usize, arrivals: usize) {
-        holds(&self.parts, [parts], FLOAT);
+        holds(&self.parts, [parts], WORD);
         holds(&self.arrivals, [arrivals], size_of::<u32>());
     }
 }

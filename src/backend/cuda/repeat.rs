@@ -10,9 +10,7 @@ pub(super) enum Repeated<K> {
     /// They have not run yet; the driver loads kernels at their first launch.
     #[default]
     New,
-    /// They were launched one by one.
     Launched,
-    /// They were kept for a key.
     Kept(K, Graph),
     /// They cannot be kept.
     Apart,

@@ -3,26 +3,20 @@
 
 use std::sync::Arc;
 
-use super::operands::HALF;
+use super::operands::{HALF, WORD};
 use super::repeat::Repeated;
-use super::workspace::{WORD, Workspace};
+use super::workspace::Workspace;
 use super::{Affine, Attention, Cache, Choosing, DeviceMatrix, Input, Norm, Output, Region};
-use crate::backend::block::{self, Block, Dense, FeedForward, Linear, Modules, WithLayout};
-use crate::backend::cpu::{route, soft_cap};
+use crate::backend::block::{self, Block, Dense, FeedForward, Linear, Modules};
+use crate::backend::cpu::{route, routed, soft_cap};
 use crate::backend::{Choice, Chosen, DeviceChooser, Hidden, Run, Stage};
 use crate::error::Result;
 use crate::model_config::{Experts, Layer, ModelConfig};
-use crate::quant::{MatrixLayout, WeightDtype};
-
-impl WithLayout for DeviceMatrix {
-    fn layout(&self) -> &MatrixLayout {
-        &self.layout
-    }
-}
+use crate::quant::WeightDtype;
 
 impl Linear<DeviceMatrix> {
     fn affine(&self) -> Affine<'_> {
-        Affine { weight: &self.weight, bias: self.bias.as_ref(), rows: self.rows.clone() }
+        self.map(|matrix| matrix)
     }
 }
 
@@ -71,12 +65,11 @@ impl CudaStage {
         let input = self.input(hidden, norm.as_ref());
         let is_sum = matches!(block.feed_forward, FeedForward::Experts { .. });
         let branch = Branch::new(self, block.feed_forward_output_norm.as_ref(), hidden, is_sum);
-        match (&block.feed_forward, self.config.experts) {
-            (FeedForward::Experts { router, experts: all }, Some(experts)) => {
-                self.experts(router, all, experts, input, &branch, tokens)?;
+        match &block.feed_forward {
+            FeedForward::Experts { routing, router, experts } => {
+                self.experts(*routing, router, experts, input, &branch, tokens)?;
             }
-            (FeedForward::Experts { .. }, None) => {}
-            (FeedForward::Dense(dense), _) => {
+            FeedForward::Dense(dense) => {
                 let x = self.gated(dense, input, tokens)?;
                 branch.matmul(&dense.down.affine(), x, tokens)?;
             }
@@ -149,9 +142,9 @@ impl CudaStage {
     /// tokens go to which expert.
     fn experts(
         &self,
+        routing: Experts,
         router: &Linear<DeviceMatrix>,
-        all: &[Dense<DeviceMatrix>],
-        experts: Experts,
+        experts: &[Dense<DeviceMatrix>],
         input: Input,
         branch: &Branch,
         tokens: usize,
@@ -160,28 +153,20 @@ impl CudaStage {
         let gpu = &*w.gpu;
         let input = gpu.half(input, (tokens, hidden))?;
         gpu.matmul(&router.affine(), input, tokens, (&w.routes, Output::F32, 1.0), &w.scratch)?;
-        let mut scores = vec![0.0f32; tokens * experts.count];
+        let mut scores = vec![0.0f32; tokens * routing.count];
         w.routes.read(bytemuck::must_cast_slice_mut(&mut scores))?;
-        route(&mut scores, experts.count, experts.per_token, experts.is_normalized);
+        route(&mut scores, routing);
 
         // All experts' tokens, one expert after the other, then their weights.
-        let (mut chosen, mut shares, mut ends) = (Vec::<u32>::new(), Vec::<f32>::new(), Vec::new());
-        for expert in 0..experts.count {
-            for (token, row) in (0u32..).zip(scores.chunks(experts.count)) {
-                if row[expert] != 0.0 {
-                    chosen.push(token);
-                    shares.push(row[expert]);
-                }
-            }
-            ends.push(chosen.len());
-        }
+        let tokens_of = |expert| routed(&scores, routing.count, expert);
+        let (chosen, shares): (Vec<_>, Vec<_>) = (0..routing.count).flat_map(tokens_of).unzip();
         let total = chosen.len();
         w.shares.write(bytemuck::must_cast_slice(&chosen))?;
         w.shares.part(total * WORD, total * WORD).write(bytemuck::must_cast_slice(&shares))?;
         branch.target.part(0, tokens * hidden * WORD).clear()?;
         let mut start = 0;
-        for (expert, end) in all.iter().zip(ends) {
-            let count = end - start;
+        for (at, expert) in experts.iter().enumerate() {
+            let count = tokens_of(at).count();
             if count > 0 {
                 let indices = w.shares.part(start * WORD, count * WORD);
                 let weights = w.shares.part((total + start) * WORD, count * WORD);
@@ -191,13 +176,11 @@ impl CudaStage {
                 gpu.matmul(&expert.down.affine(), Input::Half(x), count, given, &w.scratch)?;
                 gpu.scatter_add(&w.expert, &indices, &weights, hidden, branch.target)?;
             }
-            start = end;
+            start += count;
         }
         Ok(())
     }
-}
 
-impl CudaStage {
     /// The logits of one hidden state before the soft cap, with a norm before them or as it is.
     fn head_of(&self, head: &Linear<DeviceMatrix>, states: &Region, norm: Option<&Norm>) -> Result<()> {
         let w = &*self.workspace;
@@ -205,7 +188,6 @@ impl CudaStage {
         w.gpu.matmul(&head.affine(), self.input(states, norm), 1, logits, &w.scratch)
     }
 
-    /// Chooses among the logits of the workspace.
     fn choose_one(&self) -> Result<()> {
         let w = &*self.workspace;
         let at = Choosing { scratch: &w.choice, seen: &w.seen, chosen: &w.chosen() };
@@ -267,7 +249,6 @@ impl CudaStage {
         queued
     }
 
-    /// Tells kernels where the tokens of each run stand.
     fn place_positions(&self, runs: &[Run]) -> Result<()> {
         let mut positions = runs.iter().enumerate().map(|(at, run)| (self.workspace.position(at), row(run.position)));
         positions.try_for_each(|(region, position)| region.fill(position))
@@ -287,28 +268,25 @@ struct Branch<'a> {
     norm: Option<Norm<'a>>,
     hidden: &'a Region,
     target: &'a Region,
+    is_apart: bool,
 }
 
 impl<'a> Branch<'a> {
     fn new(stage: &'a CudaStage, norm: Option<&'a Linear<DeviceMatrix>>, hidden: &'a Region, is_sum: bool) -> Self {
         let norm = norm.map(|norm| stage.norm_of(norm));
-        let apart = norm.is_some() || is_sum;
-        Self { stage, norm, hidden, target: if apart { &stage.workspace.branch } else { hidden } }
-    }
-
-    fn is_apart(&self) -> bool {
-        !self.target.is(self.hidden)
+        let is_apart = norm.is_some() || is_sum;
+        Self { stage, norm, hidden, target: if is_apart { &stage.workspace.branch } else { hidden }, is_apart }
     }
 
     fn matmul(&self, affine: &Affine, x: &Region, tokens: usize) -> Result<()> {
-        let apart = self.is_apart();
-        let (output, factor) = if apart { (Output::F32, 1.0) } else { (Output::Add, self.stage.config.residual_scale) };
+        let onto = (Output::Add, self.stage.config.residual_scale);
+        let (output, factor) = if self.is_apart { (Output::F32, 1.0) } else { onto };
         let w = &*self.stage.workspace;
         w.gpu.matmul(affine, Input::Half(x), tokens, (self.target, output, factor), &w.scratch)
     }
 
     fn add(&self, tokens: usize) -> Result<()> {
-        if !self.is_apart() {
+        if !self.is_apart {
             return Ok(());
         }
         let config = &self.stage.config;

@@ -5,14 +5,13 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::driver::{Copying, Gpu, Pinned, Region, arena};
-use super::operands::DeviceMatrix;
+use super::operands::{DeviceMatrix, WORD};
 use crate::error::Result;
 use crate::footprint::{STAGING_SLABS, aligned};
 use crate::quant::Storage;
 
 /// A GPU while it is filled.
 pub struct Upload {
-    gpu: Arc<Gpu>,
     free: Vec<Slot>,
 }
 
@@ -34,7 +33,6 @@ pub struct InFlight {
 impl Upload {
     /// Takes a ring for slabs of at most `slab` bytes.
     pub fn take(gpu: &Arc<Gpu>, slab: usize, separate: bool) -> Result<Self> {
-        const WORD: usize = size_of::<u32>();
         let mut sizes = vec![aligned(slab as u64); STAGING_SLABS];
         sizes.push(aligned((STAGING_SLABS * WORD) as u64));
         let staging = arena(gpu, "the staging ring", &sizes, separate)?;
@@ -42,13 +40,10 @@ impl Upload {
             let failed = staging[STAGING_SLABS].part(at * WORD, WORD);
             Ok(Slot { staging: staging[at].clone(), failed, word: gpu.allocate_pinned(WORD)? })
         };
-        Ok(Self { gpu: Arc::clone(gpu), free: (0..STAGING_SLABS).map(slot).collect::<Result<_>>()? })
+        Ok(Self { free: (0..STAGING_SLABS).map(slot).collect::<Result<_>>()? })
     }
 
     /// Queues the bytes `range` of `buffer`, whole rows as `data` stores them, for those of `matrix` from `row` on.
-    ///
-    /// # Panics
-    /// [`STAGING_SLABS`] slabs are on their way to be packed.
     pub fn start(
         &mut self,
         matrix: &DeviceMatrix,
@@ -57,7 +52,7 @@ impl Upload {
         buffer: Pinned,
         range: Range<usize>,
     ) -> Result<InFlight> {
-        let layout = matrix.layout();
+        let layout = &matrix.layout;
         if data == layout.storage {
             let place = matrix.at((row * data.stored_row(layout.cols)) as u64);
             return Ok(InFlight { buffer: place.write_from(buffer, range)?, packing: None });
@@ -69,7 +64,7 @@ impl Upload {
         failed.clear()?;
         let rows = range.len() / (layout.cols * dtype.size());
         let buffer = staging.write_from(buffer, range)?;
-        self.gpu.quantize(matrix, row, rows, dtype, &staging, &failed)?;
+        staging.gpu().quantize(matrix, row, rows, dtype, &staging, &failed)?;
         let word = failed.read_to(word)?;
         Ok(InFlight { buffer, packing: Some(([staging, failed], word)) })
     }

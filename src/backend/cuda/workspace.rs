@@ -1,17 +1,16 @@
 //! The buffers that stages of a GPU work in.
 
 use std::ops::Deref;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::answers::Answers;
+use super::operands::WORD;
 use super::{Gpu, MAX_HEAD_DIM, Region, Scratch, arena};
 use crate::bytes::Bytes;
 use crate::error::{Error, Result};
 use crate::footprint::{CudaBuffers, CudaChoice};
 use crate::model_config::ModelConfig;
-
-/// Bytes of a u32 or an f32.
-pub(super) const WORD: usize = 4;
+use crate::pool::lock;
 
 /// The buffers of a step on one GPU, shared by all its stages: they run in turn.
 pub struct Workspace {
@@ -70,7 +69,7 @@ impl Workspace {
     }
 
     pub(super) fn answers(&self) -> MutexGuard<'_, Answers> {
-        self.answers.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.answers)
     }
 
     /// A chosen token, a flag, and the random number behind it; the token stands where the next step looks for its own.

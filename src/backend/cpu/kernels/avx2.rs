@@ -1,5 +1,7 @@
 //! AVX2, with AVX-VNNI or without: eight rows side by side for many tokens.
 #![expect(unsafe_code, reason = "vector instructions")]
+#![expect(clippy::modulo_one, reason = "what a wider vector has several of, or a narrower one")]
+#![allow(clippy::wildcard_imports, reason = "two kinds share what is named here")]
 
 use std::arch::x86_64::{
     __m128i, __m256 as Floats, __m256i as Integers, _mm_set_epi8, _mm_set1_epi32, _mm256_abs_epi8,
@@ -15,8 +17,8 @@ use std::arch::x86_64::{
     _mm256_unpacklo_epi32 as unpack_low_32, _mm256_unpacklo_epi64 as unpack_low_64, _mm256_xor_si256 as xor,
 };
 
-use super::packed::{INT4, INT8, NL4, codes_of, copy, kernels, sixteen};
-use super::{Codes, PARTS, Quantized, ROWS, Row, SPAN, TILE, TOKENS, Token, prefetch};
+use super::packed::{INT4, INT8, NL4, codes_of, copy, kernels, prefetch, sixteen};
+use super::{Codes, PARTS, Quantized, ROWS, Row, SPAN, TILE, TOKENS, Token};
 use crate::quant::GROUP_SIZE;
 use crate::simd::{Isa, Level};
 

@@ -5,7 +5,7 @@ use super::launch::Argument;
 use super::norm::NormArguments;
 use crate::backend::cuda::driver::{Gpu, Region};
 use crate::backend::cuda::modules::{Kernel, TENSOR_CORES};
-use crate::backend::cuda::operands::{Attention, Cache, FLOAT, HALF, Norm, Scratch, holds};
+use crate::backend::cuda::operands::{Attention, Cache, WORD, HALF, Norm, Scratch, holds};
 use crate::error::Result;
 use crate::quant::KvDtype;
 
@@ -31,7 +31,7 @@ fn given(cache: &Cache) -> [Argument<'_>; 5] {
     [keys, key_scales, values, value_scales, Argument::I32(dtype)]
 }
 
-/// Every launch is queued on the compute stream.
+/// Every launch is queued on the compute stream, and panics where a region is shorter than its shapes say.
 impl Gpu {
     /// Normalizes the heads of queries and keys where there are norms for that, rotates them by their
     /// positions, and puts keys and values into the cache.
@@ -39,7 +39,7 @@ impl Gpu {
     /// of cosines and sines.
     ///
     /// # Panics
-    /// A region is shorter than the shapes say.
+    /// A rope has more pairs than a head.
     pub fn rotate_and_store(
         &self,
         shape: &Attention,
@@ -54,7 +54,7 @@ impl Gpu {
         for region in [key, value] {
             holds(region, [shape.tokens, shape.kv_heads, shape.head_dim], HALF);
         }
-        let pairs = rope.map_or(0, |(frequencies, _)| frequencies.len() / FLOAT);
+        let pairs = rope.map_or(0, |(frequencies, _)| frequencies.len() / WORD);
         assert!(2 * pairs <= shape.head_dim, "more pairs than a head has");
         let numbers = [
             Argument::optional(rope.map(|(frequencies, _)| frequencies)),
@@ -75,9 +75,6 @@ impl Gpu {
 
     /// Attention of `query` over the cache, into `out`. `position` holds that of `shape`, an i32. The scratch is
     /// as long as [`scratch`](crate::footprint::CudaAttention::scratch) says; its second region holds zeros.
-    ///
-    /// # Panics
-    /// A region is shorter than the shapes say.
     pub fn attend(
         &self,
         shape: &Attention,

@@ -4,11 +4,10 @@ use super::launch::Argument;
 use crate::backend::Choice;
 use crate::backend::cuda::driver::{Gpu, Region};
 use crate::backend::cuda::modules::Kernel;
-use crate::backend::cuda::operands::{FLOAT, holds};
+use crate::backend::cuda::operands::{WORD, holds};
 use crate::error::Result;
 use crate::footprint::CudaChoice;
 
-/// Threads of a block.
 const THREADS: u32 = 256;
 /// Launches that find the least weight that is left, each some bits of it.
 const DIGITS: i32 = 3;
@@ -31,7 +30,7 @@ impl Gpu {
     /// A region is shorter than [`CudaChoice`] says.
     pub fn choose(&self, choice: &Choice, softcap: f32, logits: &Region, count: usize, at: &Choosing) -> Result<()> {
         let needed = CudaChoice::new(count);
-        holds(logits, [count], FLOAT);
+        holds(logits, [count], WORD);
         holds(at.scratch, [needed.scratch], 1);
         holds(at.seen, [needed.seen], 1);
         holds(at.chosen, [CudaChoice::CHOSEN], 1);

@@ -3,21 +3,18 @@
 use super::launch::Argument;
 use crate::backend::cuda::driver::{Gpu, Region};
 use crate::backend::cuda::modules::Kernel;
-use crate::backend::cuda::operands::{Affine, FLOAT, HALF, Output, holds};
+use crate::backend::cuda::operands::{Affine, WORD, HALF, Output, holds};
 use crate::error::Result;
 use crate::model_config::Activation;
 
-/// Every launch is queued on the compute stream.
+/// Every launch is queued on the compute stream, and panics where a region is shorter than its shapes say.
 impl Gpu {
     /// `scale` times the rows of a matrix that the u32 in `tokens` name, into f32 or onto it; NaN for one that
     /// names none.
-    ///
-    /// # Panics
-    /// A region is shorter than the shapes say.
     pub fn embed(&self, affine: &Affine, tokens: &Region, scale: f32, hidden: &Region, output: Output) -> Result<()> {
         let (matrix, cols) = (affine.weight, affine.cols());
         let count = tokens.len() / size_of::<u32>();
-        holds(hidden, [count, cols], FLOAT);
+        holds(hidden, [count, cols], WORD);
         let [codes, sub_scales, scales] = matrix.sections(0);
         let arguments = [
             Argument::Region(tokens),
@@ -35,9 +32,6 @@ impl Gpu {
     }
 
     /// `gate = activation(gate) · up` for `count` elements of f16.
-    ///
-    /// # Panics
-    /// A region is shorter than the shapes say.
     pub fn activate(&self, activation: Activation, gate: &Region, up: Option<&Region>, count: usize) -> Result<()> {
         for region in up.into_iter().chain([gate]) {
             holds(region, [count], HALF);
@@ -48,9 +42,6 @@ impl Gpu {
     }
 
     /// The rows of `x`, f16 of `width`, that the u32 in `tokens` name; NaN for one that names none.
-    ///
-    /// # Panics
-    /// A region is shorter than the shapes say.
     pub fn gather(&self, x: &Region, tokens: &Region, width: usize, out: &Region) -> Result<()> {
         let count = tokens.len() / size_of::<u32>();
         holds(out, [count, width], HALF);
@@ -61,15 +52,12 @@ impl Gpu {
 
     /// Adds each row of `x`, f32 of `width`, times its f32 of `weights`, to the row of `out` that its
     /// u32 of `tokens` names, if there is one; none is named twice.
-    ///
-    /// # Panics
-    /// A region is shorter than the shapes say.
     pub fn scatter_add(&self, x: &Region, tokens: &Region, weights: &Region, width: usize, out: &Region) -> Result<()> {
         let count = tokens.len() / size_of::<u32>();
-        holds(x, [count, width], FLOAT);
-        holds(weights, [count], FLOAT);
+        holds(x, [count, width], WORD);
+        holds(weights, [count], WORD);
         let regions = [x, tokens, weights].map(Argument::Region);
-        let [rows, width] = [out.len() / (width * FLOAT), width].map(Argument::int);
+        let [rows, width] = [out.len() / (width * WORD), width].map(Argument::int);
         let arguments = [&regions[..], &[rows, width, Argument::Region(out)]].concat();
         self.launch(Kernel::scatter_add, (count, 1), 256, &arguments)
     }

@@ -2,7 +2,6 @@
 #![expect(unsafe_code, reason = "the driver's interface is C, and cudarc's graph is bound to a thread")]
 
 use std::ffi::c_void;
-use std::sync::PoisonError;
 
 use cudarc::driver::CudaGraph;
 use cudarc::driver::sys::{self, CUgraphInstantiate_flags, CUstreamCaptureMode};
@@ -11,18 +10,15 @@ use crate::backend::cuda::driver::{Gpu, Region};
 use crate::backend::cuda::modules::{EARLY, Kernel};
 use crate::error::{Error, Result};
 use crate::model_config::Activation;
+use crate::pool::lock;
 use crate::quant::{Storage, WeightDtype};
 
-/// What a kernel is given.
+/// What a kernel is given: a region by the pointer to its start.
 #[derive(Clone, Copy)]
 pub enum Argument<'a> {
-    /// A pointer to the start of a region.
     Region(&'a Region),
-    /// A null pointer.
     Null,
-    /// A number.
     I32(i32),
-    /// A number.
     F32(f32),
 }
 
@@ -83,7 +79,7 @@ impl Gpu {
         threads: u32,
         arguments: &[Argument],
     ) -> Result<()> {
-        let what = || format!("cannot run the kernel `{}`", kernel.name());
+        let what = || format!("cannot run the kernel `{kernel:?}`");
         let dimension =
             |n| u32::try_from(n).map_err(|_| Error::input(format!("{} {}: its grid is too large", self.id(), what())));
         let grid = (dimension(grid.0)?, dimension(grid.1)?);
@@ -96,7 +92,7 @@ impl Gpu {
                 Argument::F32(number) => u64::from(number.to_bits()),
             })
             .collect();
-        if let Some(captured) = &mut *self.captured.lock().unwrap_or_else(PoisonError::into_inner) {
+        if let Some(captured) = &mut *lock(&self.captured) {
             let region = |argument: &Argument| {
                 if let Argument::Region(region) = argument { Some((*region).clone()) } else { None }
             };
@@ -133,15 +129,15 @@ impl Gpu {
     /// The most blocks of `threads` threads of a kernel that run at once.
     pub(super) fn blocks_at_once(&self, kernel: Kernel, threads: u32) -> Result<usize> {
         let each = self.function(kernel).occupancy_max_active_blocks_per_multiprocessor(threads, 0, None);
-        let each = each
-            .map_err(|e| self.failure(&format!("does not tell how much of `{}` it runs at once", kernel.name()), e))?;
+        let failed = |e| self.failure(&format!("does not tell how much of `{kernel:?}` it runs at once"), e);
+        let each = each.map_err(failed)?;
         Ok(self.multiprocessors * each.max(1) as usize)
     }
 
     /// Keeps the launches that `queue` would queue, and queues nothing; `None` where one or the driver fails.
     /// `queue` does nothing else, and waits for nothing.
     pub(in crate::backend::cuda) fn capture(&self, queue: impl FnOnce() -> Result<()>) -> Option<Graph> {
-        let captured = || self.captured.lock().unwrap_or_else(PoisonError::into_inner);
+        let captured = || lock(&self.captured);
         self.stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).ok()?;
         *captured() = Some(Vec::new());
         let queued = queue();

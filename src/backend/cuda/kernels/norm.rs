@@ -14,7 +14,6 @@ use crate::quant::WeightDtype;
 pub struct Vector(Option<(Region, WeightDtype)>);
 
 impl Vector {
-    /// The elements of `matrix` at `range`.
     pub fn new(matrix: Option<&DeviceMatrix>, range: Range<usize>) -> Self {
         Self(matrix.map(|matrix| matrix.elements(range)))
     }
@@ -56,13 +55,10 @@ impl NormArguments {
     }
 }
 
-/// Every launch is queued on the compute stream.
+/// Every launch is queued on the compute stream, and panics where a region is shorter than its shapes say.
 impl Gpu {
     /// `factor` times a norm of `rows` rows of `dtype` in `x`; without one, times the rows as they are.
     /// The shape is rows and their width.
-    ///
-    /// # Panics
-    /// A region is shorter than the shapes say.
     pub fn normalize(
         &self,
         norm: Option<&Norm>,

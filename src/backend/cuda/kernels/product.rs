@@ -35,12 +35,9 @@ impl Epilogue {
     const PLAIN: Self = Self { output: Output::F16, factor: 1.0, activation: None };
 }
 
-/// Every launch is queued on the compute stream.
+/// Every launch is queued on the compute stream, and panics where a region is shorter than its shapes say.
 impl Gpu {
     /// `y = factor · (x · wᵀ + bias)` for `tokens` rows in `x`.
-    ///
-    /// # Panics
-    /// A region is shorter than the shapes say.
     pub fn matmul(
         &self,
         affine: &Affine,
@@ -53,9 +50,6 @@ impl Gpu {
     }
 
     /// [`Gpu::matmul`] of the same `x` into f16 for several matrices, in one launch where their storage is one.
-    ///
-    /// # Panics
-    /// A region is shorter than the shapes say.
     pub fn matmuls(&self, parts: &[(&Affine, &Region)], x: Input, tokens: usize, scratch: &Scratch) -> Result<()> {
         let storage = |part: &(&Affine, &Region)| part.0.weight.layout.storage;
         let launches = || parts.chunk_by(|a, b| storage(a) == storage(b)).flat_map(|same| same.chunks(MATRICES));
@@ -65,9 +59,6 @@ impl Gpu {
 
     /// `y = activation(gate(x)) · up(x)`, or without a gate `activation(up(x))`, in f16. Where gate and up
     /// differ in storage, `apart` holds what up gives.
-    ///
-    /// # Panics
-    /// A region is shorter than the shapes say.
     pub fn gated(
         &self,
         activation: Activation,
@@ -81,7 +72,7 @@ impl Gpu {
         match gate {
             Some(gate) if gate.weight.layout.storage != up.weight.layout.storage => {
                 self.matmuls(&[(gate, y), (up, apart)], x, tokens, scratch)?;
-                self.activate(activation, y, Some(apart), tokens * up.rows())
+                self.activate(activation, y, Some(apart), tokens * up.rows.len())
             }
             Some(gate) => self.product(&[(gate, y), (up, y)], x, tokens, activated, scratch),
             None => self.product(&[(up, y)], x, tokens, activated, scratch),
@@ -89,9 +80,6 @@ impl Gpu {
     }
 
     /// An input as rows of f16, normalized now where it is not yet. The shape is rows and their width.
-    ///
-    /// # Panics
-    /// A region is shorter than the shapes say.
     pub fn half<'a>(&self, x: Input<'a>, shape: (usize, usize)) -> Result<Input<'a>> {
         if let Input::Hidden { states, norm, normed } = x {
             self.normalize(norm, (states, WeightDtype::F32), shape, normed, Output::F16, 1.0)?;
@@ -109,26 +97,24 @@ impl Gpu {
         epilogue: Epilogue,
         scratch: &Scratch,
     ) -> Result<()> {
+        use Storage::{Int4, Int8, Nl4, Plain};
+        use WeightDtype::{Bf16, F16, F32};
         let (cols, storage) = (parts[0].0.cols(), parts[0].0.weight.layout.storage);
         assert!(parts.len() <= MATRICES, "more matrices than a launch takes");
         assert!(parts.iter().all(|(affine, _)| affine.cols() == cols && affine.weight.layout.storage == storage));
         let mma = self.capability >= TENSOR_CORES;
         let (few_kernel, many_kernels) = match storage {
-            Storage::Plain(WeightDtype::Bf16) if mma => {
-                (Kernel::few_bf16, [Kernel::mma_many_bf16_64, Kernel::mma_many_bf16_128])
-            }
-            Storage::Plain(WeightDtype::F16) if mma => {
-                (Kernel::few_f16, [Kernel::mma_many_f16_64, Kernel::mma_many_f16_128])
-            }
-            Storage::Plain(WeightDtype::Bf16) => (Kernel::few_bf16, [Kernel::many_bf16; 2]),
-            Storage::Plain(WeightDtype::F16) => (Kernel::few_f16, [Kernel::many_f16; 2]),
-            Storage::Plain(WeightDtype::F32) => (Kernel::few_f32, [Kernel::many_f32; 2]),
-            Storage::Int8 if mma => (Kernel::mma_few_int8, [Kernel::mma_many_int8_64, Kernel::mma_many_int8_128]),
-            Storage::Int4 if mma => (Kernel::mma_few_int4, [Kernel::mma_many_int4_64, Kernel::mma_many_int4_128]),
-            Storage::Nl4 if mma => (Kernel::mma_few_nl4, [Kernel::mma_many_nl4_64, Kernel::mma_many_nl4_128]),
-            Storage::Int8 => (Kernel::few_int8, [Kernel::many_int8; 2]),
-            Storage::Int4 => (Kernel::few_int4, [Kernel::many_int4; 2]),
-            Storage::Nl4 => (Kernel::few_nl4, [Kernel::many_nl4; 2]),
+            Plain(Bf16) if mma => (Kernel::few_bf16, [Kernel::mma_many_bf16_64, Kernel::mma_many_bf16_128]),
+            Plain(F16) if mma => (Kernel::few_f16, [Kernel::mma_many_f16_64, Kernel::mma_many_f16_128]),
+            Plain(Bf16) => (Kernel::few_bf16, [Kernel::many_bf16; 2]),
+            Plain(F16) => (Kernel::few_f16, [Kernel::many_f16; 2]),
+            Plain(F32) => (Kernel::few_f32, [Kernel::many_f32; 2]),
+            Int8 if mma => (Kernel::mma_few_int8, [Kernel::mma_many_int8_64, Kernel::mma_many_int8_128]),
+            Int4 if mma => (Kernel::mma_few_int4, [Kernel::mma_many_int4_64, Kernel::mma_many_int4_128]),
+            Nl4 if mma => (Kernel::mma_few_nl4, [Kernel::mma_many_nl4_64, Kernel::mma_many_nl4_128]),
+            Int8 => (Kernel::few_int8, [Kernel::many_int8; 2]),
+            Int4 => (Kernel::few_int4, [Kernel::many_int4; 2]),
+            Nl4 => (Kernel::few_nl4, [Kernel::many_nl4; 2]),
         };
         let mma_few = mma && tokens <= FEW && !matches!(storage, Storage::Plain(_));
         let x = if mma_few { x } else { self.half(x, (tokens, cols))? };
@@ -140,17 +126,17 @@ impl Gpu {
 
         let blocks_of = |slots: usize| match (epilogue.activation, parts) {
             (Some(_), [(gate, _), (up, _)]) => {
-                assert!(gate.rows() == up.rows(), "a gate of another size");
-                gate.rows().div_ceil(slots / 2)
+                assert!(gate.rows.len() == up.rows.len(), "a gate of another size");
+                gate.rows.len().div_ceil(slots / 2)
             }
-            _ => parts.iter().map(|(affine, _)| affine.rows().div_ceil(slots)).sum(),
+            _ => parts.iter().map(|(affine, _)| affine.rows.len().div_ceil(slots)).sum(),
         };
         let given: Vec<_> = parts
             .iter()
             .map(|(affine, y)| {
-                holds(y, [tokens, affine.rows()], epilogue.output.size());
+                holds(y, [tokens, affine.rows.len()], epilogue.output.size());
                 let sections = affine.weight.sections(affine.rows.start);
-                (sections, affine.rows(), Vector::new(affine.bias, affine.rows.clone()), *y)
+                (sections, affine.rows.len(), Vector::new(affine.bias, affine.rows.clone()), *y)
             })
             .collect();
         let mut arguments = Vec::new();

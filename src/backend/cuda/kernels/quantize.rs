@@ -3,7 +3,7 @@
 use super::launch::Argument;
 use crate::backend::cuda::driver::{Gpu, Region};
 use crate::backend::cuda::modules::Kernel;
-use crate::backend::cuda::operands::{DeviceMatrix, FLOAT, holds};
+use crate::backend::cuda::operands::{DeviceMatrix, WORD, holds};
 use crate::error::Result;
 use crate::quant::{Storage, WeightDtype};
 
@@ -26,7 +26,7 @@ impl Gpu {
         let layout = &matrix.layout;
         assert!(first + rows <= layout.rows, "rows that the matrix has not");
         holds(weights, [rows, layout.cols], dtype.size());
-        holds(failed, [1], FLOAT);
+        holds(failed, [1], WORD);
         let [codes, sub_scales, scales] = matrix.sections(first);
         let head = [
             Argument::Region(weights),
