@@ -132,7 +132,7 @@ fn load(checkpoint: &Checkpoint, shape: &Shape, scheme: Scheme) -> Model {
         ..PlanOptions::default()
     };
     let plan = Plan::new(checkpoint, &inventory, &options).expect("a plan");
-    plan.load(&LoadOptions::default(), |_| ()).expect("a model")
+    plan.load(LoadOptions::default(), |_| ()).expect("a model")
 }
 
 #[allow(clippy::print_stdout, reason = "shares are what this is for")]

@@ -55,7 +55,7 @@ fn published_models_take_the_bytes_of_their_tensors() {
         let directory = tempfile::tempdir().unwrap();
         shapes::write(directory.path(), &model.config, 8);
         let checkpoint = Checkpoint::open(directory.path()).unwrap();
-        let plan = Plan::new(&checkpoint, &roomy(), &PlanOptions::default()).unwrap();
+        let plan = Plan::new(&checkpoint, &roomy(), PlanOptions::default()).unwrap();
         assert_eq!(plan.parameters, model.parameters, "{}", model.name);
         let tensors: u64 = checkpoint.catalog.values().map(|tensor| tensor.size().0).sum();
         assert_eq!(tensors, 2 * model.parameters, "{}", model.name);
@@ -170,7 +170,7 @@ fn names_without_the_base_model_and_tensors_that_nobody_reads() {
     }
     let directory = rewritten("parity/gpt2", bare("transformer."), &[("h.0.crossattention.bias", &[4])]);
     let checkpoint = Checkpoint::open(directory.path()).unwrap();
-    let error = Plan::new(&checkpoint, &roomy(), &PlanOptions::default()).unwrap_err().to_string();
+    let error = Plan::new(&checkpoint, &roomy(), PlanOptions::default()).unwrap_err().to_string();
     assert!(error.contains("the model has no place for"), "{error}");
 }
 

@@ -73,7 +73,7 @@ fn changed(
                     id == DeviceId::Cpu && missing == free
                 }
             }
-            _ => false,
+            Change::Automatic => false,
         };
         prop_assert!(is_smaller, "{change:?}");
     }

@@ -62,7 +62,7 @@ fn a_weight_that_is_not_finite_is_named() {
 #[test]
 fn what_does_not_fit_and_what_is_too_long_say_so_in_numbers() {
     let (_directory, checkpoint) = copy();
-    let small = Plan::new(&checkpoint, &Inventory::described("cpu=513MiB").unwrap(), &PlanOptions::default()).unwrap();
+    let small = Plan::new(&checkpoint, &Inventory::described("cpu=513MiB").unwrap(), PlanOptions::default()).unwrap();
     let error = load_plan(&small).err().unwrap();
     assert_eq!(error.kind(), ErrorKind::DoesNotFit);
     assert_eq!(error.cause::<DoesNotFit>().unwrap().devices, small.devices);

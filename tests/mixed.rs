@@ -76,7 +76,7 @@ fn more_room_never_loses_more_and_never_overflows() {
         let (checkpoint, cache) = (Checkpoint::open(fixture(name)).unwrap(), tempfile::tempdir().unwrap());
         let options = |quantize| options(quantize, cache.path());
         let whole = |scheme: Scheme, devices: &str| {
-            Plan::new(&checkpoint, &Inventory::described(devices).unwrap(), &options(scheme.into())).unwrap()
+            Plan::new(&checkpoint, &Inventory::described(devices).unwrap(), options(scheme.into())).unwrap()
         };
         let described = |bytes: u64| devices.iter().map(|id| format!("{id}={bytes}")).collect::<Vec<_>>().join(",");
         let [low, high] = [Scheme::Int4, Scheme::Int8].map(|scheme| {
@@ -87,7 +87,7 @@ fn more_room_never_loses_more_and_never_overflows() {
         for step in 0..=8 {
             let devices = described(low + (high - low) * step / 8);
             let inventory = Inventory::described(&devices).unwrap();
-            let plan = Plan::new(&checkpoint, &inventory, &options(Quantize::Auto)).unwrap();
+            let plan = Plan::new(&checkpoint, &inventory, options(Quantize::Auto)).unwrap();
             assert!(plan.fits(), "{name} {devices}");
             if plan.schemes.len() == Scheme::AUTOMATIC.len() {
                 // All in int8 fits, or there is nothing left to give.
@@ -173,11 +173,11 @@ fn a_mixture_loads_into_the_bytes_that_are_planned() {
     let (checkpoint, cache) = (Checkpoint::open(fixture("parity/mixtral")).unwrap(), tempfile::tempdir().unwrap());
     let options = |quantize| options(quantize, cache.path());
     let whole = |scheme: Scheme| {
-        Plan::new(&checkpoint, &Inventory::described("cpu=1GiB").unwrap(), &options(scheme.into())).unwrap().total()
+        Plan::new(&checkpoint, &Inventory::described("cpu=1GiB").unwrap(), options(scheme.into())).unwrap().total()
     };
     let budget = Bytes(u64::midpoint(whole(Scheme::Int4).0, whole(Scheme::Int8).0));
     let inventory = Inventory::described(&format!("cpu={}", budget.0)).unwrap();
-    let plan = Plan::new(&checkpoint, &inventory, &options(Quantize::Auto)).unwrap();
+    let plan = Plan::new(&checkpoint, &inventory, options(Quantize::Auto)).unwrap();
     assert!(plan.schemes.last().unwrap().is_mixed && plan.fits());
     let model = load_plan(&plan).unwrap();
     for device in &model.report.devices {

@@ -29,8 +29,8 @@ fn long(name: &str) -> Value {
     serde_json::from_str(&text).unwrap()
 }
 
-fn on(device: &str) -> Option<DeviceMap> {
-    Some(DeviceMap::parse("map.json", format!(r#"{{"": "{device}"}}"#).into_bytes()).unwrap())
+fn on(device: &str) -> DeviceMap {
+    DeviceMap::parse("map.json", format!(r#"{{"": "{device}"}}"#).into_bytes()).unwrap()
 }
 
 /// The model of a plan for 256 tokens, and the slots of each of its blocks.
@@ -86,7 +86,7 @@ fn a_ring_on_a_gpu_gives_what_transformers_gives() {
             let (tokens, wanted): (Vec<u32>, Vec<f32>) = (numbers(&long["input_ids"]), numbers(&long["logits_last"]));
             for chunk in [256, 16, 1] {
                 let options =
-                    PlanOptions { device_map: on("cuda:0"), kv_cache: Some(kv_cache), ..PlanOptions::default() };
+                    PlanOptions { device_map: Some(on("cuda:0")), kv_cache: Some(kv_cache), ..PlanOptions::default() };
                 let (mut model, _) = windowed(name, chunk, options, &machine());
                 let ours = logits(&mut model, &tokens);
                 let difference = difference(&ours[199], &wanted) / largest(&wanted);
@@ -127,7 +127,7 @@ fn two_sequences(device: &str, inventory: &Inventory, mut check: impl FnMut(&str
         let vocabulary = u32::try_from(checkpoint.config.vocab_size).unwrap();
         let text = |factor: u32, count| (1..=count).map(|at| at * factor % vocabulary).collect::<Vec<u32>>();
         let options =
-            PlanOptions { device_map: on(device), context: Some(64), batch: Some(2), ..PlanOptions::default() };
+            PlanOptions { device_map: Some(on(device)), context: Some(64), batch: Some(2), ..PlanOptions::default() };
         let mut model = load_plan(&Plan::new(&checkpoint, inventory, options).unwrap()).unwrap();
         let [together, alone] = together_and_alone(&mut model, [&text(7, 30), &text(11, 17)]);
         for (together, alone) in together.iter().zip(&alone) {

@@ -73,7 +73,7 @@ fn plan(checkpoint: &Checkpoint, shape: &Shape, scheme: Scheme) -> Plan {
 }
 
 fn load(plan: &Plan) -> Model {
-    plan.load(&LoadOptions::default(), |_| ()).expect("a model")
+    plan.load(LoadOptions::default(), |_| ()).expect("a model")
 }
 
 fn generate(model: &mut Model, prompt: &[u32], new: usize) -> GenerateReport {

@@ -180,12 +180,9 @@ impl ModelConfig {
         };
         let multiplier = |key| if family.has_multipliers { fields.positive_or(key, MAX_SCALE, 1.0) } else { Ok(1.0) };
         let (attention_softcap, logit_softcap) = softcaps(&fields, family)?;
-        let [query_key_value_bias, output_bias, feed_forward_bias] = match family.biases {
-            Some(biases) => biases,
-            None => {
-                let attention = fields.truth_or("attention_bias", false)?;
-                [attention, attention, fields.truth_or("mlp_bias", false)?]
-            }
+        let [query_key_value_bias, output_bias, feed_forward_bias] = if let Some(biases) = family.biases { biases } else {
+            let attention = fields.truth_or("attention_bias", false)?;
+            [attention, attention, fields.truth_or("mlp_bias", false)?]
         };
         // What is computed with is f32.
         #[expect(clippy::cast_possible_truncation, reason = "used in f32")]

@@ -193,7 +193,7 @@ impl Broken {
     pub fn plan(&self) -> Result<(Checkpoint, Plan)> {
         let source = HeadersOnly(LocalDirectory::new(&self.directory)?);
         let checkpoint = Checkpoint::read("broken", &source, &Pool::default())?;
-        let plan = Plan::new(&checkpoint, &roomy(), &PlanOptions::default())?;
+        let plan = Plan::new(&checkpoint, &roomy(), PlanOptions::default())?;
         Ok((checkpoint, plan))
     }
 

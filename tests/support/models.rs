@@ -49,7 +49,7 @@ pub fn machine() -> Inventory {
 }
 
 pub fn plan(checkpoint: &Checkpoint, scheme: Scheme, map: &str, context: Option<usize>) -> Plan {
-    Plan::new(checkpoint, &machine(), &options(scheme, map, context)).unwrap()
+    Plan::new(checkpoint, &machine(), options(scheme, map, context)).unwrap()
 }
 
 pub fn load(plan: &Plan, separate_buffers: bool) -> Result<Model> {
