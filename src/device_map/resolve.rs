@@ -9,7 +9,7 @@ use crate::error::{Error, Hint, Result, Setting, did_you_mean, first_five, print
 use crate::module_path::{block_range, contains, longest_prefix};
 
 impl DeviceMap {
-    /// The device of every module, in the order of [`ModuleTree::modules`].
+    /// The device of every module, in the order of `ModuleTree::modules`.
     ///
     /// A tied head that the map does not name goes where the embedding goes.
     ///
