@@ -42,7 +42,7 @@ const MAX_SCALE: f64 = 1e6;
 #[derive(Clone, Debug, PartialEq)]
 #[expect(clippy::struct_excessive_bools, reason = "each says whether a model has something")]
 pub struct ModelConfig {
-    /// The architecture's row of `FAMILIES`.
+    /// The architecture's row of [`FAMILIES`].
     pub family: &'static Family,
     /// Module paths and the names of the schemes that their weights are packed in already; `None` where none are.
     pub packed: Option<Vec<(String, String)>>,
@@ -155,8 +155,9 @@ impl ModelConfig {
         let num_attention_heads = fields.size(heads, MAX_HEADS)?;
         let num_key_value_heads = fields.size_or("num_key_value_heads", MAX_HEADS, num_attention_heads)?;
         if !num_attention_heads.is_multiple_of(num_key_value_heads) {
-            let heads_of_keys = format!("{num_key_value_heads} key-value heads");
-            return Err(fields.error(heads, format!("{num_attention_heads} attention heads do not divide over {heads_of_keys}")));
+            let (queries, keys) = (num_attention_heads, num_key_value_heads);
+            let problem = format!("{queries} attention heads do not divide over {keys} key-value heads");
+            return Err(fields.error(heads, problem));
         }
         let divides = hidden_size.is_multiple_of(num_attention_heads) || family.head_dim.is_some();
         if !divides && fields.optional("head_dim").is_none() {
@@ -180,7 +181,9 @@ impl ModelConfig {
         };
         let multiplier = |key| if family.has_multipliers { fields.positive_or(key, MAX_SCALE, 1.0) } else { Ok(1.0) };
         let (attention_softcap, logit_softcap) = softcaps(&fields, family)?;
-        let [query_key_value_bias, output_bias, feed_forward_bias] = if let Some(biases) = family.biases { biases } else {
+        let [query_key_value_bias, output_bias, feed_forward_bias] = if let Some(biases) = family.biases {
+            biases
+        } else {
             let attention = fields.truth_or("attention_bias", false)?;
             [attention, attention, fields.truth_or("mlp_bias", false)?]
         };

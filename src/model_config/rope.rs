@@ -122,7 +122,14 @@ pub fn read(fields: &Fields, family: &Family, head_dim: usize, longest: usize) -
     Ok(vec![one(full, theta)?, one(of_kind("sliding_attention"), local_theta)?])
 }
 
-fn one(fields: &Fields, node: Option<Node>, theta: f64, family: &Family, head_dim: usize, longest: usize) -> Result<Rope> {
+fn one(
+    fields: &Fields,
+    node: Option<Node>,
+    theta: f64,
+    family: &Family,
+    head_dim: usize,
+    longest: usize,
+) -> Result<Rope> {
     let share = fields.positive_or("partial_rotary_factor", 1.0, 1.0)?;
     let Some(node) = node else {
         let rotary_dim = rotary_dim(fields, share, head_dim)?;
