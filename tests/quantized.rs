@@ -122,7 +122,7 @@ fn packed_files_are_not_trusted() {
         (r#""": "int4""#, r#""": "int8""#, "contradicts its config.json"),
         (r#""": "int4""#, r#""": "none""#, "contradicts its config.json"),
         (r#""lm_head""#, r#""head": "int8", "lm_head""#, "`quantize` names unknown module `head`"),
-        (r#""hidden_size": "#, r#""hidden_size": 1"#, ""),
+        (r#""hidden_size": "#, r#""hidden_size": 1"#, "has shape [64], not [164]"),
     ] {
         let error = broken(|directory| edit(&directory.join("config.json"), from, to));
         assert!(error.to_string().contains(message), "{from} → {to}: {error}");
