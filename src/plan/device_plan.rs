@@ -135,7 +135,8 @@ impl Fixed<'_> {
     pub fn buffers(&self, device: DeviceId, computes: bool) -> Vec<Allocation> {
         let Self { config, staging, conditions } = *self;
         let extent = conditions.extent;
-        let of = |purpose| move |(name, bytes): (&str, Bytes)| Allocation { device, purpose, name: name.to_owned(), bytes };
+        let of =
+            |purpose| move |(name, bytes): (&str, Bytes)| Allocation { device, purpose, name: name.to_owned(), bytes };
         match device {
             DeviceId::Cuda(_) if computes => {
                 let buffers = CudaBuffers::sizes(config, extent);

@@ -68,7 +68,8 @@ impl Plan {
         let mut inventory = Inventory::default();
         let mut reserve = Bytes::ZERO;
         for SavedDevice { id, name: product, bandwidth, free, reserve: left } in saved.devices {
-            let id: DeviceId = id.parse().map_err(|e| Error::input(format!("`{name}` names no device")).caused_by(e))?;
+            let id: DeviceId =
+                id.parse().map_err(|e| Error::input(format!("`{name}` names no device")).caused_by(e))?;
             inventory.devices.push(Device { id, name: product, free, total: free, bandwidth });
             reserve = reserve.max(left);
         }

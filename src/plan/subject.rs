@@ -42,8 +42,7 @@ impl<'a> Subject<'a> {
             return Err(Error::input(format!("`quantize` names unknown module `{path}`")));
         }
         let mut modules = self.modules(&conditions)?;
-        let fixed =
-            Fixed { config, conditions: &conditions, staging: HostStaging::new(weights, &conditions.quantize) };
+        let fixed = Fixed { config, conditions: &conditions, staging: HostStaging::new(weights, &conditions.quantize) };
         let placement = match &options.device_map {
             Some(map) => map.resolve(tree)?,
             None if options.strategy.is_transformers() => {
@@ -51,9 +50,7 @@ impl<'a> Subject<'a> {
             }
             None => {
                 // What each takes when it is used at all, before any module is on it.
-                let empty = |device: &Device| {
-                    DevicePlan::new(device, &conditions, &fixed.buffers(device.id, true), 0)
-                };
+                let empty = |device: &Device| DevicePlan::new(device, &conditions, &fixed.buffers(device.id, true), 0);
                 let devices: Vec<_> = inventory.devices.iter().map(empty).collect();
                 automatic(tree, &modules, &devices, options.strategy)?
             }

@@ -144,12 +144,7 @@ impl Setup {
     }
 
     /// `x = down(activation(gate(x)) · up(x))`, or without a gate `x = down(activation(up(x)))`.
-    fn feed_forward(
-        &self,
-        dense: &Dense<Parameter>,
-        x: &mut [f32],
-        [gated, other, words]: [&mut Vec<f32>; 3],
-    ) {
+    fn feed_forward(&self, dense: &Dense<Parameter>, x: &mut [f32], [gated, other, words]: [&mut Vec<f32>; 3]) {
         let Self { config, pool, .. } = self;
         let (gate, up, down) = (dense.gate.as_ref().map(Linear::affine), dense.up.affine(), dense.down.affine());
         let words = bytemuck::must_cast_slice_mut(words);

@@ -5,7 +5,7 @@ use super::launch::Argument;
 use super::norm::NormArguments;
 use crate::backend::cuda::driver::{Gpu, Region};
 use crate::backend::cuda::modules::{Kernel, TENSOR_CORES};
-use crate::backend::cuda::operands::{Attention, Cache, WORD, HALF, Norm, Scratch, holds};
+use crate::backend::cuda::operands::{Attention, Cache, HALF, Norm, Scratch, WORD, holds};
 use crate::error::Result;
 use crate::quant::KvDtype;
 

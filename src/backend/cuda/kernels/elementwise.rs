@@ -3,7 +3,7 @@
 use super::launch::Argument;
 use crate::backend::cuda::driver::{Gpu, Region};
 use crate::backend::cuda::modules::Kernel;
-use crate::backend::cuda::operands::{Affine, WORD, HALF, Output, holds};
+use crate::backend::cuda::operands::{Affine, HALF, Output, WORD, holds};
 use crate::error::Result;
 use crate::model_config::Activation;
 
