@@ -1,5 +1,7 @@
 //! AVX2, with AVX-VNNI or without: eight rows side by side for many tokens.
 #![expect(unsafe_code, reason = "vector instructions")]
+#![expect(clippy::modulo_one, reason = "what a wider vector has several of, or a narrower one")]
+#![allow(clippy::wildcard_imports, reason = "two kinds share what is named here")]
 
 use std::arch::x86_64::{
     __m128i, __m256 as Floats, __m256i as Integers, _mm_set_epi8, _mm_set1_epi32, _mm256_abs_epi8,

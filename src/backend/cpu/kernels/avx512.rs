@@ -1,5 +1,6 @@
 //! AVX-512 VNNI: sixteen rows side by side for many tokens.
 #![expect(unsafe_code, reason = "vector instructions")]
+#![expect(clippy::modulo_one, reason = "what a wider vector has several of, or a narrower one")]
 
 use std::arch::x86_64::{
     __m128i, __m512 as Floats, __m512i as Integers, _mm_set_epi8, _mm_set_epi32, _mm_shuffle_epi8,
