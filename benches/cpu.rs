@@ -2,14 +2,13 @@
 //! run; products of one token and of many; and a whole model of a billion weights.
 //!
 //! `cargo bench --bench cpu [-- FILTER]`. The model, 2.4 GB of random weights, is made once in
-//! `target/synthetic-1b`; `evenkeel generate target/synthetic-1b` runs it too.
+//! `target/synthetic-1b`; `evenkeel generate target/synthetic-1b` runs it too. `cargo test --bench cpu`
+//! runs everything once, on a tiny model.
 
 #[path = "support/synthetic.rs"]
 mod synthetic;
 
 use std::hint::black_box;
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
@@ -17,7 +16,8 @@ use evenkeel::backend::cpu::{Activations, Affine, GROUP_WORDS, matmul};
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::generate::GenerateOptions;
 use evenkeel::loader::{LoadOptions, Model};
-use evenkeel::plan::{Inventory, Plan, PlanOptions};
+use evenkeel::machine::Inventory;
+use evenkeel::plan::{Plan, PlanOptions};
 use evenkeel::pool::Pool;
 use evenkeel::quant::{GROUP_SIZE, Matrix, MatrixLayout, Scheme, Storage, WeightDtype};
 use synthetic::{SHAPES, Shape};
@@ -30,14 +30,17 @@ const STORAGES: [(&str, Storage); 4] = [
     ("nl4", Storage::Nl4),
     ("bf16", Storage::Plain(WeightDtype::Bf16)),
 ];
-const SHAPE: Shape = SHAPES[1];
-/// Tokens of the prompt, and how many are generated behind it.
-const TOKENS: (usize, usize) = (512, 64);
+
+/// Whether nothing is measured; criterion asks the same.
+fn is_test() -> bool {
+    let has = |name: &str| std::env::args().any(|argument| argument == name);
+    has("--test") || !has("--bench")
+}
 
 /// The fastest of several reads of memory by all threads, in bytes a second.
 fn bandwidth(pool: &Pool) -> f64 {
     const PIECE: usize = 1 << 17;
-    let memory = vec![1u64; MEMORY / 8];
+    let memory = vec![1u64; if is_test() { PIECE } else { MEMORY / 8 }];
     let mut sums = vec![0u64; memory.len() / PIECE];
     let mut fastest = Duration::MAX;
     for _ in 0..8 {
@@ -62,7 +65,7 @@ fn product(
 ) -> f64 {
     let layout = MatrixLayout::new(storage, rows, cols).expect("a layout");
     let size = layout.size().as_usize().expect("a size");
-    let count = ((256 << 20) / size).max(1);
+    let count = if is_test() { 1 } else { ((256 << 20) / size).max(1) };
     // Bytes of 0x38 are small numbers as codes, as scales in f16 and f32, and as bf16.
     let bytes = vec![0x38u8; count * size];
     let x: Vec<f32> = (0..tokens * cols).map(|i| (i as f32 * 0.7).sin()).collect();
@@ -89,7 +92,7 @@ fn product(
 
 #[allow(clippy::print_stdout, reason = "shares are what this is for")]
 fn products(criterion: &mut Criterion) {
-    let pool = Pool::of_all_cores();
+    let pool = Pool::default();
     let bandwidth = bandwidth(&pool);
     println!("{} threads read memory at {:.1} GB/s", pool.threads(), bandwidth / 1e9);
     let mut group = criterion.benchmark_group("one token");
@@ -118,54 +121,48 @@ fn products(criterion: &mut Criterion) {
     group.finish();
 }
 
-fn load(checkpoint: &Checkpoint, scheme: Scheme) -> Model {
+fn load(checkpoint: &Checkpoint, shape: &Shape, scheme: Scheme) -> Model {
     let directory = std::path::Path::new("target");
-    let inventory = Inventory::this_machine(directory).expect("this machine");
+    let inventory = Inventory::of_machine(directory).expect("this machine");
     let map = evenkeel::device_map::DeviceMap::parse("map.json", br#"{"": "cpu"}"#.to_vec()).expect("a map");
     let options = PlanOptions {
         quantize: Some(scheme.into()),
-        context: Some(TOKENS.0 + TOKENS.1),
+        context: Some(shape.prompt + shape.new),
         device_map: Some(map),
         ..PlanOptions::default()
     };
     let plan = Plan::new(checkpoint, &inventory, &options).expect("a plan");
-    let load = LoadOptions {
-        offload_directory: directory,
-        cancel: &AtomicBool::new(false),
-        pool: Arc::default(),
-        separate_buffers: false,
-    };
-    plan.load(checkpoint, &load, |_| ()).expect("a model")
+    plan.load(LoadOptions::default(), |_| ()).expect("a model")
 }
 
 #[allow(clippy::print_stdout, reason = "shares are what this is for")]
 fn model(criterion: &mut Criterion) {
-    let checkpoint = Checkpoint::open(SHAPE.checkpoint()).expect("a checkpoint");
-    let bandwidth = bandwidth(&Pool::of_all_cores());
-    let prompt = SHAPE.tokens(TOKENS.0);
+    let shape = if is_test() { SHAPES[2] } else { SHAPES[1] };
+    let checkpoint = Checkpoint::open(shape.checkpoint()).expect("a checkpoint");
+    let bandwidth = bandwidth(&Pool::default());
+    let prompt = shape.tokens(shape.prompt);
     for scheme in [Scheme::Int8, Scheme::Int4, Scheme::Nl4, Scheme::None] {
         // Loaded by the first of those that are not filtered out.
         let mut loaded = None;
         let mut run = |new: usize| {
-            let model = loaded.get_or_insert_with(|| load(&checkpoint, scheme));
+            let model = loaded.get_or_insert_with(|| load(&checkpoint, &shape, scheme));
             let options = GenerateOptions { max_new_tokens: Some(new), ignore_eos: true, ..GenerateOptions::default() };
-            let never = AtomicBool::new(false);
-            let mut generation = model.generate_from(&prompt, options, &never).expect("a generation");
+            let mut generation = model.generate_from(&prompt, options).expect("a generation");
             generation.by_ref().for_each(|piece| drop(piece.expect("a piece")));
             generation.report()
         };
         let mut group = criterion.benchmark_group(scheme.name());
         group.sample_size(10);
-        group.throughput(Throughput::Elements(TOKENS.0 as u64));
+        group.throughput(Throughput::Elements(shape.prompt as u64));
         group.bench_function("prefill", |bencher| {
             bencher.iter_custom(|times| (0..times).map(|_| Duration::from_secs_f64(run(1).prefill_seconds)).sum());
         });
-        group.throughput(Throughput::Elements(TOKENS.1 as u64 - 1));
+        group.throughput(Throughput::Elements(shape.new as u64 - 1));
         let mut fastest = f64::INFINITY;
         group.bench_function("decode", |bencher| {
             bencher.iter_custom(|times| {
                 let once = |_| {
-                    let seconds = run(TOKENS.1).decode_seconds;
+                    let seconds = run(shape.new).decode_seconds;
                     fastest = fastest.min(seconds);
                     Duration::from_secs_f64(seconds)
                 };
@@ -177,8 +174,8 @@ fn model(criterion: &mut Criterion) {
         let weights: u64 = model.plan.devices.iter().map(|device| device.weights.0).sum();
         // A token reads one row of the embedding.
         let element = if scheme == Scheme::None { 2 } else { 1 };
-        let read = weights - (SHAPE.vocabulary * SHAPE.hidden * element) as u64;
-        let rate = read as f64 * (TOKENS.1 as f64 - 1.0) / fastest;
+        let read = weights - (shape.vocabulary * shape.hidden * element) as u64;
+        let rate = read as f64 * (shape.new as f64 - 1.0) / fastest;
         println!("{scheme}: loaded {} in {:.2} s", model.report.read, model.report.seconds);
         println!("{scheme}: decode reads {:.1} GB/s, {:.0} % of the bandwidth", rate / 1e9, 100.0 * rate / bandwidth);
     }

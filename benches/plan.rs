@@ -5,7 +5,8 @@ mod shapes;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use evenkeel::checkpoint::Checkpoint;
-use evenkeel::plan::{Inventory, Plan, PlanOptions};
+use evenkeel::machine::Inventory;
+use evenkeel::plan::{Plan, PlanOptions};
 use evenkeel::quant::Scheme;
 
 fn plan(criterion: &mut Criterion) {

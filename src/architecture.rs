@@ -141,10 +141,10 @@ impl ModuleTree {
     /// # Errors
     /// Tensors are missing, of another shape or size, of a dtype that weights do not
     /// have, or there that the model has no place for.
-    pub fn resolve<'a>(&'a self, checkpoint: &'a Checkpoint) -> Result<Vec<Weight<'a>>> {
+    pub fn resolve(&self, checkpoint: &Checkpoint) -> Result<Vec<Weight>> {
         let (mut weights, mut missing, mut mismatched) = (Vec::new(), Vec::new(), Vec::new());
-        let mut used: Vec<&str> = Vec::new();
-        let packed = QuantizeRules::of_checkpoint(&checkpoint.config)?;
+        let mut used = HashSet::new();
+        let rules = QuantizeRules::of_checkpoint(&checkpoint.config)?;
         for (module, parameter) in self.parameters() {
             let wanted = parameter.tensor();
             // Files that were saved from the base model leave its name out.
@@ -154,39 +154,39 @@ impl ModuleTree {
                 missing.push(wanted);
                 continue;
             };
-            let wanted = Wanted::new(parameter, packed.as_ref());
-            if wanted.shape.as_ref() != Some(&tensor.shape) {
-                let shape = printable(&format!("{:?}", tensor.shape));
-                mismatched.push(format!("{name} has shape {shape}, not {:?}", wanted.shape.unwrap_or_default()));
-            } else if let Some(data) = wanted.data(tensor.dtype) {
-                weights.push(Weight { module, parameter, tensor, data });
+            let rules = rules.as_ref().filter(|_| parameter.is_quantizable());
+            let packed = rules.and_then(|rules| Storage::packed(rules.scheme(&parameter.module)));
+            // What is too large to be there has no shape.
+            let (shape, data) = match packed {
+                Some(storage) => (
+                    MatrixLayout::new(storage, parameter.rows, parameter.cols).map(|layout| vec![layout.size().0]),
+                    (tensor.dtype == Dtype::U8).then_some(storage),
+                ),
+                None => (Some(parameter.shape()), WeightDtype::of(tensor.dtype).map(Storage::Plain)),
+            };
+            if shape.as_ref() != Some(&tensor.shape) {
+                let found = printable(&format!("{:?}", tensor.shape));
+                mismatched.push(format!("{name} has shape {found}, not {:?}", shape.unwrap_or_default()));
+            } else if let Some(data) = data {
+                weights.push(Weight { module, parameter: parameter.clone(), tensor: tensor.clone(), data });
             } else {
-                let dtypes = if wanted.packed.is_some() { "U8" } else { "BF16, F16 or F32" };
+                let dtypes = if packed.is_some() { "U8" } else { "BF16, F16 or F32" };
                 mismatched.push(format!("{name} has dtype {:?}, not {dtypes}", tensor.dtype));
             }
-            used.push(name);
+            used.insert(name);
         }
-        let name = &checkpoint.name;
-        if !missing.is_empty() {
-            let (count, names) = (tensors(missing.len()), first_five(&missing));
-            return Err(Error::input(format!("`{name}` lacks {count} that its config.json calls for: {names}")));
-        }
-        if !mismatched.is_empty() {
-            let (count, names) = (tensors(mismatched.len()), first_five(&mismatched));
-            return Err(Error::input(format!("`{name}` contradicts its config.json in {count}: {names}")));
-        }
-        if used.len() == checkpoint.catalog.len() {
-            return Ok(weights);
-        }
-        let used: HashSet<&str> = used.into_iter().collect();
-        let is_placeless = |name: &&String| !used.contains(name.as_str()) && !self.is_redundant(name);
-        let placeless: Vec<_> = checkpoint.catalog.keys().filter(is_placeless).collect();
-        if !placeless.is_empty() {
-            let count = tensors(placeless.len());
-            let names = first_five(placeless.into_iter().map(|name| printable(name)));
-            return Err(Error::input(format!(
-                "`{name}` holds {count} that the model has no place for, so its config.json is not the whole truth: {names}"
-            )));
+        let is_placeless = |name: &&String| !used.contains(name) && !self.is_redundant(name);
+        let placeless = checkpoint.catalog.keys().filter(is_placeless).map(|name| printable(name)).collect();
+        for (found, before, behind) in [
+            (missing, "lacks", " that its config.json calls for"),
+            (mismatched, "contradicts its config.json in", ""),
+            (placeless, "holds", " that the model has no place for, so its config.json is not the whole truth"),
+        ] {
+            if !found.is_empty() {
+                let count = if found.len() == 1 { "1 tensor".to_owned() } else { format!("{} tensors", found.len()) };
+                let names = first_five(&found);
+                return Err(Error::input(format!("`{}` {before} {count}{behind}: {names}", checkpoint.name)));
+            }
         }
         Ok(weights)
     }
@@ -232,7 +232,7 @@ fn push(parameters: &mut Vec<Parameter>, config: &ModelConfig, role: Role, path:
         Role::Query | Role::Key | Role::Value | Role::QueryKeyValue => config.query_key_value_bias,
         Role::Output => config.output_bias,
         Role::Gate | Role::Up | Role::GateUp | Role::Down => config.feed_forward_bias,
-        _ => is_norm && config.norm_kind == NormKind::Layer,
+        _ => is_norm && config.family.norm_kind == NormKind::Layer,
     };
     let is_transposed =
         config.family.is_transposed && matches!(role, Role::QueryKeyValue | Role::Output | Role::Up | Role::Down);
@@ -280,24 +280,20 @@ fn shape(config: &ModelConfig, role: Role) -> (usize, usize) {
     }
 }
 
-fn tensors(count: usize) -> String {
-    if count == 1 { "1 tensor".to_owned() } else { format!("{count} tensors") }
-}
-
 /// A parameter and the tensor that it is read from.
-#[derive(Clone, Copy, Debug)]
-pub struct Weight<'a> {
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Weight {
     /// Position of its module in [`ModuleTree::modules`].
     pub module: usize,
     /// The parameter.
-    pub parameter: &'a Parameter,
+    pub parameter: Parameter,
     /// Where its data is.
-    pub tensor: &'a Tensor,
+    pub tensor: Tensor,
     /// How its data is stored there: elements of a dtype, or packed already.
     pub data: Storage,
 }
 
-impl Weight<'_> {
+impl Weight {
     /// The dtype of its elements; `None` where it is packed already.
     pub fn dtype(&self) -> Option<WeightDtype> {
         match self.data {
@@ -323,34 +319,6 @@ impl Weight<'_> {
     /// Whether its rows are columns of what the checkpoint stores.
     pub fn is_transposed(&self) -> bool {
         self.parameter.is_transposed && self.dtype().is_some()
-    }
-}
-
-/// What the tensor of a parameter must be.
-struct Wanted {
-    packed: Option<Storage>,
-    /// `None` for what is too large to be there.
-    shape: Option<Vec<u64>>,
-}
-
-impl Wanted {
-    fn new(parameter: &Parameter, rules: Option<&QuantizeRules>) -> Self {
-        let scheme = rules.filter(|_| parameter.is_quantizable()).map(|rules| rules.scheme(&parameter.module));
-        let packed = scheme.and_then(Storage::packed);
-        let layout = |storage| MatrixLayout::new(storage, parameter.rows, parameter.cols);
-        let shape = match packed {
-            Some(storage) => layout(storage).map(|layout| vec![layout.size().0]),
-            None => Some(parameter.shape()),
-        };
-        Self { packed, shape }
-    }
-
-    /// How a tensor of `dtype` stores it, if it may have that dtype.
-    fn data(&self, dtype: Dtype) -> Option<Storage> {
-        match self.packed {
-            Some(storage) => (dtype == Dtype::U8).then_some(storage),
-            None => WeightDtype::of(dtype).map(Storage::Plain),
-        }
     }
 }
 

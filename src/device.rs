@@ -5,7 +5,8 @@ use std::str::FromStr;
 
 use serde::{Serialize, Serializer};
 
-use crate::error::ParseError;
+use crate::bytes::Bytes;
+use crate::error::{ParseError, first_five};
 
 /// A place for weights, ordered as they are filled: GPUs, the CPU, the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -50,6 +51,63 @@ impl FromStr for DeviceId {
             _ => index(text.strip_prefix("cuda:").unwrap_or(text)).map(Self::Cuda),
         };
         device.ok_or_else(|| ParseError::new(text, "not a device; devices are `cuda:0`, `cuda:1`, …, `cpu` and `disk`"))
+    }
+}
+
+/// What is wrong with a device.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum DeviceError {
+    /// The driver does not show it.
+    #[error("no NVIDIA driver was found, or it shows no {0}")]
+    Absent(DeviceId),
+    /// It failed: what it cannot do, and what its driver says.
+    #[error("{0} {1}")]
+    Failed(DeviceId, String),
+    /// It refused memory.
+    #[error("{device} cannot give {needed} for {what}, {} free: {why}", .free.map_or("an unknown number of bytes are".to_owned(), |free| format!("{free} are")))]
+    Refused {
+        /// The device.
+        device: DeviceId,
+        /// What was asked for.
+        needed: Bytes,
+        /// What was free; `None` where the device does not tell.
+        free: Option<Bytes>,
+        /// What it was for.
+        what: String,
+        /// What its driver says.
+        why: String,
+    },
+    /// It has less free than was planned.
+    #[error("{device} has {free} free, {} less than the {planned} that were planned", *.planned - *.free)]
+    Shortfall {
+        /// The device.
+        device: DeviceId,
+        /// What the plan takes of it.
+        planned: Bytes,
+        /// What is free.
+        free: Bytes,
+    },
+    /// A placement needs devices that are not among those that can be used.
+    #[error("the placement needs {}; what can be used is {}", first_five(devices), usable.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "))]
+    Unusable {
+        /// The devices that it needs.
+        devices: Vec<DeviceId>,
+        /// The devices that can be used.
+        usable: Vec<DeviceId>,
+    },
+}
+
+impl DeviceError {
+    /// The devices that it is about.
+    pub fn devices(&self) -> &[DeviceId] {
+        match self {
+            Self::Absent(device)
+            | Self::Failed(device, _)
+            | Self::Refused { device, .. }
+            | Self::Shortfall { device, .. } => std::slice::from_ref(device),
+            Self::Unusable { devices, .. } => devices,
+        }
     }
 }
 

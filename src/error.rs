@@ -1,12 +1,20 @@
 //! The one error type that leaves a room of the library.
 //!
-//! An [`Error`] says what went wrong and where, carries its causes as a
-//! [`std::error::Error::source`] chain, and its hints: each a command, a flag
-//! or a sentence that helps. Rooms keep typed causes of their own (for example
-//! [`crate::quant::QuantizeError`]) and wrap them.
+//! An [`Error`] says what went wrong and where. Its kind says what a caller can do about it, its
+//! hints what helps. What a program may have to tell apart has a type, which [`Error::cause`] finds:
+//!
+//! | cause | when |
+//! | --- | --- |
+//! | [`DeviceError`](crate::device::DeviceError) | a device failed, lacks memory, or is not there |
+//! | [`DoesNotFit`](crate::plan::DoesNotFit) | a plan does not fit, with what each device lacks |
+//! | [`WeightError`](crate::loader::WeightError) | a weight that cannot be packed, with its place |
+//! | [`TooLong`](crate::generate::TooLong) | a prompt and its answer are longer than the context |
+//! | `hub::Refusal` | the Hub's answer where it did not give what was asked for |
+//! | [`ParseError`] | a text that does not stand for what it should |
+//! | [`std::io::Error`] | what the system said of a file |
 
 use std::error::Error as StdError;
-use std::fmt;
+use std::{fmt, iter};
 
 /// The crate's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -29,6 +37,9 @@ pub enum ErrorKind {
     Usage,
 }
 
+/// A text, or an error with a type.
+type Cause = Box<dyn StdError + Send + Sync>;
+
 /// What went wrong, why, and what helps.
 #[derive(Debug)]
 pub struct Error(Box<Inner>);
@@ -36,39 +47,34 @@ pub struct Error(Box<Inner>);
 #[derive(Debug)]
 struct Inner {
     kind: ErrorKind,
-    what: String,
-    source: Option<Box<dyn StdError + Send + Sync>>,
-    hints: Vec<String>,
+    what: Cause,
+    source: Option<Cause>,
+    hints: Vec<Hint>,
 }
 
 impl Error {
-    fn new(kind: ErrorKind, what: impl Into<String>) -> Self {
+    /// An error of `kind`: a text, or an error with a type.
+    pub fn new(kind: ErrorKind, what: impl Into<Cause>) -> Self {
         Self(Box::new(Inner { kind, what: what.into(), source: None, hints: Vec::new() }))
     }
 
     /// Something read from outside is not as it must be.
-    pub fn input(what: impl Into<String>) -> Self {
+    pub fn input(what: impl Into<Cause>) -> Self {
         Self::new(ErrorKind::Input, what)
     }
 
     /// A device failed.
-    pub fn device(what: impl Into<String>) -> Self {
+    pub fn device(what: impl Into<Cause>) -> Self {
         Self::new(ErrorKind::Device, what)
     }
 
     /// Memory or disk does not suffice.
-    pub fn does_not_fit(what: impl Into<String>) -> Self {
+    pub fn does_not_fit(what: impl Into<Cause>) -> Self {
         Self::new(ErrorKind::DoesNotFit, what)
     }
 
-    /// A device has less free than when the plan was made.
-    pub fn shortfall(what: impl Into<String>) -> Self {
-        let hint = "another process has taken memory; `--on-shortfall replan` plans again with what is left";
-        Self::new(ErrorKind::Shortfall, what).hint(hint)
-    }
-
     /// An option is wrong.
-    pub fn usage(what: impl Into<String>) -> Self {
+    pub fn usage(what: impl Into<Cause>) -> Self {
         Self::new(ErrorKind::Usage, what)
     }
 
@@ -88,14 +94,14 @@ impl Error {
 
     /// Adds the cause.
     #[must_use]
-    pub fn caused_by(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+    pub fn caused_by(mut self, source: impl Into<Cause>) -> Self {
         self.0.source = Some(source.into());
         self
     }
 
-    /// Adds a hint: a command that can be run, a flag, or a fact that helps.
+    /// Adds a hint: what to change, or a fact that helps.
     #[must_use]
-    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+    pub fn hint(mut self, hint: impl Into<Hint>) -> Self {
         self.0.hints.push(hint.into());
         self
     }
@@ -105,21 +111,115 @@ impl Error {
         self.0.kind
     }
 
+    /// The cause of type `T`: what the error itself is, or what it comes from.
+    pub fn cause<T: StdError + 'static>(&self) -> Option<&T> {
+        let behind = || iter::successors(self.source(), |&error| error.source()).find_map(|error| error.downcast_ref());
+        self.0.what.downcast_ref().or_else(behind)
+    }
+
     /// The hints, most useful first.
-    pub fn hints(&self) -> &[String] {
+    pub fn hints(&self) -> &[Hint] {
         &self.0.hints
     }
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0.what)
+        self.0.what.fmt(f)
     }
 }
 
 impl StdError for Error {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        self.0.source.as_deref().map(|source| source as &(dyn StdError + 'static))
+        self.0.source.as_deref().map(|source| source as &(dyn StdError + 'static)).or_else(|| self.0.what.source())
+    }
+}
+
+/// What helps: a sentence, and the settings that it names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hint {
+    /// With `{}` in place of each setting.
+    sentence: String,
+    settings: Vec<Setting>,
+}
+
+/// What a caller can set, or do, that a hint names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Setting {
+    /// To use a device map that was made for another model.
+    AnyModel,
+    /// To place the modules automatically.
+    AutomaticPlacement,
+    /// To put the prompt into the chat template.
+    ChatTemplate,
+    /// The longest context, in tokens.
+    Context(usize),
+    /// A device's description.
+    Device(String),
+    /// The most tokens to generate.
+    MaxNewTokens(usize),
+    /// The directory for weights on the disk.
+    OffloadDirectory,
+    /// To replace a file that is there.
+    Overwrite,
+    /// The scheme of the weights by its name, or any.
+    Quantize(Option<&'static str>),
+    /// To plan again where a device has less free than when the plan was made.
+    Replan,
+    /// To save a checkpoint whose weights are quantized.
+    SaveQuantized,
+    /// To write a plan as a device map.
+    WriteMap,
+}
+
+impl Hint {
+    /// A sentence that has `{}` where it names each of `settings`.
+    pub fn naming(sentence: impl Into<String>, settings: impl IntoIterator<Item = Setting>) -> Self {
+        Self { sentence: sentence.into(), settings: settings.into_iter().collect() }
+    }
+
+    /// What the hint says to set or to do.
+    pub fn settings(&self) -> &[Setting] {
+        &self.settings
+    }
+
+    /// The sentence with every setting as `spell` has it, a flag for example.
+    pub fn spelled(&self, spell: impl Fn(&Setting) -> String) -> String {
+        let fill = |text: String, setting| text.replacen("{}", &spell(setting), 1);
+        self.settings.iter().fold(self.sentence.clone(), fill)
+    }
+}
+
+impl<T: Into<String>> From<T> for Hint {
+    fn from(sentence: T) -> Self {
+        Self::naming(sentence, [])
+    }
+}
+
+impl fmt::Display for Hint {
+    /// With settings in words.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.spelled(ToString::to_string))
+    }
+}
+
+impl fmt::Display for Setting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::AnyModel => "allowing any model",
+            Self::AutomaticPlacement => "automatic placement",
+            Self::ChatTemplate => "the chat template",
+            Self::Context(tokens) => return write!(f, "a context of {tokens} tokens"),
+            Self::Device(description) => return write!(f, "`{description}`"),
+            Self::MaxNewTokens(tokens) => return write!(f, "a limit of {tokens} new tokens"),
+            Self::OffloadDirectory => "the offload directory",
+            Self::Overwrite => "overwriting",
+            Self::Quantize(Some(scheme)) => return write!(f, "the scheme `{scheme}`"),
+            Self::Quantize(None) => "the scheme",
+            Self::Replan => "another try",
+            Self::SaveQuantized => "saving quantized weights",
+            Self::WriteMap => "saving a plan",
+        })
     }
 }
 
@@ -175,6 +275,25 @@ mod tests {
     fn first_five_counts_the_rest() {
         assert_eq!(first_five(["a"]), "`a`");
         assert_eq!(first_five(1..=7), "`1`, `2`, `3`, `4`, `5` and 2 more");
+    }
+
+    #[test]
+    fn a_cause_is_found_by_its_type() {
+        let parse = || ParseError::new("x", "no number");
+        let itself = Error::usage(parse());
+        assert_eq!((itself.to_string(), itself.cause()), ("`x` is no number".to_owned(), Some(&parse())));
+        assert!(itself.source().is_none());
+        let wrapped = Error::input("the file is broken").caused_by(parse());
+        assert_eq!((wrapped.to_string(), wrapped.cause()), ("the file is broken".to_owned(), Some(&parse())));
+        assert!(wrapped.cause::<std::io::Error>().is_none());
+    }
+
+    #[test]
+    fn a_hint_says_in_words_what_to_set() {
+        let hint = Hint::naming("{} makes room", [Setting::Context(9)]);
+        assert_eq!(hint.to_string(), "a context of 9 tokens makes room");
+        assert_eq!(hint.spelled(|_| "`{}`".to_owned()), "`{}` makes room");
+        assert_eq!(Hint::from("a map of `{}`").to_string(), "a map of `{}`");
     }
 
     #[test]

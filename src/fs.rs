@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 use crate::bytes::Bytes;
-use crate::error::{Error, Result, printable};
+use crate::error::{Error, Hint, Result, Setting, printable};
 
 /// Opens a regular file for reading; a pipe, a device or a directory is refused unopened.
 pub fn open_regular(path: &Path) -> Result<File> {
@@ -36,13 +36,11 @@ pub fn is_cached(file: &File, offset: u64) -> bool {
     rustix::io::preadv2(file, buffers, offset, rustix::io::ReadWriteFlags::NOWAIT) != Err(rustix::io::Errno::AGAIN)
 }
 
-/// `file` again, for reads past the page cache: not on this system.
 #[cfg(not(target_os = "linux"))]
 pub fn past_cache(_: &File) -> Option<File> {
     None
 }
 
-/// Whether the page of `file` at `offset` is in the page cache: this system does not tell.
 #[cfg(not(target_os = "linux"))]
 pub fn is_cached(_: &File, _: u64) -> bool {
     true
@@ -113,7 +111,8 @@ pub fn write_atomic(path: &Path, bytes: &[u8], overwrite: bool) -> Result<()> {
     } else {
         file.persist_noclobber(path).map_err(|e| {
             if e.error.kind() == std::io::ErrorKind::AlreadyExists {
-                Error::usage(format!("`{}` is there already", path.display())).hint("`--force` replaces it")
+                Error::usage(format!("`{}` is there already", path.display()))
+                    .hint(Hint::naming("{} replaces it", [Setting::Overwrite]))
             } else {
                 failed(e.error)
             }
@@ -191,13 +190,16 @@ fn reserve(file: &File, len: Bytes) -> std::io::Result<()> {
     }
 }
 
+/// Where large temporary files go, unless told otherwise: on the disk, where `/tmp` is in memory on many systems.
+pub const SCRATCH_DIRECTORY: &str = "/var/tmp";
+
 /// A nameless file of `len` bytes in `directory`, its space reserved; it is
 /// gone when it is closed, however the process ends.
 pub fn scratch_file(directory: &Path, len: Bytes) -> Result<File> {
     let file = tempfile::tempfile_in(directory).map_err(|e| Error::io("make a scratch file in", directory, e))?;
     let failed = |e| {
-        Error::io("reserve space in", directory, e)
-            .hint(format!("{len} is needed there; `--offload-dir` names another place"))
+        let what = format!("{len} is needed there; {{}} names another place");
+        Error::io("reserve space in", directory, e).hint(Hint::naming(what, [Setting::OffloadDirectory]))
     };
     reserve(&file, len).map_err(failed)?;
     Ok(file)

@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use hf_hub::{HFClient, HFClientSync};
 
+pub use explain::Refusal;
 pub use repository::Repository;
 
 use crate::bytes::Bytes;
@@ -128,22 +129,11 @@ pub enum HubEvent {
         files: usize,
     },
     /// How much of the total is there. May fall when a file is begun again.
-    Downloaded {
-        /// All that has arrived so far.
-        bytes: Bytes,
-    },
-    /// Another process is downloading the same files, and is waited for.
-    LockHeld {
-        /// The lock's file.
-        path: PathBuf,
-        /// How long it has been waited for.
-        waited: Duration,
-    },
-    /// The Hub has had too many requests, and is given time. Said every second.
-    RateLimited {
-        /// How long it will still be waited for.
-        left: Duration,
-    },
+    Downloaded(Bytes),
+    /// Another process is downloading the same files, holds the lock of this path, and is waited for.
+    LockHeld(PathBuf),
+    /// The Hub has had too many requests, and is given so much more time. Said every second.
+    RateLimited(Duration),
 }
 
 /// The Hub, or its cache alone.
@@ -180,15 +170,5 @@ impl Hub {
             Some(client.map_err(|e| failed().caused_by(e))?)
         };
         Ok(Self { options, client })
-    }
-
-    /// Opens a repository at a branch, a tag or a commit. The commit is found
-    /// out now, and all files are read from it.
-    ///
-    /// # Errors
-    /// The repository or the revision does not exist or may not be read, or the
-    /// Hub cannot be reached; offline: the revision is not in the cache.
-    pub fn repository(&self, id: &RepoId, revision: &str) -> Result<Repository> {
-        Repository::open(self, id, revision)
     }
 }

@@ -64,28 +64,13 @@ pub struct Member<'a> {
     pub value: Node<'a>,
 }
 
-/// A line and a column in a document, both from 1.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
-    /// Line, from 1.
-    pub line: usize,
-    /// Column in characters, from 1.
-    pub column: usize,
-}
-
-impl fmt::Display for Place {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "line {}, column {}", self.line, self.column)
-    }
-}
-
 impl<'a> Node<'a> {
-    /// Where the value starts.
-    pub fn place(&self) -> Place {
+    /// Where the value starts: the line, and the column in characters, both from 1.
+    pub fn place(&self) -> String {
         let offset = self.raw.as_ptr() as usize - self.document.text.as_ptr() as usize;
         let before = &self.document.text[..offset];
         let start = before.rfind('\n').map_or(0, |newline| newline + 1);
-        Place { line: before.matches('\n').count() + 1, column: before[start..].chars().count() + 1 }
+        format!("line {}, column {}", before.matches('\n').count() + 1, before[start..].chars().count() + 1)
     }
 
     /// An error about this value.
@@ -239,12 +224,12 @@ mod tests {
         let members = document.root().members().unwrap();
         assert_eq!(members.len(), 3);
         assert_eq!(members[0].value.whole().unwrap(), 1);
-        assert_eq!(members[0].key.place(), Place { line: 2, column: 3 });
+        assert_eq!(members[0].key.place(), "line 2, column 3");
         assert_eq!(members[1].name, "é");
         let list = members[1].value.elements().unwrap();
         assert!(list[0].truth().unwrap());
         assert_eq!(list[1].text().unwrap(), "x");
-        assert_eq!(list[1].place(), Place { line: 3, column: 15 });
+        assert_eq!(list[1].place(), "line 3, column 15");
         assert!(members[2].value.is_null());
     }
 

@@ -2,33 +2,15 @@
 //! exact plan, and generates text.
 //!
 //! ```no_run
-//! use std::path::Path;
-//! use std::sync::Arc;
-//! use std::sync::atomic::AtomicBool;
-//!
-//! use evenkeel::checkpoint::Checkpoint;
-//! use evenkeel::generate::GenerateOptions;
-//! use evenkeel::loader::LoadOptions;
-//! use evenkeel::plan::{Inventory, Plan, PlanOptions};
-//! use evenkeel::quant::Scheme;
+//! use evenkeel::{Checkpoint, Inventory, LoadOptions, Plan, PlanOptions, Sampling, Scheme};
 //!
 //! # fn main() -> evenkeel::Result<()> {
-//! // Configuration and headers; no weights are read.
-//! let checkpoint = Checkpoint::open("Llama-3.1-8B")?;
-//! let offload_directory = Path::new("/tmp");
-//! // Or Inventory::described("cuda:0=24GiB,cpu=64GiB").
-//! let inventory = Inventory::this_machine(offload_directory)?;
-//! let options = PlanOptions {
-//!     quantize: Some(Scheme::Int4.into()),
-//!     context: Some(8192),
-//!     ..PlanOptions::default()
-//! };
-//! let plan = Plan::new(&checkpoint, &inventory, &options)?;
-//! let cancel = AtomicBool::new(false);
-//! let load = LoadOptions { offload_directory, cancel: &cancel, pool: Arc::default(), separate_buffers: false };
-//! // Exactly what the plan says.
-//! let mut model = plan.load(&checkpoint, &load, |_event| ())?;
-//! for piece in model.generate("Ownership is", GenerateOptions::default(), &cancel)? {
+//! # let path = "Llama-3.1-8B";
+//! let checkpoint = Checkpoint::open(path)?;                          // config and headers, no weights
+//! let inventory = Inventory::this_machine()?;                        // or Inventory::described("cuda:0=24GiB,cpu=64GiB")
+//! let plan = Plan::new(&checkpoint, &inventory, PlanOptions { quantize: Scheme::Int4.into(), ..Default::default() })?;
+//! let mut model = plan.load(LoadOptions::default(), |_event| ())?;   // the plan knows its checkpoint
+//! for piece in model.generate("Ownership is", Sampling::greedy())? {
 //!     let text = piece?.text;
 //! }
 //! # Ok(())
@@ -40,37 +22,57 @@
 //!
 //! | floor | rooms |
 //! | --- | --- |
-//! | 5 | [`generate`], `hub` |
-//! | 4 | [`backend`], [`loader`] |
-//! | 3 | [`device_map`], [`plan`] |
-//! | 2 | [`quant`], [`architecture`] |
-//! | 1 | [`model_config`], [`tokenizer`], [`checkpoint`] |
-//! | 0 | [`error`], [`bytes`], [`device`], [`mod@module_path`], [`name`], [`json`], [`fs`], [`source`], [`simd`], [`pool`] |
+//! | 5 | `export`, `generate`, `hub` |
+//! | 4 | `backend`, `engine`, `loader` |
+//! | 3 | `device_map`, `plan` |
+//! | 2 | `quant`, `architecture`, `footprint` |
+//! | 1 | `machine`, `model_config`, `tokenizer`, `checkpoint` |
+//! | 0 | `error`, `cancel`, `bytes`, `device`, `module_path`, `name`, `random`, `json`, `fs`, `source`, `simd`, `pool` |
 
 #![warn(clippy::unwrap_used)]
 #![cfg_attr(test, allow(clippy::cast_possible_truncation, clippy::float_cmp, reason = "tests know their numbers"))]
 
-pub mod architecture;
-pub mod backend;
-pub mod bytes;
-pub mod checkpoint;
-pub mod device;
-pub mod device_map;
-pub mod error;
-pub mod fs;
-pub mod generate;
+/// The rooms, which only tests and benches see as such.
+macro_rules! rooms {
+    ($($room:ident)*) => {
+        $(
+            #[cfg(feature = "testing")]
+            pub mod $room;
+            #[cfg(not(feature = "testing"))]
+            #[allow(dead_code, unused_imports, reason = "some of it is for tests and benches")]
+            mod $room;
+        )*
+    };
+}
+
+rooms! {
+    architecture backend bytes cancel checkpoint device device_map engine error export footprint fs generate json
+    loader machine model_config module_path name plan pool quant random simd source tokenizer
+}
 #[cfg(feature = "hub")]
 pub mod hub;
-pub mod json;
-pub mod loader;
-pub mod model_config;
-pub mod module_path;
-pub mod name;
-pub mod plan;
-pub mod pool;
-pub mod quant;
-pub mod simd;
-pub mod source;
-pub mod tokenizer;
 
-pub use error::{Error, ErrorKind, Result};
+pub use backend::cuda::{GpuInfo, Installation};
+pub use bytes::{Bytes, GIB, KIB, MIB};
+pub use cancel::Cancel;
+pub use checkpoint::{Checkpoint, Origin, Source, Tensor};
+pub use device::{DeviceError, DeviceId};
+pub use device_map::{DeviceMap, MaxMemory};
+pub use error::{Error, ErrorKind, Hint, ParseError, Result, Setting};
+pub use export::{DEFAULT_SHARD_SIZE, SaveFormat, SaveOptions, SaveReport, save_quantized};
+pub use footprint::{Allocation, Placed, Purpose};
+pub use fs::{SCRATCH_DIRECTORY, read_capped, write_atomic};
+pub use generate::{
+    ChatTemplate, Comparison, DEFAULT_WINDOW, Divergence, Finish, GenerateOptions, GenerateReport, Generation, Message,
+    Perplexity, Piece, Predictions, Sampling, TooLong, Windows,
+};
+pub use loader::{LoadEvent, LoadOptions, LoadReport, LoadTimes, MeasuredDevice, Model, WeightError};
+pub use machine::{Bandwidth, Device, Inventory};
+pub use model_config::ModelConfig;
+pub use plan::{
+    Change, DEFAULT_CHUNK, DEFAULT_CONTEXT, DEFAULT_RESERVE, DevicePlan, DoesNotFit, KindReport, Outline, Plan,
+    PlanOptions, PlannedModule, Quantize, Remedy, Speed, Strategy,
+};
+pub use pool::Pool;
+pub use quant::{KvDtype, QuantizeError, QuantizeRules, Scheme};
+pub use tokenizer::Tokenizer;

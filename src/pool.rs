@@ -38,7 +38,6 @@ pub struct Pool {
     busy: AtomicBool,
 }
 
-/// The threads beside the caller's.
 struct Workers {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
@@ -73,8 +72,9 @@ struct Shared {
 unsafe impl Sync for Shared {}
 
 impl Default for Pool {
+    /// One thread for each core that this process may use; two threads of a core count as one.
     fn default() -> Self {
-        Self::of_all_cores()
+        Self { isa: Isa::best(), wanted: None, workers: OnceLock::new(), busy: AtomicBool::new(false) }
     }
 }
 
@@ -87,12 +87,7 @@ impl fmt::Debug for Pool {
 impl Pool {
     /// A pool of `threads`, one of which is the caller's; of fewer where the system refuses them.
     pub fn new(threads: NonZeroUsize) -> Self {
-        Self { wanted: Some(threads), ..Self::of_all_cores() }
-    }
-
-    /// A pool of one thread for each core that this process may use; two threads of a core count as one.
-    pub fn of_all_cores() -> Self {
-        Self { isa: Isa::best(), wanted: None, workers: OnceLock::new(), busy: AtomicBool::new(false) }
+        Self { wanted: Some(threads), ..Self::default() }
     }
 
     /// The same threads with other instructions.
@@ -185,46 +180,23 @@ impl Pool {
         });
     }
 
-    /// Runs `task` with `width` columns of `values`, `[tokens][stride]`, the last ones of which
-    /// may be fewer, and their number.
-    pub fn columns(&self, values: &mut [f32], stride: usize, width: usize, task: impl Fn(usize, Columns) + Sync) {
-        self.columns_of(&mut [Table { values, stride }], width, |_, index, columns| task(index, columns));
-    }
-
-    /// Runs `task` with tiles of `width` columns and `height` tokens of a table, those at its ends
-    /// smaller, and their numbers across and down.
-    pub fn tiles(&self, table: Table, width: usize, height: usize, task: impl Fn(usize, usize, Columns) + Sync) {
-        let Table { values, stride } = table;
-        let (tokens, across) = (values.len() / stride, stride.div_ceil(width));
-        let whole = Parts::of(values);
-        self.run(across * tokens.div_ceil(height), |index| {
-            let (column, row) = (index % across, index / across);
-            let (start, first) = (column * width, row * height);
-            let columns = Columns {
-                whole,
-                stride,
-                start,
-                width: width.min(stride - start),
-                tokens: first..tokens.min(first + height),
-            };
-            task(column, row, columns);
+    /// Runs `task` with tiles of `width` columns and `height` tokens of each table, those at the ends smaller,
+    /// and with the number of the table, in one region.
+    pub fn tiles(&self, tables: &mut [Table], width: usize, height: usize, task: impl Fn(usize, Columns) + Sync) {
+        let grids = tables.iter_mut().map(|Table { values, stride }| {
+            let across = stride.div_ceil(width);
+            let tasks = across * (values.len() / *stride).div_ceil(height);
+            (Parts::of(values), *stride, across, tasks)
         });
-    }
-
-    /// As [`Pool::columns`], over several tables in one region; `task` is given the number of the table first.
-    pub fn columns_of(&self, tables: &mut [Table], width: usize, task: impl Fn(usize, usize, Columns) + Sync) {
-        let wholes: Vec<_> = tables.iter_mut().map(|table| (Parts::of(table.values), table.stride)).collect();
-        let tasks = wholes.iter().map(|(_, stride)| stride.div_ceil(width)).sum();
-        self.run(tasks, |mut index| {
-            for (at, &(whole, stride)) in wholes.iter().enumerate() {
-                let here = stride.div_ceil(width);
-                if index < here {
-                    let start = index * width;
-                    let tokens = 0..whole.len / stride;
-                    let columns = Columns { whole, stride, start, width: width.min(stride - start), tokens };
-                    return task(at, index, columns);
+        let grids: Vec<_> = grids.collect();
+        self.run(grids.iter().map(|grid| grid.3).sum(), |mut index| {
+            for (table, &(whole, stride, across, tasks)) in grids.iter().enumerate() {
+                if index < tasks {
+                    let (start, first) = (index % across * width, index / across * height);
+                    let tokens = first..(whole.len / stride).min(first.saturating_add(height));
+                    return task(table, Columns { whole, stride, start, width: width.min(stride - start), tokens });
                 }
-                index -= here;
+                index -= tasks;
             }
         });
     }
@@ -327,8 +299,8 @@ fn wait(limit: Option<Duration>, is_over: impl Fn() -> bool) -> bool {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Nothing panics while it holds one of these.
+/// The lock, though a thread that had it may have panicked: what it holds is whole all the same, or scratch.
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -547,7 +519,8 @@ mod tests {
         let mut values = strides.map(|stride| vec![0.0; tokens * stride]);
         let mut tables: Vec<_> =
             values.iter_mut().zip(strides).map(|(values, stride)| Table { values, stride }).collect();
-        pool(3).columns_of(&mut tables, width, |table, index, mut columns| {
+        pool(3).tiles(&mut tables, width, usize::MAX, |table, mut columns| {
+            let index = columns.start() / width;
             assert_eq!((columns.start(), columns.row(0).len()), (index * width, columns.width()));
             for token in 0..tokens {
                 columns.row(token).fill((100 * table + 10 * token + index) as f32);
@@ -559,7 +532,11 @@ mod tests {
             }
         }
         let mut values = [0.0; 6];
-        pool(2).columns(&mut values, 3, 2, |index, mut columns| columns.row(1).fill(index as f32 + 1.0));
+        let table = Table { values: &mut values, stride: 3 };
+        pool(2).tiles(&mut [table], 2, 2, |_, mut columns| {
+            let number = columns.start() / 2 + 1;
+            columns.row(1).fill(number as f32);
+        });
         assert_eq!(values, [0.0, 0.0, 0.0, 1.0, 1.0, 2.0]);
     }
 
@@ -567,7 +544,8 @@ mod tests {
     fn tiles_cover_a_table_once() {
         let (tokens, stride, width, height) = (5, 7, 3, 2);
         let mut values = vec![0.0; tokens * stride];
-        pool(3).tiles(Table { values: &mut values, stride }, width, height, |across, down, mut tile| {
+        pool(3).tiles(&mut [Table { values: &mut values, stride }], width, height, |_, mut tile| {
+            let (across, down) = (tile.start() / width, tile.tokens().start / height);
             for token in tile.tokens() {
                 tile.row(token).iter_mut().for_each(|value| *value += (10 * down + across + 1) as f32);
             }
@@ -580,6 +558,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "is beyond")]
     fn a_row_that_is_not_there() {
-        pool(1).columns(&mut [0.0; 6], 3, 3, |_, mut columns| columns.row(2).fill(1.0));
+        let table = Table { values: &mut [0.0; 6], stride: 3 };
+        pool(1).tiles(&mut [table], 3, 2, |_, mut columns| columns.row(2).fill(1.0));
     }
 }

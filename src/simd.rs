@@ -33,16 +33,23 @@ impl Isa {
 
     /// All that the processor has, the widest last.
     pub fn available() -> impl Iterator<Item = Self> {
-        let levels = [
-            Level::Portable,
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx2,
-            #[cfg(target_arch = "x86_64")]
-            Level::AvxVnni,
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx512,
-        ];
-        levels.into_iter().filter(|level| level.is_available()).map(Self)
+        #[cfg(not(target_arch = "x86_64"))]
+        let levels = [(Level::Portable, true)];
+        #[cfg(target_arch = "x86_64")]
+        let levels = {
+            macro_rules! has {
+                ($($feature:tt)*) => { $(is_x86_feature_detected!($feature))&&* };
+            }
+            let avx2 = has!("avx2" "fma" "f16c");
+            let avx512 = has!("avx512f" "avx512bw" "avx512dq" "avx512vl" "avx512vnni");
+            [
+                (Level::Portable, true),
+                (Level::Avx2, avx2),
+                (Level::AvxVnni, avx2 && has!("avxvnni")),
+                (Level::Avx512, avx2 && avx512),
+            ]
+        };
+        levels.into_iter().filter_map(|(level, is_there)| is_there.then_some(Self(level)))
     }
 
     /// Which kind it is.
@@ -51,39 +58,16 @@ impl Isa {
     }
 }
 
-impl Level {
-    fn is_available(self) -> bool {
-        #[cfg(target_arch = "x86_64")]
-        let avx2 =
-            || is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
-        match self {
-            Self::Portable => true,
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => avx2(),
-            #[cfg(target_arch = "x86_64")]
-            Self::AvxVnni => avx2() && is_x86_feature_detected!("avxvnni"),
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => {
-                avx2()
-                    && is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512dq")
-                    && is_x86_feature_detected!("avx512vl")
-                    && is_x86_feature_detected!("avx512vnni")
-            }
-        }
-    }
-}
-
-/// A function of the same body for every kind of vector instructions: the caller's [`Isa`], which
-/// becomes its first argument, says which is run. What the body calls is only compiled likewise if
+/// Functions of the same body for every kind of vector instructions: the caller's [`Isa`], which
+/// becomes the first argument, says which is run. What the body calls is only compiled likewise if
 /// it is inlined, so mark it `#[inline(always)]`. All kinds give the same bits: the compiler does
 /// not fuse or reorder floating-point operations.
 macro_rules! vectorized {
-    ($(#[$attribute:meta])* $visibility:vis fn $name:ident$(<$($generic:ident: $bound:path),+>)?
-        ($($argument:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block) => {
+    ($($(#[$attribute:meta])* $visibility:vis fn $name:ident$(<$($generic:ident: $bound:path),+>)?
+        ($($argument:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block)+) => { $(
         $(#[$attribute])*
         #[allow(clippy::too_many_arguments, reason = "one of them is the processor")]
+        #[allow(unsafe_code, reason = "the compiler cannot know the processor")]
         $visibility fn $name$(<$($generic: $bound),+>)?(isa: $crate::simd::Isa, $($argument: $type),*) $(-> $result)? {
             #[inline(always)]
             fn body$(<$($generic: $bound),+>)?($($argument: $type),*) $(-> $result)? $body
@@ -102,21 +86,17 @@ macro_rules! vectorized {
 
             match isa.level() {
                 $crate::simd::Level::Portable => body$(::<$($generic),+>)?($($argument),*),
+                // SAFETY: an `Isa` of this level is only made where the processor has these instructions.
                 #[cfg(target_arch = "x86_64")]
-                $crate::simd::Level::Avx2 | $crate::simd::Level::AvxVnni => {
-                    // SAFETY: an `Isa` of this level is only made where the processor has these instructions.
-                    #[expect(unsafe_code, reason = "the compiler cannot know the processor")]
-                    unsafe { avx2$(::<$($generic),+>)?($($argument),*) }
-                }
+                $crate::simd::Level::Avx2 | $crate::simd::Level::AvxVnni => unsafe {
+                    avx2$(::<$($generic),+>)?($($argument),*)
+                },
+                // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
-                $crate::simd::Level::Avx512 => {
-                    // SAFETY: an `Isa` of this level is only made where the processor has these instructions.
-                    #[expect(unsafe_code, reason = "the compiler cannot know the processor")]
-                    unsafe { avx512$(::<$($generic),+>)?($($argument),*) }
-                }
+                $crate::simd::Level::Avx512 => unsafe { avx512$(::<$($generic),+>)?($($argument),*) },
             }
         }
-    };
+    )+ };
 }
 pub(crate) use vectorized;
 

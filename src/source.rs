@@ -4,6 +4,8 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use crate::bytes::Bytes;
 use crate::error::{Error, Result};
 use crate::fs;
@@ -12,7 +14,7 @@ use crate::fs;
 /// checkpoint itself, so every implementation confines them to the checkpoint.
 pub trait Source: Send + Sync {
     /// Whether the checkpoint has this file.
-    fn has(&self, file: &str) -> Result<bool>;
+    fn has(&self, file: &str) -> bool;
 
     /// A whole file of at most `cap` bytes.
     fn read(&self, file: &str, cap: Bytes) -> Result<Vec<u8>>;
@@ -28,6 +30,27 @@ pub trait Source: Send + Sync {
 
     /// The local directory that holds the files, if one does.
     fn directory(&self) -> Option<&Path>;
+
+    /// Where they can be found again.
+    fn origin(&self) -> Origin;
+}
+
+/// Where a checkpoint can be found again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Origin {
+    /// A local directory.
+    Directory {
+        /// Its path, from the root.
+        path: PathBuf,
+    },
+    /// A repository on the Hub.
+    Repository {
+        /// Its id, as `ORG/NAME`.
+        repository: String,
+        /// The commit.
+        commit: String,
+    },
 }
 
 /// A checkpoint in a local directory.
@@ -57,8 +80,8 @@ impl LocalDirectory {
 }
 
 impl Source for LocalDirectory {
-    fn has(&self, file: &str) -> Result<bool> {
-        Ok(std::fs::symlink_metadata(self.0.join(file)).is_ok())
+    fn has(&self, file: &str) -> bool {
+        std::fs::symlink_metadata(self.0.join(file)).is_ok()
     }
 
     fn read(&self, file: &str, cap: Bytes) -> Result<Vec<u8>> {
@@ -83,5 +106,9 @@ impl Source for LocalDirectory {
 
     fn directory(&self) -> Option<&Path> {
         Some(&self.0)
+    }
+
+    fn origin(&self) -> Origin {
+        Origin::Directory { path: std::path::absolute(&self.0).unwrap_or_else(|_| self.0.clone()) }
     }
 }

@@ -45,6 +45,22 @@ fn generate_unquantized_is_what_transformers_prints() {
 }
 
 #[test]
+fn generate_takes_the_state_of_one_sequence_whatever_the_map_was_made_for() {
+    let directory = tempfile::tempdir().unwrap();
+    let taken = |batch: &str| {
+        let map = directory.path().join(format!("{batch}.json"));
+        let map = map.to_str().unwrap();
+        let written = run(&["plan", FERRIS, "--batch", batch, "--device", "cpu=64GiB", "--output", map]);
+        assert!(written.status.success(), "{}", stderr(&written));
+        assert!(fs::read_to_string(map).unwrap().contains(&format!("\"batch\": {batch}")));
+        let output = generate(&["--device-map", map, "--prompt", "fn", "--max-new-tokens", "1", "--stats"]);
+        assert!(output.status.success(), "{}", stderr(&output));
+        stderr(&output).lines().find(|line| line.starts_with("cpu")).unwrap().to_owned()
+    };
+    assert_eq!(taken("64"), taken("1"));
+}
+
+#[test]
 fn generate_takes_its_prompt_from_anywhere() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("prompt.txt");
@@ -108,7 +124,7 @@ fn generate_through_the_chat_template() {
 fn generate_ends_before_a_stop_text() {
     let base = ["--prompt", "Ownership is", "--max-new-tokens", "20"];
     let whole = stdout(&generate(&base));
-    let (before, _) = whole.split_once("Send").unwrap_or((&whole, ""));
+    let (before, _) = whole.split_once("Send").expect(&whole);
     let stopped = stdout(&generate(&[&base[..], &["--stop", "nowhere", "--stop", "Send"]].concat()));
     assert_eq!(stopped, before);
 }
@@ -216,6 +232,7 @@ fn a_budget_for_host_memory_spills_to_the_disk_and_changes_no_token() {
     let tokens = |text: &str| {
         text.lines().filter(|line| line.contains(r#""event":"token""#)).map(str::to_owned).collect::<Vec<_>>()
     };
+    assert_eq!(tokens(&whole).len(), 10, "{whole}");
     assert_eq!(tokens(&whole), tokens(&spilled));
     let done: serde_json::Value = serde_json::from_str(spilled.lines().last().unwrap()).unwrap();
     let disk = &done["loaded"]["devices"][1];
@@ -260,7 +277,9 @@ fn a_map_is_written_checked_and_loaded() {
     let tokens = |arguments: &[&str]| {
         stdout(&generate(&[&["--prompt", "A trait object", "--max-new-tokens", "20"], arguments].concat()))
     };
-    assert_eq!(tokens(&["--device-map", map]), tokens(&["--quantize", "int4"]));
+    let by_map = tokens(&["--device-map", map]);
+    assert!(!by_map.is_empty());
+    assert_eq!(by_map, tokens(&["--quantize", "int4"]));
 }
 
 #[test]

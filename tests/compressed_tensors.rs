@@ -6,23 +6,28 @@ mod support;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
-use evenkeel::ErrorKind;
 use evenkeel::architecture::ModuleTree;
 use evenkeel::bytes::Bytes;
 use evenkeel::checkpoint::Checkpoint;
-use evenkeel::loader::{DEFAULT_SHARD_SIZE, SaveFormat, SaveOptions, save_quantized};
+use evenkeel::export::{DEFAULT_SHARD_SIZE, SaveFormat, SaveOptions, save_quantized};
 use evenkeel::pool::Pool;
 use evenkeel::quant::{Scheme, Storage, WeightDtype, squared_error};
+use evenkeel::{Cancel, ErrorKind};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 use support::fixture;
 
 fn save(name: &str, scheme: Scheme, shard_size: Bytes, output: &Path) -> evenkeel::Result<()> {
     let format = SaveFormat::CompressedTensors;
-    let options =
-        SaveOptions { scheme, format, output, shard_size, pool: Arc::default(), cancel: &AtomicBool::new(false) };
+    let options = SaveOptions {
+        scheme,
+        format,
+        output: output.to_owned(),
+        shard_size,
+        pool: Arc::default(),
+        cancel: Cancel::new(),
+    };
     save_quantized(&Checkpoint::open(fixture(name)).unwrap(), &options, |_| ()).map(|_| ())
 }
 

@@ -9,8 +9,8 @@ use std::path::Path;
 use evenkeel::architecture::{ModuleTree, Parameter, Part};
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device_map::DeviceMap;
+use evenkeel::footprint::{CpuBuffers, CudaBuffers, Extent};
 use evenkeel::model_config::{self, FAMILIES, ModelConfig};
-use evenkeel::plan::memory::WorkspaceLayout;
 use evenkeel::plan::{Plan, PlanOptions};
 use evenkeel::quant::{ALIGNMENT, KvDtype, Scheme};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
@@ -55,7 +55,7 @@ fn published_models_take_the_bytes_of_their_tensors() {
         let directory = tempfile::tempdir().unwrap();
         shapes::write(directory.path(), &model.config, 8);
         let checkpoint = Checkpoint::open(directory.path()).unwrap();
-        let plan = Plan::new(&checkpoint, &roomy(), &PlanOptions::default()).unwrap();
+        let plan = Plan::new(&checkpoint, &roomy(), PlanOptions::default()).unwrap();
         assert_eq!(plan.parameters, model.parameters, "{}", model.name);
         let tensors: u64 = checkpoint.catalog.values().map(|tensor| tensor.size().0).sum();
         assert_eq!(tensors, 2 * model.parameters, "{}", model.name);
@@ -81,7 +81,7 @@ fn measured_bytes_are_the_planned_ones_in_every_family() {
                     ..PlanOptions::default()
                 };
                 let plan = Plan::new(&checkpoint, &roomy(), &options).unwrap();
-                let model = load_plan(&plan, &checkpoint).unwrap();
+                let model = load_plan(&plan).unwrap();
                 for device in &model.report.devices {
                     assert_eq!(device.planned, device.measured, "{name} {scheme} {map}: {}", device.id);
                 }
@@ -97,7 +97,7 @@ fn maps_use_the_names_of_their_family() {
         let device_map = Some(DeviceMap::parse("map.json", map.into()).unwrap());
         let quantize = Some(Scheme::Int4.into());
         let plan = Plan::new(&checkpoint, &roomy(), &PlanOptions { device_map, quantize, ..PlanOptions::default() });
-        plan.map(|plan| plan.device_map(&checkpoint)).map_err(|error| format!("{error} {:?}", error.hints()))
+        plan.map(|plan| plan.device_map()).map_err(|error| format!("{error} {:?}", error.hints()))
     };
     let gpt2 = r#"{"transformer.wte": "cpu", "transformer.wpe": "cpu", "transformer.drop": "cpu",
         "transformer.h.0": "cpu", "transformer.h.1": "cpu", "transformer.h.2": "disk", "transformer.ln_f": "disk",
@@ -159,7 +159,7 @@ fn names_without_the_base_model_and_tensors_that_nobody_reads() {
         let checkpoint = Checkpoint::open(directory.path()).unwrap();
         let options = PlanOptions { kv_cache: Some(KvDtype::F32), ..PlanOptions::default() };
         let plan = Plan::new(&checkpoint, &roomy(), &options).unwrap();
-        let mut model = load_plan(&plan, &checkpoint).unwrap();
+        let mut model = load_plan(&plan).unwrap();
         let expected = expected(name);
         let (tokens, wanted): (Vec<u32>, Vec<f32>) =
             (numbers(&expected["input_ids"]), numbers(&expected["prompt_logits_last"]));
@@ -170,7 +170,7 @@ fn names_without_the_base_model_and_tensors_that_nobody_reads() {
     }
     let directory = rewritten("parity/gpt2", bare("transformer."), &[("h.0.crossattention.bias", &[4])]);
     let checkpoint = Checkpoint::open(directory.path()).unwrap();
-    let error = Plan::new(&checkpoint, &roomy(), &PlanOptions::default()).unwrap_err().to_string();
+    let error = Plan::new(&checkpoint, &roomy(), PlanOptions::default()).unwrap_err().to_string();
     assert!(error.contains("the model has no place for"), "{error}");
 }
 
@@ -257,7 +257,9 @@ fn no_value_of_a_configuration_is_too_odd_to_be_read_or_refused() {
                     Ok(config) => {
                         let tree = ModuleTree::new(&config);
                         assert!(tree.parameters().all(|(_, parameter)| !parameter.shape().is_empty()));
-                        let _ = WorkspaceLayout::new(&config, 512).bytes();
+                        let extent = Extent { context: 512, chunk: 512, sequences: 3 };
+                        assert_eq!(CpuBuffers::sizes(&config, extent).each().count(), 13);
+                        assert_eq!(CudaBuffers::sizes(&config, extent).each().count(), 21);
                         config.ropes.iter().for_each(|rope| assert_eq!(rope.frequencies(9).len(), rope.rotary_dim / 2));
                         read += 1;
                     }

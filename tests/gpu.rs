@@ -40,7 +40,7 @@ fn steps_of_one_token_give_what_a_chunk_does() {
     let tokens: Vec<u32> = (0..270).map(|at| at * 7 % 50).collect();
     for scheme in Scheme::ALL {
         let plan = plan(&checkpoint, scheme, &map(&checkpoint, &["cuda:0"]), Some(tokens.len()));
-        let mut model = load(&plan, &checkpoint, false).unwrap();
+        let mut model = load(&plan, false).unwrap();
         let chunk = logits(&mut model, &tokens);
         model.limit_prefill_chunk(1);
         assert_all_near(scheme.name(), &logits(&mut model, &tokens), &chunk, false);

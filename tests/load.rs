@@ -4,15 +4,15 @@ mod support;
 
 use std::fs;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use evenkeel::checkpoint::Checkpoint;
-use evenkeel::loader::{LoadEvent, LoadOptions};
-use evenkeel::plan::{Plan, PlanOptions};
+use evenkeel::error::Setting;
+use evenkeel::generate::{GenerateOptions, TooLong};
+use evenkeel::loader::{LoadEvent, LoadOptions, WeightError};
+use evenkeel::machine::Inventory;
+use evenkeel::plan::{DoesNotFit, Plan, PlanOptions};
 use evenkeel::quant::Scheme;
-use evenkeel::{Error, ErrorKind};
+use evenkeel::{Cancel, Error, ErrorKind};
 use support::{fixture, load_plan, roomy};
 
 /// A copy of a small checkpoint that a test may change.
@@ -32,7 +32,7 @@ fn plan(checkpoint: &Checkpoint, scheme: Scheme) -> Plan {
 }
 
 fn refused(checkpoint: &Checkpoint, scheme: Scheme) -> Error {
-    load_plan(&plan(checkpoint, scheme), checkpoint).err().unwrap()
+    load_plan(&plan(checkpoint, scheme)).err().unwrap()
 }
 
 #[test]
@@ -50,10 +50,30 @@ fn a_weight_that_is_not_finite_is_named() {
             let error = refused(&checkpoint, scheme);
             assert_eq!(error.to_string(), format!("tensor `{TENSOR}` has {shown} at row 3, column 5"));
             assert_eq!(error.kind(), ErrorKind::Input);
-            assert_eq!(error.hints(), ["`--quantize none` loads the weights as they are"]);
+            let cause = error.cause::<WeightError>().unwrap();
+            assert!(matches!(cause, WeightError::NotFinite { tensor, row: 3, col: 5, .. } if tensor == TENSOR));
+            assert_eq!(error.hints()[0].settings(), [Setting::Quantize(Some("none"))]);
+            assert_eq!(error.hints()[0].to_string(), "the scheme `none` loads the weights as they are");
         }
-        assert!(load_plan(&plan(&checkpoint, Scheme::None), &checkpoint).is_ok());
+        assert!(load_plan(&plan(&checkpoint, Scheme::None)).is_ok());
     }
+}
+
+#[test]
+fn what_does_not_fit_and_what_is_too_long_say_so_in_numbers() {
+    let (_directory, checkpoint) = copy();
+    let small = Plan::new(&checkpoint, &Inventory::described("cpu=513MiB").unwrap(), PlanOptions::default()).unwrap();
+    let error = load_plan(&small).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::DoesNotFit);
+    assert_eq!(error.cause::<DoesNotFit>().unwrap().devices, small.devices);
+
+    let options = PlanOptions { context: Some(8), ..PlanOptions::default() };
+    let plan = Plan::new(&checkpoint, &roomy(), &options).unwrap();
+    let options = GenerateOptions { max_new_tokens: Some(7), ..GenerateOptions::default() };
+    let mut model = load_plan(&plan).unwrap();
+    let error = model.generate_from(&[1, 2], options).err().unwrap();
+    assert_eq!(error.cause(), Some(&TooLong { context: 8, prompt: 2, wanted: 7 }));
+    assert_eq!(error.hints()[0].settings(), [Setting::Context(9)]);
 }
 
 #[test]
@@ -74,18 +94,15 @@ fn a_shard_that_changed_since_its_header_was_read_is_refused() {
 #[test]
 fn a_load_can_be_stopped() {
     let (_directory, checkpoint) = copy();
-    let cancel = AtomicBool::new(false);
-    let options = LoadOptions {
-        offload_directory: Path::new(env!("CARGO_TARGET_TMPDIR")),
-        cancel: &cancel,
-        pool: Arc::default(),
-        separate_buffers: false,
-    };
+    let cancel = Cancel::new();
+    let options = LoadOptions { cancel: cancel.clone(), ..LoadOptions::default() };
     let mut placed = 0;
-    let result = plan(&checkpoint, Scheme::Int8).load(&checkpoint, &options, |event| {
+    let result = plan(&checkpoint, Scheme::Int8).load(&options, |event| {
         if let LoadEvent::Placed { .. } = event {
             placed += 1;
-            cancel.store(placed == 3, Ordering::Relaxed);
+            if placed == 3 {
+                cancel.cancel();
+            }
         }
     });
     assert_eq!(result.err().unwrap().kind(), ErrorKind::Interrupted);
@@ -98,10 +115,10 @@ fn a_checkpoint_without_a_tokenizer_is_refused_before_its_weights_are_read() {
     let plan = plan(&checkpoint, Scheme::None);
     fs::remove_file(directory.path().join(&checkpoint.shards[0])).unwrap();
     fs::write(directory.path().join("tokenizer.json"), "{}").unwrap();
-    let error = load_plan(&plan, &checkpoint).err().unwrap();
+    let error = load_plan(&plan).err().unwrap();
     assert!(error.to_string().ends_with("tokenizer.json` is no tokenizer that can be read"), "{error}");
     fs::remove_file(directory.path().join("tokenizer.json")).unwrap();
-    let error = load_plan(&plan, &checkpoint).err().unwrap();
+    let error = load_plan(&plan).err().unwrap();
     assert!(error.to_string().contains("tokenizer.json"), "{error}");
 }
 
@@ -111,12 +128,7 @@ fn an_offload_directory_that_cannot_be_used_is_an_error() {
     let map = evenkeel::device_map::DeviceMap::parse("map.json", br#"{"": "disk"}"#.to_vec()).unwrap();
     let options = PlanOptions { device_map: Some(map), ..PlanOptions::default() };
     let plan = Plan::new(&checkpoint, &roomy(), &options).unwrap();
-    let options = LoadOptions {
-        offload_directory: Path::new("/nowhere"),
-        cancel: &AtomicBool::new(false),
-        pool: Arc::default(),
-        separate_buffers: false,
-    };
-    let error = plan.load(&checkpoint, &options, |_| ()).err().unwrap();
+    let options = LoadOptions { offload_directory: "/nowhere".into(), ..LoadOptions::default() };
+    let error = plan.load(&options, |_| ()).err().unwrap();
     assert_eq!(error.to_string(), "cannot make a scratch file in `/nowhere`");
 }

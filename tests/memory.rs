@@ -27,7 +27,7 @@ fn measured_bytes_are_the_planned_ones() {
                     ..PlanOptions::default()
                 };
                 let plan = Plan::new(&checkpoint, &roomy(), &options).unwrap();
-                let model = load_plan(&plan, &checkpoint).unwrap();
+                let model = load_plan(&plan).unwrap();
                 for device in &model.report.devices {
                     assert_eq!(device.planned, device.measured, "{name} {scheme} {map}: {}", device.id);
                 }
@@ -47,6 +47,6 @@ fn a_plan_that_does_not_fit_is_not_loaded() {
     };
     let plan = Plan::new(&checkpoint, &roomy(), &options).unwrap();
     assert!(!plan.fits());
-    let error = load_plan(&plan, &checkpoint).err().unwrap();
+    let error = load_plan(&plan).err().unwrap();
     assert_eq!(error.kind(), evenkeel::ErrorKind::DoesNotFit);
 }

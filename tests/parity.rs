@@ -3,8 +3,6 @@
 
 mod support;
 
-use std::sync::atomic::AtomicBool;
-
 use evenkeel::architecture::{ModuleKind, ModuleTree};
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::generate::GenerateOptions;
@@ -50,8 +48,7 @@ impl Case {
 
 fn greedy(model: &mut Model, prompt: &[u32], count: usize) -> Vec<u32> {
     let options = GenerateOptions { max_new_tokens: Some(count), ignore_eos: true, ..GenerateOptions::default() };
-    let cancel = AtomicBool::new(false);
-    let generation = model.generate_from(prompt, options, &cancel).unwrap();
+    let generation = model.generate_from(prompt, options).unwrap();
     generation.filter_map(|piece| piece.unwrap().token).collect()
 }
 
@@ -161,7 +158,7 @@ fn experts_in_int8_are_near_the_unquantized_ones() {
             ..PlanOptions::default()
         };
         let plan = Plan::new(&checkpoint, &roomy(), &options).unwrap();
-        let int8 = logits(&mut load_plan(&plan, &checkpoint).unwrap(), &tokens);
+        let int8 = logits(&mut load_plan(&plan).unwrap(), &tokens);
         let largest = exact.iter().zip(&int8).map(|(exact, int8)| distance(exact, int8)).fold(0.0, f32::max);
         println!("{name}: logits with int8 experts are at most {largest:.4} of their length away");
         assert!(largest > 0.0 && largest <= 0.02, "{name}: {largest}");

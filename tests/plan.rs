@@ -263,7 +263,9 @@ fn the_fastest_placement_is_predicted_to_be() {
     let outlines = plan["placements"].as_array().unwrap();
     let speed = |outline: &Value| outline["speed"]["at_last"].as_f64().unwrap();
     assert_eq!((&outlines[0]["placement"], outlines.len()), (&Value::from("fastest"), 7));
-    for outline in outlines.iter().filter(|outline| outline["fits"] == true) {
+    let fitting: Vec<_> = outlines.iter().filter(|outline| outline["fits"] == true).collect();
+    assert!(fitting.len() > 2, "{outlines:?}");
+    for outline in fitting {
         assert!(speed(outline) <= speed(&outlines[0]) * 1.000_001, "{outline}");
     }
 }
@@ -276,7 +278,8 @@ fn a_token_that_goes_back_and_forth_is_noticed() {
     let arguments = ["plan", "tests/fixtures/ferris-7m", "--device", "cuda:0=4GiB", "--device", "cuda:1=4GiB"];
     let text = stdout(&run(&[&arguments[..], &["--device-map", map.to_str().unwrap()]].concat()));
     assert!(text.contains("a token changes its device 4 times on its way"), "{text}");
-    assert!(!stdout(&run(&arguments)).contains("a token changes"));
+    let straight = run(&arguments);
+    assert!(straight.status.success() && !stdout(&straight).contains("a token changes"), "{}", stderr(&straight));
 }
 
 #[test]
@@ -288,7 +291,7 @@ fn bars_are_drawn_on_request_and_names_are_escaped() {
     let arguments = ["plan", model.to_str().unwrap(), "--quantize", "int4", "--device", "cuda:0=8GiB"];
     let plain = stdout(&run(&arguments));
     let colored = stdout(&run(&[&arguments[..], &["--color", "always"]].concat()));
-    assert!(!plain.contains('█') && colored.contains("\x1b[34m███"), "{colored}");
+    assert!(plain.contains("cuda:0") && !plain.contains('█') && colored.contains("\x1b[34m███"), "{colored}");
     for format in ["svg", "html"] {
         let picture = stdout(&run(&[&arguments[..], &["--format", format]].concat()));
         assert!(picture.contains("&lt;b&gt;&amp;&quot;x") && !picture.contains("<b>"), "{picture}");

@@ -6,8 +6,8 @@ mod support;
 mod weights;
 
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
 
+use evenkeel::Cancel;
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::generate::{Comparison, Perplexity, Predictions, Windows};
 use evenkeel::plan::{Plan, PlanOptions, Quantize};
@@ -49,12 +49,12 @@ fn measure(part: impl Fn(Vec<u32>) -> Vec<u32>) -> Vec<(Scheme, Perplexity)> {
     let measured = Scheme::ALL.map(|scheme| {
         let options = PlanOptions { quantize: Some(Quantize::Rules(rules(scheme))), ..PlanOptions::default() };
         let plan = Plan::new(&checkpoint, &roomy(), &options).unwrap();
-        let mut model = load_plan(&plan, &checkpoint).unwrap();
+        let mut model = load_plan(&plan).unwrap();
         let comparison = match scheme {
             Scheme::None => Comparison::Keep(&mut predictions),
             _ => Comparison::Against(&mut predictions),
         };
-        let measured = model.perplexity(&tokens, windows, comparison, &AtomicBool::new(false), |_| ()).unwrap();
+        let measured = model.perplexity(&tokens, windows, comparison, &Cancel::new(), |_| ()).unwrap();
         println!("{scheme}: {measured:?}");
         (scheme, measured)
     });

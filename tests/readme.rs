@@ -75,7 +75,9 @@ fn exit_codes_and_variables_of_the_readme_are_those_of_the_help() {
         assert!(readme().contains(&format!("| {number} | {meaning}")), "{code}");
     }
     let variables = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/cli/env.rs")).unwrap();
-    for row in variables.lines().filter_map(|line| line.strip_prefix("//! | `")) {
+    let rows: Vec<_> = variables.lines().filter_map(|line| line.strip_prefix("//! | `")).collect();
+    assert!(rows.len() > 5, "{rows:?}");
+    for row in rows {
         for name in row.split('|').next().unwrap().split(", ") {
             let name = name.trim().trim_matches('`');
             assert!(readme().contains(&format!("`{name}`")), "{name}");

@@ -23,8 +23,9 @@ pub struct Shape {
     pub heads: usize,
     pub kv_heads: usize,
     pub vocabulary: usize,
-    /// Tokens of the prompt whose time is taken.
+    /// Tokens of the prompt whose time is taken, and how many are generated behind it.
     pub prompt: usize,
+    pub new: usize,
 }
 
 /// Llama-3-8B, 16 GB; a billion weights, 2.2 GB; one that runs anywhere.
@@ -38,6 +39,7 @@ pub const SHAPES: [Shape; 3] = [
         kv_heads: 8,
         vocabulary: 128_256,
         prompt: 4096,
+        new: 128,
     },
     Shape {
         name: "1b",
@@ -48,6 +50,7 @@ pub const SHAPES: [Shape; 3] = [
         kv_heads: 8,
         vocabulary: 32_000,
         prompt: 512,
+        new: 64,
     },
     Shape {
         name: "tiny",
@@ -58,6 +61,7 @@ pub const SHAPES: [Shape; 3] = [
         kv_heads: 2,
         vocabulary: 1000,
         prompt: 64,
+        new: 8,
     },
 ];
 

@@ -1,4 +1,4 @@
-//! How a token is chosen, and the random numbers for it.
+//! How a token is chosen.
 
 /// How a device chooses a token among the logits. Where the largest is not taken, tokens are drawn
 /// by their probabilities, of those that all bounds leave.
@@ -35,40 +35,5 @@ impl Choice {
         #[expect(clippy::float_cmp, reason = "exactly 1 does nothing")]
         let is_one = self.penalty == 1.0;
         !is_one
-    }
-}
-
-/// Random numbers, the same for the same seed: SplitMix64.
-#[derive(Clone, Debug)]
-pub struct Draws(u64);
-
-impl Draws {
-    /// The numbers of a seed.
-    pub fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    /// The next one: each u32 is as likely as any other.
-    pub fn draw(&mut self) -> u32 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((mixed ^ (mixed >> 31)) >> 32) as u32
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn draws_are_those_of_splitmix64() {
-        // The reference implementation's first outputs for the seed 1234567, without their lower halves.
-        let mut draws = Draws::new(1_234_567);
-        let expected = [6_457_827_717_110_365_317u64, 3_203_168_211_198_807_973, 9_817_491_932_198_370_423];
-        for number in expected {
-            assert_eq!(u64::from(draws.draw()), number >> 32);
-        }
     }
 }

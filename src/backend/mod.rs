@@ -1,17 +1,32 @@
-//! Stages: runs of modules on one device, and the pipeline that a token goes through.
+//! Stages: runs of modules on one device, and the pipeline that tokens go through.
 
+pub mod block;
 mod choice;
+mod chooser;
 pub mod cpu;
 pub mod cuda;
 mod hidden;
-mod machine;
 mod pipeline;
+mod probe;
 
 use crate::error::Result;
 
-pub use choice::{Choice, Draws};
+pub use crate::random::Draws;
+pub use choice::Choice;
+pub use chooser::Chooser;
 pub use hidden::{Chunk, Hidden};
-pub use pipeline::{Behind, Pipeline, StageRoles};
+pub use pipeline::{Pipeline, StageRoles};
+
+/// Rows of a step: tokens of one sequence that follow on each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// Which of the sequences it is that there is room for.
+    pub slot: usize,
+    /// Position of the first token in its sequence.
+    pub position: usize,
+    /// Number of tokens.
+    pub tokens: usize,
+}
 
 /// A contiguous run of modules on one device.
 ///
@@ -21,9 +36,9 @@ pub trait Stage: Send {
     /// Makes the embedding of each token the hidden states; only for the stage that holds it.
     fn embed(&mut self, tokens: &[u32], hidden: &mut Hidden) -> Result<()>;
 
-    /// Runs the stage's blocks on the hidden states, whose first token stands
-    /// at `position`, and appends to the KV cache there.
-    fn run_blocks(&mut self, hidden: &mut Hidden, position: usize) -> Result<()>;
+    /// Runs the stage's blocks on the hidden states, the rows of one run after those of the other, each of
+    /// another sequence, and keeps what blocks keep of them.
+    fn run_blocks(&mut self, hidden: &mut Hidden, runs: &[Run]) -> Result<()>;
 
     /// Normalizes the hidden states; only for the stage that holds the last norm.
     fn norm(&mut self, hidden: &mut Hidden) -> Result<()>;
@@ -31,32 +46,31 @@ pub trait Stage: Send {
     /// The logits of one token's normalized hidden state; only for the stage that holds the head.
     fn logits(&mut self, hidden: &mut Hidden, logits: &mut [f32]) -> Result<()>;
 
-    /// Makes ready to choose tokens behind those that occurred; false where the device does not
-    /// choose by itself, or the head is elsewhere.
-    fn prepare(&mut self, _choice: &Choice, _seen: &[u32]) -> Result<bool> {
-        Ok(false)
-    }
-
-    /// Chooses the token behind the one hidden state, which is normalized, by a random number; only
-    /// where [`Stage::prepare`] has said so.
-    fn choose(&mut self, _hidden: &mut Hidden, _draw: u32) -> Result<()> {
-        unreachable!("a stage that is not prepared is not asked")
-    }
-
-    /// Runs `token`, or without one the token that was chosen last, from its embedding on and chooses the one
-    /// behind it, as [`Stage::choose`] does; false where the stage does not do all of that at once. It may do
-    /// so while the host goes on.
-    fn step(&mut self, _token: Option<u32>, _position: usize, _draw: u32) -> Result<bool> {
-        Ok(false)
-    }
-
-    /// The first token that was chosen and not asked for yet.
-    fn chosen(&mut self) -> Result<Chosen> {
-        unreachable!("a stage that has chosen nothing is not asked")
+    /// What chooses tokens where the logits are; `None` where the host does, or the head is elsewhere.
+    fn chooser(&mut self) -> Option<&mut dyn DeviceChooser> {
+        None
     }
 
     /// Launches every kernel of a step by itself from now on, where the stage would repeat them as one.
     fn launch_each_kernel(&mut self) {}
+}
+
+/// A device that chooses tokens by itself, and goes on while the host does something else.
+pub trait DeviceChooser {
+    /// Makes ready to choose tokens behind those that occurred.
+    fn begin(&mut self, choice: &Choice, seen: &[u32]) -> Result<()>;
+
+    /// Begins to choose the token behind the one hidden state, which is normalized, by a random number.
+    fn choose(&mut self, hidden: &mut Hidden, draw: u32) -> Result<()>;
+
+    /// Whether it does whole steps, from a token to the choice of the next.
+    fn does_whole_steps(&self) -> bool;
+
+    /// Begins a whole step of one token: of `token`, or without one of that which was chosen last.
+    fn step(&mut self, token: Option<u32>, run: Run, draw: u32) -> Result<()>;
+
+    /// The first token that was chosen and not asked for yet.
+    fn chosen(&mut self) -> Result<Chosen>;
 }
 
 /// A token that a device has chosen.

@@ -8,10 +8,11 @@ use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use safetensors::Dtype;
 
-pub use crate::source::{LocalDirectory, Source};
+pub use crate::source::{LocalDirectory, Origin, Source};
 pub use index::Index;
 
 use crate::bytes::Bytes;
@@ -22,22 +23,24 @@ use crate::pool::Pool;
 /// The file of a checkpoint that has no index.
 pub const SINGLE_FILE: &str = "model.safetensors";
 
-/// A checkpoint whose configuration and headers have been read and checked.
-#[derive(Clone, Debug)]
+/// A checkpoint whose configuration and headers have been read and checked. Its clones share them.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Checkpoint {
     /// What the model is called in messages and maps: the last part of its
     /// directory's path, or the repository id.
     pub name: String,
     /// config.json, checked.
-    pub config: ModelConfig,
+    pub config: Arc<ModelConfig>,
+    /// Where it can be found again.
+    pub origin: Origin,
     /// The local directory that holds it, if one does.
     pub directory: Option<PathBuf>,
     /// File names of the shards.
-    pub shards: Vec<String>,
+    pub shards: Arc<[String]>,
     /// Size of each shard.
-    pub shard_sizes: Vec<Bytes>,
+    pub shard_sizes: Arc<[Bytes]>,
     /// Every tensor that the index names, or that the single file holds.
-    pub catalog: BTreeMap<String, Tensor>,
+    pub catalog: Arc<BTreeMap<String, Tensor>>,
     /// Tensors that shards hold and the index does not name; nothing reads them.
     pub unlisted: usize,
 }
@@ -79,9 +82,9 @@ impl Checkpoint {
     /// A file is missing, is not as its format has it, or contradicts another.
     pub fn read(name: impl Into<String>, source: &dyn Source, pool: &Pool) -> Result<Self> {
         let config = ModelConfig::read(source)?;
-        let index = if source.has(index::FILE)? {
+        let index = if source.has(index::FILE) {
             Some(Index::read(source)?)
-        } else if source.has(SINGLE_FILE)? {
+        } else if source.has(SINGLE_FILE) {
             None
         } else {
             return Err(no_weights(source));
@@ -99,11 +102,12 @@ impl Checkpoint {
         };
         Ok(Self {
             name: name.into(),
-            config,
+            config: Arc::new(config),
+            origin: source.origin(),
             directory: source.directory().map(Path::to_path_buf),
-            shards,
-            shard_sizes,
-            catalog,
+            shards: shards.into(),
+            shard_sizes: shard_sizes.into(),
+            catalog: Arc::new(catalog),
             unlisted,
         })
     }
@@ -121,7 +125,7 @@ const REQUESTS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(7);
 fn no_weights(source: &dyn Source) -> Error {
     let error = Error::input(format!("`{}` is missing, and so is `{}`", source.display(SINGLE_FILE), index::FILE));
     let pickles = ["pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth"];
-    match pickles.iter().find(|file| source.has(file).unwrap_or(false)) {
+    match pickles.iter().find(|file| source.has(file)) {
         Some(file) => error.hint(format!(
             "`{file}` is a Python pickle, which can run code and is never read; convert the checkpoint to safetensors"
         )),
@@ -134,12 +138,7 @@ fn check_presence(source: &dyn Source, shards: &[String]) -> Result<()> {
     let Some(directory) = source.directory() else {
         return Ok(());
     };
-    let mut missing = Vec::new();
-    for shard in shards {
-        if !source.has(shard)? {
-            missing.push(shard);
-        }
-    }
+    let missing: Vec<_> = shards.iter().filter(|shard| !source.has(shard)).collect();
     if missing.is_empty() {
         return Ok(());
     }

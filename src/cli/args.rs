@@ -4,10 +4,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use evenkeel::bytes::Bytes;
-use evenkeel::device::DeviceId;
-use evenkeel::plan::{Quantize, Strategy};
-use evenkeel::quant::{KvDtype, Scheme};
+use evenkeel::{Bytes, DeviceId, KvDtype, Quantize, Scheme, Strategy};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -45,7 +42,6 @@ pub enum Command {
 }
 
 impl Command {
-    /// The threads that were asked for.
     pub fn threads(&self) -> Option<NonZeroUsize> {
         match self {
             Self::Devices(_) | Self::Plan(_) => None,
@@ -99,7 +95,6 @@ pub struct ModelArguments {
 }
 
 impl ModelArguments {
-    /// The model, however it was given.
     pub fn model(&self) -> &str {
         // Clap requires one of the two.
         self.model.as_deref().or(self.model_flag.as_deref()).unwrap_or_default()
@@ -318,7 +313,7 @@ pub struct PlanArguments {
     pub placement: PlacementArguments,
     /// Plan for this device in place of the machine's own, as `cuda:0=24GiB`, with its bandwidth as
     /// `cuda:0=24GiB@936GB/s`, or with a GPU's name as `cuda:0=24GiB@RTX 3090`; repeat it for several.
-    #[arg(long, value_name = "DEVICE=SIZE", help_heading = "Placement")]
+    #[arg(long, value_name = "DEVICE=SIZE", value_delimiter = ',', help_heading = "Placement")]
     pub device: Vec<String>,
     /// Sequences at once [default: the map's, or 1].
     #[arg(long, value_name = "N", help_heading = "Placement")]

@@ -1,13 +1,10 @@
 //! `evenkeel devices`.
 
-use evenkeel::backend::cuda::Installation;
-use evenkeel::bytes::Bytes;
-use evenkeel::device::DeviceId;
-use evenkeel::plan::{Device, Inventory};
+use evenkeel::{Bytes, Device, DeviceId, Installation, Inventory, Result};
 use serde::Serialize;
 
 use super::args::{DevicesArguments, Format};
-use super::{Exit, Outcome, Process};
+use super::{Exit, Process};
 
 /// What `--format json` writes.
 #[derive(Serialize)]
@@ -31,11 +28,10 @@ struct Gpu<'a> {
     is_usable: bool,
 }
 
-/// Shows the devices that a plan for this machine has.
-pub fn run(arguments: &DevicesArguments, process: &Process) -> Outcome {
+pub fn run(arguments: &DevicesArguments, process: &Process) -> Result<Exit> {
     let printer = &process.printer;
     let directory = process.environment.offload_directory(arguments.offload_dir.as_deref());
-    let inventory = Inventory::this_machine(&directory)?;
+    let inventory = Inventory::of_machine(&directory)?;
     let installation = Installation::find();
     let gpus = installation.iter().flat_map(|installation| {
         installation.gpus.iter().map(|gpu| Gpu {

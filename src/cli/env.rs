@@ -3,6 +3,7 @@
 //! | variable | effect |
 //! | --- | --- |
 //! | `HF_HOME`, `HF_HUB_CACHE`, `HUGGINGFACE_HUB_CACHE`, `XDG_CACHE_HOME` | where the Hub's cache is |
+//! | `XDG_CACHE_HOME` | where measured errors are kept |
 //! | `HF_TOKEN`, `HF_TOKEN_PATH`, `HF_HUB_DISABLE_IMPLICIT_TOKEN` | the token for the Hub |
 //! | `HF_ENDPOINT` | the Hub's address |
 //! | `HF_HUB_OFFLINE` | only the cache is used |
@@ -15,11 +16,12 @@ use std::collections::HashMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
+use evenkeel::SCRATCH_DIRECTORY;
+
 /// The variables that are set, and not empty.
 pub struct Environment(HashMap<String, String>);
 
 impl Environment {
-    /// The environment of this process.
     #[expect(clippy::disallowed_methods, reason = "the one place that reads the environment")]
     pub fn of_process() -> Self {
         let text = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
@@ -39,10 +41,19 @@ impl Environment {
         self.text(name).is_some_and(|value| ["1", "ON", "YES", "TRUE"].contains(&value.to_uppercase().as_str()))
     }
 
-    /// Where weights on the disk go: `flag`, else a directory for large temporary files. `/tmp` is
-    /// in memory on many systems.
+    /// Where weights on the disk go: `flag`, else a directory for large temporary files.
     pub fn offload_directory(&self, flag: Option<&Path>) -> PathBuf {
-        flag.map(Path::to_owned).or_else(|| self.path("TMPDIR")).unwrap_or_else(|| "/var/tmp".into())
+        flag.map(Path::to_owned).or_else(|| self.path("TMPDIR")).unwrap_or_else(|| SCRATCH_DIRECTORY.into())
+    }
+
+    /// The directory of all caches.
+    fn caches(&self) -> Option<PathBuf> {
+        self.path("XDG_CACHE_HOME").or_else(|| Some(self.path("HOME")?.join(".cache")))
+    }
+
+    /// Where measured errors are kept; nowhere without a home.
+    pub fn cache_directory(&self) -> Option<PathBuf> {
+        Some(self.caches()?.join("evenkeel"))
     }
 
     /// The GPUs that the driver was told to show.
@@ -58,7 +69,6 @@ impl Environment {
         self.text("CLICOLOR_FORCE").is_some_and(|value| value != "0") || is_terminal
     }
 
-    /// Whether bars may be shown on a terminal.
     pub fn progress(&self) -> bool {
         !self.is_on("HF_HUB_DISABLE_PROGRESS_BARS") && self.text("TERM") != Some("dumb")
     }
@@ -67,19 +77,17 @@ impl Environment {
 #[cfg(feature = "hub")]
 mod hub {
     use evenkeel::Result;
-    use evenkeel::bytes::{Bytes, KIB};
     use evenkeel::hub::{ENDPOINT, HubOptions, Token};
+    use evenkeel::{Bytes, KIB};
 
     use super::{Environment, Path};
 
     const TOKEN_CAP: Bytes = Bytes(64 * KIB);
 
     impl Environment {
-        /// How the Hub is reached.
         pub fn hub(&self) -> Result<HubOptions> {
-            let caches = || self.path("HOME").unwrap_or_else(|| ".".into()).join(".cache");
             let home = self.path("HF_HOME");
-            let home = home.unwrap_or_else(|| self.path("XDG_CACHE_HOME").unwrap_or_else(caches).join("huggingface"));
+            let home = home.unwrap_or_else(|| self.caches().unwrap_or_else(|| ".cache".into()).join("huggingface"));
             let cache = self.path("HF_HUB_CACHE").or_else(|| self.path("HUGGINGFACE_HUB_CACHE"));
             let endpoint = self.text("HF_ENDPOINT").unwrap_or(ENDPOINT).trim_end_matches('/');
             Ok(HubOptions {
@@ -101,7 +109,7 @@ mod hub {
             if !path.exists() {
                 return Ok(None);
             }
-            let bytes = evenkeel::fs::read_capped(&path, TOKEN_CAP)?;
+            let bytes = evenkeel::read_capped(&path, TOKEN_CAP)?;
             let token = String::from_utf8_lossy(&bytes).trim().to_owned();
             if token.is_empty() { Ok(None) } else { Token::new(&token).map(Some) }
         }
@@ -128,6 +136,17 @@ mod tests {
             (&[("TERM", "dumb")], true, false),
         ] {
             assert_eq!(environment(variables).color(terminal), color, "{variables:?}");
+        }
+    }
+
+    #[test]
+    fn errors_are_kept_with_other_caches() {
+        for (variables, directory) in [
+            (&[("HOME", "/h")][..], Some("/h/.cache/evenkeel")),
+            (&[("HOME", "/h"), ("XDG_CACHE_HOME", "/x")], Some("/x/evenkeel")),
+            (&[], None),
+        ] {
+            assert_eq!(environment(variables).cache_directory(), directory.map(PathBuf::from), "{variables:?}");
         }
     }
 

@@ -1,37 +1,35 @@
 //! `evenkeel generate`.
 
 use std::io::{IsTerminal, Read, stdin};
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use evenkeel::bytes::{Bytes, MIB};
-use evenkeel::checkpoint::Checkpoint;
-use evenkeel::generate::{ChatTemplate, Finish, GenerateOptions, GenerateReport, Message, Sampling};
-use evenkeel::loader::{LoadReport, LoadTimes, Model};
-use evenkeel::{Error, ErrorKind, Result, fs};
+use evenkeel::{
+    Bytes, ChatTemplate, Error, ErrorKind, Finish, GenerateOptions, GenerateReport, LoadReport, LoadTimes, MIB,
+    Message, Model, Result, Sampling, read_capped,
+};
 use serde::Serialize;
 
 use super::args::{Format, GenerateArguments, OnShortfall, PromptArguments, SamplingArguments};
 use super::model::{self, Need};
 use super::printer::Printer;
-use super::{Exit, Outcome, Process, Stop, signal};
+use super::{Exit, Process, signal};
 
 /// New tokens where neither the user nor the context sets a limit.
 const DEFAULT_NEW_TOKENS: usize = 256;
-/// The longest prompt that is read.
 const PROMPT_CAP: Bytes = Bytes(64 * MIB);
 
-/// Loads a model by its plan and prints what it generates.
-pub fn run(arguments: &GenerateArguments, process: &Process) -> Outcome {
+pub fn run(arguments: &GenerateArguments, process: &Process) -> Result<Exit> {
     let printer = &process.printer;
-    let interrupted = signal::interrupt_flag()?;
+    let cancel = signal::cancel_by_interrupt()?;
     let sampling = arguments.sampling.sampling();
     sampling.check()?;
     let prompt = read_prompt(&arguments.prompt)?;
-    let options = arguments.placement.options(None, &process.pool)?;
-    let offload_directory = process.environment.offload_directory(arguments.placement.offload_dir.as_deref());
+    let options = arguments.placement.options(None, process)?;
+    let load_options = arguments.placement.load_options(cancel.clone(), process);
     let checkpoint = model::open(&arguments.model, Need::Weights, process)?;
-    let template = template(&arguments.prompt, &checkpoint)?;
-    let load = || model::load(&checkpoint, &options, &offload_directory, &interrupted, printer);
+    // Before anything is loaded.
+    let open_template = || checkpoint.local_directory().and_then(ChatTemplate::open);
+    let template = arguments.prompt.chat.then(open_template).transpose()?;
+    let load = || model::load(&checkpoint, &options, &load_options, process);
     let mut model = match load() {
         Err(error) if error.kind() == ErrorKind::Shortfall && arguments.on_shortfall == OnShortfall::Replan => {
             printer.note(&format!("{error}; planning again with what is left"));
@@ -53,8 +51,9 @@ pub fn run(arguments: &GenerateArguments, process: &Process) -> Outcome {
         max_new_tokens: Some(arguments.sampling.max_new_tokens.unwrap_or(usual)),
         stop: arguments.sampling.stop.clone(),
         ignore_eos: arguments.sampling.ignore_eos,
+        cancel,
     };
-    let generated = stream(&mut model, &tokens, options, &interrupted, arguments.format, printer)?;
+    let generated = stream(&mut model, &tokens, options, arguments.format, printer)?;
     if arguments.format == Format::Json {
         printer.result(&json_line(&Event::Done { generated: &generated, loaded: &model.report }))?;
     } else {
@@ -71,18 +70,18 @@ fn stream(
     model: &mut Model,
     tokens: &[u32],
     options: GenerateOptions,
-    interrupted: &AtomicBool,
     format: Format,
     printer: &Printer,
-) -> Result<GenerateReport, Stop> {
-    let mut generation = model.generate_from(tokens, options, interrupted)?;
+) -> Result<GenerateReport> {
+    let cancel = options.cancel.clone();
+    let mut generation = model.generate_from(tokens, options)?;
     for piece in &mut generation {
         let piece = piece?;
         match format {
             Format::Text => printer.result(&piece.text)?,
             Format::Json => printer.result(&json_line(&Event::Token { token: piece.token, text: &piece.text }))?,
         }
-        if interrupted.load(Ordering::Relaxed) {
+        if cancel.is_cancelled() {
             break;
         }
     }
@@ -116,7 +115,7 @@ fn read_prompt(arguments: &PromptArguments) -> Result<String> {
     match (&arguments.prompt, &arguments.prompt_file) {
         (Some(prompt), _) if prompt != "-" => Ok(prompt.clone()),
         (None, Some(file)) => {
-            String::from_utf8(fs::read_capped(file, PROMPT_CAP)?).map_err(not_text(format!("`{}`", file.display())))
+            String::from_utf8(read_capped(file, PROMPT_CAP)?).map_err(not_text(format!("`{}`", file.display())))
         }
         (None, None) if stdin().is_terminal() => Err(Error::usage("there is no prompt")
             .hint("give one with `--prompt TEXT` or `--prompt-file FILE`, or pipe it in")),
@@ -134,14 +133,6 @@ fn read_prompt(arguments: &PromptArguments) -> Result<String> {
             }
             Ok(text)
         }
-    }
-}
-
-/// The chat template, before anything is loaded.
-fn template(arguments: &PromptArguments, checkpoint: &Checkpoint) -> Result<Option<ChatTemplate>> {
-    match &checkpoint.directory {
-        Some(directory) if arguments.chat => ChatTemplate::open(directory).map(Some),
-        _ => Ok(None),
     }
 }
 
@@ -165,7 +156,6 @@ impl SamplingArguments {
 }
 
 impl Printer {
-    /// Times, rates and bytes of a run, on standard error.
     fn stats(&self, loaded: &LoadReport, generated: &GenerateReport) {
         let rate = |count: usize, seconds: f64| if seconds > 0.0 { count as f64 / seconds } else { 0.0 };
         let gigabytes = loaded.read.0 as f64 / 1e9 / loaded.seconds;

@@ -6,6 +6,7 @@ mod args;
 mod command_line;
 mod devices;
 mod env;
+mod flags;
 mod generate;
 mod model;
 mod perplexity;
@@ -18,76 +19,60 @@ mod signal;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use clap::Parser;
-use evenkeel::pool::Pool;
-use evenkeel::{Error, ErrorKind};
+use clap::{CommandFactory, FromArgMatches};
+use evenkeel::{DeviceError, DoesNotFit, Error, ErrorKind, Pool};
 
 use args::{Arguments, Command};
+use command_line::CommandLine;
 use env::Environment;
 use printer::Printer;
 
-/// Why a command ended before its end.
-pub enum Stop {
-    /// It failed.
-    Error(Error),
-    /// Whoever reads standard output has closed it; that is no error.
-    PipeClosed,
-}
+/// Whoever reads standard output has closed it, which ends a command and is not shown as an error.
+#[derive(Debug, thiserror::Error)]
+#[error("standard output is closed")]
+pub struct PipeClosed;
 
-impl From<Error> for Stop {
-    fn from(error: Error) -> Self {
-        Self::Error(error)
-    }
-}
-
-/// A command's exit code, or why it stopped.
-pub type Outcome = Result<Exit, Stop>;
-
-/// How a command that did not fail ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How a command that did not fail ends, with its exit code.
 pub enum Exit {
-    /// It did what was asked.
-    Done,
+    Done = 0,
     /// The plan that it shows does not fit.
-    DoesNotFit,
+    DoesNotFit = 3,
     /// The user stopped it.
-    Interrupted,
-}
-
-impl Exit {
-    fn code(self) -> u8 {
-        match self {
-            Self::Done => 0,
-            Self::DoesNotFit => 3,
-            Self::Interrupted => 130,
-        }
-    }
+    Interrupted = 130,
 }
 
 fn exit_code(kind: ErrorKind) -> u8 {
     match kind {
         ErrorKind::Usage => 2,
-        ErrorKind::DoesNotFit | ErrorKind::Device | ErrorKind::Shortfall => Exit::DoesNotFit.code(),
-        ErrorKind::Interrupted => Exit::Interrupted.code(),
+        ErrorKind::DoesNotFit | ErrorKind::Device | ErrorKind::Shortfall => Exit::DoesNotFit as u8,
+        ErrorKind::Interrupted => Exit::Interrupted as u8,
         // Input, and kinds that a later version may add.
         _ => 1,
     }
 }
 
+/// Whether a GPU failed, is missing, or has too little memory.
+fn is_about_gpus(error: &Error) -> bool {
+    let device = error.cause().is_some_and(|error: &DeviceError| error.devices().iter().any(|device| device.is_gpu()));
+    let plan = error.cause().is_some_and(|plan: &DoesNotFit| plan.devices.iter().any(|device| device.id.is_gpu()));
+    device || plan
+}
+
 /// What a command has beside its arguments.
 pub struct Process {
+    pub command_line: CommandLine,
     pub environment: Environment,
     pub printer: Printer,
     pub pool: Arc<Pool>,
 }
 
-/// Parses the arguments, runs the command, reports its error.
 pub fn run() -> ExitCode {
-    let arguments = Arguments::parse();
+    let matches = Arguments::command().get_matches();
+    let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let environment = Environment::of_process();
     let printer = Printer::new(&arguments.output, &environment);
     let pool = Arc::new(arguments.command.threads().map_or_else(Pool::default, Pool::new));
-    let process = Process { environment, printer, pool };
+    let process = Process { command_line: CommandLine::new(&matches), environment, printer, pool };
     let outcome = match arguments.command {
         Command::Devices(arguments) => devices::run(&arguments, &process),
         Command::Generate(arguments) => generate::run(&arguments, &process),
@@ -96,11 +81,11 @@ pub fn run() -> ExitCode {
         Command::Quantize(arguments) => quantize::run(&arguments, &process),
     };
     let code = match outcome {
-        Ok(exit) => exit.code(),
-        Err(Stop::PipeClosed) => Exit::Done.code(),
-        Err(Stop::Error(error)) => {
+        Ok(exit) => exit as u8,
+        Err(error) if error.cause::<PipeClosed>().is_some() => Exit::Done as u8,
+        Err(error) => {
             let error = match process.environment.visible_gpus() {
-                Some(mask) if error.to_string().contains("cuda:") => {
+                Some(mask) if is_about_gpus(&error) => {
                     error.hint(format!("`CUDA_VISIBLE_DEVICES={mask}` says which GPUs there are, and in which order"))
                 }
                 _ => error,

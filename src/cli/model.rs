@@ -2,18 +2,13 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
-use evenkeel::checkpoint::Checkpoint;
-use evenkeel::device_map::DeviceMap;
-use evenkeel::loader::{LoadEvent, LoadOptions, Model};
-use evenkeel::plan::{Inventory, Plan, PlanOptions, Strategy};
-use evenkeel::pool::Pool;
-use evenkeel::{Error, Result};
+use evenkeel::{
+    Cancel, Checkpoint, DeviceMap, Error, Inventory, LoadEvent, LoadOptions, Model, Plan, PlanOptions, Result, Strategy,
+};
 
 use super::Process;
 use super::args::{ModelArguments, PlacementArguments};
-use super::plan::with_commands;
 use super::printer::Printer;
 use super::progress::Bar;
 
@@ -26,13 +21,13 @@ pub enum Need {
     Weights,
 }
 
-/// Opens a checkpoint in a directory or on the Hub.
 pub fn open(arguments: &ModelArguments, need: Need, process: &Process) -> Result<Checkpoint> {
     let model = arguments.model();
     let path = Path::new(model);
     let checkpoint = if path.exists() {
         Checkpoint::open_on(path, &process.pool)?
-    } else if !could_be_repository(model) {
+    } else if model.starts_with(['.', '/', '~']) || model.matches('/').count() > 1 || model.ends_with('/') {
+        // No repository has such a name.
         return Err(Error::input(format!("there is no directory `{model}`"))
             .hint("name a directory that holds a checkpoint, or a repository on the Hub as `ORG/NAME`"));
     } else {
@@ -47,13 +42,9 @@ pub fn open(arguments: &ModelArguments, need: Need, process: &Process) -> Result
     Ok(checkpoint)
 }
 
-/// Whether a name that is no path that exists may be a repository's.
-fn could_be_repository(model: &str) -> bool {
-    !model.starts_with(['.', '/', '~']) && model.matches('/').count() <= 1 && !model.ends_with('/')
-}
-
 #[cfg(feature = "hub")]
 fn from_hub(arguments: &ModelArguments, need: Need, process: &Process) -> Result<Checkpoint> {
+    use evenkeel::Source;
     use evenkeel::hub::{Hub, HubEvent, RepoId};
 
     let (model, printer) = (arguments.model(), &process.printer);
@@ -70,15 +61,16 @@ fn from_hub(arguments: &ModelArguments, need: Need, process: &Process) -> Result
             printer.note(&format!("downloading {files} files of `{model}`, {bytes}"));
             bar = Some(Bar::new(printer, "downloading", bytes));
         }
-        (HubEvent::Downloaded { bytes }, Some(bar)) => bar.set(bytes.0),
-        (HubEvent::LockHeld { path, .. }, _) => {
+        (HubEvent::Downloaded(bytes), Some(bar)) => bar.set(bytes.0),
+        (HubEvent::LockHeld(path), _) => {
             printer.note(&format!("waiting for another process that downloads `{model}` (`{}`)", path.display()));
         }
-        (HubEvent::RateLimited { left }, Some(bar)) => bar.say(format!("rate limit, {} s", left.as_secs())),
+        (HubEvent::RateLimited(left), Some(bar)) => bar.say(format!("rate limit, {} s", left.as_secs())),
         _ => {}
     })?;
     let mut checkpoint = Checkpoint::open_on(directory, &process.pool)?;
     model.clone_into(&mut checkpoint.name);
+    checkpoint.origin = repository.origin();
     Ok(checkpoint)
 }
 
@@ -89,24 +81,17 @@ fn from_hub(arguments: &ModelArguments, _: Need, _: &Process) -> Result<Checkpoi
 }
 
 /// Plans for this machine as it is now, and loads by the plan.
-pub fn load(
-    checkpoint: &Checkpoint,
-    options: &PlanOptions,
-    offload_directory: &Path,
-    cancel: &AtomicBool,
-    printer: &Printer,
-) -> Result<Model> {
-    let mut inventory = Inventory::this_machine(offload_directory)?;
+pub fn load(checkpoint: &Checkpoint, options: &PlanOptions, load: &LoadOptions, process: &Process) -> Result<Model> {
+    let mut inventory = Inventory::of_machine(&load.offload_directory)?;
     if options.strategy == Strategy::Fastest {
         inventory.measure_bandwidth(&options.pool);
     }
     let plan = Plan::new(checkpoint, &inventory, options)?;
     if !plan.fits() {
-        return Err(with_commands(&plan));
+        return Err(process.command_line.does_not_fit(&plan));
     }
-    let load = LoadOptions { offload_directory, cancel, pool: Arc::clone(&options.pool), separate_buffers: false };
     let mut bar = None;
-    plan.load(checkpoint, &load, |event| show(&event, "loading", &mut bar, printer))
+    plan.load(load, |event| show(&event, "loading", &mut bar, &process.printer))
 }
 
 /// Draws the bar of `what` reads all weights.
@@ -122,21 +107,29 @@ pub fn show(event: &LoadEvent, what: &'static str, bar: &mut Option<Bar>, printe
 }
 
 impl PlacementArguments {
-    /// The options of a plan that is made on `pool`, with the map in `map` or that of `--device-map`.
-    pub fn options(&self, map: Option<&Path>, pool: &Arc<Pool>) -> Result<PlanOptions> {
+    /// The options of a load that `cancel` stops.
+    pub fn load_options(&self, cancel: Cancel, process: &Process) -> LoadOptions {
+        let offload_directory = process.environment.offload_directory(self.offload_dir.as_deref());
+        LoadOptions { offload_directory, cancel, pool: Arc::clone(&process.pool), ..LoadOptions::default() }
+    }
+
+    /// The options of a plan that `process` makes, with the map in `map` or that of `--device-map`.
+    pub fn options(&self, map: Option<&Path>, process: &Process) -> Result<PlanOptions> {
         let file = map.or_else(|| (self.device_map != "auto").then(|| Path::new(&self.device_map)));
         Ok(PlanOptions {
             quantize: self.quantize.clone(),
             context: self.context,
-            batch: None,
+            // A text at a time, whatever the map was made for.
+            batch: Some(1),
             kv_cache: self.kv_cache,
             reserve: Some(self.reserve),
             max_memory: (!self.max_memory.is_empty()).then(|| self.max_memory.iter().copied().collect()),
             device_map: file.map(DeviceMap::open).transpose()?,
             any_model: self.any_model,
             strategy: self.placement,
-            kinds: false,
-            pool: Arc::clone(pool),
+            cache: process.environment.cache_directory(),
+            pool: Arc::clone(&process.pool),
+            ..PlanOptions::default()
         })
     }
 }

@@ -1,28 +1,18 @@
 //! `evenkeel perplexity`.
 
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-
-use evenkeel::bytes::{Bytes, MIB};
-use evenkeel::checkpoint::Checkpoint;
-use evenkeel::generate::{Comparison, DEFAULT_WINDOW, Perplexity, Predictions, Windows};
-use evenkeel::plan::PlanOptions;
-use evenkeel::quant::{QuantizeRules, Scheme};
-use evenkeel::tokenizer::Tokenizer;
-use evenkeel::{Error, Result, fs};
+use evenkeel::{
+    Bytes, Checkpoint, Comparison, DEFAULT_WINDOW, Error, LoadOptions, MIB, Perplexity, PlanOptions, Predictions,
+    QuantizeRules, Result, Scheme, Tokenizer, Windows, read_capped,
+};
 use serde::Serialize;
 
 use super::args::{Format, PerplexityArguments};
 use super::model::{self, Need};
-use super::printer::Printer;
 use super::progress::Bar;
-use super::{Exit, Outcome, Process, signal};
+use super::{Exit, Process, signal};
 
-/// The longest text that is read.
 const TEXT_CAP: Bytes = Bytes(1024 * MIB);
 
-/// The figures of one scheme.
 #[derive(Serialize)]
 struct Row {
     quantize: QuantizeRules,
@@ -42,34 +32,28 @@ struct Report {
     rows: Vec<Row>,
 }
 
-/// Scores a text, once or in several schemes.
-pub fn run(arguments: &PerplexityArguments, process: &Process) -> Outcome {
+pub fn run(arguments: &PerplexityArguments, process: &Process) -> Result<Exit> {
     let printer = &process.printer;
-    let interrupted = signal::interrupt_flag()?;
-    let text = String::from_utf8(fs::read_capped(&arguments.text, TEXT_CAP)?)
+    let cancel = signal::cancel_by_interrupt()?;
+    let text = String::from_utf8(read_capped(&arguments.text, TEXT_CAP)?)
         .map_err(|e| Error::input(format!("`{}` is not UTF-8", arguments.text.display())).caused_by(e))?;
     let checkpoint = model::open(&arguments.model, Need::Weights, process)?;
-    let mut options = arguments.placement.options(None, &process.pool)?;
+    let mut options = arguments.placement.options(None, process)?;
     let window = options.context.unwrap_or(DEFAULT_WINDOW.min(checkpoint.config.max_position_embeddings));
     options.context = Some(window);
     let stride = arguments.stride.unwrap_or(window);
     let windows = Windows::new(window, stride)?;
-    let mut tokens = tokenize(&checkpoint, &text)?;
+    let tokenizer = Tokenizer::open(checkpoint.local_directory()?, checkpoint.config.vocab_size)?;
+    let mut tokens = tokenizer.encode(&text, false)?;
     tokens.truncate(arguments.max_tokens.unwrap_or(usize::MAX));
     let scored = windows.scored(tokens.len());
     if scored == 0 {
         let text = arguments.text.display();
-        return Err(Error::input(format!("`{text}` has {} tokens; 2 is the least to score", tokens.len())).into());
+        return Err(Error::input(format!("`{text}` has {} tokens; 2 is the least to score", tokens.len())));
     }
 
-    let measurement = Measurement {
-        checkpoint: &checkpoint,
-        offload_directory: process.environment.offload_directory(arguments.placement.offload_dir.as_deref()),
-        interrupted,
-        tokens,
-        windows,
-        printer,
-    };
+    let load = arguments.placement.load_options(cancel, process);
+    let measurement = Measurement { checkpoint: &checkpoint, load, tokens, windows, process };
     let rows = if arguments.compare.is_empty() {
         vec![measurement.row(&options, Comparison::Alone)?]
     } else {
@@ -84,27 +68,22 @@ pub fn run(arguments: &PerplexityArguments, process: &Process) -> Outcome {
     Ok(Exit::Done)
 }
 
-fn tokenize(checkpoint: &Checkpoint, text: &str) -> Result<Vec<u32>> {
-    Tokenizer::open(checkpoint.local_directory()?, checkpoint.config.vocab_size)?.encode(text, false)
-}
-
 /// What is scored, and how.
 struct Measurement<'a> {
     checkpoint: &'a Checkpoint,
-    offload_directory: PathBuf,
-    interrupted: Arc<AtomicBool>,
+    load: LoadOptions,
     tokens: Vec<u32>,
     windows: Windows,
-    printer: &'a Printer,
+    process: &'a Process,
 }
 
 impl Measurement<'_> {
-    /// The unquantized model's figures, then those of each scheme.
     fn compare(&self, options: &PlanOptions, schemes: &[Scheme], scored: usize) -> Result<Vec<Row>> {
         let vocab_size = self.checkpoint.config.vocab_size;
         let scratch = Predictions::bytes(scored, vocab_size);
-        self.printer.note(&format!("keeping predictions in `{}`, {scratch}", self.offload_directory.display()));
-        let mut predictions = Predictions::new(&self.offload_directory, scored, vocab_size)?;
+        let directory = &self.load.offload_directory;
+        self.process.printer.note(&format!("keeping predictions in `{}`, {scratch}", directory.display()));
+        let mut predictions = Predictions::new(directory, scored, vocab_size)?;
         let with = |scheme: Scheme| PlanOptions { quantize: Some(scheme.into()), ..options.clone() };
         let mut rows = vec![self.row(&with(Scheme::None), Comparison::Keep(&mut predictions))?];
         for scheme in schemes.iter().filter(|scheme| **scheme != Scheme::None) {
@@ -114,11 +93,12 @@ impl Measurement<'_> {
     }
 
     fn row(&self, options: &PlanOptions, comparison: Comparison) -> Result<Row> {
-        let Self { checkpoint, offload_directory, interrupted, printer, .. } = self;
-        let mut model = model::load(checkpoint, options, offload_directory, interrupted, printer)?;
+        let Self { checkpoint, load, process, .. } = self;
+        let printer = &process.printer;
+        let mut model = model::load(checkpoint, options, load, process)?;
         let bar = Bar::tokens(printer, "scoring", self.tokens.len());
         let on_window = |tokens: usize| bar.set(tokens as u64);
-        let measured = model.perplexity(&self.tokens, self.windows, comparison, interrupted, on_window);
+        let measured = model.perplexity(&self.tokens, self.windows, comparison, &load.cancel, on_window);
         drop(bar);
         let measured = measured?;
         let weights: Bytes = model.plan.devices.iter().map(|device| device.weights).sum();

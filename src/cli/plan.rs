@@ -1,23 +1,20 @@
 //! `evenkeel plan`.
 
-use evenkeel::fs;
-use evenkeel::plan::{Inventory, Plan};
-
 use super::args::{PlanArguments, PlanFormat};
 use super::command_line::CommandLine;
 use super::model::{self, Need};
-use super::{Exit, Outcome, Process};
+use super::{Exit, Process};
+use evenkeel::{Inventory, Plan, Result, write_atomic};
 
-/// Plans, and shows or writes the plan.
-pub fn run(arguments: &PlanArguments, process: &Process) -> Outcome {
+pub fn run(arguments: &PlanArguments, process: &Process) -> Result<Exit> {
     let printer = &process.printer;
-    let mut options = arguments.placement.options(arguments.check.as_deref(), &process.pool)?;
+    let mut options = arguments.placement.options(arguments.check.as_deref(), process)?;
     options.batch = arguments.batch;
+    options.alternatives = true;
     options.kinds = arguments.verbose;
     let inventory = if arguments.device.is_empty() {
-        let mut inventory = Inventory::this_machine(
-            &process.environment.offload_directory(arguments.placement.offload_dir.as_deref()),
-        )?;
+        let mut inventory =
+            Inventory::of_machine(&process.environment.offload_directory(arguments.placement.offload_dir.as_deref()))?;
         inventory.measure_bandwidth(&process.pool);
         inventory
     } else {
@@ -34,15 +31,18 @@ pub fn run(arguments: &PlanArguments, process: &Process) -> Outcome {
     let plan = Plan::new(&checkpoint, &inventory, &options)?;
     if let Some(file) = &arguments.output {
         if !plan.fits() {
-            return Err(with_commands(&plan).into());
+            return Err(process.command_line.does_not_fit(&plan));
         }
-        fs::write_atomic(file, plan.device_map(&checkpoint).as_bytes(), arguments.force)?;
+        write_atomic(file, plan.device_map().as_bytes(), arguments.force)?;
         printer.note(&format!("wrote `{}`", file.display()));
     }
     printer.result(&match arguments.format {
-        PlanFormat::Text => printer.plan(&plan) + &remedies(&plan),
+        PlanFormat::Text => {
+            let list = if arguments.verbose { plan.allocation_table() } else { String::new() };
+            printer.plan(&plan) + &list + &remedies(&plan, &process.command_line)
+        }
         PlanFormat::Json => plan.to_json(),
-        PlanFormat::Hf => plan.hugging_face_map(&checkpoint),
+        PlanFormat::Hf => plan.hugging_face_map(),
         PlanFormat::Svg => plan.to_svg(),
         PlanFormat::Html => plan.to_html(),
     })?;
@@ -50,11 +50,10 @@ pub fn run(arguments: &PlanArguments, process: &Process) -> Outcome {
 }
 
 /// What would fit, as commands.
-fn remedies(plan: &Plan) -> String {
+fn remedies(plan: &Plan, command_line: &CommandLine) -> String {
     if plan.remedies.is_empty() {
         return String::new();
     }
-    let command_line = CommandLine::of_process();
     let mut text = "\nwhat would fit, the least loss first:\n".to_owned();
     for remedy in &plan.remedies {
         text += &format!("  # {remedy}\n");
@@ -63,13 +62,4 @@ fn remedies(plan: &Plan) -> String {
         }
     }
     text
-}
-
-/// The error of a plan that does not fit, with commands that would as its hints.
-pub fn with_commands(plan: &Plan) -> evenkeel::Error {
-    let command_line = CommandLine::of_process();
-    plan.remedies.iter().fold(plan.does_not_fit(), |error, remedy| {
-        let command = command_line.with(remedy).map_or(String::new(), |command| format!("\n      {command}"));
-        error.hint(format!("{remedy}{command}"))
-    })
 }

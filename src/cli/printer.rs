@@ -5,25 +5,21 @@
 use std::error::Error as _;
 use std::io::{IsTerminal, Write, stderr, stdout};
 
-use evenkeel::Error;
-use evenkeel::plan::Plan;
+use evenkeel::{Error, Plan, Result};
 
-use super::Stop;
 use super::args::{OutputArguments, When};
 use super::env::Environment;
+use super::{PipeClosed, flags};
 
-/// Where results and messages go.
 pub struct Printer {
     quiet: bool,
     color: bool,
     /// Whether results are coloured; `None` where they are not for a terminal.
     result_color: Option<bool>,
-    /// Whether bars are drawn.
     pub progress: bool,
 }
 
 impl Printer {
-    /// Decides from flags, environment and terminal.
     pub fn new(arguments: &OutputArguments, environment: &Environment) -> Self {
         let terminal = stderr().is_terminal();
         let is_wanted = |when: When, auto: bool| when == When::Always || when == When::Auto && auto;
@@ -40,16 +36,16 @@ impl Printer {
 
     /// Writes a piece of the result and flushes it.
     #[expect(clippy::unused_self, reason = "all that is printed goes through a printer")]
-    pub fn result(&self, text: &str) -> Result<(), Stop> {
+    pub fn result(&self, text: &str) -> Result<()> {
         let mut out = stdout().lock();
         out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(|e| match e.kind() {
-            std::io::ErrorKind::BrokenPipe => Stop::PipeClosed,
-            _ => Error::io("write", "standard output".as_ref(), e).into(),
+            std::io::ErrorKind::BrokenPipe => Error::input(PipeClosed),
+            _ => Error::io("write", "standard output".as_ref(), e),
         })
     }
 
     /// Ends a result that is no line, so that a prompt does not stand behind it.
-    pub fn end_of_text(&self) -> Result<(), Stop> {
+    pub fn end_of_text(&self) -> Result<()> {
         if stdout().is_terminal() { self.result("\n") } else { Ok(()) }
     }
 
@@ -65,19 +61,16 @@ impl Printer {
         }
     }
 
-    /// An error with its causes and hints.
     pub fn error(&self, error: &Error) {
         eprintln!("{} {error}", self.label("error:", "31"));
-        let mut cause = error.source();
-        while let Some(error) = cause {
-            eprintln!("  Caused by: {error}");
-            cause = error.source();
+        for cause in std::iter::successors(error.source(), |&error| error.source()) {
+            eprintln!("  Caused by: {cause}");
         }
         if !error.hints().is_empty() {
             eprintln!();
         }
         for hint in error.hints() {
-            eprintln!("{} {hint}", self.label("hint:", "36"));
+            eprintln!("{} {}", self.label("hint:", "36"), hint.spelled(flags::spelled));
         }
     }
 

@@ -1,6 +1,6 @@
 //! Bars on standard error.
 
-use evenkeel::bytes::Bytes;
+use evenkeel::Bytes;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
 
 use super::printer::Printer;
@@ -12,13 +12,11 @@ const REDRAWS: u8 = 10;
 pub struct Bar(ProgressBar);
 
 impl Bar {
-    /// A bar for `total` bytes of `what`.
     pub fn new(printer: &Printer, what: &'static str, total: Bytes) -> Self {
         let counts = "{binary_bytes} of {binary_total_bytes}  {binary_bytes_per_sec}";
         Self::counting(printer, what, total.0, counts)
     }
 
-    /// A bar for `total` tokens of `what`.
     pub fn tokens(printer: &Printer, what: &'static str, total: usize) -> Self {
         Self::counting(printer, what, total as u64, "{human_pos} of {human_len} tokens  {per_sec}")
     }
@@ -35,7 +33,6 @@ impl Bar {
         Self(bar.with_prefix(what).with_finish(ProgressFinish::AndClear))
     }
 
-    /// `bytes` more are done.
     pub fn advance(&self, bytes: Bytes) {
         self.0.inc(bytes.0);
     }
@@ -45,7 +42,6 @@ impl Bar {
         self.0.set_position(count);
     }
 
-    /// What is being done now.
     pub fn say(&self, message: String) {
         self.0.set_message(message);
     }

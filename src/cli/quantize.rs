@@ -2,17 +2,15 @@
 
 use std::sync::Arc;
 
-use evenkeel::loader::{SaveFormat, SaveOptions, save_quantized};
-use evenkeel::plan::Quantize;
+use evenkeel::{Quantize, Result, SaveFormat, SaveOptions, save_quantized};
 
 use super::args::{PackedFormat, QuantizeArguments};
 use super::model::{self, Need};
-use super::{Exit, Outcome, Process, signal};
+use super::{Exit, Process, signal};
 
-/// Writes a quantized checkpoint.
-pub fn run(arguments: &QuantizeArguments, process: &Process) -> Outcome {
+pub fn run(arguments: &QuantizeArguments, process: &Process) -> Result<Exit> {
     let printer = &process.printer;
-    let interrupted = signal::interrupt_flag()?;
+    let cancel = signal::cancel_by_interrupt()?;
     let checkpoint = model::open(&arguments.model, Need::Weights, process)?;
     let options = SaveOptions {
         scheme: arguments.quantize,
@@ -20,10 +18,10 @@ pub fn run(arguments: &QuantizeArguments, process: &Process) -> Outcome {
             PackedFormat::Evenkeel => SaveFormat::Evenkeel,
             PackedFormat::CompressedTensors => SaveFormat::CompressedTensors,
         },
-        output: &arguments.output,
+        output: arguments.output.clone(),
         shard_size: arguments.max_shard_size,
         pool: Arc::clone(&process.pool),
-        cancel: &interrupted,
+        cancel,
     };
     let mut bar = None;
     let saved = save_quantized(&checkpoint, &options, |event| model::show(&event, "quantizing", &mut bar, printer))?;

@@ -3,12 +3,11 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use evenkeel::{Error, Result};
+use evenkeel::{Cancel, Error, Result};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 
-/// A flag that an interrupt sets.
-pub fn interrupt_flag() -> Result<Arc<AtomicBool>> {
+pub fn cancel_by_interrupt() -> Result<Cancel> {
     let interrupted = Arc::new(AtomicBool::new(false));
     for (signal, code) in [(SIGINT, 130), (SIGTERM, 143)] {
         // In this order, so that the first signal finds the flag unset.
@@ -16,5 +15,5 @@ pub fn interrupt_flag() -> Result<Arc<AtomicBool>> {
             .and_then(|_| flag::register(signal, Arc::clone(&interrupted)))
             .map_err(|e| Error::input("interrupts cannot be handled").caused_by(e))?;
     }
-    Ok(interrupted)
+    Ok(interrupted.into())
 }

@@ -2,7 +2,7 @@
 //!
 //! Two forms are read. The plain dictionary of Hugging Face,
 //! `{"model.embed_tokens": 0, "lm_head": "cpu"}`, and the form that
-//! `evenkeel plan --output` writes, which carries model, schemes, context and
+//! a plan is written in, which carries model, schemes, context and
 //! budgets beside it. Keys are module paths, `""` the whole model, and in our
 //! form ranges of blocks (`model.layers.0-19`); the longest path wins.
 
@@ -16,7 +16,7 @@ use crate::bytes::{Bytes, MIB};
 use crate::device::DeviceId;
 use crate::error::{Error, ParseError, Result, did_you_mean, printable};
 use crate::fs;
-use crate::json::{Document, Member, Node, Place};
+use crate::json::{Document, Member, Node};
 use crate::model_config::MAX_CONTEXT;
 use crate::quant::{KvDtype, QuantizeRules};
 
@@ -55,7 +55,7 @@ pub struct DeviceMap {
 struct Entry {
     path: String,
     device: DeviceId,
-    place: Place,
+    place: String,
 }
 
 impl DeviceMap {

@@ -5,11 +5,11 @@ use std::collections::HashSet;
 use super::{DeviceMap, Entry};
 use crate::architecture::{ModuleKind, ModuleTree};
 use crate::device::DeviceId;
-use crate::error::{Error, Result, did_you_mean, first_five, printable};
+use crate::error::{Error, Hint, Result, Setting, did_you_mean, first_five, printable};
 use crate::module_path::{block_range, contains, longest_prefix};
 
 impl DeviceMap {
-    /// The device of every module, in the order of [`ModuleTree::modules`].
+    /// The device of every module, in the order of `ModuleTree::modules`.
     ///
     /// A tied head that the map does not name goes where the embedding goes.
     ///
@@ -47,8 +47,9 @@ impl DeviceMap {
         if !uncovered.is_empty() {
             let (origin, count, plural) = (&self.origin, uncovered.len(), if uncovered.len() == 1 { "" } else { "s" });
             let names = first_five(uncovered);
+            let what = "`\"\": \"cpu\"` catches all that no longer path places; {} writes a whole map";
             return Err(Error::input(format!("device map `{origin}` leaves out {count} module{plural}: {names}"))
-            .hint("`\"\": \"cpu\"` catches all that no longer path places; `evenkeel plan --output FILE` writes a whole map"));
+                .hint(Hint::naming(what, [Setting::WriteMap])));
         }
         for (at, entry) in entries.iter().enumerate() {
             let places_weights = tree.parameters().any(|(_, parameter)| contains(&entry.path, &parameter.module));
@@ -115,7 +116,7 @@ impl DeviceMap {
         let groups = [tree.base, tree.blocks.as_str()];
         match did_you_mean(path, groups.into_iter().chain(modules).chain(parameters)) {
             Some(near) => error.hint(format!("did you mean `{near}`?")),
-            None => error.hint("`evenkeel plan --output FILE` writes a map with this model's own names"),
+            None => error.hint(Hint::naming("{} writes a map with this model's own names", [Setting::WriteMap])),
         }
     }
 }

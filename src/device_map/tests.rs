@@ -118,7 +118,7 @@ fn what_is_wrong_is_named_with_its_place() {
         ),
         (
             r#"{"transformer.h.0": 0}"#,
-            "device map `map.json` places unknown module `transformer.h.0` | line 1, column 2: the model has no such module | `evenkeel plan --output FILE` writes a map with this model's own names",
+            "device map `map.json` places unknown module `transformer.h.0` | line 1, column 2: the model has no such module | saving a plan writes a map with this model's own names",
         ),
         (
             r#"{"model.layers.12": 0, "": 0}"#,
@@ -134,7 +134,7 @@ fn what_is_wrong_is_named_with_its_place() {
         ),
         (
             r#"{"model.layers": 0, "lm_head": 0, "model.norm": 1}"#,
-            "device map `map.json` leaves out 1 module: `model.embed_tokens` | `\"\": \"cpu\"` catches all that no longer path places; `evenkeel plan --output FILE` writes a whole map",
+            "device map `map.json` leaves out 1 module: `model.embed_tokens` | `\"\": \"cpu\"` catches all that no longer path places; saving a plan writes a whole map",
         ),
         (
             r#"{"": 0, "model": 0, "lm_head": 1}"#,

@@ -1,6 +1,6 @@
 //! The canonical form of a device map.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::{MaxMemory, SCHEMA_VERSION};
 use crate::architecture::{Module, ModuleKind, ModuleTree};
@@ -32,19 +32,16 @@ pub fn to_json(contents: &Contents, tree: &ModuleTree, devices: &[DeviceId]) -> 
         contents.quantize.iter().map(|(path, scheme)| (path.to_owned(), scheme.name().into())).collect();
     let max_memory: Map<String, Value> =
         contents.max_memory.iter().map(|(device, bytes)| (device.to_string(), bytes.exact().into())).collect();
-    let mut map = Map::from_iter([
-        ("schema_version".to_owned(), SCHEMA_VERSION.into()),
-        ("model".to_owned(), contents.model.into()),
-        ("quantize".to_owned(), quantize.into()),
-        ("context".to_owned(), contents.context.into()),
-        ("batch".to_owned(), contents.batch.into()),
-    ]);
-    if contents.kv_cache != KvDtype::default() {
-        map.insert("kv_cache".to_owned(), contents.kv_cache.name().into());
+    let Contents { model, context, batch, kv_cache, .. } = contents;
+    let mut map = json!({
+        "schema_version": SCHEMA_VERSION, "model": model, "quantize": quantize, "context": context, "batch": batch,
+    });
+    if *kv_cache != KvDtype::default() {
+        map["kv_cache"] = kv_cache.name().into();
     }
-    map.insert("max_memory".to_owned(), max_memory.into());
-    map.insert("device_map".to_owned(), device_map(tree, devices).into());
-    format!("{:#}\n", Value::Object(map))
+    map["max_memory"] = max_memory.into();
+    map["device_map"] = device_map(tree, devices).into();
+    format!("{map:#}\n")
 }
 
 /// The plain dictionary of Hugging Face: every module by itself, GPUs by their

@@ -8,7 +8,7 @@ use minijinja::{Environment, ErrorKind, Value, context};
 use serde::Serialize;
 
 use crate::bytes::{Bytes, MIB};
-use crate::error::{Error, Result};
+use crate::error::{Error, Hint, Result, Setting};
 use crate::fs;
 use crate::json::{Document, Node};
 
@@ -32,8 +32,8 @@ pub struct Message {
 pub struct ChatTemplate {
     source: String,
     origin: String,
-    bos_token: Option<String>,
-    eos_token: Option<String>,
+    bos_token: Value,
+    eos_token: Value,
 }
 
 impl ChatTemplate {
@@ -41,7 +41,7 @@ impl ChatTemplate {
     pub fn open(directory: &Path) -> Result<Self> {
         let none = || {
             Error::input(format!("`{}` has no chat template", directory.display()))
-                .hint("leave `--chat` out: the model was not made for conversations")
+                .hint(Hint::naming("leave {} out: the model was not made for conversations", [Setting::ChatTemplate]))
         };
         let config = if directory.join(CONFIG_FILE).exists() {
             let path = fs::confined(directory, CONFIG_FILE)?;
@@ -61,13 +61,11 @@ impl ChatTemplate {
             let template = setting("chat_template").ok_or_else(none)?;
             (default_template(template)?, format!("chat_template of {}", directory.join(CONFIG_FILE).display()))
         };
-        let special = |name| setting(name).map(token_text).transpose();
-        Ok(Self {
-            source,
-            origin,
-            bos_token: special("bos_token")?.flatten(),
-            eos_token: special("eos_token")?.flatten(),
-        })
+        // Where there is no such token, a template sees nothing.
+        let special = |name| -> Result<Value> {
+            Ok(setting(name).map(token_text).transpose()?.flatten().map_or(Value::UNDEFINED, Value::from))
+        };
+        Ok(Self { source, origin, bos_token: special("bos_token")?, eos_token: special("eos_token")? })
     }
 
     /// The prompt of a conversation, up to where the assistant is to speak.
@@ -87,16 +85,11 @@ impl ChatTemplate {
             .render(context! {
                 messages => messages,
                 add_generation_prompt => true,
-                bos_token => defined(self.bos_token.as_deref()),
-                eos_token => defined(self.eos_token.as_deref()),
+                bos_token => self.bos_token,
+                eos_token => self.eos_token,
             })
             .map_err(broken)
     }
-}
-
-/// A token, or what a template sees where there is none: nothing.
-fn defined(token: Option<&str>) -> Value {
-    token.map_or(Value::UNDEFINED, Value::from)
 }
 
 /// `tojson` as Transformers defines it: characters as they are, not escaped for HTML.

@@ -2,22 +2,21 @@
 
 mod chat;
 mod perplexity;
-mod sampler;
 mod stream;
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde::Serialize;
 
-use crate::error::{Error, Result};
+use crate::cancel::Cancel;
+use crate::engine::Sequence;
+use crate::error::{Error, Hint, Result, Setting};
 use crate::loader::Model;
-use sampler::Sampler;
 use stream::TextStream;
 
+pub use crate::engine::Sampling;
 pub use chat::{ChatTemplate, Message};
 pub use perplexity::{Comparison, DEFAULT_WINDOW, Divergence, Perplexity, Predictions, Windows};
-pub use sampler::Sampling;
 
 /// How to generate.
 #[derive(Clone, Debug, Default)]
@@ -30,6 +29,14 @@ pub struct GenerateOptions {
     pub stop: Vec<String>,
     /// Whether to go on behind an end-of-text token.
     pub ignore_eos: bool,
+    /// Stops the generation at the next token, or chunk of the prompt.
+    pub cancel: Cancel,
+}
+
+impl From<Sampling> for GenerateOptions {
+    fn from(sampling: Sampling) -> Self {
+        Self { sampling, ..Self::default() }
+    }
 }
 
 /// Why a generation ended.
@@ -73,33 +80,38 @@ pub struct GenerateReport {
     pub finish: Finish,
 }
 
+/// A prompt and its answer are longer than the context.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the context holds {context} tokens, the prompt has {prompt}{}", match wanted {
+    0 => String::new(),
+    wanted => format!(" and {wanted} new ones are asked for"),
+})]
+pub struct TooLong {
+    /// What the context holds, in tokens.
+    pub context: usize,
+    /// Tokens of the prompt.
+    pub prompt: usize,
+    /// New tokens that were asked for; 0 where no number was.
+    pub wanted: usize,
+}
+
 impl Model {
     /// Generates behind `prompt`, whose tokens the model's tokenizer gives.
     ///
     /// # Errors
     /// The prompt is empty or longer than the context, or the model fails.
-    pub fn generate<'m>(
-        &'m mut self,
-        prompt: &str,
-        options: GenerateOptions,
-        cancel: &'m AtomicBool,
-    ) -> Result<Generation<'m>> {
+    pub fn generate(&mut self, prompt: &str, options: impl Into<GenerateOptions>) -> Result<Generation<'_>> {
         let tokens = self.tokenizer.encode(prompt, true)?;
-        self.generate_from(&tokens, options, cancel)
+        self.generate_from(&tokens, options.into())
     }
 
     /// Generates behind tokens.
     ///
     /// # Errors
     /// As [`Model::generate`].
-    pub fn generate_from<'m>(
-        &'m mut self,
-        prompt: &[u32],
-        options: GenerateOptions,
-        cancel: &'m AtomicBool,
-    ) -> Result<Generation<'m>> {
+    pub fn generate_from(&mut self, prompt: &[u32], options: GenerateOptions) -> Result<Generation<'_>> {
         options.sampling.check()?;
-        let context = self.pipeline.context();
+        let context = self.plan.context;
         if prompt.is_empty() {
             return Err(Error::input("the prompt is empty"));
         }
@@ -108,45 +120,38 @@ impl Model {
             return Err(self.too_long(prompt.len(), wanted));
         }
         let start = Instant::now();
-        let sampling = &options.sampling;
-        self.pipeline.begin(&sampling.choice(), sampling.seed, prompt)?;
-        let interrupted = || {
-            if cancel.load(Ordering::Relaxed) { Err(Error::interrupted()) } else { Ok(()) }
-        };
-        let mut sampler = Sampler::new(options.sampling.clone(), prompt);
+        let mut sequence = self.engine.begin(prompt, &options.sampling)?;
         let next = match options.max_new_tokens {
             Some(0) => None,
-            _ => Some(sampler.sample(self.pipeline.extend(prompt, interrupted)?)?),
+            _ => Some(self.engine.next(&mut sequence, false, || options.cancel.check())?),
         };
         Ok(Generation {
-            prompt_tokens: prompt.len(),
-            prefill: start.elapsed(),
-            decode: Duration::ZERO,
-            generated: 0,
+            report: GenerateReport {
+                prompt_tokens: prompt.len(),
+                generated_tokens: 0,
+                prefill_seconds: start.elapsed().as_secs_f64(),
+                decode_seconds: 0.0,
+                finish: if next.is_none() { Finish::MaxNewTokens } else { Finish::Interrupted },
+            },
             next,
             since: Instant::now(),
-            finish: if next.is_none() { Some(Finish::MaxNewTokens) } else { None },
             stream: TextStream::new(options.stop.clone()),
             model: self,
-            sampler,
+            sequence,
             options,
-            cancel,
         })
     }
 
     fn too_long(&self, prompt: usize, wanted: usize) -> Error {
         let (context, longest) = (self.plan.context, self.plan.longest_context);
-        let new = if wanted > 0 { format!(" and {wanted} new ones are asked for") } else { String::new() };
-        let what = format!("the context holds {context} tokens, the prompt has {prompt}{new}");
         let needed = prompt + wanted;
-        if needed <= longest {
-            Error::input(what).hint(format!("`--context {needed}` makes room"))
+        Error::input(TooLong { context, prompt, wanted }).hint(if needed <= longest {
+            Hint::naming("{} makes room", [Setting::Context(needed)])
         } else if prompt < longest {
-            Error::input(what)
-                .hint(format!("`--max-new-tokens {}` is the most that the model has room for", longest - prompt))
+            Hint::naming("{} is the most that the model has room for", [Setting::MaxNewTokens(longest - prompt)])
         } else {
-            Error::input(what).hint(format!("the model was made for {longest} tokens; shorten the prompt"))
-        }
+            format!("the model was made for {longest} tokens; shorten the prompt").into()
+        })
     }
 
     /// Calls `visit` with the position of each of `tokens` and the logits behind it.
@@ -154,34 +159,30 @@ impl Model {
     /// # Errors
     /// The tokens are none, too many, or not the model's, or the model fails.
     pub fn score(&mut self, tokens: &[u32], visit: impl FnMut(usize, &[f32])) -> Result<()> {
-        self.pipeline.score(tokens, visit)
+        self.engine.score(tokens, visit)
     }
 
     /// Takes prompts in chunks of at most `tokens`; no more than the plan counts.
     pub fn limit_prefill_chunk(&mut self, tokens: usize) {
-        self.pipeline.limit_chunk(tokens);
+        self.engine.limit_chunk(tokens);
     }
 
     /// Launches every kernel of a step by itself from now on, where GPUs would repeat them as one; to
     /// measure what that saves.
     pub fn launch_each_kernel(&mut self) {
-        self.pipeline.launch_each_kernel();
+        self.engine.pipeline().launch_each_kernel();
     }
 }
 
 /// A generation that runs as it is iterated.
 pub struct Generation<'m> {
     model: &'m mut Model,
-    sampler: Sampler,
+    sequence: Sequence,
     stream: TextStream,
     options: GenerateOptions,
-    cancel: &'m AtomicBool,
     next: Option<u32>,
-    prompt_tokens: usize,
-    generated: usize,
-    prefill: Duration,
-    decode: Duration,
-    finish: Option<Finish>,
+    /// Interrupted, unless it has ended otherwise.
+    report: GenerateReport,
     /// When the last token was known.
     since: Instant,
 }
@@ -189,39 +190,32 @@ pub struct Generation<'m> {
 impl Generation<'_> {
     /// Counts and times so far.
     pub fn report(&self) -> GenerateReport {
-        GenerateReport {
-            prompt_tokens: self.prompt_tokens,
-            generated_tokens: self.generated,
-            prefill_seconds: self.prefill.as_secs_f64(),
-            decode_seconds: self.decode.as_secs_f64(),
-            finish: self.finish.unwrap_or(Finish::Interrupted),
-        }
+        self.report.clone()
     }
 
     /// Gives out `token` and chooses the one behind it.
     fn step(&mut self, token: u32) -> Result<Piece> {
-        self.generated += 1;
+        self.report.generated_tokens += 1;
         if !self.options.ignore_eos && self.model.eos_token_ids.contains(&token) {
-            self.finish = Some(Finish::EndOfText);
+            self.report.finish = Finish::EndOfText;
             return Ok(Piece { token: Some(token), text: String::new() });
         }
         let (text, stopped) = self.stream.push(token, &self.model.tokenizer)?;
         let piece = Piece { token: Some(token), text };
         if stopped {
-            self.finish = Some(Finish::Stop);
-        } else if self.options.max_new_tokens == Some(self.generated) {
-            self.finish = Some(Finish::MaxNewTokens);
-        } else if self.cancel.load(Ordering::Relaxed) {
-            self.finish = Some(Finish::Interrupted);
-        } else if self.model.pipeline.length() == self.model.pipeline.context() {
-            self.finish = Some(Finish::Context);
+            self.report.finish = Finish::Stop;
+        } else if self.options.max_new_tokens == Some(self.report.generated_tokens) {
+            self.report.finish = Finish::MaxNewTokens;
+        } else if self.options.cancel.is_cancelled() {
+            self.report.finish = Finish::Interrupted;
+        } else if self.sequence.tokens().len() > self.model.plan.context {
+            self.report.finish = Finish::Context;
         } else {
-            let pipeline = &mut self.model.pipeline;
-            let start = if pipeline.is_ahead() { self.since } else { Instant::now() };
-            let more = self.options.max_new_tokens.is_none_or(|most| self.generated + 1 < most);
-            self.next = Some(self.sampler.sample(pipeline.follow(token, more)?)?);
+            let start = if self.sequence.is_ahead() { self.since } else { Instant::now() };
+            let more = self.options.max_new_tokens.is_none_or(|most| self.report.generated_tokens + 1 < most);
+            self.next = Some(self.model.engine.next(&mut self.sequence, more, || Ok(()))?);
             self.since = Instant::now();
-            self.decode += self.since - start;
+            self.report.decode_seconds += (self.since - start).as_secs_f64();
         }
         Ok(piece)
     }

@@ -9,7 +9,6 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use half::f16;
@@ -17,6 +16,7 @@ use half::slice::HalfFloatSliceExt;
 use serde::Serialize;
 
 use crate::bytes::Bytes;
+use crate::cancel::Cancel;
 use crate::error::{Error, Result};
 use crate::fs;
 use crate::loader::Model;
@@ -32,13 +32,6 @@ pub struct Windows {
     stride: usize,
 }
 
-/// Tokens that are run together, and the first of them that is scored.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Window {
-    tokens: Range<usize>,
-    scored: usize,
-}
-
 impl Windows {
     /// Windows of `length` tokens, each beginning `stride` tokens behind the last.
     pub fn new(length: usize, stride: usize) -> Result<Self> {
@@ -51,20 +44,20 @@ impl Windows {
         Ok(Self { length, stride })
     }
 
-    /// The windows of a text of `count` tokens that have tokens to score.
-    fn over(self, count: usize) -> impl Iterator<Item = Window> {
+    /// The windows of a text of `count` tokens that have tokens to score, and the first of each that is scored.
+    fn over(self, count: usize) -> impl Iterator<Item = (Range<usize>, usize)> {
         let mut reached = 0;
         (0..count).step_by(self.stride).map_while(move |start| {
             let end = count.min(start + self.length);
             let scored = reached.max(start + 1);
             reached = end;
-            (scored < end).then_some(Window { tokens: start..end, scored })
+            (scored < end).then_some((start..end, scored))
         })
     }
 
     /// Tokens that are scored in a text of `count` tokens.
     pub fn scored(self, count: usize) -> usize {
-        self.over(count).map(|window| window.tokens.end - window.scored).sum()
+        self.over(count).map(|(window, scored)| window.end - scored).sum()
     }
 }
 
@@ -157,22 +150,20 @@ impl Model {
         tokens: &[u32],
         windows: Windows,
         mut comparison: Comparison,
-        cancel: &AtomicBool,
+        cancel: &Cancel,
         mut on_window: impl FnMut(usize),
     ) -> Result<Perplexity> {
         let start = Instant::now();
         let (mut loss, mut kl, mut same) = (Mean::default(), Mean::default(), 0usize);
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-        for window in windows.over(tokens.len()) {
-            if cancel.load(Ordering::Relaxed) {
-                return Err(Error::interrupted());
-            }
+        for (window, scored) in windows.over(tokens.len()) {
+            cancel.check()?;
             let mut outcome = Ok(());
             // Nothing stands behind the last token to score its logits by.
-            let run = window.tokens.start..window.tokens.end - 1;
+            let run = window.start..window.end - 1;
             self.score(&tokens[run], |at, logits| {
-                let next = window.tokens.start + at + 1;
-                if next < window.scored || outcome.is_err() {
+                let next = window.start + at + 1;
+                if next < scored || outcome.is_err() {
                     return;
                 }
                 let likeliest = log_softmax(logits, &mut ours);
@@ -191,7 +182,7 @@ impl Model {
                 loss.push(-f64::from(ours[tokens[next] as usize]));
             })?;
             outcome?;
-            on_window(window.tokens.end);
+            on_window(window.end);
         }
         if loss.count == 0 {
             return Err(Error::input(format!("the text has {} tokens; 2 is the least to score", tokens.len())));
@@ -267,8 +258,7 @@ mod tests {
     #[test]
     fn every_token_but_the_first_is_scored_in_the_first_window_that_can() {
         let windows = |length, stride, count| -> Vec<(Range<usize>, usize)> {
-            let windows = Windows::new(length, stride).unwrap();
-            windows.over(count).map(|window| (window.tokens, window.scored)).collect()
+            Windows::new(length, stride).unwrap().over(count).collect()
         };
         assert_eq!(windows(4, 4, 10), [(0..4, 1), (4..8, 5), (8..10, 9)]);
         assert_eq!(windows(4, 4, 9), [(0..4, 1), (4..8, 5)]);

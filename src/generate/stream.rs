@@ -36,26 +36,25 @@ impl TextStream {
     /// Adds a token. Gives the text that is complete by now, and whether a stop text was met.
     pub fn push(&mut self, token: u32, tokenizer: &Tokenizer) -> Result<(String, bool)> {
         self.tokens.push(token);
-        let complete = |text: &str, waiting: usize| !text.ends_with('\u{fffd}') || waiting > LONGEST_CHARACTER;
-        self.advance(tokenizer, complete)?;
+        self.advance(tokenizer, false)?;
         Ok((self.release(false), self.stopped))
     }
 
     /// The text that was held back; the stream is then empty.
     pub fn finish(&mut self, tokenizer: &Tokenizer) -> Result<String> {
-        self.advance(tokenizer, |_, _| true)?;
+        self.advance(tokenizer, true)?;
         Ok(self.release(true))
     }
 
-    /// Decodes what is new and takes it over if it is `complete`.
-    fn advance(&mut self, tokenizer: &Tokenizer, complete: impl Fn(&str, usize) -> bool) -> Result<()> {
+    /// Decodes what is new and takes it over if its characters are whole, or if it is `all`.
+    fn advance(&mut self, tokenizer: &Tokenizer, all: bool) -> Result<()> {
         if self.stopped || self.read == self.tokens.len() {
             return Ok(());
         }
         // A token's text can depend on those before it, so it is what a few more tokens add to a few.
         let before = tokenizer.decode(&self.tokens[self.prefix..self.read])?;
         let with = tokenizer.decode(&self.tokens[self.prefix..])?;
-        if complete(&with, self.tokens.len() - self.read) {
+        if all || !with.ends_with('\u{fffd}') || self.tokens.len() - self.read > LONGEST_CHARACTER {
             self.held.push_str(with.strip_prefix(&before).unwrap_or_default());
             (self.prefix, self.read) = (self.read, self.tokens.len());
         }

@@ -20,27 +20,21 @@ impl Link {
         };
         let broken = || Error::input(format!("{endpoint} did not send {place} as the Hub sends it")).hint(PORTAL);
         match failure {
+            Failure::Hub(HFError::Request { source, .. }) => if is_json_error(&source) {
+                broken()
+            } else if source.is_connect() || source.is_timeout() {
+                Error::input(format!("cannot reach {endpoint}")).hint(NETWORK)
+            } else {
+                Error::input(format!("the connection to {endpoint} broke while it sent {place}"))
+                    .hint("run the command again; files that are whole are not downloaded again")
+            }
+            .caused_by(source.without_url()),
+            Failure::Hub(HFError::MalformedResponse { what, .. }) => broken().caused_by(printable(&what)),
+            Failure::Hub(HFError::Io(source)) => Error::io("write to the cache", cache, source),
+            Failure::Hub(HFError::CacheLockTimeout { path }) => lock_held(&path),
             Failure::Hub(error) => match answer(&error) {
-                Some(answer) => self.explain_answer(&answer, &place, file, &error),
-                None => match error {
-                    HFError::Request { source, .. } if is_json_error(&source) => {
-                        broken().caused_by(source.without_url())
-                    }
-                    HFError::Request { source, .. } if source.is_connect() || source.is_timeout() => {
-                        Error::input(format!("cannot reach {endpoint}"))
-                            .caused_by(source.without_url())
-                            .hint(NETWORK)
-                    }
-                    HFError::Request { source, .. } => {
-                        Error::input(format!("the connection to {endpoint} broke while it sent {place}"))
-                            .caused_by(source.without_url())
-                            .hint("run the command again; files that are whole are not downloaded again")
-                    }
-                    HFError::MalformedResponse { what, .. } => broken().caused_by(printable(&what)),
-                    HFError::Io(source) => Error::io("write to the cache", cache, source),
-                    HFError::CacheLockTimeout { path } => lock_held(&path),
-                    error => Error::input(format!("cannot read {place}")).caused_by(printable(&error.to_string())),
-                },
+                Some(answer) => self.explain_answer(answer, &place, file, &error),
+                None => Error::input(format!("cannot read {place}")).caused_by(printable(&error.to_string())),
             },
             Failure::Crashed => Error::input(format!("cannot read {place}")).caused_by("the Hub client failed"),
             Failure::Silent(silence) => {
@@ -63,15 +57,15 @@ impl Link {
         }
     }
 
-    fn explain_answer(&self, answer: &Answer, place: &str, file: Option<&str>, error: &HFError) -> Error {
+    fn explain_answer(&self, answer: Refusal, place: &str, file: Option<&str>, error: &HFError) -> Error {
         const TOKEN: &str = "set HF_TOKEN to the token of an account that may read it";
         let Self { options: HubOptions { endpoint, token, .. }, id, revision, .. } = self;
         let page = format!("{endpoint}/{id}");
+        let without_token = |error: Error, hint: &str| if token.is_some() { error } else { error.hint(hint) };
         let error = match (answer.status, answer.code.as_deref()) {
             (_, Some("GatedRepo")) => {
-                let gated = Error::input(format!("`{id}` is gated, and access has not been granted"))
-                    .hint(format!("request access at {page}"));
-                if token.is_some() { gated } else { gated.hint(TOKEN) }
+                let gated = Error::input(format!("`{id}` is gated, and access has not been granted"));
+                without_token(gated.hint(format!("request access at {page}")), TOKEN)
             }
             (401 | 404, Some("RepoNotFound")) => {
                 Error::input(format!("repository `{id}` is not at {endpoint}, or is private"))
@@ -91,37 +85,33 @@ impl Link {
             }
             (404, _) => Error::input(format!("{place} is not at {endpoint}")).hint(format!("check the name at {page}")),
             (429, _) => {
-                let limited = Error::input(format!("{endpoint} has had too many requests, asked for {place}"));
-                let limited = match error {
-                    HFError::RateLimited { retry_after: Some(wait), .. } => {
-                        limited.hint(format!("it takes the next one in {} s", wait.as_secs()))
-                    }
-                    _ => limited,
-                };
-                if token.is_some() {
-                    limited
-                } else {
-                    limited.hint("set HF_TOKEN: an account may ask more often than a stranger")
+                let mut limited = Error::input(format!("{endpoint} has had too many requests, asked for {place}"));
+                if let HFError::RateLimited { retry_after: Some(wait), .. } = error {
+                    limited = limited.hint(format!("it takes the next one in {} s", wait.as_secs()));
                 }
+                without_token(limited, "set HF_TOKEN: an account may ask more often than a stranger")
             }
             (500.., _) => Error::input(format!("{endpoint} failed, asked for {place}"))
                 .hint("try again later; https://status.huggingface.co says whether the Hub is up"),
             _ => Error::input(format!("{endpoint} did not give {place}")),
         };
-        error.caused_by(format!("the Hub answered {}", answer.shown))
+        error.caused_by(answer)
     }
 }
 
 /// What the Hub answered instead of what was asked for.
-struct Answer {
-    status: u16,
-    /// The Hub's own word for the reason.
-    code: Option<String>,
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the Hub answered {shown}")]
+pub struct Refusal {
+    /// The status of the answer, such as 404.
+    pub status: u16,
+    /// The Hub's own word for the reason, such as `GatedRepo`.
+    pub code: Option<String>,
     /// Status and message.
     shown: String,
 }
 
-fn answer(error: &HFError) -> Option<Answer> {
+fn answer(error: &HFError) -> Option<Refusal> {
     let context = match error {
         HFError::AuthRequired { context }
         | HFError::Forbidden { context }
@@ -133,17 +123,12 @@ fn answer(error: &HFError) -> Option<Answer> {
         | HFError::EntryNotFound { context, .. } => context.as_ref(),
         _ => return None,
     };
-    Some(match context {
-        Some(context) => Answer {
-            status: context.status.as_u16(),
-            code: context.error_code.clone(),
-            shown: match &context.server_message {
-                Some(message) => format!("{}: {}", context.status, printable(message)),
-                None => context.status.to_string(),
-            },
-        },
-        None => Answer { status: 404, code: None, shown: "404 Not Found".to_owned() },
-    })
+    let Some(context) = context else {
+        return Some(Refusal { status: 404, code: None, shown: "404 Not Found".to_owned() });
+    };
+    let message = context.server_message.as_ref().map_or(String::new(), |message| format!(": {}", printable(message)));
+    let (status, code) = (context.status, context.error_code.clone());
+    Some(Refusal { status: status.as_u16(), code, shown: format!("{status}{message}") })
 }
 
 pub(super) fn lock_held(path: &Path) -> Error {

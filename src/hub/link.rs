@@ -177,7 +177,7 @@ impl Link {
             match receiver.recv_timeout(silence) {
                 Ok(Some(arrived)) if arrived.abs_diff(told) >= MIB => {
                     told = arrived;
-                    if note(HubEvent::Downloaded { bytes: Bytes(arrived) }).is_break() {
+                    if note(HubEvent::Downloaded(Bytes(arrived))).is_break() {
                         return Err(Failure::Stopped);
                     }
                 }
@@ -210,8 +210,7 @@ impl Link {
             };
             match &failure {
                 Failure::Hub(HFError::CacheLockTimeout { path }) if begun.elapsed() < LOCK_WAIT => {
-                    let held = HubEvent::LockHeld { path: path.clone(), waited: begun.elapsed() };
-                    if note(held).is_break() {
+                    if note(HubEvent::LockHeld(path.clone())).is_break() {
                         return Err(Failure::Stopped);
                     }
                     continue;
@@ -223,7 +222,7 @@ impl Link {
                     while let left = until.saturating_duration_since(Instant::now())
                         && !left.is_zero()
                     {
-                        if note(HubEvent::RateLimited { left }).is_break() {
+                        if note(HubEvent::RateLimited(left)).is_break() {
                             return Err(Failure::Stopped);
                         }
                         thread::sleep(left.min(Duration::from_secs(1)));

@@ -1,7 +1,7 @@
 //! One repository at one commit: what of it is in the cache, and the rest.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -10,8 +10,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use hf_hub::{HFError, split_id};
-use rustix::fs::{FlockOperation, flock};
-use rustix::io::Errno;
 
 use super::explain::lock_held;
 use super::link::{Failure, Limits, Link, Note, QUIET_WAIT, is_commit, quiet};
@@ -19,7 +17,7 @@ use super::{Hub, HubEvent, LOCK_WAIT, RATE_LIMIT_WAIT, RepoId};
 use crate::bytes::{Bytes, KIB};
 use crate::checkpoint::{Index, SINGLE_FILE, index};
 use crate::error::{Error, Result, printable};
-use crate::source::{LocalDirectory, Source};
+use crate::source::{LocalDirectory, Origin, Source};
 use crate::{fs, model_config};
 
 /// How often a wait for the lock is announced.
@@ -60,9 +58,14 @@ pub struct Repository {
     heads: Mutex<HashMap<String, Arc<Vec<u8>>>>,
 }
 
-impl Repository {
-    /// As [`Hub::repository`].
-    pub(super) fn open(hub: &Hub, id: &RepoId, revision: &str) -> Result<Self> {
+impl Hub {
+    /// Opens a repository at a branch, a tag or a commit. The commit is found
+    /// out now, and all files are read from it.
+    ///
+    /// # Errors
+    /// The repository or the revision does not exist or may not be read, or the
+    /// Hub cannot be reached; offline: the revision is not in the cache.
+    pub fn repository(&self, id: &RepoId, revision: &str) -> Result<Repository> {
         let part_is_plain = |part: &str| !matches!(part, "" | "." | "..");
         if !revision.split('/').all(part_is_plain)
             || revision.len() > 250
@@ -72,13 +75,13 @@ impl Repository {
                 .hint("name a branch, a tag or a commit"));
         }
         let folder = format!("models--{}", id.0.replace('/', "--"));
-        let home = hub.options.cache.join(&folder);
+        let home = self.options.cache.join(&folder);
         let cached = cached_commit(&home, revision);
-        let (commit, files, link) = if let Some(client) = &hub.client {
+        let (commit, files, link) = if let Some(client) = &self.client {
             let (owner, name) = split_id(&id.0);
             let link = Link {
                 repository: client.model(owner, name),
-                options: hub.options.clone(),
+                options: self.options.clone(),
                 id: id.clone(),
                 revision: revision.to_owned(),
             };
@@ -97,12 +100,12 @@ impl Repository {
             let commit = cached.ok_or_else(|| not_cached("the commit", id, revision))?;
             (commit, BTreeMap::new(), None)
         };
-        Ok(Self {
+        Ok(Repository {
             id: id.clone(),
             revision: revision.to_owned(),
             snapshot: home.join("snapshots").join(&commit),
-            locks: hub.options.cache.join(".locks").join(&folder),
-            headers: hub.options.cache.join(".evenkeel").join(folder).join(&commit),
+            locks: self.options.cache.join(".locks").join(&folder),
+            headers: self.options.cache.join(".evenkeel").join(folder).join(&commit),
             home,
             commit,
             files,
@@ -110,7 +113,9 @@ impl Repository {
             heads: Mutex::default(),
         })
     }
+}
 
+impl Repository {
     /// The commit that all files are read from.
     pub fn commit(&self) -> &str {
         &self.commit
@@ -145,10 +150,8 @@ impl Repository {
             }
             self.fetch_all(link, &missing, on_event)?;
         } else {
-            for file in &wanted {
-                if !self.is_cached(file) {
-                    return Err(self.offline(file));
-                }
+            if let Some(file) = wanted.iter().find(|file| !self.is_cached(file)) {
+                return Err(self.offline(file));
             }
             on_event(HubEvent::Total { bytes: Bytes::ZERO, files: 0 });
         }
@@ -156,15 +159,10 @@ impl Repository {
         Ok(self.snapshot.clone())
     }
 
-    /// The files that a load reads.
     fn wanted(&self) -> Result<Vec<String>> {
         let mut wanted = vec![model_config::FILE.to_owned()];
-        for file in SMALL_FILES {
-            if self.has(file)? {
-                wanted.push(file.to_owned());
-            }
-        }
-        if self.has(index::FILE)? {
+        wanted.extend(SMALL_FILES.into_iter().filter(|file| self.has(file)).map(str::to_owned));
+        if self.has(index::FILE) {
             wanted.push(index::FILE.to_owned());
             wanted.extend(Index::read(self)?.shards);
         } else {
@@ -228,18 +226,17 @@ impl Repository {
         let begun = Instant::now();
         let mut announced = 0;
         loop {
-            let waited = begun.elapsed();
-            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            match file.try_lock() {
                 Ok(()) => return Ok(file),
-                Err(Errno::WOULDBLOCK) if waited < LOCK_WAIT => {
-                    if waited >= HEARTBEAT * announced {
+                Err(TryLockError::WouldBlock) if begun.elapsed() < LOCK_WAIT => {
+                    if begun.elapsed() >= HEARTBEAT * announced {
                         announced += 1;
-                        on_event(HubEvent::LockHeld { path: path.clone(), waited });
+                        on_event(HubEvent::LockHeld(path.clone()));
                     }
                     thread::sleep(Duration::from_millis(50));
                 }
-                Err(Errno::WOULDBLOCK) => return Err(lock_held(&path)),
-                Err(e) => return Err(Error::io("lock", &path, e.into())),
+                Err(TryLockError::WouldBlock) => return Err(lock_held(&path)),
+                Err(TryLockError::Error(e)) => return Err(Error::io("lock", &path, e)),
             }
         }
     }
@@ -270,13 +267,13 @@ impl Repository {
                 });
             }
             drop(sender);
-            let mut arrived = vec![0; files.len()];
+            let mut arrived = vec![Bytes::ZERO; files.len()];
             let mut failed = None;
             for (at, note) in receiver {
                 match note {
-                    Ok(HubEvent::Downloaded { bytes }) => {
-                        arrived[at] = bytes.0;
-                        on_event(HubEvent::Downloaded { bytes: Bytes(arrived.iter().sum()) });
+                    Ok(HubEvent::Downloaded(bytes)) => {
+                        arrived[at] = bytes;
+                        on_event(HubEvent::Downloaded(arrived.iter().copied().sum()));
                     }
                     Ok(event) => on_event(event),
                     Err(failure) => failed = failed.or_else(|| Some(link.explain(failure, Some(&files[at].0)))),
@@ -310,12 +307,11 @@ impl Repository {
                 return Err(Failure::WrongSize { got, size });
             }
             // Whether to go on is asked before the next file.
-            let _ = note(HubEvent::Downloaded { bytes: Bytes(size) });
+            let _ = note(HubEvent::Downloaded(Bytes(size)));
             Ok(())
         })
     }
 
-    /// A part of a file by a range request.
     fn range(&self, link: &Link, file: &str, size: u64, offset: u64, len: u64) -> Result<Vec<u8>> {
         let bytes = link.retry(QUIET_WAIT, &mut quiet, |note| {
             let (name, commit) = (file.to_owned(), self.commit.clone());
@@ -365,8 +361,8 @@ fn head_end(head: &[u8]) -> Option<usize> {
 }
 
 impl Source for Repository {
-    fn has(&self, file: &str) -> Result<bool> {
-        Ok(if self.link.is_some() { self.files.contains_key(file) } else { self.is_cached(file) })
+    fn has(&self, file: &str) -> bool {
+        if self.link.is_some() { self.files.contains_key(file) } else { self.is_cached(file) }
     }
 
     fn read(&self, file: &str, cap: Bytes) -> Result<Vec<u8>> {
@@ -419,6 +415,10 @@ impl Source for Repository {
 
     fn directory(&self) -> Option<&Path> {
         None
+    }
+
+    fn origin(&self) -> Origin {
+        Origin::Repository { repository: self.id.to_string(), commit: self.commit.clone() }
     }
 }
 

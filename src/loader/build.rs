@@ -1,129 +1,118 @@
 //! Stages over filled arenas.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use super::LoadOptions;
-use super::arenas::{Arenas, GpuArenas};
-use crate::architecture::{ModuleKind, ModuleTree, Parameter as Named, Weight};
-use crate::backend::cpu::{self, Arena, CpuStage, Parameter, Workspace};
-use crate::backend::cuda::{self, Cache, CudaStage};
+use super::arenas::Arenas;
+use crate::architecture::{ModuleKind, Part, Role};
+use crate::backend::block::{Finder, Modules};
+use crate::backend::cpu::{self, Arena, CpuStage, KvCache, Parameter, Workspace};
+use crate::backend::cuda::{CudaStage, DeviceMatrix};
 use crate::backend::{Pipeline, Stage, StageRoles};
 use crate::bytes::Bytes;
-use crate::checkpoint::Checkpoint;
 use crate::device::DeviceId;
-use crate::error::{Error, Result};
-use crate::plan::Plan;
-use crate::plan::memory::{self, KvLayout, Placed, WorkspaceLayout};
-
-/// A stage while it is given its modules.
-enum Run {
-    Cpu(CpuStage),
-    Cuda(DeviceId, CudaStage),
-}
+use crate::error::Result;
+use crate::footprint::{CUDA_ANSWERS, CpuBuffers, Purpose, State};
+use crate::plan::{Plan, PlannedModule};
+use crate::quant::MatrixLayout;
 
 /// Bytes that were taken of each device.
 type Measured = BTreeMap<DeviceId, Bytes>;
+/// Parameters by their module and by what they are in it.
+type Parameters<P> = HashMap<(usize, Role, Part), P>;
 
 /// Builds the stages, and sums up what the arenas hold.
-pub fn build(
-    plan: &Plan,
-    checkpoint: &Checkpoint,
-    tree: &ModuleTree,
-    placed: &[Placed],
-    arenas: Arenas,
-    options: &LoadOptions,
-) -> Result<(Pipeline, Measured)> {
-    let config = &checkpoint.config;
+pub fn build(plan: &Plan, arenas: Arenas, options: &LoadOptions) -> Result<(Pipeline, Measured)> {
+    let config = &plan.checkpoint().config;
     let Arenas { memory, disk, mut gpus } = arenas;
-    let mut host = BTreeMap::from([(DeviceId::Cpu, Arc::new(Arena::Memory(memory)))]);
+    let mut host = BTreeMap::<_, Arc<Arena>>::from([(DeviceId::Cpu, Arc::new(memory) as _)]);
     if let Some(file) = disk {
-        host.insert(DeviceId::Disk, Arc::new(Arena::map(&file, options.offload_directory)?));
+        host.insert(DeviceId::Disk, Arc::new(cpu::map(&file, &options.offload_directory)?));
     }
-    let mut modules = vec![cpu::Parameters::default(); tree.modules.len()];
-    let mut on_gpu = vec![cuda::Parameters::default(); tree.modules.len()];
-    for (at, target) in placed.iter().enumerate() {
-        let Weight { module, parameter: Named { role, part, .. }, .. } = target.weight;
-        if let Some(matrix) = gpus.get_mut(&target.device).and_then(|gpu| gpu.matrices.remove(&at)) {
-            on_gpu[module].insert(*role, *part, matrix);
-        } else {
-            // Arenas exist for all devices of the plan, and offsets lie inside them.
+    let (mut on_host, mut on_gpus) = (Parameters::<Parameter>::new(), Parameters::<DeviceMatrix>::new());
+    for (at, placed) in plan.weights.iter().enumerate() {
+        let key = (placed.weight.module, placed.weight.parameter.role, placed.weight.parameter.part);
+        if let Some(matrix) = gpus.get_mut(&placed.device).and_then(|gpu| gpu.matrices.remove(&at)) {
+            on_gpus.insert(key, matrix);
+        } else if let Some(arena) = host.get(&placed.device) {
             #[expect(clippy::cast_possible_truncation, reason = "an offset into an arena")]
-            let offset = target.offset as usize;
-            let parameter = Parameter::new(target.layout.clone(), offset, Arc::clone(&host[&target.device]));
-            modules[module].insert(*role, *part, parameter);
+            let offset = placed.offset as usize;
+            on_host.insert(key, Parameter::new(placed.layout.clone(), offset, Arc::clone(arena)));
         }
     }
     let mut measured: Measured = gpus.iter().map(|(device, arenas)| (*device, arenas.gpu.peak())).collect();
 
-    let computes_here = plan.modules.iter().any(|module| host.contains_key(&module.device));
-    let tokens = if computes_here { memory::chunk(plan.context) } else { 0 };
-    let workspace = Workspace::new(&WorkspaceLayout::new(config, tokens));
-    let workspace_bytes = workspace.bytes();
-    let workspace = Arc::new(Mutex::new(workspace));
-    let kv = KvLayout::new(config, plan.context, plan.batch, plan.kv_cache)
-        .ok_or_else(|| Error::does_not_fit("the KV cache is too large for this machine"))?;
-    let mut caches: BTreeMap<DeviceId, _> =
-        gpus.iter_mut().map(|(device, arenas)| (*device, std::mem::take(&mut arenas.caches).into_iter())).collect();
-    let begin = |device| match gpus.get(&device) {
-        Some(GpuArenas { workspace, .. }) => {
-            Run::Cuda(device, CudaStage::new(config, plan.context, Arc::clone(workspace)))
-        }
-        None => Run::Cpu(CpuStage::new(config, plan.context, Arc::clone(&workspace), Arc::clone(&options.pool))),
-    };
+    let workspace = CpuBuffers::try_new(|name| {
+        let bytes = plan.allocation(DeviceId::Cpu, Purpose::Workspace, name).unwrap_or_default();
+        Ok(vec![0.0f32; bytes.as_usize().unwrap_or(usize::MAX) / size_of::<f32>()])
+    })?;
+    let buffers: usize = workspace.each().map(|(_, buffer)| size_of_val(&**buffer)).sum();
+    let mut taken = Bytes(buffers as u64) + gpus.values().map(|_| CUDA_ANSWERS).sum();
+    let workspace: Arc<Mutex<Workspace>> = Arc::new(Mutex::new(workspace));
 
-    let mut stages: Vec<Run> = Vec::new();
-    let mut roles = StageRoles { embedding: 0, norm: 0, head: 0 };
-    let mut current = None;
-    let parameters = modules.into_iter().zip(on_gpu);
-    for ((module, (parameters, on_gpu)), device) in tree.modules.iter().zip(parameters).zip(plan.placement()) {
-        if module.kind == ModuleKind::Head && tree.tied {
-            match &mut stages[roles.embedding] {
-                Run::Cpu(stage) => stage.tie_head(),
-                Run::Cuda(_, stage) => stage.tie_head(),
-            }
-            roles.head = roles.embedding;
-            continue;
-        }
-        if current != Some(device) {
-            stages.push(begin(device));
-            current = Some(device);
-        }
-        let at = stages.len() - 1;
-        match module.kind {
-            ModuleKind::Block(_) | ModuleKind::Positions => {}
-            ModuleKind::Embedding => roles.embedding = at,
-            ModuleKind::Norm => roles.norm = at,
-            ModuleKind::Head => roles.head = at,
-        }
-        match (&mut stages[at], module.kind) {
-            (Run::Cpu(stage), ModuleKind::Block(index)) => stage.push_block(index, parameters, kv)?,
-            (Run::Cpu(stage), _) => stage.add(parameters),
-            (Run::Cuda(device, stage), ModuleKind::Block(index)) => {
-                let mut next = || caches.get_mut(device).and_then(Iterator::next);
-                let (Some(keys), Some(values)) = (next(), next()) else {
-                    unreachable!("there is a cache for every block")
-                };
-                stage.push_block(index, on_gpu, Cache::new(kv, &[keys, values]));
-            }
-            (Run::Cuda(_, stage), _) => stage.add(on_gpu),
-        }
-    }
-    let kv_bytes: Bytes =
-        stages.iter().map(|stage| if let Run::Cpu(stage) = stage { stage.kv_bytes() } else { Bytes::ZERO }).sum();
-    let answers: Bytes = gpus.values().map(|_| memory::CUDA_ANSWERS).sum();
-    let stage = |run| -> Box<dyn Stage> {
-        match run {
-            Run::Cpu(stage) => Box::new(stage),
-            Run::Cuda(_, stage) => Box::new(stage),
-        }
+    let mut stages: Vec<Box<dyn Stage>> = Vec::new();
+    let runs = runs(plan);
+    let stage_of = |kind| {
+        let has = |(_, range): &(_, Range<usize>)| plan.modules[range.clone()].iter().any(|m| m.kind == kind);
+        runs.iter().position(has).unwrap_or_default()
     };
-    let pipeline = Pipeline::new(stages.into_iter().map(stage).collect(), roles, config, plan.context);
-    for (device, arena) in &host {
-        let used = placed.iter().any(|target| target.device == *device);
-        measured.insert(*device, if used { Bytes(arena.bytes().len() as u64) } else { Bytes::ZERO });
+    let head = stage_of(if plan.is_tied() { ModuleKind::Embedding } else { ModuleKind::Head });
+    let roles = StageRoles { embedding: stage_of(ModuleKind::Embedding), norm: stage_of(ModuleKind::Norm), head };
+    for (device, range) in runs {
+        if let Some(gpu) = gpus.get_mut(&device) {
+            let modules = modules(plan, range, |key| on_gpus.remove(&key))?;
+            let caches = gpu.caches.drain(..modules.blocks.len()).collect();
+            stages.push(Box::new(CudaStage::new(config, (modules, caches), Arc::clone(&gpu.workspace))));
+        } else {
+            let kept = plan.modules[range.clone()].iter().filter_map(|module| Some((module.state?, module.kv_cache)));
+            let cache = |(State::KeysValues(kv), bytes)| KvCache::new(kv, plan.batch, bytes);
+            let caches: Vec<_> = kept.map(cache).collect::<Result<_>>()?;
+            taken += caches.iter().map(KvCache::bytes).sum();
+            let parts = (modules(plan, range, |key| on_host.remove(&key))?, caches);
+            let (workspace, pool) = (Arc::clone(&workspace), Arc::clone(&options.pool));
+            stages.push(Box::new(CpuStage::new(config, plan.context, parts, workspace, pool)));
+        }
     }
-    *measured.entry(DeviceId::Cpu).or_default() +=
-        kv_bytes + workspace_bytes + answers + Bytes(pipeline.host_bytes() as u64);
+    let pipeline = Pipeline::new(stages, roles, config, plan.chunk);
+    for (device, arena) in &host {
+        let used = plan.weights.iter().any(|placed| placed.device == *device);
+        measured.insert(*device, if used { Bytes(arena.len() as u64) } else { Bytes::ZERO });
+    }
+    *measured.entry(DeviceId::Cpu).or_default() += taken + Bytes(pipeline.host_bytes() as u64);
     Ok((pipeline, measured))
+}
+
+/// Modules that follow on each other on a device. A head that is the embedding is in none.
+fn runs(plan: &Plan) -> Vec<(DeviceId, Range<usize>)> {
+    let modules = &plan.modules[..plan.modules.len() - usize::from(plan.is_tied())];
+    let mut end = 0;
+    let run = |modules: &[PlannedModule]| {
+        end += modules.len();
+        (modules[0].device, end - modules.len()..end)
+    };
+    modules.chunk_by(|a, b| a.device == b.device).map(run).collect()
+}
+
+fn modules<P: AsRef<MatrixLayout> + Clone>(
+    plan: &Plan,
+    range: Range<usize>,
+    mut parameter: impl FnMut((usize, Role, Part)) -> Option<P>,
+) -> Result<Modules<P>> {
+    let mut modules = Modules { embedding: None, positions: None, blocks: Vec::new(), norm: None, head: None };
+    for index in range {
+        let mut finder = Finder(|role, part| parameter((index, role, part)));
+        match plan.modules[index].kind {
+            ModuleKind::Block(block) => modules.blocks.push(finder.block(&plan.checkpoint().config, block)?),
+            ModuleKind::Embedding => modules.embedding = finder.find(Role::Embedding),
+            ModuleKind::Positions => modules.positions = finder.find(Role::Positions),
+            ModuleKind::Norm => modules.norm = finder.find(Role::OutputNorm),
+            ModuleKind::Head => modules.head = finder.find(Role::Head),
+        }
+    }
+    if plan.is_tied() {
+        modules.head.clone_from(&modules.embedding);
+    }
+    Ok(modules)
 }

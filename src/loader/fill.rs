@@ -3,8 +3,6 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use super::arenas::Arenas;
@@ -12,17 +10,16 @@ use super::reader::{self, Slab, SlabBuffer};
 use super::{LoadEvent, LoadOptions, LoadTimes};
 use crate::backend::cuda::InFlight;
 use crate::bytes::Bytes;
-use crate::checkpoint::Checkpoint;
-use crate::device::DeviceId;
-use crate::error::{Error, Result};
-use crate::plan::memory::{HostStaging, Placed, STAGING_SLABS};
+use crate::device::{DeviceError, DeviceId};
+use crate::error::{Error, Hint, Result, Setting};
+use crate::footprint::{Placed, STAGING_SLABS};
+use crate::plan::Plan;
 use crate::pool::Pool;
 use crate::quant::{PackedRows, QuantizeError, Storage, quantize_rows};
 
 /// Slabs that may be on their way to GPUs; the readers have the others.
 const IN_FLIGHT: usize = STAGING_SLABS / 2;
 
-/// A slab on its way to the GPU that its weight is placed on.
 struct Sent {
     weight: usize,
     row: usize,
@@ -30,26 +27,20 @@ struct Sent {
     slab: InFlight,
 }
 
-/// What filling took.
 pub struct Filled {
-    /// Bytes of the staging ring.
     pub staged: Bytes,
-    /// Bytes that were read past the page cache.
     pub past_cache: Bytes,
-    /// What was waited for.
     pub times: LoadTimes,
 }
 
-/// Reads every weight, packs it and puts it in place.
 pub fn fill(
+    plan: &Plan,
     arenas: &mut Arenas,
-    checkpoint: &Checkpoint,
-    directory: &Path,
-    placed: &[Placed],
-    staging: HostStaging,
     options: &LoadOptions,
     on_event: &mut impl FnMut(LoadEvent),
 ) -> Result<Filled> {
+    let (placed, checkpoint) = (&plan.weights[..], plan.checkpoint());
+    let staging = plan.staging()?;
     let buffer = |_| match arenas.gpus.values().next() {
         Some(arenas) => arenas.gpu.allocate_pinned(staging.slab).map(SlabBuffer::Pinned),
         None => SlabBuffer::heap(staging),
@@ -64,10 +55,8 @@ pub fn fill(
         let bytes = Bytes(len as u64);
         on_event(LoadEvent::Placed { module: &target.weight.parameter.module, device: target.device, bytes });
     };
-    let read = reader::read(checkpoint, directory, placed, buffers, staging.transposed, |slab, back| {
-        if options.cancel.load(Ordering::Relaxed) {
-            return Err(Error::interrupted());
-        }
+    let (waited, past_cache) = reader::read(checkpoint, placed, buffers, staging.transposed, |slab, back| {
+        options.cancel.check()?;
         let Slab { weight, row, range, buffer } = slab;
         let target = &placed[weight];
         let buffer = match (buffer, arenas.gpus.get_mut(&target.device)) {
@@ -106,11 +95,12 @@ pub fn fill(
         receive(&options.pool, arenas, placed, slab)?;
     }
     times.gpus += start.elapsed().as_secs_f64();
-    times.read = read.waited.as_secs_f64();
+    times.read = waited.as_secs_f64();
     for gpu in arenas.gpus.values_mut() {
         gpu.upload = None;
     }
-    Ok(Filled { staged: staging.ring() + most_packed, past_cache: read.past_cache, times })
+    let ring = Bytes((staging.slab * STAGING_SLABS + staging.transposed) as u64);
+    Ok(Filled { staged: ring + most_packed, past_cache, times })
 }
 
 /// Waits for a slab on its way to a GPU and gives its buffer back.
@@ -125,8 +115,8 @@ fn receive(pool: &Pool, arenas: &mut Arenas, placed: &[Placed], sent: Sent) -> R
         // The GPU knows only that there is a weight that cannot be packed; the host finds it.
         quantize_rows(pool, &target.layout, dtype, &buffer[sent.range], &mut PackedRows::default())
             .map_err(|e| broken_weight(target, sent.row, e))?;
-        let tensor = target.weight.parameter.tensor();
-        return Err(Error::device(format!("{} cannot pack tensor `{tensor}`, and the host can", target.device)));
+        let what = format!("cannot pack tensor `{}`, and the host can", target.weight.parameter.tensor());
+        return Err(Error::device(DeviceError::Failed(target.device, what)));
     }
     Ok(SlabBuffer::Pinned(buffer))
 }
@@ -144,7 +134,7 @@ fn pack(
     let mut write = |offset: u64, bytes: &[u8]| {
         let offset = target.offset + offset;
         if let (Some(file), DeviceId::Disk) = (&arenas.disk, target.device) {
-            let failed = |e| Error::io("write a scratch file in", options.offload_directory, e);
+            let failed = |e| Error::io("write a scratch file in", &options.offload_directory, e);
             return file.write_all_at(bytes, offset).map_err(failed);
         }
         // The arena is as long as the layouts in it, so the offset is one into memory.
@@ -171,27 +161,63 @@ fn pack(
 /// Refuses scales that no quantizer writes, in rows of what is packed already.
 fn check_scales(target: &Placed, row: usize, bytes: &[u8]) -> Result<()> {
     let weight = &target.weight;
-    let broken = match weight.dtype() {
-        Some(_) => None,
-        None => target.layout.broken_scale((row * weight.row_bytes()) as u64, bytes),
-    };
-    broken.map_or(Ok(()), |row| {
-        let tensor = weight.parameter.tensor();
-        Err(Error::input(format!("tensor `{tensor}` has a scale at row {row} that is not finite"))
-            .hint("the file is broken; `evenkeel quantize` makes it again"))
-    })
+    if weight.dtype().is_some() {
+        return Ok(());
+    }
+    match target.layout.broken_scale((row * weight.row_bytes()) as u64, bytes) {
+        Some(row) => Err(Error::input(WeightError::BrokenScale { tensor: weight.parameter.tensor(), row })
+            .hint(Hint::naming("the file is broken; {} makes it again", [Setting::SaveQuantized]))),
+        None => Ok(()),
+    }
 }
 
 /// The error of a weight of `target` that cannot be packed, in a slab that begins at `first_row`.
 pub fn broken_weight(target: &Placed, first_row: usize, error: QuantizeError) -> Error {
     let tensor = target.weight.parameter.tensor();
-    let what = match error {
+    let error = match error {
         QuantizeError::NotFinite { row, col, value } => {
-            format!("tensor `{tensor}` has {value} at row {}, column {col}", first_row + row)
+            WeightError::NotFinite { tensor, row: first_row + row, col, value }
         }
         QuantizeError::ScaleOverflow { row, scale } => {
-            format!("tensor `{tensor}` needs a scale of {scale} at row {}, which f16 cannot hold", first_row + row)
+            WeightError::ScaleOverflow { tensor, row: first_row + row, scale }
         }
     };
-    Error::input(what).hint("`--quantize none` loads the weights as they are")
+    let hint = Hint::naming("{} loads the weights as they are", [Setting::Quantize(Some("none"))]);
+    Error::input(error).hint(hint)
+}
+
+/// A weight that cannot be packed, or was not packed by a quantizer.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum WeightError {
+    /// A packed row's scale is NaN or an infinity.
+    #[error("tensor `{tensor}` has a scale at row {row} that is not finite")]
+    BrokenScale {
+        /// The tensor.
+        tensor: String,
+        /// The row.
+        row: usize,
+    },
+    /// NaN or an infinity.
+    #[error("tensor `{tensor}` has {value} at row {row}, column {col}")]
+    NotFinite {
+        /// The tensor.
+        tensor: String,
+        /// The row.
+        row: usize,
+        /// The column.
+        col: usize,
+        /// The value.
+        value: f32,
+    },
+    /// The weights are too large for an f16 scale.
+    #[error("tensor `{tensor}` needs a scale of {scale} at row {row}, which f16 cannot hold")]
+    ScaleOverflow {
+        /// The tensor.
+        tensor: String,
+        /// The row.
+        row: usize,
+        /// The scale.
+        scale: f32,
+    },
 }

@@ -8,32 +8,30 @@
 
 mod arenas;
 mod build;
-mod compressed_tensors;
 mod fill;
-mod reader;
-mod save;
+pub(crate) mod reader;
 mod shard;
 
-use std::path::Path;
+use std::borrow::Borrow;
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use crate::architecture::ModuleTree;
-use crate::backend::Pipeline;
 use crate::bytes::Bytes;
-use crate::checkpoint::Checkpoint;
+use crate::cancel::Cancel;
 use crate::device::DeviceId;
+use crate::engine::Engine;
 use crate::error::Result;
+use crate::fs;
 use crate::plan::Plan;
-use crate::plan::memory::{self, HostStaging};
 use crate::pool::Pool;
 use crate::tokenizer::Tokenizer;
 use arenas::Arenas;
 
-pub use save::{DEFAULT_SHARD_SIZE, SaveFormat, SaveOptions, SaveReport, save_quantized};
+pub use fill::WeightError;
+pub(crate) use fill::broken_weight;
 
 /// What a load tells while it runs.
 #[derive(Clone, Debug)]
@@ -57,16 +55,27 @@ pub enum LoadEvent<'a> {
 
 /// Where scratch files go, who computes, and how to stop.
 #[derive(Clone, Debug)]
-pub struct LoadOptions<'a> {
-    /// The directory for the weights that the plan puts on the disk.
-    pub offload_directory: &'a Path,
-    /// Set to stop the load at the next slab.
-    pub cancel: &'a AtomicBool,
+pub struct LoadOptions {
+    /// The directory for the weights that the plan puts on the disk; [`fs::SCRATCH_DIRECTORY`] by default.
+    pub offload_directory: PathBuf,
+    /// Stops the load at the next slab.
+    pub cancel: Cancel,
     /// The threads that pack weights, and then compute the stages of the CPU.
     pub pool: Arc<Pool>,
     /// Whether every buffer on a GPU is an allocation of its own, so that reading or writing
     /// beyond one is noticed; for tests.
     pub separate_buffers: bool,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self {
+            offload_directory: fs::SCRATCH_DIRECTORY.into(),
+            cancel: Cancel::new(),
+            pool: Arc::default(),
+            separate_buffers: false,
+        }
+    }
 }
 
 /// What a load did.
@@ -117,40 +126,28 @@ pub struct Model {
     pub eos_token_ids: Vec<u32>,
     /// What loading it did.
     pub report: LoadReport,
-    pub(crate) pipeline: Pipeline,
+    pub(crate) engine: Engine,
 }
 
 impl Plan {
-    /// Loads `checkpoint` as the plan has it.
+    /// Loads the checkpoint as the plan has it.
     ///
     /// # Errors
     /// The plan does not fit, a file is broken or has changed, a weight is not
     /// finite, memory or disk is not to be had, or the caller stopped it.
-    pub fn load(
-        &self,
-        checkpoint: &Checkpoint,
-        options: &LoadOptions,
-        mut on_event: impl FnMut(LoadEvent),
-    ) -> Result<Model> {
+    pub fn load(&self, options: impl Borrow<LoadOptions>, mut on_event: impl FnMut(LoadEvent)) -> Result<Model> {
+        let options = options.borrow();
         if !self.fits() {
             return Err(self.does_not_fit());
         }
         let start = Instant::now();
-        let directory = checkpoint.local_directory()?;
-        let tokenizer = Tokenizer::open(directory, checkpoint.config.vocab_size)?;
-        let tree = ModuleTree::new(&checkpoint.config);
-        let weights = tree.resolve(checkpoint)?;
-        let devices = self.placement();
-        let mut placed = memory::lay_out(&weights, &devices, &self.quantize)?;
-        let staging = HostStaging::new(&weights, &self.quantize);
-
-        placed.sort_by_key(|p| (p.weight.tensor.shard, p.weight.tensor.range.start));
-        let read: Bytes = placed.iter().map(|p| p.weight.tensor.size()).sum();
-        let mut arenas = Arenas::take(self, &checkpoint.config, &placed, staging, options)?;
+        let checkpoint = self.checkpoint();
+        let tokenizer = Tokenizer::open(checkpoint.local_directory()?, checkpoint.config.vocab_size)?;
+        let read: Bytes = self.weights.iter().map(|placed| placed.weight.tensor.size()).sum();
+        let mut arenas = Arenas::take(self, options)?;
         on_event(LoadEvent::Started { bytes: read });
-        let fill::Filled { staged, past_cache, times } =
-            fill::fill(&mut arenas, checkpoint, directory, &placed, staging, options, &mut on_event)?;
-        let (pipeline, mut measured) = build::build(self, checkpoint, &tree, &placed, arenas, options)?;
+        let fill::Filled { staged, past_cache, times } = fill::fill(self, &mut arenas, options, &mut on_event)?;
+        let (pipeline, mut measured) = build::build(self, arenas, options)?;
         *measured.entry(DeviceId::Cpu).or_default() += staged;
         let report = LoadReport {
             read,
@@ -172,7 +169,15 @@ impl Plan {
             tokenizer,
             eos_token_ids: checkpoint.config.eos_token_ids.clone(),
             report,
-            pipeline,
+            engine: Engine::new(pipeline, self.context),
         })
+    }
+}
+
+#[cfg(feature = "testing")]
+impl Model {
+    /// What runs it, for tests of that.
+    pub fn engine(&mut self) -> &mut Engine {
+        &mut self.engine
     }
 }

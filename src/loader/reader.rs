@@ -6,9 +6,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::{Deref, DerefMut, Range};
-use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::shard::{PastCache, Shard};
@@ -18,7 +17,8 @@ use crate::bytes::Bytes;
 use crate::checkpoint::Checkpoint;
 use crate::device::DeviceId;
 use crate::error::Result;
-use crate::plan::memory::{HostStaging, Placed, SLAB_MARGIN};
+use crate::footprint::{HostStaging, Placed, SLAB_MARGIN};
+use crate::pool::lock;
 
 /// The most threads that read: a copy from the page cache takes the time of several.
 const READERS: usize = 4;
@@ -32,7 +32,6 @@ pub enum SlabBuffer {
 }
 
 impl SlabBuffer {
-    /// A slab in ordinary memory.
     pub fn heap(staging: HostStaging) -> Result<Self> {
         let mut memory = cpu::zeroed("a staging slab", Bytes(staging.slab as u64))?;
         // Taken from the system now, so that the time of the first reads is the disk's own.
@@ -65,7 +64,6 @@ impl DerefMut for SlabBuffer {
 pub struct Slab {
     /// Position of the weight in the list that is read.
     pub weight: usize,
-    /// First row.
     pub row: usize,
     /// Where in the buffer they are.
     pub range: Range<usize>,
@@ -74,32 +72,23 @@ pub struct Slab {
 }
 
 impl Slab {
-    /// The rows.
     pub fn bytes(&self) -> &[u8] {
         &self.buffer[self.range.clone()]
     }
 }
 
-/// How reading went.
-pub struct Read {
-    /// What was spent waiting for slabs.
-    pub waited: Duration,
-    /// What was read past the page cache.
-    pub past_cache: Bytes,
-}
-
 /// Reads `placed`, which is sorted by shard and offset, and calls `visit` with
 /// each slab in turn, and with the way that buffers go back. `visit` may keep
 /// some of the buffers, but not all. `transposed` bytes are taken for rows of
-/// tensors that are stored the other way round.
+/// tensors that are stored the other way round. Gives how long slabs were waited for, and what was
+/// read past the page cache.
 pub fn read(
     checkpoint: &Checkpoint,
-    directory: &Path,
     placed: &[Placed],
     buffers: Vec<SlabBuffer>,
     transposed: usize,
     mut visit: impl FnMut(Slab, &SyncSender<SlabBuffer>) -> Result<()>,
-) -> Result<Read> {
+) -> Result<(Duration, Bytes)> {
     let jobs = jobs(placed, buffers.first().map_or(0, |buffer| buffer.len() - SLAB_MARGIN));
     let mut left: HashMap<usize, usize> = HashMap::new();
     for job in &jobs {
@@ -115,7 +104,7 @@ pub fn read(
     let queue = Queue { next: 0, empty, shards: HashMap::new(), left: left.clone() };
     let (queue, gathered) = (Mutex::new(queue), Mutex::new(vec![0; transposed]));
     let past_cache = PastCache::by(threads);
-    let reader = &Reader { checkpoint, directory, placed, jobs: &jobs, queue, gathered, past_cache };
+    let reader = &Reader { checkpoint, placed, jobs: &jobs, queue, gathered, past_cache };
     // Both ends that the visitor holds are dropped with its closure, so that
     // readers that wait end where the visitor fails.
     let waited = std::thread::scope(move |scope| {
@@ -147,7 +136,7 @@ pub fn read(
         }
         Ok(waited)
     });
-    Ok(Read { waited: waited?, past_cache: reader.past_cache.bytes() })
+    Ok((waited?, reader.past_cache.bytes()))
 }
 
 /// The place of a slab in the order, and the slab with the shard that it is of.
@@ -184,7 +173,6 @@ fn jobs(placed: &[Placed], slab: usize) -> Vec<Job> {
     jobs.into_iter().map(|(_, job)| job).collect()
 }
 
-/// What is left to read.
 struct Queue {
     next: usize,
     empty: Receiver<SlabBuffer>,
@@ -195,8 +183,7 @@ struct Queue {
 
 struct Reader<'a> {
     checkpoint: &'a Checkpoint,
-    directory: &'a Path,
-    placed: &'a [Placed<'a>],
+    placed: &'a [Placed],
     jobs: &'a [Job],
     queue: Mutex<Queue>,
     gathered: Mutex<Vec<u8>>,
@@ -228,7 +215,7 @@ impl Reader<'_> {
     fn shard(&self, queue: &mut Queue, index: usize) -> Result<Arc<Shard>> {
         let shard = match queue.shards.remove(&index) {
             Some(shard) => shard,
-            None => Arc::new(Shard::open(self.checkpoint, self.directory, index)?),
+            None => Arc::new(Shard::open(self.checkpoint, index)?),
         };
         let left = queue.left.entry(index).or_default();
         *left -= 1;
@@ -252,16 +239,13 @@ impl Reader<'_> {
     }
 }
 
-/// The lock, though a thread that had it may have panicked: then the load ends with that.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
     use crate::architecture::ModuleTree;
-    use crate::plan::memory::lay_out;
+    use crate::footprint::lay_out;
     use crate::quant::{QuantizeRules, Scheme};
 
     #[test]
@@ -280,14 +264,14 @@ mod tests {
             let staging = HostStaging { slab: slab + SLAB_MARGIN, packed: 0, transposed: slab };
             let buffers = (0..4).map(|_| SlabBuffer::heap(staging).unwrap()).collect();
             let mut read_back = vec![Vec::new(); placed.len()];
-            let read = read(&checkpoint, &directory, &placed, buffers, slab, |slab, back| {
+            let read = read(&checkpoint, &placed, buffers, slab, |slab, back| {
                 read_back[slab.weight].extend_from_slice(slab.bytes());
                 let _ = back.send(slab.buffer);
                 Ok(())
             });
             read.unwrap();
             for (placed, rows) in placed.iter().zip(read_back) {
-                let (tensor, parameter) = (placed.weight.tensor, placed.weight.parameter);
+                let (tensor, parameter) = (&placed.weight.tensor, &placed.weight.parameter);
                 let shard = std::fs::read(directory.join(&checkpoint.shards[tensor.shard])).unwrap();
                 let stored = &shard[tensor.range.start as usize..tensor.range.end as usize];
                 let element = |row: usize, col: usize| &stored[2 * (col * parameter.rows + row)..][..2];

@@ -8,7 +8,7 @@ use std::fs::{File, Metadata};
 use std::hash::{BuildHasher, RandomState};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -16,8 +16,8 @@ use crate::architecture::Weight;
 use crate::bytes::{Bytes, MIB};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
+use crate::footprint::{DIRECT_BLOCK, SLAB_MARGIN};
 use crate::fs;
-use crate::plan::memory::{BLOCK, SLAB_MARGIN};
 
 /// Bytes a nanosecond of a disk that may be read again at each load: more than SATA and most networks give.
 const FAST_DISK: f64 = 0.6;
@@ -32,17 +32,14 @@ pub struct PastCache {
 }
 
 impl PastCache {
-    /// Reads of this many threads at once.
     pub fn by(threads: usize) -> Self {
         Self { threads, bytes: AtomicU64::new(0), nanoseconds: AtomicU64::new(0) }
     }
 
-    /// What was read so far.
     pub fn bytes(&self) -> Bytes {
         Bytes(self.bytes.load(Ordering::Relaxed))
     }
 
-    /// Whether the disk is fast, as far as is known.
     fn is_fast(&self) -> bool {
         let bytes = self.bytes.load(Ordering::Relaxed);
         let nanoseconds = self.nanoseconds.load(Ordering::Relaxed) as f64 / self.threads as f64;
@@ -69,9 +66,9 @@ pub struct Shard {
 
 impl Shard {
     /// Fails where there is no such file, or one that is not as long as it was when its header was read.
-    pub fn open(checkpoint: &Checkpoint, directory: &Path, index: usize) -> Result<Self> {
+    pub fn open(checkpoint: &Checkpoint, index: usize) -> Result<Self> {
         let name = &checkpoint.shards[index];
-        let path = fs::confined(directory, name)?;
+        let path = fs::confined(checkpoint.local_directory()?, name)?;
         let file = fs::open_regular(&path)?;
         let opened = file.metadata().map_err(|e| Error::io("read", &path, e))?;
         let shard = Self { index, path, direct: fs::past_cache(&file), file, opened };
@@ -93,8 +90,8 @@ impl Shard {
             && !fs::is_cached(&self.file, offset + RandomState::new().hash_one(offset) % len.max(1) as u64)
         {
             #[expect(clippy::cast_possible_truncation, reason = "below a block")]
-            let before = (offset % BLOCK as u64) as usize;
-            let blocks = (before + len).next_multiple_of(BLOCK);
+            let before = (offset % DIRECT_BLOCK as u64) as usize;
+            let blocks = (before + len).next_multiple_of(DIRECT_BLOCK);
             let start = Instant::now();
             let read = direct.read_at(&mut buffer[..blocks], offset - before as u64);
             if read.is_ok_and(|read| read >= before + len) {
@@ -133,10 +130,8 @@ impl Shard {
     /// Fails where the file has changed since it was opened.
     pub fn check_unchanged(&self) -> Result<()> {
         let now = self.file.metadata().map_err(|e| Error::io("read", &self.path, e))?;
-        let same = |part: fn(&Metadata) -> i128| part(&now) == part(&self.opened);
-        let unchanged = same(|m| i128::from(m.len()))
-            && same(|m| i128::from(m.mtime()) * 1_000_000_000 + i128::from(m.mtime_nsec()));
-        if unchanged { Ok(()) } else { Err(self.changed()) }
+        let [now, opened] = [&now, &self.opened].map(|m| (m.len(), m.mtime(), m.mtime_nsec()));
+        if now == opened { Ok(()) } else { Err(self.changed()) }
     }
 
     fn changed(&self) -> Error {
@@ -179,11 +174,11 @@ mod tests {
     #[test]
     #[allow(clippy::print_stdout, reason = "a test that shows less says so")]
     fn slabs_are_the_same_past_the_page_cache_and_through_it() {
-        let (_file, bytes, mut shard) = file(3 * BLOCK + 1234);
+        let (_file, bytes, mut shard) = file(3 * DIRECT_BLOCK + 1234);
         for past in [true, false] {
             let past_cache = PastCache::by(1);
-            for start in [0, 1, 8, BLOCK - 1, BLOCK, BLOCK + 7, 3 * BLOCK] {
-                for len in [1, 100, BLOCK, BLOCK + 1, 2 * BLOCK - 1, bytes.len() - start] {
+            for start in [0, 1, 8, DIRECT_BLOCK - 1, DIRECT_BLOCK, DIRECT_BLOCK + 7, 3 * DIRECT_BLOCK] {
+                for len in [1, 100, DIRECT_BLOCK, DIRECT_BLOCK + 1, 2 * DIRECT_BLOCK - 1, bytes.len() - start] {
                     let Some(wanted) = bytes.get(start..start + len) else { continue };
                     let mut buffer = buffer(len);
                     rustix::fs::fadvise(&shard.file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
@@ -210,12 +205,14 @@ mod tests {
 
     #[test]
     fn a_file_that_became_shorter_has_changed() {
-        let (file, bytes, shard) = file(5 * BLOCK);
-        file.as_file().set_len(4 * BLOCK as u64 + 1).unwrap();
-        let error = shard.read_slab(&mut buffer(BLOCK), 4 * BLOCK as u64, BLOCK, &PastCache::by(1)).unwrap_err();
+        let (file, bytes, shard) = file(5 * DIRECT_BLOCK);
+        file.as_file().set_len(4 * DIRECT_BLOCK as u64 + 1).unwrap();
+        let error = shard
+            .read_slab(&mut buffer(DIRECT_BLOCK), 4 * DIRECT_BLOCK as u64, DIRECT_BLOCK, &PastCache::by(1))
+            .unwrap_err();
         assert!(error.to_string().ends_with("has changed while it was being loaded"), "{error}");
         assert!(shard.check_unchanged().is_err());
-        assert_eq!(bytes.len(), 5 * BLOCK);
+        assert_eq!(bytes.len(), 5 * DIRECT_BLOCK);
     }
 
     #[test]

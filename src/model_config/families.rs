@@ -1,18 +1,6 @@
 //! The families of models that are read: one row each, all that tells them apart.
 
-use super::family::{Activation, Biases, BlockPart, ExpertDefaults, Family, Keys, NormKind, Role, Windowed, Windows};
-
-const KEYS: Keys = Keys {
-    hidden_size: "hidden_size",
-    intermediate_size: "intermediate_size",
-    num_hidden_layers: "num_hidden_layers",
-    num_attention_heads: "num_attention_heads",
-    max_position_embeddings: "max_position_embeddings",
-    norm_eps: "rms_norm_eps",
-    activation: "hidden_act",
-};
-
-const GEMMA_KEYS: Keys = Keys { activation: "hidden_activation", ..KEYS };
+use super::family::{Activation, BlockPart, ExpertDefaults, Family, NormKind, Role, Windowed, Windows};
 
 const INPUT_NORM: BlockPart = (Role::InputNorm, "input_layernorm");
 const QUERY: BlockPart = (Role::Query, "self_attn.q_proj");
@@ -48,11 +36,11 @@ const LLAMA: Family = Family {
     block: &[&[INPUT_NORM], ATTENTION, &[FEED_FORWARD_NORM], FEED_FORWARD],
     is_transposed: false,
     norms_whole_projections: false,
-    keys: KEYS,
+    renamed: &[],
     norm_kind: NormKind::Rms,
     norm_eps: 1e-6,
     activation: Activation::Silu,
-    biases: Biases::Configured,
+    biases: None,
     windows: None,
     rope_theta: 10_000.0,
     local_rope_theta: None,
@@ -104,7 +92,7 @@ const QWEN2: Family = Family {
     architecture: "Qwen2ForCausalLM",
     model_type: "qwen2",
     features: "bias on queries, keys and values, sliding window in upper blocks",
-    biases: Biases::QueryKeyValue,
+    biases: Some([true, false, false]),
     windows: Some(Windows { is_switched: true, usual: Some(4096), blocks: Windowed::Upper }),
     ..LLAMA
 };
@@ -159,7 +147,7 @@ const GEMMA2: Family = Family {
         FEED_FORWARD,
         &[FEED_FORWARD_OUTPUT_NORM],
     ],
-    keys: GEMMA_KEYS,
+    renamed: &[("hidden_act", "hidden_activation")],
     norm_kind: NormKind::RmsPlusOne,
     activation: Activation::GeluTanh,
     windows: Some(Windows { is_switched: false, usual: Some(4096), blocks: Windowed::AllButEvery(2) }),
@@ -233,19 +221,19 @@ const GPT2: Family = Family {
         (Role::Down, "mlp.c_proj"),
     ]],
     is_transposed: true,
-    keys: Keys {
-        hidden_size: "n_embd",
-        intermediate_size: "n_inner",
-        num_hidden_layers: "n_layer",
-        num_attention_heads: "n_head",
-        max_position_embeddings: "n_positions",
-        norm_eps: "layer_norm_epsilon",
-        activation: "activation_function",
-    },
+    renamed: &[
+        ("hidden_size", "n_embd"),
+        ("intermediate_size", "n_inner"),
+        ("num_hidden_layers", "n_layer"),
+        ("num_attention_heads", "n_head"),
+        ("max_position_embeddings", "n_positions"),
+        ("rms_norm_eps", "layer_norm_epsilon"),
+        ("hidden_act", "activation_function"),
+    ],
     norm_kind: NormKind::Layer,
     norm_eps: 1e-5,
     activation: Activation::GeluTanh,
-    biases: Biases::All,
+    biases: Some([true; 3]),
     is_tied: true,
     ..LLAMA
 };

@@ -80,18 +80,6 @@ pub enum Activation {
     Silu,
 }
 
-impl Activation {
-    /// The activation that Transformers calls `name`.
-    pub(super) fn named(name: &str) -> Option<Self> {
-        match name {
-            "silu" | "swish" => Some(Self::Silu),
-            "gelu" => Some(Self::Gelu),
-            "gelu_new" | "gelu_pytorch_tanh" => Some(Self::GeluTanh),
-            _ => None,
-        }
-    }
-}
-
 /// How a norm is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NormKind {
@@ -101,17 +89,6 @@ pub enum NormKind {
     Rms,
     /// `x / sqrt(mean(x²) + ε) · (1 + w)`.
     RmsPlusOne,
-}
-
-/// Which projections have a bias.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Biases {
-    /// All of them.
-    All,
-    /// As `attention_bias` and `mlp_bias` say.
-    Configured,
-    /// Queries, keys and values.
-    QueryKeyValue,
 }
 
 /// A window of the last tokens, which some blocks see alone.
@@ -171,11 +148,15 @@ pub struct Family {
     /// Whether norms of queries and keys are as wide as all heads, not as one.
     pub norms_whole_projections: bool,
 
-    pub(super) keys: Keys,
-    pub(super) norm_kind: NormKind,
+    /// Keys of config.json that have another name than Llama's, behind Llama's.
+    pub(super) renamed: &'static [(&'static str, &'static str)],
+    /// How norms are computed.
+    pub norm_kind: NormKind,
     pub(super) norm_eps: f64,
     pub(super) activation: Activation,
-    pub(super) biases: Biases,
+    /// Whether queries, keys and values, attention's output, and the feed-forward layer have biases; where it is
+    /// `None`, `attention_bias` and `mlp_bias` say.
+    pub(super) biases: Option<[bool; 3]>,
     pub(super) windows: Option<Windows>,
     /// The base of RoPE unless told otherwise, and that of blocks with a window where it is another.
     pub(super) rope_theta: f64,
@@ -202,6 +183,11 @@ impl Family {
     pub fn block(&self) -> impl Iterator<Item = BlockPart> {
         self.block.iter().copied().flatten().copied()
     }
+
+    /// Its name for a key that Llama calls `key`.
+    pub(super) fn key(&self, key: &'static str) -> &'static str {
+        self.renamed.iter().find(|(usual, _)| *usual == key).map_or(key, |(_, own)| own)
+    }
 }
 
 /// Where a family's experts are configured.
@@ -212,16 +198,4 @@ pub(super) struct ExpertDefaults {
     pub per_token: usize,
     /// Whether `norm_topk_prob` decides, which is off by default; else the weights sum up to 1.
     pub is_norm_configured: bool,
-}
-
-/// The keys of config.json that families call by different names.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Keys {
-    pub hidden_size: &'static str,
-    pub intermediate_size: &'static str,
-    pub num_hidden_layers: &'static str,
-    pub num_attention_heads: &'static str,
-    pub max_position_embeddings: &'static str,
-    pub norm_eps: &'static str,
-    pub activation: &'static str,
 }

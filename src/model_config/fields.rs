@@ -62,8 +62,9 @@ impl<'a> Fields<'a> {
         self.optional(key).map_or(Ok(default), |node| node.truth())
     }
 
-    pub fn text_or_none(&self, key: &str) -> Result<Option<String>> {
-        self.optional(key).map(|node| node.text()).transpose()
+    /// The text of the first of `keys` that is there.
+    pub fn text_or_none<const N: usize>(&self, keys: [&str; N]) -> Result<Option<String>> {
+        keys.iter().find_map(|key| self.optional(key)).map(|node| node.text()).transpose()
     }
 
     /// A token id or a list of them; none where `key` is absent.

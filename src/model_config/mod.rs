@@ -7,10 +7,10 @@ mod fields;
 mod rope;
 
 use crate::bytes::{Bytes, MIB};
-use crate::error::{Result, first_five, printable};
+use crate::error::{Hint, Result, Setting, first_five, printable};
 use crate::json::{Document, Node};
 use crate::source::Source;
-use family::{Biases, Windowed, Windows};
+use family::{Windowed, Windows};
 use fields::Fields;
 
 pub use families::{FAMILIES, table};
@@ -42,7 +42,7 @@ const MAX_SCALE: f64 = 1e6;
 #[derive(Clone, Debug, PartialEq)]
 #[expect(clippy::struct_excessive_bools, reason = "each says whether a model has something")]
 pub struct ModelConfig {
-    /// The architecture's row of [`FAMILIES`].
+    /// The architecture's row of `FAMILIES`.
     pub family: &'static Family,
     /// Module paths and the names of the schemes that their weights are packed in already; `None` where none are.
     pub packed: Option<Vec<(String, String)>>,
@@ -64,8 +64,6 @@ pub struct ModelConfig {
     pub vocab_size: usize,
     /// The longest context that the model was made for, in tokens.
     pub max_position_embeddings: usize,
-    /// How norms are computed.
-    pub norm_kind: NormKind,
     /// The epsilon under the norms' root.
     pub norm_eps: f32,
     /// The activation of the feed-forward layer.
@@ -134,7 +132,7 @@ impl ModelConfig {
     /// its range, or the architecture is not supported.
     pub fn read(source: &dyn Source) -> Result<Self> {
         let mut config = Self::parse(&source.display(FILE), source.read(FILE, CAP)?)?;
-        if source.has(GENERATION_FILE)? {
+        if source.has(GENERATION_FILE) {
             let document = Document::parse(source.display(GENERATION_FILE), source.read(GENERATION_FILE, CAP)?)?;
             let ids = Fields::of(document.root())?.token_ids("eos_token_id")?;
             if !ids.is_empty() {
@@ -152,51 +150,46 @@ impl ModelConfig {
         let packed = fields.optional("quantization_config").map(packed).transpose()?;
         refuse_unsupported(&fields)?;
 
-        let keys = family.keys;
-        let hidden_size = fields.size(keys.hidden_size, MAX_WIDTH)?;
-        let num_attention_heads = fields.size(keys.num_attention_heads, MAX_HEADS)?;
+        let heads = family.key("num_attention_heads");
+        let hidden_size = fields.size(family.key("hidden_size"), MAX_WIDTH)?;
+        let num_attention_heads = fields.size(heads, MAX_HEADS)?;
         let num_key_value_heads = fields.size_or("num_key_value_heads", MAX_HEADS, num_attention_heads)?;
         if !num_attention_heads.is_multiple_of(num_key_value_heads) {
-            return Err(fields.error(
-                keys.num_attention_heads,
-                format!(
-                    "{num_attention_heads} attention heads do not divide over {num_key_value_heads} key-value heads"
-                ),
-            ));
+            let heads_of_keys = format!("{num_key_value_heads} key-value heads");
+            return Err(fields.error(heads, format!("{num_attention_heads} attention heads do not divide over {heads_of_keys}")));
         }
         let divides = hidden_size.is_multiple_of(num_attention_heads) || family.head_dim.is_some();
         if !divides && fields.optional("head_dim").is_none() {
-            return Err(fields.error(
-                keys.hidden_size,
-                format!("a hidden size of {hidden_size} does not divide over {num_attention_heads} attention heads"),
-            ));
+            let heads = format!("{num_attention_heads} attention heads");
+            let problem = format!("a hidden size of {hidden_size} does not divide over {heads}");
+            return Err(fields.error(family.key("hidden_size"), problem));
         }
         let head_dim = family.head_dim.unwrap_or(hidden_size / num_attention_heads);
         let head_dim = fields.size_or("head_dim", MAX_WIDTH, head_dim)?;
-        let max_position_embeddings = fields.size_or(keys.max_position_embeddings, MAX_CONTEXT, 2048)?;
+        let max_position_embeddings = fields.size_or(family.key("max_position_embeddings"), MAX_CONTEXT, 2048)?;
         let ropes = match family.positions {
             Some(_) => Vec::new(),
-            None => rope::read(&fields, family, &rope::Context { head_dim, max_position_embeddings })?,
+            None => rope::read(&fields, family, head_dim, max_position_embeddings)?,
         };
-        let num_hidden_layers = fields.size(keys.num_hidden_layers, MAX_BLOCKS)?;
+        let num_hidden_layers = fields.size(family.key("num_hidden_layers"), MAX_BLOCKS)?;
         let experts = experts(&fields, family, num_hidden_layers)?;
         let intermediate_size = match family.positions {
             // GPT-2's is four times the hidden size unless it says otherwise.
-            Some(_) => fields.size_or(keys.intermediate_size, MAX_WIDTH, 4 * hidden_size)?,
-            None => fields.size(keys.intermediate_size, MAX_WIDTH)?,
+            Some(_) => fields.size_or(family.key("intermediate_size"), MAX_WIDTH, 4 * hidden_size)?,
+            None => fields.size(family.key("intermediate_size"), MAX_WIDTH)?,
         };
         let multiplier = |key| if family.has_multipliers { fields.positive_or(key, MAX_SCALE, 1.0) } else { Ok(1.0) };
         let (attention_softcap, logit_softcap) = softcaps(&fields, family)?;
-        let (query_key_value_bias, output_bias, feed_forward_bias) = biases(&fields, family)?;
+        let [query_key_value_bias, output_bias, feed_forward_bias] = if let Some(biases) = family.biases { biases } else {
+            let attention = fields.truth_or("attention_bias", false)?;
+            [attention, attention, fields.truth_or("mlp_bias", false)?]
+        };
         // What is computed with is f32.
         #[expect(clippy::cast_possible_truncation, reason = "used in f32")]
         Ok(Self {
             family,
             packed,
-            dtype: match fields.text_or_none("dtype")? {
-                Some(dtype) => Some(printable(&dtype)),
-                None => fields.text_or_none("torch_dtype")?.map(|dtype| printable(&dtype)),
-            },
+            dtype: fields.text_or_none(["dtype", "torch_dtype"])?.map(|dtype| printable(&dtype)),
             hidden_size,
             intermediate_size,
             num_hidden_layers,
@@ -205,8 +198,7 @@ impl ModelConfig {
             head_dim,
             vocab_size: fields.size("vocab_size", MAX_VOCABULARY)?,
             max_position_embeddings,
-            norm_kind: family.norm_kind,
-            norm_eps: fields.positive_or(keys.norm_eps, 1.0, family.norm_eps)? as f32,
+            norm_eps: fields.positive_or(family.key("rms_norm_eps"), 1.0, family.norm_eps)? as f32,
             activation: activation(&fields, family)?,
             query_key_value_bias,
             output_bias,
@@ -228,9 +220,7 @@ impl ModelConfig {
             eos_token_ids: fields.token_ids("eos_token_id")?,
         })
     }
-}
 
-impl ModelConfig {
     /// Width of all queries of a token.
     pub fn queries(&self) -> usize {
         self.num_attention_heads * self.head_dim
@@ -245,18 +235,21 @@ impl ModelConfig {
 /// What [`ModelConfig::packed`] says, from a `quantization_config`.
 fn packed(quantization: Node) -> Result<Vec<(String, String)>> {
     let fields = Fields::of(quantization)?;
-    let method = fields.text_or_none("quant_method")?;
+    let method = fields.text_or_none(["quant_method"])?;
     if method.as_deref() != Some(PACKED_METHOD) {
         let method = printable(method.as_deref().unwrap_or("unnamed"));
         return Err(quantization
             .error(format!("the checkpoint is already quantized (`{method}`), which is not supported"))
-            .hint("name the unquantized checkpoint that it was made from; `--quantize` quantizes while loading"));
+            .hint(Hint::naming(
+                "name the unquantized checkpoint that it was made from; {} quantizes while loading",
+                [Setting::Quantize(None)],
+            )));
     }
     let version = fields.required("version")?;
     if version.whole()? != PACKED_VERSION {
         return Err(version
             .error(format!("only version {PACKED_VERSION} of packed checkpoints is read"))
-            .hint("`evenkeel quantize` makes one from the unquantized checkpoint"));
+            .hint(Hint::naming("{} makes one from the unquantized checkpoint", [Setting::SaveQuantized])));
     }
     let rules = fields.required("quantize")?.members()?;
     rules.into_iter().map(|rule| Ok((rule.name, rule.value.text()?))).collect()
@@ -276,28 +269,18 @@ fn refuse_unsupported(fields: &Fields) -> Result<()> {
 
 fn activation(fields: &Fields, family: &Family) -> Result<Activation> {
     // Gemma's older configurations have its activation under the usual name too, where it counts for nothing.
-    let Some(node) = fields.optional(family.keys.activation) else {
+    let Some(node) = fields.optional(family.key("hidden_act")) else {
         return Ok(family.activation);
     };
-    let name = node.text()?;
-    Activation::named(&name).ok_or_else(|| {
-        let name = printable(&name);
-        node.error(format!(
-            "activation `{name}` is not supported; `silu`, `gelu`, `gelu_new` and `gelu_pytorch_tanh` are"
-        ))
-    })
-}
-
-/// Whether queries, keys and values, attention's output, and the feed-forward layer have biases.
-fn biases(fields: &Fields, family: &Family) -> Result<(bool, bool, bool)> {
-    Ok(match family.biases {
-        Biases::All => (true, true, true),
-        Biases::QueryKeyValue => (true, false, false),
-        Biases::Configured => {
-            let attention = fields.truth_or("attention_bias", false)?;
-            (attention, attention, fields.truth_or("mlp_bias", false)?)
-        }
-    })
+    match node.text()?.as_str() {
+        "silu" | "swish" => Ok(Activation::Silu),
+        "gelu" => Ok(Activation::Gelu),
+        "gelu_new" | "gelu_pytorch_tanh" => Ok(Activation::GeluTanh),
+        other => Err(node.error(format!(
+            "activation `{}` is not supported; `silu`, `gelu`, `gelu_new` and `gelu_pytorch_tanh` are",
+            printable(other)
+        ))),
+    }
 }
 
 fn attention_scale(fields: &Fields, family: &Family, head_dim: usize) -> Result<f64> {

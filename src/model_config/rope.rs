@@ -29,11 +29,8 @@ pub struct Rope {
 pub enum RopeScaling {
     /// Not at all.
     Default,
-    /// All divided by `factor`.
-    Linear {
-        /// The divisor.
-        factor: f64,
-    },
+    /// All divided by this.
+    Linear(f64),
     /// Llama 3.1: low frequencies divided by `factor`, high ones kept, those between blended.
     Llama3 {
         /// Divisor of the low frequencies.
@@ -86,7 +83,7 @@ impl Rope {
     fn scaled(&self, index: usize, frequency: f64, context: usize) -> f64 {
         match &self.scaling {
             RopeScaling::Default => frequency,
-            RopeScaling::Linear { factor } => frequency / factor,
+            RopeScaling::Linear(factor) => frequency / factor,
             RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
                 let turns = original_max_position_embeddings * frequency / TAU;
                 let kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
@@ -104,19 +101,14 @@ impl Rope {
     }
 }
 
-/// What RoPE's parameters are read against.
-pub struct Context {
-    pub head_dim: usize,
-    pub max_position_embeddings: usize,
-}
-
 /// RoPE of all blocks; or, where the family has two, that of blocks with full
-/// attention and that of blocks with a window.
-pub fn read(fields: &Fields, family: &Family, context: &Context) -> Result<Vec<Rope>> {
+/// attention and that of blocks with a window. `longest` is the longest context, in tokens.
+pub fn read(fields: &Fields, family: &Family, head_dim: usize, longest: usize) -> Result<Vec<Rope>> {
     let theta = fields.positive_or("rope_theta", MAX_THETA, family.rope_theta)?;
     let newer = fields.optional("rope_parameters");
+    let one = |node, theta| one(fields, node, theta, family, head_dim, longest);
     let Some(local_theta) = family.local_rope_theta else {
-        return Ok(vec![one(fields, newer.or_else(|| fields.optional("rope_scaling")), theta, family, context)?]);
+        return Ok(vec![one(newer.or_else(|| fields.optional("rope_scaling")), theta)?]);
     };
     let nested = newer.map(Fields::of).transpose()?;
     let of_kind = |kind| nested.as_ref().and_then(|nested| nested.optional(kind));
@@ -127,25 +119,19 @@ pub fn read(fields: &Fields, family: &Family, context: &Context) -> Result<Vec<R
     }
     let local_theta = fields.positive_or("rope_local_base_freq", MAX_THETA, local_theta)?;
     let full = of_kind("full_attention").or_else(|| fields.optional("rope_scaling"));
-    Ok(vec![
-        one(fields, full, theta, family, context)?,
-        one(fields, of_kind("sliding_attention"), local_theta, family, context)?,
-    ])
+    Ok(vec![one(full, theta)?, one(of_kind("sliding_attention"), local_theta)?])
 }
 
-fn one(fields: &Fields, node: Option<Node>, theta: f64, family: &Family, context: &Context) -> Result<Rope> {
+fn one(fields: &Fields, node: Option<Node>, theta: f64, family: &Family, head_dim: usize, longest: usize) -> Result<Rope> {
     let share = fields.positive_or("partial_rotary_factor", 1.0, 1.0)?;
     let Some(node) = node else {
-        let rotary_dim = rotary_dim(fields, share, context)?;
+        let rotary_dim = rotary_dim(fields, share, head_dim)?;
         return Ok(Rope { theta, rotary_dim, scaling: RopeScaling::Default, attention_factor: 1.0 });
     };
     let rope = Fields::of(node)?;
     let theta = rope.positive_or("rope_theta", MAX_THETA, theta)?;
-    let rotary_dim = rotary_dim(&rope, rope.positive_or("partial_rotary_factor", 1.0, share)?, context)?;
-    let kind = match rope.text_or_none("rope_type")? {
-        Some(kind) => Some(kind),
-        None => rope.text_or_none("type")?,
-    };
+    let rotary_dim = rotary_dim(&rope, rope.positive_or("partial_rotary_factor", 1.0, share)?, head_dim)?;
+    let kind = rope.text_or_none(["rope_type", "type"])?;
     let kind = match kind.as_deref().unwrap_or("default") {
         "su" | "yarn" if family.is_yarn_longrope => "longrope",
         kind => kind,
@@ -153,14 +139,14 @@ fn one(fields: &Fields, node: Option<Node>, theta: f64, family: &Family, context
     // Phi-3 has it beside the parameters, not among them.
     let original = match fields.optional("original_max_position_embeddings") {
         Some(_) => fields.size("original_max_position_embeddings", MAX_CONTEXT)?,
-        None => rope.size_or("original_max_position_embeddings", MAX_CONTEXT, context.max_position_embeddings)?,
+        None => rope.size_or("original_max_position_embeddings", MAX_CONTEXT, longest)?,
     };
-    let stretch = context.max_position_embeddings as f64 / original as f64;
+    let stretch = longest as f64 / original as f64;
     let factor = || rope.positive_or("factor", MAX_FACTOR, stretch);
     let mut attention_factor = 1.0;
     let scaling = match kind {
         "default" => RopeScaling::Default,
-        "linear" => RopeScaling::Linear { factor: rope.positive("factor", MAX_FACTOR)? },
+        "linear" => RopeScaling::Linear(rope.positive("factor", MAX_FACTOR)?),
         "llama3" => {
             let (low, high) =
                 (rope.positive("low_freq_factor", MAX_FACTOR)?, rope.positive("high_freq_factor", MAX_FACTOR)?);
@@ -213,17 +199,17 @@ fn one(fields: &Fields, node: Option<Node>, theta: f64, family: &Family, context
     Ok(Rope { theta, rotary_dim, scaling, attention_factor })
 }
 
-fn rotary_dim(fields: &Fields, share: f64, context: &Context) -> Result<usize> {
+fn rotary_dim(fields: &Fields, share: f64, head_dim: usize) -> Result<usize> {
     // At most the head's width, for the share is at most 1.
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "rounded down on purpose")]
-    let rotated = (context.head_dim as f64 * share) as usize;
+    let rotated = (head_dim as f64 * share) as usize;
     if rotated >= 2 && rotated.is_multiple_of(2) {
         return Ok(rotated);
     }
-    Err(if rotated == context.head_dim {
+    Err(if rotated == head_dim {
         fields.error("head_dim", format!("a head of width {rotated} cannot be rotated: it is odd"))
     } else {
-        let problem = format!("{rotated} of {} elements of a head cannot be rotated in pairs", context.head_dim);
+        let problem = format!("{rotated} of {head_dim} elements of a head cannot be rotated in pairs");
         fields.error("partial_rotary_factor", problem)
     })
 }

@@ -179,7 +179,7 @@ fn ropes_are_where_transformers_has_them() {
             "sliding_attention": {"rope_type": "default", "rope_theta": 3e4}}"#,
     );
     assert_eq!(older.ropes, newer.ropes);
-    assert_eq!(older.ropes[0].scaling, RopeScaling::Linear { factor: 8.0 });
+    assert_eq!(older.ropes[0].scaling, RopeScaling::Linear(8.0));
 }
 
 /// Values that Transformers' formulas give in f64.

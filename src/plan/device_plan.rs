@@ -1,12 +1,17 @@
 //! A module and a device as the plan has them.
 
+use std::collections::BTreeSet;
+
 use serde::Serialize;
 
 use super::options::Conditions;
-use super::{Bandwidth, Device, memory};
 use crate::architecture::ModuleKind;
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
+use crate::footprint::{
+    self, Allocation, CUDA_ANSWERS, CUDA_CONTEXT, CpuBuffers, CudaBuffers, HostStaging, Purpose, State,
+};
+use crate::machine::{Bandwidth, Device};
 use crate::model_config::ModelConfig;
 
 /// A module and what it takes.
@@ -20,11 +25,14 @@ pub struct PlannedModule {
     pub weights: Bytes,
     /// Its KV cache.
     pub kv_cache: Bytes,
+    /// What it keeps of a sequence, where it keeps something.
+    #[serde(skip)]
+    pub state: Option<State>,
     /// What a token reads of its weights.
     #[serde(skip)]
     pub(super) read: Bytes,
     #[serde(skip)]
-    pub(super) kind: ModuleKind,
+    pub(crate) kind: ModuleKind,
 }
 
 impl PlannedModule {
@@ -37,7 +45,8 @@ impl PlannedModule {
     #[cfg(test)]
     pub(super) fn block(bytes: u64) -> Self {
         let (weights, kind) = (Bytes(bytes), ModuleKind::Block(0));
-        Self { path: String::new(), device: DeviceId::Cpu, weights, kv_cache: Bytes(1), read: weights, kind }
+        let (device, state) = (DeviceId::Cpu, None);
+        Self { path: String::new(), device, weights, kv_cache: Bytes(1), state, read: weights, kind }
     }
 }
 
@@ -71,15 +80,11 @@ pub struct DevicePlan {
 }
 
 impl DevicePlan {
-    /// What a device takes when it is used at all, before any module is on it.
-    pub(super) fn empty(
-        device: &Device,
-        conditions: &Conditions,
-        config: &ModelConfig,
-        staging: memory::HostStaging,
-    ) -> Self {
+    /// What `allocations` take of a device, and how many `modules` are on it.
+    pub(super) fn new(device: &Device, conditions: &Conditions, allocations: &[Allocation], modules: usize) -> Self {
         let reserve = if device.id == DeviceId::Disk { Bytes::ZERO } else { conditions.reserve };
         let limit = conditions.max_memory.get(&device.id).copied().unwrap_or(device.free);
+        let sum = |purpose| sum(allocations, device.id, purpose);
         Self {
             id: device.id,
             name: device.name.clone(),
@@ -87,28 +92,12 @@ impl DevicePlan {
             free: device.free,
             reserve,
             budget: limit.min(device.free - reserve),
-            weights: Bytes::ZERO,
-            kv_cache: Bytes::ZERO,
-            workspace: memory::workspace(config, conditions.context, device.id),
-            staging: memory::staging(device.id, staging),
-            driver_context: memory::driver_context(device.id),
-            modules: 0,
-        }
-    }
-
-    /// Adds what `modules` take of this device. Where GPUs compute all of them, hidden states
-    /// and logits (`state`) and what is read (`ring`) still pass through host memory.
-    pub(super) fn take(&mut self, modules: &[PlannedModule], state: Bytes, ring: Bytes) {
-        let id = self.id;
-        let here = || modules.iter().filter(|module| module.device == id);
-        let in_memory_here = || modules.iter().filter(|module| memory_device(module.device) == id);
-        self.weights = here().map(|module| module.weights).sum();
-        self.modules = here().count();
-        self.kv_cache = in_memory_here().map(|module| module.kv_cache).sum();
-        if in_memory_here().next().is_none() {
-            let passes = id == DeviceId::Cpu;
-            (self.workspace, self.staging) = if passes { (state, ring) } else { (Bytes::ZERO, Bytes::ZERO) };
-            self.driver_context = Bytes::ZERO;
+            weights: sum(Purpose::Weights),
+            kv_cache: sum(Purpose::State),
+            workspace: sum(Purpose::Workspace),
+            staging: sum(Purpose::Staging),
+            driver_context: sum(Purpose::Driver),
+            modules,
         }
     }
 
@@ -131,4 +120,63 @@ impl DevicePlan {
 /// The device in whose memory the KV cache of a module on `device` is.
 pub fn memory_device(device: DeviceId) -> DeviceId {
     if device == DeviceId::Disk { DeviceId::Cpu } else { device }
+}
+
+/// What the sizes of all buffers follow from.
+pub struct Fixed<'a> {
+    pub config: &'a ModelConfig,
+    pub conditions: &'a Conditions,
+    pub staging: HostStaging,
+}
+
+impl Fixed<'_> {
+    /// What a device takes beside weights and state, if it computes modules or if it does not: hidden states, logits
+    /// and what is read pass through host memory even then.
+    pub fn buffers(&self, device: DeviceId, computes: bool) -> Vec<Allocation> {
+        let Self { config, staging, conditions } = *self;
+        let extent = conditions.extent;
+        let of = |purpose| move |(name, bytes): (&str, Bytes)| Allocation { device, purpose, name: name.to_owned(), bytes };
+        match device {
+            DeviceId::Cuda(_) if computes => {
+                let buffers = CudaBuffers::sizes(config, extent);
+                let workspace = buffers.each().map(|(name, bytes)| (name, *bytes)).map(of(Purpose::Workspace));
+                let staging = footprint::cuda_staging(staging.slab).map(of(Purpose::Staging));
+                workspace.chain(staging).chain([("context", CUDA_CONTEXT)].map(of(Purpose::Driver))).collect()
+            }
+            DeviceId::Cpu => {
+                let buffers = computes.then(|| CpuBuffers::sizes(config, extent));
+                let buffers = buffers.iter().flat_map(CpuBuffers::each).map(|(name, bytes)| (name, *bytes));
+                let workspace = buffers.chain(footprint::host_state(config, extent)).map(of(Purpose::Workspace));
+                workspace.chain(staging.regions(computes).map(of(Purpose::Staging))).collect()
+            }
+            DeviceId::Cuda(_) | DeviceId::Disk => Vec::new(),
+        }
+    }
+
+    /// Every allocation of a load with `modules` where they are.
+    pub fn allocations(&self, modules: &[PlannedModule]) -> Vec<Allocation> {
+        // What is read passes through host memory wherever it goes.
+        let devices: BTreeSet<_> = modules.iter().map(|module| module.device).chain([DeviceId::Cpu]).collect();
+        let mut all = Vec::new();
+        for device in devices.iter().copied() {
+            let allocation = |purpose, name: String, bytes| Allocation { device, purpose, name, bytes };
+            let here = modules.iter().filter(|module| module.device == device);
+            all.push(allocation(Purpose::Weights, "weights".to_owned(), here.map(|module| module.weights).sum()));
+            let in_memory_here = || modules.iter().filter(|module| memory_device(module.device) == device);
+            let keeping = in_memory_here().filter(|module| module.state.is_some());
+            all.extend(keeping.map(|module| allocation(Purpose::State, module.path.clone(), module.kv_cache)));
+            all.extend(self.buffers(device, in_memory_here().next().is_some()));
+            if device == DeviceId::Cpu {
+                let gpus = devices.iter().filter(|device| device.is_gpu());
+                all.extend(gpus.map(|gpu| allocation(Purpose::Workspace, format!("answers of {gpu}"), CUDA_ANSWERS)));
+            }
+        }
+        all
+    }
+}
+
+/// Bytes of a device that are for a purpose.
+pub fn sum(allocations: &[Allocation], device: DeviceId, purpose: Purpose) -> Bytes {
+    let is_meant = |allocation: &&Allocation| (allocation.device, allocation.purpose) == (device, purpose);
+    allocations.iter().filter(is_meant).map(|allocation| allocation.bytes).sum()
 }

@@ -3,24 +3,18 @@
 //!
 //! `plan` prints it and `generate` carries it out; both make it here.
 
-mod alternatives;
 mod device_plan;
-mod fastest;
-mod group;
-pub mod hf;
-mod inventory;
-mod kinds;
-mod knapsack;
-pub mod memory;
-mod mixed;
 mod options;
-mod picture;
-mod placement;
+mod outline;
+mod place;
 mod remedies;
-mod report;
-mod sample;
+mod saved;
+mod scheme;
+mod show;
 mod speed;
 mod subject;
+
+use std::borrow::Borrow;
 
 use serde::Serialize;
 
@@ -30,16 +24,19 @@ use crate::checkpoint::Checkpoint;
 use crate::device::DeviceId;
 use crate::device_map::{self, Contents, MAX_BATCH, MaxMemory};
 use crate::error::{Error, Result};
+use crate::footprint::{self, Allocation, HostStaging, Placed, Purpose, STAGING_SLABS};
+use crate::machine::{Device, Inventory};
 use crate::quant::{KvDtype, QuantizeRules};
+use scheme::{choose, kinds};
 use subject::Subject;
 
-pub use alternatives::Outline;
 pub use device_plan::{DevicePlan, PlannedModule};
-pub use inventory::{Device, Inventory};
-pub use kinds::KindReport;
-pub use options::{DEFAULT_CONTEXT, DEFAULT_RESERVE, PlanOptions, Quantize, Strategy};
+pub use options::{DEFAULT_CHUNK, DEFAULT_CONTEXT, DEFAULT_RESERVE, PlanOptions, Quantize, Strategy};
+pub use outline::Outline;
+pub use place::hf;
 pub use remedies::{Change, Remedy};
-pub use speed::{Bandwidth, Pace, Speed};
+pub use scheme::KindReport;
+pub use speed::{Pace, Speed};
 
 /// A complete plan.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -60,6 +57,8 @@ pub struct Plan {
     pub longest_context: usize,
     /// Sequences at once.
     pub batch: usize,
+    /// Tokens of a prompt that are taken at once.
+    pub chunk: usize,
     /// The type of the KV cache's elements.
     pub kv_cache: KvDtype,
     /// Budgets that were asked for.
@@ -70,7 +69,7 @@ pub struct Plan {
     pub devices: Vec<DevicePlan>,
     /// How fast one sequence would be, where the bandwidths are known.
     pub speed: Option<Speed>,
-    /// What each way to place the model gives, the chosen one first; none where a map decides.
+    /// What each way to place the model gives, the chosen one first, where that was asked for and no map decides.
     pub placements: Vec<Outline>,
     /// What each scheme gives, where the scheme was to be chosen; the most bits first, a mixture last.
     pub schemes: Vec<Outline>,
@@ -82,6 +81,12 @@ pub struct Plan {
     pub idle: Vec<Device>,
     /// What would fit, where this does not; cheapest in quality first.
     pub remedies: Vec<Remedy>,
+    /// Every weight and where it goes, in the order in which they are read.
+    pub weights: Vec<Placed>,
+    /// Every allocation of a load: the weights of each device together, what each block keeps, every buffer.
+    pub allocations: Vec<Allocation>,
+    #[serde(serialize_with = "saved::origin")]
+    checkpoint: Checkpoint,
 }
 
 impl Plan {
@@ -92,18 +97,59 @@ impl Plan {
     /// The checkpoint's tensors contradict its configuration, the device map
     /// does not match the model or names a device that is not there, or an
     /// option is out of its range.
-    pub fn new(checkpoint: &Checkpoint, inventory: &Inventory, options: &PlanOptions) -> Result<Self> {
-        let tree = ModuleTree::new(&checkpoint.config);
-        let subject = Subject::new(checkpoint, inventory, &tree)?;
-        let (options, mut plan) = alternatives::with_scheme(&subject, options)?;
-        plan.placements = alternatives::placements(&subject, &options, &plan);
+    pub fn new(checkpoint: &Checkpoint, inventory: &Inventory, options: impl Borrow<PlanOptions>) -> Result<Self> {
+        let subject = Subject::new(checkpoint, inventory)?;
+        let (options, mut plan) = choose::with_scheme(&subject, options.borrow())?;
+        if options.alternatives {
+            plan.placements = outline::placements(&subject, &options, &plan);
+        }
         if options.kinds {
-            plan.kinds = kinds::report(&subject, &plan.quantize, &options.pool)?;
+            plan.kinds = kinds::report(&subject, &plan.quantize, &options)?;
         }
         if !plan.fits() {
             plan.remedies = remedies::find(&subject, &options, &plan);
         }
+        plan.weights = footprint::lay_out(&subject.weights, &plan.placement(), &plan.quantize)?;
+        // Shard after shard, each from its beginning to its end.
+        plan.weights.sort_by_key(|placed| (placed.weight.tensor.shard, placed.weight.tensor.range.start));
         Ok(plan)
+    }
+
+    /// The checkpoint that it is a plan of.
+    pub fn checkpoint(&self) -> &Checkpoint {
+        &self.checkpoint
+    }
+
+    /// Bytes of a device that are for a purpose.
+    pub fn sum(&self, device: DeviceId, purpose: Purpose) -> Bytes {
+        device_plan::sum(&self.allocations, device, purpose)
+    }
+
+    /// Bytes of an allocation by its name.
+    ///
+    /// # Errors
+    /// The plan has none of that name.
+    pub fn allocation(&self, device: DeviceId, purpose: Purpose, name: &str) -> Result<Bytes> {
+        let is_meant = |allocation: &&Allocation| {
+            (allocation.device, allocation.purpose) == (device, purpose) && allocation.name == name
+        };
+        let found = self.allocations.iter().find(is_meant).map(|allocation| allocation.bytes);
+        found.ok_or_else(|| Error::input(format!("the plan allocates no `{name}` on {device}")))
+    }
+
+    /// The host's staging ring.
+    pub(crate) fn staging(&self) -> Result<HostStaging> {
+        let bytes = |name| Ok(self.allocation(DeviceId::Cpu, Purpose::Staging, name)?.as_usize().unwrap_or(usize::MAX));
+        Ok(HostStaging {
+            slab: bytes("slabs")? / STAGING_SLABS,
+            packed: bytes("packed")?,
+            transposed: bytes("transposed")?,
+        })
+    }
+
+    /// Whether the head is the embedding.
+    pub(crate) fn is_tied(&self) -> bool {
+        self.checkpoint.config.tie_word_embeddings
     }
 
     /// The longest context that fits, in tokens, with no more modules off the
@@ -133,7 +179,7 @@ impl Plan {
     }
 
     /// The plan as a device map in canonical form.
-    pub fn device_map(&self, checkpoint: &Checkpoint) -> String {
+    pub fn device_map(&self) -> String {
         let contents = Contents {
             model: &self.model,
             quantize: &self.quantize,
@@ -142,12 +188,12 @@ impl Plan {
             kv_cache: self.kv_cache,
             max_memory: &self.max_memory,
         };
-        device_map::to_json(&contents, &ModuleTree::new(&checkpoint.config), &self.placement())
+        device_map::to_json(&contents, &ModuleTree::new(&self.checkpoint.config), &self.placement())
     }
 
     /// The plan as the plain dictionary of Hugging Face: GPUs by index, every module by itself.
-    pub fn hugging_face_map(&self, checkpoint: &Checkpoint) -> String {
-        device_map::to_hugging_face(&ModuleTree::new(&checkpoint.config), &self.placement())
+    pub fn hugging_face_map(&self) -> String {
+        device_map::to_hugging_face(&ModuleTree::new(&self.checkpoint.config), &self.placement())
     }
 
     /// How often the hidden state changes its device for a token.
@@ -172,11 +218,21 @@ impl Plan {
 
     /// An error that says what is missing; [`Plan::remedies`] says what would fit.
     pub fn does_not_fit(&self) -> Error {
-        let short = self.devices.iter().filter(|device| !device.fits()).map(|device| {
-            format!("{} lacks {} ({} of {})", device.id, device.missing(), device.total(), device.budget)
-        });
-        Error::does_not_fit(format!("`{}` does not fit: {}", self.model, short.collect::<Vec<_>>().join(", ")))
+        let short = self.devices.iter().filter(|device| !device.fits()).cloned().collect();
+        Error::does_not_fit(DoesNotFit { model: self.model.clone(), devices: short })
     }
+}
+
+/// A plan that does not fit, as the cause of an error.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[error("`{model}` does not fit: {}", .devices.iter().map(|device| {
+    format!("{} lacks {} ({} of {})", device.id, device.missing(), device.total(), device.budget)
+}).collect::<Vec<_>>().join(", "))]
+pub struct DoesNotFit {
+    /// The model's name.
+    pub model: String,
+    /// The devices that have too little, with what is to be taken of each.
+    pub devices: Vec<DevicePlan>,
 }
 
 /// The largest size up to `limit` under which a plan fits with no more off the GPUs than under 1.
@@ -187,25 +243,24 @@ fn largest(
     limit: usize,
     set: impl Fn(&mut PlanOptions, usize),
 ) -> Result<Option<usize>> {
-    let tree = ModuleTree::new(&checkpoint.config);
-    let subject = Subject::new(checkpoint, inventory, &tree)?;
+    let subject = Subject::new(checkpoint, inventory)?;
     let plan = |size| {
         let mut options = options.clone();
         set(&mut options, size);
-        let (options, _) = alternatives::decide_scheme(&subject, &options)?;
+        let (options, _) = choose::decide_scheme(&subject, &options)?;
         subject.plan(&options)
     };
     let smallest = plan(1)?;
-    // The bytes grow with the size, so the largest that fits is found by halving.
+    // The bytes grow with the size, so the largest that fits is found by bisection.
     let fits = |size| plan(size).map(|plan| plan.fits() && plan.off_gpus() <= smallest.off_gpus());
     if !smallest.fits() {
         return Ok(None);
     }
-    Ok(Some(halve(1, limit, fits)?))
+    Ok(Some(bisect(1, limit, fits)?))
 }
 
 /// The largest size of `fitting..=limit` that fits, where `fitting` does and larger ones are harder.
-fn halve(mut fitting: usize, limit: usize, fits: impl Fn(usize) -> Result<bool>) -> Result<usize> {
+fn bisect(mut fitting: usize, limit: usize, mut fits: impl FnMut(usize) -> Result<bool>) -> Result<usize> {
     let mut too_large = limit + 1;
     while too_large - fitting > 1 {
         let middle = usize::midpoint(fitting, too_large);

@@ -1,13 +1,15 @@
 //! What a caller may choose about a plan.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
 use crate::bytes::{Bytes, MIB};
 use crate::checkpoint::Checkpoint;
 use crate::device_map::{DeviceMap, MaxMemory};
-use crate::error::{Error, ParseError, Result};
+use crate::error::{Error, Hint, ParseError, Result, Setting};
+use crate::footprint::Extent;
 use crate::name::{named, unknown};
 use crate::pool::Pool;
 use crate::quant::{KvDtype, QuantizeRules, Scheme};
@@ -16,6 +18,8 @@ use crate::quant::{KvDtype, QuantizeRules, Scheme};
 pub const DEFAULT_RESERVE: Bytes = Bytes(512 * MIB);
 /// Rules that are still listed one by one.
 const MOST_RULES: usize = 5;
+/// Tokens of a prompt that are taken at once, unless told otherwise.
+pub const DEFAULT_CHUNK: usize = 512;
 /// The longest context that is planned unless a longer one is asked for.
 pub const DEFAULT_CONTEXT: usize = 4096;
 
@@ -28,6 +32,8 @@ pub struct PlanOptions {
     pub context: Option<usize>,
     /// Sequences at once; 1 by default.
     pub batch: Option<usize>,
+    /// Tokens of a prompt that are taken at once, at most the context; [`DEFAULT_CHUNK`] by default.
+    pub chunk: Option<usize>,
     /// The type of the KV cache's elements; f16 by default.
     pub kv_cache: Option<KvDtype>,
     /// Bytes left free on GPUs and host; [`DEFAULT_RESERVE`] by default.
@@ -40,8 +46,13 @@ pub struct PlanOptions {
     pub any_model: bool,
     /// How modules are placed automatically.
     pub strategy: Strategy,
+    /// Whether the plan lists what every other way to place the model would give.
+    pub alternatives: bool,
     /// Whether the plan lists the bits and the measured error of each kind of module.
     pub kinds: bool,
+    /// The directory that keeps the errors of schemes that were measured; without one they are
+    /// measured anew, and nothing is written.
+    pub cache: Option<PathBuf>,
     /// The threads that measure errors.
     pub pool: Arc<Pool>,
 }
@@ -102,6 +113,12 @@ impl From<Scheme> for Quantize {
     }
 }
 
+impl From<Scheme> for Option<Quantize> {
+    fn from(scheme: Scheme) -> Self {
+        Some(scheme.into())
+    }
+}
+
 impl FromStr for Quantize {
     type Err = ParseError;
 
@@ -137,8 +154,7 @@ impl fmt::Display for Quantize {
 /// What a plan is made under: the caller's choices, else the map's, else the defaults.
 pub struct Conditions {
     pub quantize: QuantizeRules,
-    pub context: usize,
-    pub batch: usize,
+    pub extent: Extent,
     pub kv_cache: KvDtype,
     pub max_memory: MaxMemory,
     pub reserve: Bytes,
@@ -162,29 +178,33 @@ impl Conditions {
                     "`{}` is quantized already: {packed}; it cannot be loaded as {wanted}",
                     checkpoint.name
                 ))
-                .hint("leave `--quantize` out, or name the checkpoint that it was made from"));
+                .hint(Hint::naming(
+                    "leave {} out, or name the checkpoint that it was made from",
+                    [Setting::Quantize(None)],
+                )));
             }
             (Some(packed), _) => packed,
             (None, wanted) => wanted.unwrap_or_else(|| QuantizeRules::whole_model(Scheme::None)),
         };
-        let conditions = Self {
+        let context = options.context.or_else(|| map?.context).unwrap_or(longest.min(DEFAULT_CONTEXT));
+        if context > longest {
+            return Err(Error::usage(format!(
+                "a context of {context} tokens is longer than the {longest} that `{}` was made for",
+                checkpoint.name
+            ))
+            .hint(Hint::naming("{} is the longest", [Setting::Context(longest)])));
+        }
+        let chunk = options.chunk.unwrap_or(DEFAULT_CHUNK).min(context);
+        let sequences = options.batch.or_else(|| map?.batch).unwrap_or(1);
+        if chunk == 0 || sequences == 0 {
+            return Err(Error::usage("context, chunk and batch must be at least 1"));
+        }
+        Ok(Self {
             quantize,
-            context: options.context.or_else(|| map?.context).unwrap_or(longest.min(DEFAULT_CONTEXT)),
-            batch: options.batch.or_else(|| map?.batch).unwrap_or(1),
+            extent: Extent { context, chunk, sequences },
             kv_cache: options.kv_cache.or_else(|| map?.kv_cache).unwrap_or_default(),
             max_memory: options.max_memory.clone().or_else(|| map?.max_memory.clone()).unwrap_or_default(),
             reserve: options.reserve.unwrap_or(DEFAULT_RESERVE),
-        };
-        if conditions.context > longest {
-            return Err(Error::usage(format!(
-                "a context of {} tokens is longer than the {longest} that `{}` was made for",
-                conditions.context, checkpoint.name
-            ))
-            .hint(format!("`--context {longest}` is the longest")));
-        }
-        if conditions.context == 0 || conditions.batch == 0 {
-            return Err(Error::usage("context and batch must be at least 1"));
-        }
-        Ok(conditions)
+        })
     }
 }

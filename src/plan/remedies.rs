@@ -1,14 +1,14 @@
 //! What would fit where a plan does not: each remedy is found by planning it.
 
-use std::borrow::Cow;
 use std::fmt;
 
 use serde::Serialize;
 
-use super::{Bandwidth, Device, DevicePlan, Plan, PlanOptions, Speed, Strategy, Subject, halve};
+use super::{DevicePlan, Plan, PlanOptions, Speed, Strategy, Subject, bisect};
 use crate::bytes::{Bytes, GIB, MIB};
 use crate::device::DeviceId;
 use crate::error::Result;
+use crate::machine::{Bandwidth, Device};
 use crate::quant::{KvDtype, QuantizeRules, Scheme};
 
 /// Changes with which a model fits, and what it takes then.
@@ -27,7 +27,6 @@ pub struct Remedy {
 /// A change to the options or the machine.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
-#[non_exhaustive]
 pub enum Change {
     /// Automatic placement in place of the map.
     Automatic,
@@ -74,25 +73,6 @@ pub enum Change {
         /// The scheme.
         scheme: Scheme,
     },
-}
-
-impl Change {
-    /// The flag that makes the change, and its value. That of memory describes a device, which `plan` can.
-    pub fn flag(&self) -> (&'static str, String) {
-        match self {
-            Self::Automatic => ("--device-map", "auto".to_owned()),
-            Self::Batch { sequences } => ("--batch", sequences.to_string()),
-            Self::Budget { device, max_memory } => ("--max-memory", format!("{device}={}", max_memory.exact())),
-            Self::Context { tokens } => ("--context", tokens.to_string()),
-            Self::KvCache { dtype } => ("--kv-cache", dtype.to_string()),
-            Self::Memory { device, free, bandwidth, .. } => {
-                let bandwidth = bandwidth.map(|bandwidth| format!("@{bandwidth}"));
-                ("--device", format!("{device}={}{}", free.exact(), bandwidth.unwrap_or_default()))
-            }
-            Self::Placement { placement } => ("--placement", placement.to_string()),
-            Self::Quantize { scheme } => ("--quantize", scheme.to_string()),
-        }
-    }
 }
 
 impl fmt::Display for Change {
@@ -179,7 +159,7 @@ struct Search<'a> {
 impl Search<'_> {
     fn plan(&self, changes: &[Change]) -> Result<Plan> {
         let mut options = self.options.clone();
-        let mut inventory = Cow::Borrowed(&*self.subject.inventory);
+        let mut inventory = self.subject.inventory.clone();
         for change in changes {
             match change {
                 Change::Automatic => options.device_map = None,
@@ -191,7 +171,7 @@ impl Search<'_> {
                 Change::Context { tokens } => options.context = Some(*tokens),
                 Change::KvCache { dtype } => options.kv_cache = Some(*dtype),
                 Change::Memory { device, free, bandwidth, .. } => {
-                    let devices = &mut inventory.to_mut().devices;
+                    let devices = &mut inventory.devices;
                     if let Some(device) = devices.iter_mut().find(|known| known.id == *device) {
                         device.free = *free;
                     } else {
@@ -204,8 +184,7 @@ impl Search<'_> {
                 Change::Quantize { scheme } => options.quantize = Some((*scheme).into()),
             }
         }
-        let Subject { checkpoint, tree, ref weights, .. } = *self.subject;
-        Subject { checkpoint, inventory, tree, weights: weights.clone() }.plan(&options)
+        self.subject.plan_on(&inventory, &options)
     }
 
     /// The remedy of `changes`, if it is one. What cannot be planned is none.
@@ -217,27 +196,21 @@ impl Search<'_> {
 
     /// The longest context that fits after `changes`.
     fn longest_context(&self, mut changes: Vec<Change>) -> Option<Remedy> {
-        let with = |tokens| self.fits(&[&changes[..], &[Change::Context { tokens }]].concat());
-        if self.plan.context == 1 || !with(1) {
-            return None;
-        }
-        let longest = halve(1, self.plan.context - 1, |tokens| Ok(with(tokens))).ok()?;
+        let longest = self.largest(&changes, self.plan.context, |tokens| Change::Context { tokens })?;
         let tokens = if longest > ROUND { longest / ROUND * ROUND } else { longest };
         changes.push(Change::Context { tokens });
         self.fitting(changes)
     }
 
     fn largest_batch(&self) -> Option<Remedy> {
-        let with = |sequences| self.fits(&[Change::Batch { sequences }]);
-        if self.plan.batch == 1 || !with(1) {
-            return None;
-        }
-        let sequences = halve(1, self.plan.batch - 1, |sequences| Ok(with(sequences))).ok()?;
-        self.fitting(vec![Change::Batch { sequences }])
+        let change = |sequences| Change::Batch { sequences };
+        self.fitting(vec![change(self.largest(&[], self.plan.batch, change)?)])
     }
 
-    fn fits(&self, changes: &[Change]) -> bool {
-        self.plan(changes).is_ok_and(|plan| plan.fits())
+    /// The largest size below that of the plan which fits after `changes`.
+    fn largest(&self, changes: &[Change], now: usize, change: impl Fn(usize) -> Change) -> Option<usize> {
+        let fits = |size| self.plan(&[changes, &[change(size)]].concat()).is_ok_and(|plan| plan.fits());
+        if now > 1 && fits(1) { bisect(1, now - 1, |size| Ok(fits(size))).ok() } else { None }
     }
 
     /// Blocks in host memory, where no host was described.

@@ -1,36 +1,39 @@
 //! One plan of a checkpoint for a machine, under options that leave nothing open.
 
-use std::borrow::Cow;
-
-use super::memory::KvLayout;
+use super::device_plan::Fixed;
 use super::options::Conditions;
-use super::{
-    DevicePlan, Inventory, Pace, Plan, PlanOptions, PlannedModule, Speed, Strategy, fastest, hf, memory, placement,
-};
-use crate::architecture::{Module, ModuleTree, Role, Weight};
+use super::{DevicePlan, Pace, Plan, PlanOptions, PlannedModule, Speed, Strategy, hf, place};
+use crate::architecture::{Module, ModuleKind, ModuleTree, Role, Weight};
 use crate::bytes::Bytes;
 use crate::checkpoint::Checkpoint;
-use crate::device::DeviceId;
+use crate::device::{DeviceError, DeviceId};
 use crate::device_map::{DeviceMap, MaxMemory};
-use crate::error::{Error, Result, first_five};
-use crate::model_config::ModelConfig;
-use crate::quant::{QuantizeRules, WeightDtype};
+use crate::error::{Error, Hint, Result, Setting};
+use crate::footprint::{self, HostStaging, MAX_BYTES, State};
+use crate::machine::{self, Device, Inventory};
+use crate::quant::WeightDtype;
 
 /// What is planned, and for what: a checkpoint whose tensors have been found, and a machine.
 pub struct Subject<'a> {
     pub checkpoint: &'a Checkpoint,
-    pub inventory: Cow<'a, Inventory>,
-    pub tree: &'a ModuleTree,
-    pub weights: Vec<Weight<'a>>,
+    pub inventory: &'a Inventory,
+    pub tree: ModuleTree,
+    pub weights: Vec<Weight>,
 }
 
 impl<'a> Subject<'a> {
-    pub fn new(checkpoint: &'a Checkpoint, inventory: &'a Inventory, tree: &'a ModuleTree) -> Result<Self> {
-        Ok(Self { checkpoint, inventory: Cow::Borrowed(inventory), tree, weights: tree.resolve(checkpoint)? })
+    pub fn new(checkpoint: &'a Checkpoint, inventory: &'a Inventory) -> Result<Self> {
+        let tree = ModuleTree::new(&checkpoint.config);
+        Ok(Self { checkpoint, inventory, weights: tree.resolve(checkpoint)?, tree })
     }
 
     /// The plan under `options`, in which `auto` has been decided; without alternatives and remedies.
     pub fn plan(&self, options: &PlanOptions) -> Result<Plan> {
+        self.plan_on(self.inventory, options)
+    }
+
+    /// The plan for another machine.
+    pub fn plan_on(&self, inventory: &Inventory, options: &PlanOptions) -> Result<Plan> {
         let Self { checkpoint, tree, weights, .. } = self;
         let config = &checkpoint.config;
         check_model(options, checkpoint)?;
@@ -38,62 +41,47 @@ impl<'a> Subject<'a> {
         if let Some((path, _)) = conditions.quantize.iter().find(|(path, _)| !tree.names(path)) {
             return Err(Error::input(format!("`quantize` names unknown module `{path}`")));
         }
-        let sizes = module_sizes(config, tree, weights, &conditions.quantize)?;
-        self.place(options, &conditions, &sizes)
-    }
-
-    /// The plan whose modules take `sizes`.
-    pub fn place(&self, options: &PlanOptions, conditions: &Conditions, sizes: &[Size]) -> Result<Plan> {
-        let Self { checkpoint, inventory, tree, weights } = self;
-        let config = &checkpoint.config;
-        let Conditions { context, batch, kv_cache, .. } = *conditions;
-        let kv = KvLayout::new(config, context, batch, kv_cache)
-            .ok_or_else(|| Error::input("the KV cache is too large to plan for"))?;
-        let staging = memory::HostStaging::new(weights, &conditions.quantize);
-        let empty = |device| DevicePlan::empty(device, conditions, config, staging);
-        let mut devices: Vec<DevicePlan> = inventory.devices.iter().map(empty).collect();
-        let mut modules: Vec<PlannedModule> = tree
-            .modules
-            .iter()
-            .zip(sizes)
-            .map(|(module, size)| PlannedModule {
-                path: module.path.clone(),
-                device: DeviceId::Cpu,
-                weights: size.packed,
-                kv_cache: if module.is_block() { kv.bytes() + kv.bytes() } else { Bytes::ZERO },
-                read: size.read,
-                kind: module.kind,
-            })
-            .collect();
+        let mut modules = self.modules(&conditions)?;
+        let fixed =
+            Fixed { config, conditions: &conditions, staging: HostStaging::new(weights, &conditions.quantize) };
         let placement = match &options.device_map {
             Some(map) => map.resolve(tree)?,
-            None if options.strategy.is_transformers() => as_transformers(self, conditions, options.strategy)?,
-            None => automatic(tree, &modules, &devices, options.strategy)?,
+            None if options.strategy.is_transformers() => {
+                as_transformers(self, inventory, &conditions, options.strategy)?
+            }
+            None => {
+                // What each takes when it is used at all, before any module is on it.
+                let empty = |device: &Device| {
+                    DevicePlan::new(device, &conditions, &fixed.buffers(device.id, true), 0)
+                };
+                let devices: Vec<_> = inventory.devices.iter().map(empty).collect();
+                automatic(tree, &modules, &devices, options.strategy)?
+            }
         };
         check_devices(&placement, inventory)?;
         for (module, device) in modules.iter_mut().zip(placement) {
             module.device = device;
         }
-        for device in &mut devices {
-            device.take(&modules, memory::host_state(config, context), staging.ring());
-        }
-        let answers =
-            devices.iter().filter(|device| device.driver_context > Bytes::ZERO).map(|_| memory::CUDA_ANSWERS).sum();
-        if let Some(host) = devices.iter_mut().find(|device| device.id == DeviceId::Cpu) {
-            host.workspace += answers;
-        }
+        let allocations = fixed.allocations(&modules);
+        let device = |device: &Device| {
+            let here = modules.iter().filter(|module| module.device == device.id).count();
+            DevicePlan::new(device, &conditions, &allocations, here)
+        };
+        let devices: Vec<_> = inventory.devices.iter().map(device).collect();
+        let extent = conditions.extent;
         Ok(Plan {
             model: checkpoint.name.clone(),
             architecture: config.family.architecture.to_owned(),
             parameters: weights.iter().map(|weight| (weight.parameter.rows * weight.parameter.cols) as u64).sum(),
             dtype: config.dtype.clone(),
-            quantize: conditions.quantize.clone(),
-            context,
+            context: extent.context,
             longest_context: config.max_position_embeddings,
-            batch,
-            kv_cache,
-            max_memory: conditions.max_memory.clone(),
-            speed: Speed::predict(&devices, &modules, batch),
+            batch: extent.sequences,
+            chunk: extent.chunk,
+            kv_cache: conditions.kv_cache,
+            quantize: conditions.quantize,
+            max_memory: conditions.max_memory,
+            speed: Speed::predict(&devices, &modules, extent.sequences),
             modules,
             devices,
             placements: Vec::new(),
@@ -102,51 +90,52 @@ impl<'a> Subject<'a> {
             kinds: Vec::new(),
             idle: inventory.idle.clone(),
             remedies: Vec::new(),
+            weights: Vec::new(),
+            allocations,
+            checkpoint: (*checkpoint).clone(),
         })
     }
-}
 
-/// What weights take, and what a token reads of them.
-#[derive(Clone, Copy, Default)]
-pub struct Size {
-    pub packed: Bytes,
-    pub read: Bytes,
-}
-
-/// The size of every module; where the head is the embedding, a token reads all of that.
-fn module_sizes(
-    config: &ModelConfig,
-    tree: &ModuleTree,
-    weights: &[Weight],
-    rules: &QuantizeRules,
-) -> Result<Vec<Size>> {
-    let mut sizes = vec![Size::default(); tree.modules.len()];
-    let one_device = vec![DeviceId::Cpu; tree.modules.len()];
-    for placed in memory::lay_out(weights, &one_device, rules)? {
-        let size = &mut sizes[placed.weight.module];
-        let Size { packed, read } = weight_size(config, &placed.weight, placed.layout.size());
-        *size = Size { packed: size.packed + packed, read: size.read + read };
-    }
-    if tree.tied
-        && let Some(embedding) = sizes.first().map(|size| size.packed)
-        && let Some(head) = sizes.last_mut()
-    {
-        head.read = embedding;
-    }
-    Ok(sizes)
-}
-
-/// The size of a weight that takes `packed`: a token reads a row of the embedding, the experts
-/// that it is sent to, and all of anything else.
-pub fn weight_size(config: &ModelConfig, weight: &Weight, packed: Bytes) -> Size {
-    let read = match (weight.parameter.role, config.experts) {
-        (Role::Embedding | Role::Positions, _) => Bytes::ZERO,
-        (Role::ExpertGate(_) | Role::ExpertUp(_) | Role::ExpertDown(_), Some(experts)) => {
-            Bytes(packed.0 / experts.count as u64 * experts.per_token as u64)
+    /// Every module and what it takes, not yet placed. A token reads a row of the embedding, or all of it as the
+    /// head, the experts that it is sent to, and all of anything else.
+    fn modules(&self, conditions: &Conditions) -> Result<Vec<PlannedModule>> {
+        let config = &self.checkpoint.config;
+        let planned = |module: &Module| PlannedModule {
+            path: module.path.clone(),
+            device: DeviceId::Cpu,
+            weights: Bytes::ZERO,
+            kv_cache: Bytes::ZERO,
+            state: None,
+            read: Bytes::ZERO,
+            kind: module.kind,
+        };
+        let mut modules: Vec<_> = self.tree.modules.iter().map(planned).collect();
+        for weight in &self.weights {
+            let packed = footprint::weight_bytes(weight, &conditions.quantize)?;
+            let module = &mut modules[weight.module];
+            module.weights += packed;
+            module.read += match (weight.parameter.role, config.experts) {
+                (Role::Embedding | Role::Positions, _) => Bytes::ZERO,
+                (Role::ExpertGate(_) | Role::ExpertUp(_) | Role::ExpertDown(_), Some(experts)) => {
+                    Bytes(packed.0 / experts.count as u64 * experts.per_token as u64)
+                }
+                _ => packed,
+            };
         }
-        _ => packed,
-    };
-    Size { packed, read }
+        if let (true, [embedding, .., head]) = (self.tree.tied, &mut modules[..]) {
+            head.read = embedding.weights;
+        }
+        let mut all = 0u64;
+        for module in &mut modules {
+            let ModuleKind::Block(index) = module.kind else { continue };
+            let too_large = || Error::input("the KV cache is too large to plan for");
+            module.state = State::new(config, config.layers[index], conditions.extent, conditions.kv_cache);
+            let bytes = module.state.and_then(|state| state.bytes().0.checked_mul(conditions.extent.sequences as u64));
+            module.kv_cache = Bytes(bytes.ok_or_else(too_large)?);
+            all = all.checked_add(module.kv_cache.0).filter(|all| *all <= MAX_BYTES).ok_or_else(too_large)?;
+        }
+        Ok(modules)
+    }
 }
 
 fn automatic(
@@ -160,18 +149,16 @@ fn automatic(
     if let Some(head) = modules.pop_if(|_| tree.tied) {
         modules[0].read = head.read;
     }
-    let capacities: Vec<placement::Capacity> = devices
-        .iter()
-        .map(|device| placement::Capacity { id: device.id, room: device.budget - device.total() })
-        .collect();
+    let capacities: Vec<place::Capacity> =
+        devices.iter().map(|device| place::Capacity { id: device.id, room: device.budget - device.total() }).collect();
     if capacities.is_empty() {
         return Err(Error::usage("there is no device to place the model on"));
     }
     let mut placement = match strategy {
-        Strategy::Packed => placement::packed(&modules, &capacities),
-        Strategy::Sequential => placement::sequential(&modules, &capacities),
-        Strategy::Fastest => fastest::fastest(&modules, &capacities, &paces(devices)?),
-        _ => placement::balanced(&modules, &capacities),
+        Strategy::Packed => place::packed(&modules, &capacities),
+        Strategy::Sequential => place::sequential(&modules, &capacities),
+        Strategy::Fastest => place::fastest(&modules, &capacities, &paces(devices)?),
+        _ => place::balanced(&modules, &capacities),
     };
     if tree.tied {
         placement.push(placement[0]);
@@ -182,18 +169,23 @@ fn automatic(
 fn paces(devices: &[DevicePlan]) -> Result<Vec<Pace>> {
     let pace = |device: &DevicePlan| {
         Pace::new(device.id, device.bandwidth).ok_or_else(|| {
-            Error::usage(format!("`--placement fastest` needs the bandwidth of {}", device.id)).hint(format!(
-                "state it, or name the GPU: `--device {id}=SIZE@936GB/s`, `--device \"{id}=SIZE@RTX 3090\"`",
-                id = device.id
-            ))
+            let id = device.id;
+            let examples = ["936GB/s", "RTX 3090"].map(|speed| Setting::Device(format!("{id}=SIZE@{speed}")));
+            Error::usage(format!("`fastest` placement needs the bandwidth of {id}"))
+                .hint(Hint::naming("state it, or name the GPU: {}, {}", examples))
         })
     };
     devices.iter().map(pace).collect()
 }
 
 /// What Transformers would choose, which sees free memory, our limits and the bytes of weights alone.
-fn as_transformers(subject: &Subject, conditions: &Conditions, strategy: Strategy) -> Result<Vec<DeviceId>> {
-    let Subject { checkpoint, inventory, tree, weights } = subject;
+fn as_transformers(
+    subject: &Subject,
+    inventory: &Inventory,
+    conditions: &Conditions,
+    strategy: Strategy,
+) -> Result<Vec<DeviceId>> {
+    let Subject { checkpoint, tree, weights, .. } = subject;
     let dtype = weights.iter().find_map(Weight::dtype).unwrap_or(WeightDtype::Bf16);
     let model = hf::tree_of(&checkpoint.config, tree, dtype, conditions.quantize.scheme(""));
     let memory = inventory.devices.iter().filter(|device| device.id != DeviceId::Disk);
@@ -212,37 +204,31 @@ fn check_model(options: &PlanOptions, checkpoint: &Checkpoint) -> Result<()> {
     match options.device_map.as_ref().and_then(|map: &DeviceMap| map.model.as_deref()) {
         Some(model) if !options.any_model && base(model) != base(&checkpoint.name) => {
             Err(Error::input(format!("the device map was made for `{model}`, not for `{}`", checkpoint.name))
-                .hint("`--any-model` uses it for this one too"))
+                .hint(Hint::naming("{} uses it for this one too", [Setting::AnyModel])))
         }
         _ => Ok(()),
     }
 }
 
 fn check_devices(placement: &[DeviceId], inventory: &Inventory) -> Result<()> {
-    let mut absent: Vec<_> = placement.iter().filter(|id| inventory.device(**id).is_none()).collect();
+    let mut absent: Vec<_> = placement.iter().copied().filter(|id| inventory.device(*id).is_none()).collect();
     // Blocks on the disk are computed in host memory.
     if placement.contains(&DeviceId::Disk) && inventory.device(DeviceId::Cpu).is_none() {
-        absent.push(&DeviceId::Cpu);
+        absent.push(DeviceId::Cpu);
     }
     absent.sort();
     absent.dedup();
     let Some(first) = absent.first() else {
         return Ok(());
     };
-    let present: Vec<_> = inventory.devices.iter().map(|device| device.id.to_string()).collect();
-    let error = Error::does_not_fit(format!(
-        "the placement needs {}; what can be used is {}",
-        first_five(&absent),
-        present.join(", ")
-    ));
-    Err(if inventory.idle.iter().any(|device| device.id == **first) {
-        error.hint(format!(
-            "{first} is there but cannot be used: evenkeel needs compute capability 7.5 and the NVIDIA driver 550"
-        ))
+    let usable = inventory.devices.iter().map(|device| device.id).collect();
+    let error = Error::does_not_fit(DeviceError::Unusable { devices: absent.clone(), usable });
+    Err(if inventory.idle.iter().any(|device| device.id == *first) {
+        error.hint(format!("{first} is there but cannot be used: {}", machine::needs()))
     } else if first.is_gpu() {
-        error
-            .hint(format!("no NVIDIA driver was found, or it shows no {first}; `--device-map auto` uses what is there"))
+        let what = format!("no NVIDIA driver was found, or it shows no {first}; {{}} uses what is there");
+        error.hint(Hint::naming(what, [Setting::AutomaticPlacement]))
     } else {
-        error.hint(format!("`--device {first}=SIZE` describes it"))
+        error.hint(Hint::naming("{} describes it", [Setting::Device(format!("{first}=SIZE"))]))
     })
 }

@@ -7,7 +7,8 @@
 use half::f16;
 
 use super::GROUP_SIZE;
-use super::round::{ROUND, low_byte, round_i8};
+use super::levels::Levels;
+use super::round::round_i8;
 
 /// Groups that are searched side by side.
 const LANES: usize = 32;
@@ -18,47 +19,6 @@ const PARTS: usize = 8;
 type Lanes = [f32; LANES];
 /// The elements of the groups, those of one column beside each other.
 type Block = [Lanes; GROUP_SIZE];
-
-/// The sixteen levels of a scheme.
-pub trait Levels {
-    /// How many divisors of a group's extreme element the search tries.
-    const DIVISORS: usize;
-
-    /// One of them.
-    fn divisor(candidate: usize) -> f32;
-
-    /// The level nearest to `x`.
-    fn nearest(x: f32) -> f32;
-
-    /// The code of that level, 0..16.
-    fn code(x: f32) -> u8;
-}
-
-/// −8 to 7.
-pub struct Int4;
-
-impl Levels for Int4 {
-    /// The extreme keeps its sign, so that it lands near −8 and the level that
-    /// the minus side has more is used.
-    const DIVISORS: usize = 20;
-
-    #[inline(always)]
-    fn divisor(candidate: usize) -> f32 {
-        const FIRST: f32 = -10.47;
-        const LAST: f32 = -6.2;
-        FIRST + (LAST - FIRST) * candidate as f32 / (Self::DIVISORS - 1) as f32
-    }
-
-    #[inline(always)]
-    fn nearest(x: f32) -> f32 {
-        (x.clamp(-8.0, 7.0) + ROUND) - ROUND
-    }
-
-    #[inline(always)]
-    fn code(x: f32) -> u8 {
-        low_byte(x.clamp(-8.0, 7.0)).wrapping_add(8)
-    }
-}
 
 /// Packs a row whose scales are [`search`]ed for. Returns the row's scale, or
 /// the scale that f16 cannot hold.

@@ -132,6 +132,12 @@ pub struct Matrix<'a> {
     bytes: &'a [u8],
 }
 
+impl AsRef<MatrixLayout> for Matrix<'_> {
+    fn as_ref(&self) -> &MatrixLayout {
+        self.layout
+    }
+}
+
 impl<'a> Matrix<'a> {
     /// # Panics
     /// `bytes` is shorter than the layout's size: the arena was made for another layout.

@@ -11,6 +11,7 @@
 mod groups;
 mod kv_cache;
 mod layout;
+mod levels;
 mod nl4;
 mod quantize;
 pub mod reference;
@@ -147,6 +148,18 @@ impl Storage {
             Scheme::Int8 => Some(Self::Int8),
             Scheme::Int4 => Some(Self::Int4),
             Scheme::Nl4 => Some(Self::Nl4),
+        }
+    }
+
+    /// Its name: that of the scheme or of the dtype.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Plain(WeightDtype::Bf16) => "bf16",
+            Self::Plain(WeightDtype::F16) => "f16",
+            Self::Plain(WeightDtype::F32) => "f32",
+            Self::Int8 => Scheme::Int8.name(),
+            Self::Int4 => Scheme::Int4.name(),
+            Self::Nl4 => Scheme::Nl4.name(),
         }
     }
 

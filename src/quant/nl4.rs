@@ -4,7 +4,7 @@
 //! a whole number of sixteenths. A sixteenth of whole numbers lets a processor
 //! multiply them as integers and leaves scales of the size that `int4` has.
 
-use super::groups::Levels;
+use super::levels::Levels;
 
 /// The levels in sixteenths.
 pub const NL4_LEVELS: [i8; 16] = [-125, -101, -81, -64, -48, -35, -22, -10, 1, 13, 25, 39, 54, 72, 92, 115];

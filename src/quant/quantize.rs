@@ -1,6 +1,7 @@
 //! Weights and activations into their packed forms.
 
-use super::groups::{self, Int4};
+use super::groups;
+use super::levels::Int4;
 use super::nl4::Nl4;
 use super::round::round_i8;
 use super::{GROUP_SIZE, Matrix, MatrixLayout, Storage, WeightDtype};

@@ -21,7 +21,7 @@ pub struct QuantizeRules {
 const EMBEDDING: &str = "model.embed_tokens";
 
 impl QuantizeRules {
-    /// The rules that `--quantize` gives: one scheme for the whole model,
+    /// The rules of one scheme for the whole model,
     /// except that `int4` and `nl4` keep the embedding and the head in `int8`.
     pub fn whole_model(scheme: Scheme) -> Self {
         let mut rules = vec![(String::new(), scheme)];

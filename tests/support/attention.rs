@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use evenkeel::backend::cuda::{Affine, Attention, Cache, Gpu, Norm, Output, Region};
+use evenkeel::footprint::{CudaAttention, KvLayout};
 use evenkeel::model_config::NormKind;
-use evenkeel::plan::memory::{CudaAttention, KvLayout};
 use evenkeel::quant::{KvDtype, WeightDtype};
 
-use super::{buffer, download, floats, halves, near, placed, random, rounded, scratch, upload, vector};
+use super::{buffer, download, floats, halves, near, near_each, placed, random, rounded, scratch, upload, vector};
 
-/// A cache of one dtype: `vectors` of `head_dim` as the host stores them, on the GPU, and as they read back.
+/// A cache of one dtype: vectors as the host stores them, on the GPU, and as they read back.
 struct TestCache {
     layout: KvLayout,
     regions: [Region; 2],
@@ -17,10 +17,8 @@ struct TestCache {
 }
 
 impl TestCache {
-    fn new(gpu: &Arc<Gpu>, dtype: KvDtype, head_dim: usize, values: [&[f32]; 2]) -> Self {
-        let vectors = values[0].len() / head_dim;
-        let codes = (vectors * dtype.code_bytes(head_dim)).next_multiple_of(4);
-        let layout = KvLayout { dtype, codes, scales: vectors * dtype.scale_bytes() };
+    fn new(gpu: &Arc<Gpu>, dtype: KvDtype, [kv_heads, head_dim]: [usize; 2], values: [&[f32]; 2]) -> Self {
+        let layout = KvLayout::new(dtype, kv_heads, head_dim, values[0].len() / head_dim / kv_heads).unwrap();
         let each = values.map(|values| {
             let mut bytes = vec![0u8; layout.codes + layout.scales];
             for (at, vector) in values.chunks(head_dim).enumerate() {
@@ -66,7 +64,7 @@ impl TestCache {
 
 /// Softmax over all keys that each query sees, in f64; and for each element the root of the sum of the squares
 /// of its terms, by which what comes of their rounding is measured.
-fn attention(shape: &Attention, query: &[f32], keys: &[f32], values: &[f32]) -> (Vec<f64>, Vec<f64>) {
+fn attention(shape: &Attention, slots: usize, query: &[f32], [keys, values]: [&[f32]; 2]) -> (Vec<f64>, Vec<f64>) {
     let width = shape.head_dim;
     let (mut out, mut spread) = (Vec::new(), Vec::new());
     for (at, query) in query.chunks(width).enumerate() {
@@ -74,7 +72,8 @@ fn attention(shape: &Attention, query: &[f32], keys: &[f32], values: &[f32]) -> 
         let last = shape.position + token;
         let first = if shape.window > 0 { (last + 1).saturating_sub(shape.window) } else { 0 };
         let row = |cache: &'_ [f32], key: usize, d: usize| {
-            f64::from(cache[(head * shape.kv_heads / shape.heads * shape.context + key) * width + d])
+            let slot = head * shape.kv_heads / shape.heads * slots + key % slots;
+            f64::from(cache[slot * width + d])
         };
         let score = |key: usize| {
             let dot: f64 =
@@ -115,39 +114,116 @@ pub fn attention_equals_the_reference(gpu: &Arc<Gpu>) {
         (4, 1, 32, 700, 33, 130, 50.0),
         (7, 1, 128, 200, 67, 1, 0.0),
     ] {
-        let context = position + tokens + 3;
-        let scale = 1.0 / (head_dim as f32).sqrt();
-        let shape = Attention { heads, kv_heads, head_dim, context, position, tokens, window, scale, softcap };
-        let random_cache =
-            |seed| random(kv_heads * context * head_dim, seed).iter().map(|v| v * 2.0).collect::<Vec<_>>();
-        let query = rounded(&random(tokens * heads * head_dim, 13));
-        let scratch = scratch(gpu, CudaAttention::scratch(heads, kv_heads, head_dim, tokens, context));
+        let (slots, scale) = (position + tokens + 3, 1.0 / (head_dim as f32).sqrt());
+        let shape = Attention { heads, kv_heads, head_dim, position, tokens, window, scale, softcap };
+        attends_as_the_reference(gpu, &shape, slots);
+    }
+}
+
+pub fn attention_over_a_ring_equals_the_reference(gpu: &Arc<Gpu>) {
+    for (heads, kv_heads, head_dim, tokens, window, softcap) in [
+        (4, 2, 16, 1_usize, 1, 0.0),
+        (2, 2, 66, 1, 130, 0.0),
+        (6, 2, 20, 4, 3, 30.0),
+        (4, 1, 24, 1, 700, 0.0),
+        (4, 2, 64, 40, 20, 0.0),
+        (3, 3, 80, 70, 30, 0.0),
+        (2, 1, 4, 100, 60, 0.0),
+        (6, 2, 256, 20, 150, 20.0),
+        (7, 1, 128, 67, 1, 0.0),
+        (4, 1, 32, 33, 130, 50.0),
+    ] {
+        let (least, scale) = (tokens + window - 1, 1.0 / (head_dim as f32).sqrt());
+        for slots in [least, least.next_multiple_of(64) + 64] {
+            // Not yet full; full; the border among the tokens, among the keys, and before either.
+            for position in [0, slots - tokens, slots - tokens / 2, slots + window / 2, 100_000 * slots + least] {
+                let shape = Attention { heads, kv_heads, head_dim, position, tokens, window, scale, softcap };
+                attends_as_the_reference(gpu, &shape, slots);
+            }
+        }
+    }
+}
+
+#[track_caller]
+fn attends_as_the_reference(gpu: &Arc<Gpu>, shape: &Attention, slots: usize) {
+    let Attention { heads, kv_heads, head_dim, tokens, .. } = *shape;
+    let random_cache = |seed| random(kv_heads * slots * head_dim, seed).iter().map(|v| v * 2.0).collect::<Vec<_>>();
+    let query = rounded(&random(tokens * heads * head_dim, 13));
+    let scratch = scratch(gpu, CudaAttention::scratch(heads, kv_heads, head_dim, tokens, slots));
+    for dtype in KvDtype::ALL {
+        let cache = TestCache::new(gpu, dtype, [kv_heads, head_dim], [&random_cache(14), &random_cache(15)]);
+        let (exact, spread) = attention(shape, slots, &query, cache.stored.each_ref().map(Vec::as_slice));
+        // A step leaves the counts as the next one needs them.
+        for _ in 0..2 {
+            let out = buffer(gpu, tokens * heads * head_dim * 2);
+            let (query, cache) = (halves(gpu, &query), cache.cache());
+            gpu.attend(shape, &query, &cache, &out, &placed(gpu, shape.position), &scratch).unwrap();
+            let ours = download(&out, WeightDtype::F16);
+            // Tensor cores take weights and values as f16.
+            let rounding = if tokens > 8 { 1.5e-3 } else { 0.0 };
+            let what = format!("{shape:?} over {slots} {dtype}");
+            near_each(&what, &ours, &exact, |i| 1e-5 + rounding * spread[i], Output::F16);
+        }
+    }
+}
+
+/// A prompt in chunks that is longer than the window, tokens one by one, and another prompt.
+pub fn a_ring_gives_what_the_whole_context_does(gpu: &Arc<Gpu>) {
+    for (heads, kv_heads, head_dim, window, chunk) in [(4, 2, 16, 5, 7), (2, 1, 64, 50, 30), (4, 2, 12, 1, 9)] {
+        let prompt = [chunk; 5].into_iter().chain([chunk / 2]);
+        let chunks: Vec<usize> = prompt.clone().chain([1; 12]).chain(prompt).collect();
+        let context: usize = chunks.iter().sum();
+        let table = floats(gpu, &[1.0, 0.1]);
+        let scratch = scratch(gpu, CudaAttention::scratch(heads, kv_heads, head_dim, chunk, context));
         for dtype in KvDtype::ALL {
-            let cache = TestCache::new(gpu, dtype, head_dim, [&random_cache(14), &random_cache(15)]);
-            let (exact, spread) = attention(&shape, &query, &cache.stored[0], &cache.stored[1]);
-            // A step leaves the counts as the next one needs them.
-            for _ in 0..2 {
-                let out = buffer(gpu, tokens * heads * head_dim * 2);
-                let (query, cache) = (halves(gpu, &query), cache.cache());
-                gpu.attend(&shape, &query, &cache, &out, &placed(gpu, position), &scratch).unwrap();
-                let ours = download(&out, WeightDtype::F16);
-                // Tensor cores take weights and values as f16.
-                let rounding = if tokens > 8 { 1.5e-3 } else { 0.0 };
-                for (i, (exact, spread)) in exact.iter().zip(&spread).enumerate() {
-                    let what = format!("{shape:?} {dtype} {i}");
-                    near(&what, &ours[i..=i], &[*exact], 1e-5 + rounding * spread, Output::F16);
+            // What has not been written reads as NaN.
+            let empty = |slots: usize| {
+                let layout = KvLayout::new(dtype, kv_heads, head_dim, slots).unwrap();
+                let keys_and_values = [0; 2].map(|_| buffer(gpu, layout.codes + layout.scales));
+                for region in &keys_and_values {
+                    region.fill(u32::MAX).unwrap();
                 }
+                Cache::new(layout, &keys_and_values)
+            };
+            let least = window + chunk - 1;
+            let caches = [context, least, least + 1, least.next_multiple_of(64)].map(empty);
+            let mut position = 0;
+            for (at, tokens) in chunks.iter().copied().enumerate() {
+                let vectors = |heads: usize, seed: u64| random(tokens * heads * head_dim, 100 * at as u64 + seed);
+                let [query, key, value] = [(heads, 1), (kv_heads, 2), (kv_heads, 3)].map(|(h, seed)| vectors(h, seed));
+                let [whole, rings @ ..] = caches.each_ref().map(|cache| {
+                    let (softcap, scale) = (0.0, 1.0);
+                    let shape = Attention { heads, kv_heads, head_dim, position, tokens, window, scale, softcap };
+                    let [query, key, value] = [&query, &key, &value].map(|vectors| halves(gpu, vectors));
+                    let (at, out) = (placed(gpu, position), buffer(gpu, query.len()));
+                    let rope = Some((&table, 1.0));
+                    gpu.rotate_and_store(&shape, [&query, &key, &value], [None; 2], cache, &at, rope).unwrap();
+                    gpu.attend(&shape, &query, cache, &out, &at, &scratch).unwrap();
+                    download(&out, WeightDtype::F16)
+                });
+                let whole: Vec<f64> = whole.into_iter().map(f64::from).collect();
+                for ring in rings {
+                    // Keys come in other groups.
+                    near(&format!("{dtype}, {tokens} tokens at {position}"), &ring, &whole, 2e-3, Output::F16);
+                }
+                position += tokens;
             }
         }
     }
 }
 
 pub fn rotation_equals_the_reference(gpu: &Arc<Gpu>) {
-    for (heads, kv_heads, head_dim, pairs, position, tokens, factor) in
-        [(4, 2, 16, 8, 0, 3, 1.0), (3, 1, 10, 5, 1000, 2, 1.0), (2, 2, 64, 16, 7, 4, 1.25), (2, 1, 8, 0, 1, 1, 1.0)]
-    {
-        let (context, scale) = (position + tokens + 1, 1.0);
-        let shape = Attention { heads, kv_heads, head_dim, context, position, tokens, window: 0, scale, softcap: 0.0 };
+    for (heads, kv_heads, head_dim, pairs, position, tokens, slots, factor) in [
+        (4, 2, 16, 8, 0, 3, 4, 1.0),
+        (3, 1, 10, 5, 1000, 2, 1003, 1.0),
+        (2, 2, 64, 16, 7, 4, 12, 1.25),
+        (2, 1, 8, 0, 1, 1, 3, 1.0),
+        // Rings.
+        (3, 1, 10, 5, 1000, 4, 7, 1.0),
+        (2, 2, 16, 8, 13, 3, 5, 1.0),
+    ] {
+        let (window, scale, softcap) = (if slots < position + tokens { 2 } else { 0 }, 1.0, 0.0);
+        let shape = Attention { heads, kv_heads, head_dim, position, tokens, window, scale, softcap };
         let frequencies: Vec<f32> = (0..pairs).map(|i| 10f32.powf(-(i as f32) / 4.0)).collect();
         let input = |heads: usize, seed| rounded(&random(tokens * heads * head_dim, seed));
         let (query, key, value) = (input(heads, 16), input(kv_heads, 17), input(kv_heads, 18));
@@ -163,10 +239,10 @@ pub fn rotation_equals_the_reference(gpu: &Arc<Gpu>) {
             }
             y
         };
-        let before = random(kv_heads * context * head_dim, 19);
+        let before = random(kv_heads * slots * head_dim, 19);
         for dtype in KvDtype::ALL {
             let queries = halves(gpu, &query);
-            let cache = TestCache::new(gpu, dtype, head_dim, [&before, &before]);
+            let cache = TestCache::new(gpu, dtype, [kv_heads, head_dim], [&before, &before]);
             let table = floats(gpu, &frequencies);
             let rope = (pairs > 0).then_some((&table, factor));
             let inputs = [&queries, &halves(gpu, &key), &halves(gpu, &value)];
@@ -179,7 +255,7 @@ pub fn rotation_equals_the_reference(gpu: &Arc<Gpu>) {
             let norm = |weight| Norm { kind: NormKind::Rms, epsilon: 1e-5, affine: Affine::new(weight, None) };
             let norms = weights.each_ref().map(norm);
             let [on_the_way, first] = [true, false].map(|on_the_way| {
-                let cache = TestCache::new(gpu, dtype, head_dim, [&before, &before]);
+                let cache = TestCache::new(gpu, dtype, [kv_heads, head_dim], [&before, &before]);
                 let (query, key) = (halves(gpu, &query), halves(gpu, &key));
                 let given = norms.each_ref().map(|norm| on_the_way.then_some(norm));
                 for (x, heads, norm) in [(&query, heads, &norms[0]), (&key, kv_heads, &norms[1])] {
@@ -199,7 +275,7 @@ pub fn rotation_equals_the_reference(gpu: &Arc<Gpu>) {
                 let mut all: Vec<f64> = unchanged.iter().map(|v| f64::from(*v)).collect();
                 for (at, row) in rows.chunks(head_dim).enumerate() {
                     let (token, head) = (at / kv_heads, at % kv_heads);
-                    all[(head * context + position + token) * head_dim..][..head_dim].copy_from_slice(row);
+                    all[(head * slots + (position + token) % slots) * head_dim..][..head_dim].copy_from_slice(row);
                 }
                 all
             };

@@ -4,7 +4,7 @@ use std::error::Error as _;
 use std::path::{Path, PathBuf};
 
 use evenkeel::bytes::Bytes;
-use evenkeel::checkpoint::{Checkpoint, LocalDirectory, Source};
+use evenkeel::checkpoint::{Checkpoint, LocalDirectory, Origin, Source};
 use evenkeel::plan::{Plan, PlanOptions};
 use evenkeel::pool::Pool;
 use evenkeel::{ErrorKind, Result};
@@ -193,7 +193,7 @@ impl Broken {
     pub fn plan(&self) -> Result<(Checkpoint, Plan)> {
         let source = HeadersOnly(LocalDirectory::new(&self.directory)?);
         let checkpoint = Checkpoint::read("broken", &source, &Pool::default())?;
-        let plan = Plan::new(&checkpoint, &roomy(), &PlanOptions::default())?;
+        let plan = Plan::new(&checkpoint, &roomy(), PlanOptions::default())?;
         Ok((checkpoint, plan))
     }
 
@@ -231,7 +231,7 @@ pub fn rows<const N: usize>(table: &str) -> impl Iterator<Item = [&str; N]> {
 struct HeadersOnly(LocalDirectory);
 
 impl Source for HeadersOnly {
-    fn has(&self, file: &str) -> Result<bool> {
+    fn has(&self, file: &str) -> bool {
         self.0.has(file)
     }
 
@@ -258,5 +258,9 @@ impl Source for HeadersOnly {
 
     fn directory(&self) -> Option<&Path> {
         self.0.directory()
+    }
+
+    fn origin(&self) -> Origin {
+        self.0.origin()
     }
 }

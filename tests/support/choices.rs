@@ -3,20 +3,20 @@
 use std::collections::HashMap;
 
 use evenkeel::backend::cuda::Choosing;
-use evenkeel::backend::{Choice, Draws};
-use evenkeel::plan::memory::CudaChoice;
+use evenkeel::backend::{Choice, Chooser, Draws};
+use evenkeel::footprint::CudaChoice;
 
 use super::*;
 
 /// What a GPU chooses in.
-struct Chooser<'a> {
+struct OnGpu<'a> {
     gpu: &'a Arc<Gpu>,
     scratch: Region,
     seen: Region,
     chosen: Region,
 }
 
-impl<'a> Chooser<'a> {
+impl<'a> OnGpu<'a> {
     fn new(gpu: &'a Arc<Gpu>, count: usize) -> Self {
         let needed = CudaChoice::new(count);
         let [scratch, seen, chosen] = [needed.scratch, needed.seen, CudaChoice::CHOSEN].map(|len| buffer(gpu, len));
@@ -46,8 +46,13 @@ impl<'a> Chooser<'a> {
 
 pub fn the_first_of_the_largest_logits_is_found(gpu: &Arc<Gpu>) {
     for count in [1, 5, 1024, 1025, 70_000] {
-        let chooser = Chooser::new(gpu, count);
-        let largest = |logits: &[f32]| chooser.choose(&Choice::GREEDY, 0.0, &floats(gpu, logits), 0);
+        let on_gpu = OnGpu::new(gpu, count);
+        let largest = |logits: &[f32]| {
+            let on_host = Chooser::new(Choice::GREEDY, &[]).choose(&mut logits.to_vec(), 0);
+            let chosen = on_gpu.choose(&Choice::GREEDY, 0.0, &floats(gpu, logits), 0);
+            assert_eq!((on_host.token as usize, on_host.is_finite), chosen);
+            chosen
+        };
         let mut logits = random(count, 23);
         let order = |a: &usize, b: &usize| logits[*a].total_cmp(&logits[*b]).then(b.cmp(a));
         assert_eq!(largest(&logits), ((0..count).max_by(order).unwrap(), true), "{count} logits");
@@ -57,8 +62,8 @@ pub fn the_first_of_the_largest_logits_is_found(gpu: &Arc<Gpu>) {
             logits[at] = -2.0;
         }
     }
-    let chooser = Chooser::new(gpu, 3);
-    let largest = |logits: [f32; 3]| chooser.choose(&Choice::GREEDY, 0.0, &floats(gpu, &logits), 0);
+    let on_gpu = OnGpu::new(gpu, 3);
+    let largest = |logits: [f32; 3]| on_gpu.choose(&Choice::GREEDY, 0.0, &floats(gpu, &logits), 0);
     assert_eq!(largest([-1.0, -0.0, 0.0]), (1, true), "zeros are the same");
     assert_eq!(largest([f32::MIN; 3]), (0, true));
 }
@@ -69,32 +74,35 @@ pub fn a_logit_that_is_not_finite_is_found(gpu: &Arc<Gpu>) {
     let cut = Choice { top_k: 5, top_p: 0.9, ..DRAWN };
     let penalized = Choice { penalty: 1.5, ..Choice::GREEDY };
     for choice in [Choice::GREEDY, DRAWN, cut, penalized] {
-        let chooser = Chooser::new(gpu, 3000);
+        let on_gpu = OnGpu::new(gpu, 3000);
         for at in [0, 1023, 2999] {
             let mut logits = random(3000, 23);
             for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 logits[at] = value;
                 // A soft cap makes no number of what is none.
                 for softcap in [0.0, 30.0] {
-                    let (_, is_finite) = chooser.choose(&choice, softcap, &floats(gpu, &logits), 1 << 31);
+                    let (_, is_finite) = on_gpu.choose(&choice, softcap, &floats(gpu, &logits), 1 << 31);
                     assert!(!is_finite, "{value} at {at}, {choice:?}");
                 }
             }
             logits[at] = 0.5;
-            assert!(chooser.choose(&choice, 0.0, &floats(gpu, &logits), 1 << 31).1, "{choice:?}");
+            assert!(on_gpu.choose(&choice, 0.0, &floats(gpu, &logits), 1 << 31).1, "{choice:?}");
         }
     }
 }
 
+/// The logits behind a soft cap.
+fn capped(softcap: f32, logits: &[f32]) -> Vec<f32> {
+    let cap = |logit: &f32| if softcap > 0.0 { softcap * (logit / softcap).tanh() } else { *logit };
+    logits.iter().map(cap).collect()
+}
+
 /// The weights of the tokens that may come, by plain sorting and adding up.
-fn weights(choice: &Choice, softcap: f32, seen: &[usize], logits: &[f32]) -> Vec<f64> {
-    let adjusted = logits.iter().enumerate().map(|(token, logit)| {
-        let logit = if softcap > 0.0 { softcap * (logit / softcap).tanh() } else { *logit };
-        match (seen.contains(&token), logit >= 0.0) {
-            (false, _) => logit,
-            (true, true) => logit / choice.penalty,
-            (true, false) => logit * choice.penalty,
-        }
+fn weights(choice: &Choice, seen: &[usize], logits: &[f32]) -> Vec<f64> {
+    let adjusted = logits.iter().enumerate().map(|(token, logit)| match (seen.contains(&token), *logit >= 0.0) {
+        (false, _) => *logit,
+        (true, true) => logit / choice.penalty,
+        (true, false) => logit * choice.penalty,
     });
     let logits: Vec<f32> = adjusted.collect();
     let largest = logits.iter().copied().fold(f32::MIN, f32::max);
@@ -151,17 +159,24 @@ pub fn a_token_is_drawn_as_the_reference_draws_it(gpu: &Arc<Gpu>) {
         // Rounded to steps, many are equal.
         let round = |v: f32| if step > 0.0 { (v / step).round() * step } else { v };
         let logits: Vec<f32> = random(count, 31).iter().map(|v| round(v * spread)).collect();
-        let chooser = Chooser::new(gpu, count);
+        let on_gpu = OnGpu::new(gpu, count);
         let mut draws = Draws::new(5);
         for choice in CHOICES {
             for softcap in [0.0, 5.0] {
                 let seen = if choice.is_penalized() { vec![0, count / 2, count - 1] } else { Vec::new() };
-                let weights = weights(&choice, softcap, &seen, &logits);
+                let capped = capped(softcap, &logits);
+                let weights = weights(&choice, &seen, &capped);
+                let ids: Vec<u32> = seen.iter().map(|token| u32::try_from(*token).unwrap()).collect();
                 for uniform in [1, u32::MAX, draws.draw(), draws.draw()] {
-                    chooser.mark(&seen);
-                    let (token, _) = chooser.choose(&choice, softcap, &floats(gpu, &logits), uniform);
+                    on_gpu.mark(&seen);
+                    let (token, _) = on_gpu.choose(&choice, softcap, &floats(gpu, &logits), uniform);
                     let exact = drawn(&weights, uniform);
-                    assert_eq!(token, exact, "{count} logits, {choice:?}, soft cap {softcap}, {uniform}");
+                    let on_host = Chooser::new(choice, &ids).choose(&mut capped.clone(), uniform);
+                    assert_eq!(
+                        [token, on_host.token as usize],
+                        [exact; 2],
+                        "{count} logits, {choice:?}, soft cap {softcap}, {uniform}"
+                    );
                 }
             }
         }
@@ -171,9 +186,9 @@ pub fn a_token_is_drawn_as_the_reference_draws_it(gpu: &Arc<Gpu>) {
 pub fn a_token_that_was_chosen_is_penalized(gpu: &Arc<Gpu>) {
     for temperature in [0.0, 1e-3] {
         let choice = Choice { temperature, penalty: 2.0, ..Choice::GREEDY };
-        let chooser = Chooser::new(gpu, 4);
-        chooser.mark(&[3]);
-        let chosen = [0; 4].map(|_| chooser.choose(&choice, 0.0, &floats(gpu, &[1.0, 1.1, 1.2, 1.9]), 7).0);
+        let on_gpu = OnGpu::new(gpu, 4);
+        on_gpu.mark(&[3]);
+        let chosen = [0; 4].map(|_| on_gpu.choose(&choice, 0.0, &floats(gpu, &[1.0, 1.1, 1.2, 1.9]), 7).0);
         assert_eq!(chosen, [2, 1, 0, 3], "at {temperature}");
     }
 }
@@ -181,7 +196,7 @@ pub fn a_token_that_was_chosen_is_penalized(gpu: &Arc<Gpu>) {
 pub fn tokens_are_drawn_as_often_as_they_are_likely(gpu: &Arc<Gpu>) {
     const ROUNDS: u32 = 2000;
     let logits: Vec<f32> = [0.3f32, 0.02, 0.5, 0.1, 0.08].iter().map(|p| p.ln()).collect();
-    let chooser = Chooser::new(gpu, logits.len());
+    let on_gpu = OnGpu::new(gpu, logits.len());
     for (choice, left) in [
         (DRAWN, &[0.3, 0.02, 0.5, 0.1, 0.08][..]),
         (Choice { top_p: 0.85, ..DRAWN }, &[0.3, 0.0, 0.5, 0.1, 0.0]),
@@ -190,7 +205,7 @@ pub fn tokens_are_drawn_as_often_as_they_are_likely(gpu: &Arc<Gpu>) {
     ] {
         let (mut draws, mut counts) = (Draws::new(11), HashMap::<usize, u32>::new());
         for _ in 0..ROUNDS {
-            *counts.entry(chooser.choose(&choice, 0.0, &floats(gpu, &logits), draws.draw()).0).or_default() += 1;
+            *counts.entry(on_gpu.choose(&choice, 0.0, &floats(gpu, &logits), draws.draw()).0).or_default() += 1;
         }
         let total: f64 = left.iter().sum();
         for (token, share) in left.iter().map(|p| p / total).enumerate() {

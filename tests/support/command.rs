@@ -15,6 +15,7 @@ pub fn evenkeel(arguments: &[&str]) -> Command {
         }
     }
     command.env("TMPDIR", env!("CARGO_TARGET_TMPDIR"));
+    command.env("XDG_CACHE_HOME", concat!(env!("CARGO_TARGET_TMPDIR"), "/caches"));
     command
 }
 

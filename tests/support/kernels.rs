@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use evenkeel::backend::cuda::{Affine, DeviceMatrix, Gpu, Norm, Output, Region, Scratch};
 use evenkeel::bytes::Bytes;
+use evenkeel::footprint::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS};
 use evenkeel::model_config::{Activation, NormKind};
-use evenkeel::plan::memory::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS};
 use evenkeel::pool::Pool;
 use evenkeel::quant::{Matrix, MatrixLayout, PackedRows, Storage, WeightDtype, quantize_rows};
 use half::{bf16, f16};
@@ -30,6 +30,8 @@ macro_rules! every_case {
             a_token_that_was_chosen_is_penalized
             activations_equal_the_reference
             attention_equals_the_reference
+            attention_over_a_ring_equals_the_reference
+            a_ring_gives_what_the_whole_context_does
             embeddings_are_the_rows
             nan_and_what_overflows_stay_with_their_token
             norms_equal_the_reference
@@ -41,6 +43,7 @@ macro_rules! every_case {
             rotation_equals_the_reference
             the_first_of_the_largest_logits_is_found
             the_tokens_of_an_expert_go_there_and_back
+            a_number_that_names_no_row_reaches_none
             tokens_are_drawn_as_often_as_they_are_likely
             what_cannot_be_packed_is_noticed
         }
@@ -90,7 +93,7 @@ fn rounded(values: &[f32]) -> Vec<f32> {
 
 /// A buffer of its own, so that reading or writing beyond it is noticed.
 pub fn buffer(gpu: &Arc<Gpu>, len: usize) -> Region {
-    Region::new(&gpu.allocate("a test", Bytes(len as u64)).unwrap(), 0, len)
+    gpu.allocate("a test", Bytes(len as u64)).unwrap()
 }
 
 fn upload(gpu: &Arc<Gpu>, bytes: &[u8]) -> Region {
@@ -157,10 +160,16 @@ pub fn packed(layout: &MatrixLayout, weights: &[f32]) -> Vec<u8> {
 
 #[track_caller]
 fn near(what: &str, ours: &[f32], exact: &[f64], tolerance: f64, output: Output) {
+    near_each(what, ours, exact, |_| tolerance, output);
+}
+
+/// [`near`] with a tolerance for each element.
+#[track_caller]
+fn near_each(what: &str, ours: &[f32], exact: &[f64], tolerance: impl Fn(usize) -> f64, output: Output) {
     assert_eq!(ours.len(), exact.len(), "{what}");
     let rounding = if output == Output::F16 { 0.0006 } else { 2e-6 };
     for (i, (ours, exact)) in ours.iter().zip(exact).enumerate() {
-        let allowed = tolerance + rounding * exact.abs() + if output == Output::F16 { 1e-7 } else { 0.0 };
+        let allowed = tolerance(i) + rounding * exact.abs() + if output == Output::F16 { 1e-7 } else { 0.0 };
         assert!((f64::from(*ours) - exact).abs() <= allowed, "{what}, element {i}: {ours}, not {exact}");
     }
 }
@@ -315,4 +324,32 @@ pub fn the_tokens_of_an_expert_go_there_and_back(gpu: &Arc<Gpu>) {
         }
     }
     near("the sum", &download(&sum, WeightDtype::F32), &exact, 1e-6, Output::F32);
+}
+
+pub fn a_number_that_names_no_row_reaches_none(gpu: &Arc<Gpu>) {
+    let (rows, width) = (3u32, 70);
+    let ids: Vec<u8> = [2, rows, u32::MAX].iter().flat_map(|row| row.to_le_bytes()).collect();
+    let ids = upload(gpu, &ids);
+    // The rows that are there, then the others.
+    let split = |region: &Region, dtype| {
+        let values = download(region, dtype);
+        (values[..width].to_vec(), values[width..].to_vec())
+    };
+    let weights = random(rows as usize * width, 27);
+    for storage in STORAGES {
+        let layout = MatrixLayout::new(storage, rows as usize, width).unwrap();
+        let matrix = DeviceMatrix::new(layout.clone(), upload(gpu, &packed(&layout, &weights)));
+        let hidden = buffer(gpu, 3 * width * 4);
+        gpu.embed(&Affine::new(&matrix, None), &ids, 1.0, &hidden, Output::F32).unwrap();
+        let (there, others) = split(&hidden, WeightDtype::F32);
+        assert!(there.iter().all(|v| v.is_finite()) && others.iter().all(|v| v.is_nan()), "{storage:?}");
+    }
+    let out = buffer(gpu, 3 * width * 2);
+    gpu.gather(&halves(gpu, &weights), &ids, width, &out).unwrap();
+    let (there, others) = split(&out, WeightDtype::F16);
+    assert_eq!(there, rounded(&weights[2 * width..]));
+    assert!(others.iter().all(|v| v.is_nan()));
+    let sum = floats(gpu, &weights);
+    gpu.scatter_add(&floats(gpu, &weights), &ids, &floats(gpu, &[0.0; 3]), width, &sum).unwrap();
+    assert_eq!(download(&sum, WeightDtype::F32), weights);
 }

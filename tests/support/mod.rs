@@ -7,13 +7,12 @@ pub mod published;
 pub mod shapes;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device_map::DeviceMap;
 use evenkeel::loader::{LoadOptions, Model};
-use evenkeel::plan::{Inventory, Plan, PlanOptions};
+use evenkeel::machine::Inventory;
+use evenkeel::plan::{Plan, PlanOptions};
 use evenkeel::quant::{KvDtype, Scheme};
 
 /// What Transformers computed for these is in their expected.json.
@@ -62,18 +61,13 @@ pub fn load_with(name: &str, scheme: Scheme, map: Option<&str>, kv_cache: KvDtyp
         ..PlanOptions::default()
     };
     let plan = Plan::new(&checkpoint, &roomy(), &options).unwrap();
-    load_plan(&plan, &checkpoint).unwrap()
+    load_plan(&plan).unwrap()
 }
 
 /// Carries out a plan, with scratch files in the test's own directory.
-pub fn load_plan(plan: &Plan, checkpoint: &Checkpoint) -> evenkeel::Result<Model> {
-    let options = LoadOptions {
-        offload_directory: Path::new(env!("CARGO_TARGET_TMPDIR")),
-        cancel: &AtomicBool::new(false),
-        pool: Arc::default(),
-        separate_buffers: false,
-    };
-    plan.load(checkpoint, &options, |_| ())
+pub fn load_plan(plan: &Plan) -> evenkeel::Result<Model> {
+    let offload_directory = env!("CARGO_TARGET_TMPDIR").into();
+    plan.load(&LoadOptions { offload_directory, ..LoadOptions::default() }, |_| ())
 }
 
 /// A list of numbers in a JSON value.

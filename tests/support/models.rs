@@ -3,22 +3,20 @@
 #![allow(clippy::print_stdout, reason = "the figures are wanted")]
 
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use evenkeel::Result;
 use evenkeel::architecture::ModuleTree;
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device_map::DeviceMap;
 use evenkeel::loader::{LoadOptions, Model};
-use evenkeel::plan::{Inventory, Plan, PlanOptions, Quantize};
+use evenkeel::machine::Inventory;
+use evenkeel::plan::{Plan, PlanOptions, Quantize};
 use evenkeel::quant::{QuantizeRules, Scheme};
 
 use super::{expected, fixture, numbers};
 
 /// The largest difference of a logit, as a share of the largest logit.
 pub const LOGITS: f32 = 2e-2;
-pub static NEVER: AtomicBool = AtomicBool::new(false);
 
 /// A map that puts the modules on these devices in turn, the last one for all that are left.
 pub fn map(checkpoint: &Checkpoint, devices: &[&str]) -> String {
@@ -47,20 +45,16 @@ pub fn options(scheme: Scheme, map: &str, context: Option<usize>) -> PlanOptions
 }
 
 pub fn machine() -> Inventory {
-    Inventory::this_machine(Path::new(env!("CARGO_TARGET_TMPDIR"))).unwrap()
+    Inventory::of_machine(Path::new(env!("CARGO_TARGET_TMPDIR"))).unwrap()
 }
 
 pub fn plan(checkpoint: &Checkpoint, scheme: Scheme, map: &str, context: Option<usize>) -> Plan {
-    Plan::new(checkpoint, &machine(), &options(scheme, map, context)).unwrap()
+    Plan::new(checkpoint, &machine(), options(scheme, map, context)).unwrap()
 }
 
-pub fn load(plan: &Plan, checkpoint: &Checkpoint, separate_buffers: bool) -> Result<Model> {
-    let offload_directory = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    plan.load(
-        checkpoint,
-        &LoadOptions { offload_directory, cancel: &NEVER, pool: Arc::default(), separate_buffers },
-        |_| (),
-    )
+pub fn load(plan: &Plan, separate_buffers: bool) -> Result<Model> {
+    let offload_directory = env!("CARGO_TARGET_TMPDIR").into();
+    plan.load(&LoadOptions { offload_directory, separate_buffers, ..LoadOptions::default() }, |_| ())
 }
 
 pub fn logits(model: &mut Model, tokens: &[u32]) -> Vec<Vec<f32>> {
@@ -113,7 +107,7 @@ pub fn assert_is_transformers(name: &str, maps: &[&[&str]], separate_buffers: bo
     let experts = checkpoint.config.experts.is_some();
     for devices in maps {
         let plan = plan(&checkpoint, Scheme::None, &map(&checkpoint, devices), None);
-        let mut model = load(&plan, &checkpoint, separate_buffers).unwrap();
+        let mut model = load(&plan, separate_buffers).unwrap();
         let ours = logits(&mut model, &sequence);
         let what = format!("{name} on {}", devices.join(" "));
         let prompt = assert_near(&what, &ours[input.len() - 1], &numbers::<f32>(&expected["prompt_logits_last"]));

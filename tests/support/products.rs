@@ -100,7 +100,7 @@ pub fn products_in_one_launch_are_those_of_each(gpu: &Arc<Gpu>) {
             for ((affine, y), together) in affines.iter().zip(&alone).zip(&together) {
                 gpu.matmul(affine, Input::Half(&x), tokens, (y, Output::F16, 1.0), &scratch).unwrap();
                 let (y, together) = (download(y, WeightDtype::F16), download(together, WeightDtype::F16));
-                let what = format!("{storages:?}, {} rows of {cols}, {tokens} tokens", affine.rows());
+                let what = format!("{storages:?}, {} rows of {cols}, {tokens} tokens", affine.rows.len());
                 // What blocks share depends on all that is in the launch.
                 let exact: Vec<f64> = y.into_iter().map(f64::from).collect();
                 near(&what, &together, &exact, 1e-5, Output::F16);

@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "mapping a file is the one thing here that the compiler cannot check")]
 
 use std::fs::File;
+use std::ops::Deref;
 use std::path::Path;
 
 use memmap2::{Mmap, MmapMut};
@@ -9,30 +10,15 @@ use memmap2::{Mmap, MmapMut};
 use crate::bytes::Bytes;
 use crate::error::{Error, Result};
 
-/// The packed weights of a device.
-pub enum Arena {
-    /// In host memory.
-    Memory(MmapMut),
-    /// In a file on the disk.
-    Mapped(Mmap),
-}
+/// The packed weights of a device, in host memory or in a file on the disk.
+pub type Arena = dyn Deref<Target = [u8]> + Send + Sync;
 
-impl Arena {
-    /// Maps a scratch file for reading.
-    pub fn map(file: &File, directory: &Path) -> Result<Self> {
-        // SAFETY: the file has no name and this process holds its only handle,
-        // so nobody truncates or writes it while it is mapped.
-        let map = unsafe { Mmap::map(file) };
-        map.map(Self::Mapped).map_err(|e| Error::io("map a scratch file in", directory, e))
-    }
-
-    /// The bytes.
-    pub fn bytes(&self) -> &[u8] {
-        match self {
-            Self::Memory(map) => map,
-            Self::Mapped(map) => map,
-        }
-    }
+/// Maps a scratch file for reading.
+pub fn map(file: &File, directory: &Path) -> Result<Mmap> {
+    // SAFETY: the file has no name and this process holds its only handle,
+    // so nobody truncates or writes it while it is mapped.
+    let map = unsafe { Mmap::map(file) };
+    map.map_err(|e| Error::io("map a scratch file in", directory, e))
 }
 
 /// Zeroed host memory, aligned to a page. The system gives pages when they are

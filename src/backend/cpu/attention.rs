@@ -1,90 +1,20 @@
-//! The KV cache of a block and attention over it.
+//! Attention over the keys and values of a sequence.
 
 use std::ops::Range;
 
 use super::exp::exp;
-use super::flash::{self, KEYS, QUERIES, Query, Softmax};
+use super::flash::{self, QUERIES, Query, Softmax};
+use super::kv::{Cache, KEY_TILE, Stored};
 use crate::pool::{Pool, Table};
-use crate::quant::KvDtype;
 use crate::simd::{Isa, vectorized};
 
 /// Keys that a query's sums go over before they are added to those of the keys before, however
 /// many threads there are.
-const PART: usize = 16 * KEYS;
+const PART: usize = 16 * KEY_TILE;
 /// Tasks for each thread that are enough to keep all threads busy.
 const TASKS: usize = 4;
 
-/// The shape of a block's cache and of its queries. Values stand as
-/// `[kv_heads][context][head_dim]`; keys too, but of [`KEYS`] keys in turn, or those that are left
-/// of the context, as `[head_dim][keys]`.
-#[derive(Clone, Copy)]
-pub struct Cache {
-    pub heads: usize,
-    pub kv_heads: usize,
-    pub head_dim: usize,
-    pub context: usize,
-    pub dtype: KvDtype,
-    pub scores: Scores,
-}
-
-/// How queries score keys: `cap · tanh(scale · q·k / cap)`, or without the cap
-/// `scale · q·k`, for the last `window` keys or for all.
-#[derive(Clone, Copy)]
-pub struct Scores {
-    pub scale: f32,
-    pub softcap: Option<f32>,
-    pub window: Option<usize>,
-}
-
-/// The keys, or the values, of a block: codes, and the scale of each vector if the type has them.
-#[derive(Clone, Copy)]
-pub struct Stored<'a> {
-    pub codes: &'a [u8],
-    pub scales: &'a [f32],
-}
-
 impl Cache {
-    /// Stores the values `rows`, `[tokens][kv_heads][head_dim]`, from `position` on.
-    pub fn append_values(&self, rows: &[f32], (codes, scales): (&mut [u8], &mut [f32]), position: usize) {
-        let width = self.dtype.code_bytes(self.head_dim);
-        self.each_vector(rows, position, |head, key, vector| {
-            let at = head * self.context + key;
-            let scale = self.dtype.encode(vector, &mut codes[at * width..][..width]);
-            if let Some(stored) = scales.get_mut(at) {
-                *stored = scale;
-            }
-        });
-    }
-
-    /// As [`Cache::append_values`] for keys.
-    pub fn append_keys(&self, rows: &[f32], (codes, scales): (&mut [u8], &mut [f32]), position: usize) {
-        let element = self.dtype.code_bytes(1);
-        // Words, as elements of four bytes are to be aligned.
-        let mut encoded = vec![0u32; self.dtype.code_bytes(self.head_dim).div_ceil(size_of::<u32>())];
-        let encoded: &mut [u8] = bytemuck::must_cast_slice_mut(&mut encoded);
-        let encoded = &mut encoded[..self.head_dim * element];
-        self.each_vector(rows, position, |head, key, vector| {
-            let scale = self.dtype.encode(vector, encoded);
-            if let Some(stored) = scales.get_mut(head * self.context + key) {
-                *stored = scale;
-            }
-            let (lane, start) = (key % KEYS, key - key % KEYS);
-            let stride = KEYS.min(self.context - start);
-            let first = (head * self.context + start) * self.head_dim + lane;
-            for (dimension, code) in encoded.chunks_exact(element).enumerate() {
-                codes[(first + dimension * stride) * element..][..element].copy_from_slice(code);
-            }
-        });
-    }
-
-    fn each_vector(&self, rows: &[f32], position: usize, mut store: impl FnMut(usize, usize, &[f32])) {
-        for (key, row) in (position..).zip(rows.chunks(self.kv_heads * self.head_dim)) {
-            for (head, vector) in row.chunks(self.head_dim).enumerate() {
-                store(head, key, vector);
-            }
-        }
-    }
-
     /// Causal attention with grouped queries: `softmax(scores) · v` for each
     /// query of `[tokens][heads][head_dim]`, over the keys up to its own
     /// position, those of its window if there is one. `attended` begins with
@@ -103,14 +33,8 @@ impl Cache {
             attention.by_tiles(pool, attended);
         }
     }
-
-    /// Queries that share a head of keys and values.
-    fn group(&self) -> usize {
-        self.heads / self.kv_heads
-    }
 }
 
-/// What a step attends to.
 struct Attention<'a> {
     cache: &'a Cache,
     isa: Isa,
@@ -153,8 +77,8 @@ impl<'a> Attention<'a> {
     fn by_tiles(&self, pool: &Pool, attended: &mut [f32]) {
         let (width, group) = (self.cache.head_dim, self.cache.group());
         let table = Table { values: attended, stride: self.cache.heads * width };
-        pool.tiles(table, group * width, (QUERIES / group).max(1), |kv_head, _, mut columns| {
-            let tokens = columns.tokens();
+        pool.tiles(&mut [table], group * width, (QUERIES / group).max(1), |_, mut columns| {
+            let (kv_head, tokens) = (columns.start() / (group * width), columns.tokens());
             let all = tokens.start * group..tokens.end * group;
             let mut mixed = vec![0.0; QUERIES.min(all.len()) * width];
             for start in all.clone().step_by(QUERIES) {
@@ -214,7 +138,6 @@ impl<'a> Attention<'a> {
     }
 }
 
-/// The keys of a part.
 fn keys(part: usize) -> Range<usize> {
     part * PART..(part + 1) * PART
 }
@@ -229,9 +152,7 @@ vectorized! {
         }
         *total = Softmax { largest, sum: total.sum * before + part.sum * now };
     }
-}
 
-vectorized! {
     fn divide(values: &mut [f32], by: f32) {
         for value in values {
             *value /= by;
@@ -243,7 +164,9 @@ vectorized! {
 mod tests {
     use std::num::NonZeroUsize;
 
+    use super::super::kv::Scores;
     use super::*;
+    use crate::quant::KvDtype;
 
     /// Softmax in f64, all scores at once.
     fn reference(query: &[f32], keys: &[f32], values: &[f32], how: Scores) -> Vec<f64> {
@@ -277,14 +200,15 @@ mod tests {
     }
 
     impl Case {
-        fn new(cache: Cache) -> Self {
-            let vectors = cache.kv_heads * cache.context;
-            let rows = [0.31, 0.17].map(|step| wave(vectors * cache.head_dim, step));
+        /// In as many slots as `cache` has.
+        fn new(cache: Cache, context: usize) -> Self {
+            let rows = [0.31, 0.17].map(|step| wave(cache.kv_heads * context * cache.head_dim, step));
+            let vectors = cache.kv_heads * cache.slots;
             let mut cells = [0, 1].map(|_| vec![0u32; (vectors * cache.dtype.code_bytes(cache.head_dim)).div_ceil(4)]);
             let mut scales = [0, 1].map(|_| vec![0.0; vectors * cache.dtype.scale_bytes() / 4]);
             let row = cache.kv_heads * cache.head_dim;
             // In two pieces, as a prompt and what is generated behind it.
-            for (first, end) in [(0, cache.context / 3), (cache.context / 3, cache.context)] {
+            for (first, end) in [(0, context / 3), (context / 3, context)] {
                 let [keys, values] = [0, 1].map(|i| &rows[i][first * row..end * row]);
                 cache.append_keys(keys, (bytemuck::cast_slice_mut(&mut cells[0]), &mut scales[0]), first);
                 cache.append_values(values, (bytemuck::cast_slice_mut(&mut cells[1]), &mut scales[1]), first);
@@ -338,7 +262,7 @@ mod tests {
                     (None, Some(PART + 10), 3 * PART, 2),
                 ] {
                     let scores = Scores { scale: 1.0 / head_dim as f32, softcap, window };
-                    let case = Case::new(Cache { heads, kv_heads, head_dim, context, dtype, scores });
+                    let case = Case::new(Cache { heads, kv_heads, head_dim, slots: context, dtype, scores }, context);
                     let query = case.queries(tokens);
                     let position = context - tokens;
                     let wanted = case.attend(&pool(1, Isa::PORTABLE), &query, position, 0);
@@ -364,7 +288,8 @@ mod tests {
             for window in [None, Some(50)] {
                 let (context, tokens) = (2 * PART + 30, 70);
                 let scores = Scores { scale: 0.1, softcap: None, window };
-                let case = Case::new(Cache { heads, kv_heads, head_dim, context, dtype: KvDtype::F16, scores });
+                let cache = Cache { heads, kv_heads, head_dim, slots: context, dtype: KvDtype::F16, scores };
+                let case = Case::new(cache, context);
                 let (query, position) = (case.queries(tokens), context - tokens);
                 let together = case.attend(&pool(3, Isa::best()), &query, position, 0);
                 let row = heads * head_dim;
@@ -382,11 +307,33 @@ mod tests {
     }
 
     #[test]
+    fn a_ring_of_slots_gives_what_all_slots_give() {
+        for dtype in [KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Int8] {
+            for (heads, kv_heads, head_dim) in SHAPES {
+                for (window, slots, tokens) in [(1, 64, 33), (31, 64, 33), (50, 128, 1), (600, 704, 70)] {
+                    let scores = Scores { scale: 0.1, softcap: None, window: Some(window) };
+                    for context in [slots - 1, slots + 1, 2 * slots, 3 * slots + 41] {
+                        let case =
+                            |slots| Case::new(Cache { heads, kv_heads, head_dim, slots, dtype, scores }, context);
+                        let (whole, ring) = (case(context), case(slots));
+                        let (query, position) = (whole.queries(tokens), context - tokens);
+                        let attend = |case: &Case| case.attend(&pool(2, Isa::best()), &query, position, 0);
+                        assert!(
+                            attend(&ring) == attend(&whole),
+                            "{dtype} {heads}×{head_dim} {window} {slots} {context}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
     fn what_is_no_number_stays_with_its_token() {
         let scores = Scores { scale: 0.1, softcap: None, window: None };
         for (at, broken) in [(0, f32::NAN), (1, f32::NAN), (1, f32::INFINITY)] {
-            let mut case =
-                Case::new(Cache { heads: 4, kv_heads: 1, head_dim: 8, context: 40, dtype: KvDtype::F32, scores });
+            let cache = Cache { heads: 4, kv_heads: 1, head_dim: 8, slots: 40, dtype: KvDtype::F32, scores };
+            let mut case = Case::new(cache, 40);
             let query = case.queries(40);
             let pool = pool(1, Isa::best());
             let whole = case.attend(&pool, &query, 0, 0);

@@ -1,84 +1,78 @@
 //! A block: attention and a feed-forward layer, each of what the model gives it.
 
-use memmap2::MmapMut;
-
-use super::attention::{Cache, Scores, Stored};
-use super::matmul::{Activations, Affine, matmul};
-use super::{Parameters, Setup, Workspace, ops};
-use crate::architecture::Role;
+use super::kv::{Cache, KvCache, Scores, Stored};
+use super::matmul::{Activations, matmul};
+use super::{Parameter, Setup, Workspace, ops};
+use crate::backend::Run;
+use crate::backend::block::{Attention, Block, Dense, FeedForward, Linear};
 use crate::model_config::{Experts, Layer};
-use crate::plan::memory::KvLayout;
 
-pub struct Block {
-    pub layer: Layer,
-    pub parameters: Parameters,
-    pub kv: KvLayout,
-    /// Keys and values, each laid out as `kv` says; sequence 0 is used.
-    pub keys: MmapMut,
-    pub values: MmapMut,
-}
-
-impl Block {
+impl Setup {
     /// `hidden += norm(attention(norm(hidden))); hidden += norm(feed_forward(norm(hidden)))`,
     /// with those norms that the model has.
     pub fn run(
-        &mut self,
-        setup: &Setup,
+        &self,
+        block: &Block<Parameter>,
+        cache: &mut KvCache,
         workspace: &mut Workspace,
         hidden: &mut [f32],
-        tokens: usize,
-        position: usize,
+        runs: &[Run],
     ) {
-        let normalize = |parameters: &Parameters, role, x: &mut [f32]| {
-            if let Some(norm) = parameters.find(role) {
-                setup.norm.apply(&setup.pool, x, &norm);
+        let (scale, width) = (self.config.residual_scale, hidden.len());
+        workspace.normed[..width].copy_from_slice(hidden);
+        self.normalize(block.input_norm.as_ref(), &mut workspace.normed[..width]);
+        self.attention(&block.attention, block.layer, cache, workspace, runs);
+        self.normalize(block.attention_output_norm.as_ref(), &mut workspace.normed[..width]);
+        ops::add(self.pool.isa(), hidden, &workspace.normed[..width], scale);
+
+        workspace.normed[..width].copy_from_slice(hidden);
+        self.normalize(block.feed_forward_norm.as_ref(), &mut workspace.normed[..width]);
+        let tokens = width / self.config.hidden_size;
+        match &block.feed_forward {
+            FeedForward::Experts { routing, router, experts } => {
+                self.experts(*routing, router, experts, workspace, tokens);
             }
-        };
-        let scale = setup.config.residual_scale;
-        let width = hidden.len();
-
-        workspace.normed[..width].copy_from_slice(hidden);
-        normalize(&self.parameters, Role::InputNorm, &mut workspace.normed[..width]);
-        self.attention(setup, workspace, tokens, position);
-        normalize(&self.parameters, Role::AttentionOutputNorm, &mut workspace.normed[..width]);
-        ops::add(setup.pool.isa(), hidden, &workspace.normed[..width], scale);
-
-        workspace.normed[..width].copy_from_slice(hidden);
-        normalize(&self.parameters, Role::FeedForwardNorm, &mut workspace.normed[..width]);
-        match setup.config.experts {
-            Some(experts) if self.layer.has_experts => self.experts(setup, experts, workspace, tokens),
-            _ => self.feed_forward(setup, workspace, tokens),
+            FeedForward::Dense(dense) => {
+                let Workspace { normed, gate, up, words, .. } = workspace;
+                self.feed_forward(dense, &mut normed[..width], [gate, up, words]);
+            }
         }
-        normalize(&self.parameters, Role::FeedForwardOutputNorm, &mut workspace.normed[..width]);
-        ops::add(setup.pool.isa(), hidden, &workspace.normed[..width], scale);
+        self.normalize(block.feed_forward_output_norm.as_ref(), &mut workspace.normed[..width]);
+        ops::add(self.pool.isa(), hidden, &workspace.normed[..width], scale);
     }
 
-    /// Replaces the normalized hidden state by what attention makes of it.
-    fn attention(&mut self, setup: &Setup, workspace: &mut Workspace, tokens: usize, position: usize) {
-        let config = &setup.config;
+    pub fn normalize(&self, norm: Option<&Linear<Parameter>>, x: &mut [f32]) {
+        if let Some(norm) = norm {
+            self.norm.apply(&self.pool, x, &norm.affine());
+        }
+    }
+
+    /// Replaces the normalized hidden states by what attention makes of them.
+    fn attention(
+        &self,
+        attention: &Attention<Parameter>,
+        layer: Layer,
+        kv: &mut KvCache,
+        workspace: &mut Workspace,
+        runs: &[Run],
+    ) {
+        let Self { config, pool, .. } = self;
         let Workspace { normed, query, key, value, attended, words, cos, sin, .. } = workspace;
+        let words = bytemuck::must_cast_slice_mut(words);
+        let tokens: usize = runs.iter().map(|run| run.tokens).sum();
         let (queries, keys) = (config.queries(), config.keys());
         let normed = &mut normed[..tokens * config.hidden_size];
         let query = &mut query[..tokens * queries];
         let (key, value) = (&mut key[..tokens * keys], &mut value[..tokens * keys]);
-        let parameters = &self.parameters;
 
-        let [for_query, for_key, for_value] = match parameters.find(Role::QueryKeyValue) {
-            Some(fused) => [0..queries, queries..queries + keys, queries + keys..queries + 2 * keys]
-                .map(|rows| fused.clone().slice(rows)),
-            None => [Role::Query, Role::Key, Role::Value].map(|role| parameters.of(role)),
-        };
-        let pool = &setup.pool;
+        let [for_query, for_key, for_value] = attention.query_key_value.each_ref().map(Linear::affine);
         let x = Activations::of(pool, normed, words, &[&for_query, &for_key, &for_value]);
         matmul(pool, &x, [(&for_query, &mut *query), (&for_key, &mut *key), (&for_value, &mut *value)]);
-        for (role, x) in [(Role::QueryNorm, &mut *query), (Role::KeyNorm, &mut *key)] {
-            if let Some(norm) = parameters.find(role) {
-                setup.norm.apply(pool, x, &norm);
-            }
-        }
-        if let Some(rope) = self.layer.rope {
-            let half = setup.frequencies[rope].len();
-            let start: usize = setup.frequencies[..rope].iter().map(|frequencies| tokens * frequencies.len()).sum();
+        self.normalize(attention.query_norm.as_ref(), query);
+        self.normalize(attention.key_norm.as_ref(), key);
+        if let Some(rope) = layer.rope {
+            let half = self.frequencies[rope].len();
+            let start: usize = self.frequencies[..rope].iter().map(|frequencies| tokens * frequencies.len()).sum();
             let table = start..start + tokens * half;
             let (cos, sin) = (&cos[table.clone()], &sin[table]);
             ops::rotate(pool, query, config.head_dim, half, cos, sin);
@@ -89,55 +83,50 @@ impl Block {
             heads: config.num_attention_heads,
             kv_heads: config.num_key_value_heads,
             head_dim: config.head_dim,
-            context: setup.context,
-            dtype: self.kv.dtype,
-            scores: Scores {
-                scale: config.attention_scale,
-                softcap: config.attention_softcap,
-                window: self.layer.window,
-            },
+            slots: kv.layout.slots,
+            dtype: kv.layout.dtype,
+            scores: Scores { scale: config.attention_scale, softcap: config.attention_softcap, window: layer.window },
         };
-        cache.append_keys(key, sections(self.kv, &mut self.keys), position);
-        cache.append_values(value, sections(self.kv, &mut self.values), position);
-        let stored = [&self.keys, &self.values].map(|bytes| Stored {
-            codes: &bytes[..self.kv.codes],
-            scales: bytemuck::cast_slice(&bytes[self.kv.codes..self.kv.codes + self.kv.scales]),
-        });
-        cache.attend(pool, query, stored, position, attended);
+        let mut start = 0;
+        for run in runs {
+            let rows = start..start + run.tokens;
+            let [(key_codes, key_scales), (value_codes, value_scales)] = kv.of(run.slot);
+            let of_keys = rows.start * keys..rows.end * keys;
+            cache.append_keys(&key[of_keys.clone()], (&mut *key_codes, &mut *key_scales), run.position);
+            cache.append_values(&value[of_keys], (&mut *value_codes, &mut *value_scales), run.position);
+            let stored =
+                [Stored { codes: key_codes, scales: key_scales }, Stored { codes: value_codes, scales: value_scales }];
+            let of_queries = rows.start * queries..rows.end * queries;
+            cache.attend(pool, &query[of_queries.clone()], stored, run.position, &mut attended[of_queries.start..]);
+            start = rows.end;
+        }
 
-        let output = self.parameters.of(Role::Output);
+        let output = attention.output.affine();
         matmul(pool, &Activations::of(pool, &attended[..query.len()], words, &[&output]), [(&output, normed)]);
     }
 
-    /// Replaces the normalized hidden state by what the feed-forward layer makes of it.
-    fn feed_forward(&self, setup: &Setup, workspace: &mut Workspace, tokens: usize) {
-        let config = &setup.config;
-        let width = config.intermediate_size;
-        let (gate, up) = match self.parameters.find(Role::GateUp) {
-            Some(fused) => (Some(fused.clone().slice(0..width)), fused.slice(width..2 * width)),
-            None => (self.parameters.find(Role::Gate), self.parameters.of(Role::Up)),
-        };
-        let Workspace { normed, gate: gated, up: other, words, .. } = workspace;
-        let buffers = Buffers { gated, other, words };
-        let x = &mut normed[..tokens * config.hidden_size];
-        feed_forward(setup, [gate, Some(up), self.parameters.find(Role::Down)], x, buffers);
-    }
-
-    /// Replaces the normalized hidden state by the weighted sum of what each token's experts make of it.
-    fn experts(&self, setup: &Setup, experts: Experts, workspace: &mut Workspace, tokens: usize) {
-        let Workspace { normed, gate, up, routes, gathered, mixed, words, .. } = workspace;
-        let hidden = setup.config.hidden_size;
+    /// Replaces the normalized hidden states by the weighted sum of what each token's experts make of them.
+    fn experts(
+        &self,
+        routing: Experts,
+        router: &Linear<Parameter>,
+        experts: &[Dense<Parameter>],
+        workspace: &mut Workspace,
+        tokens: usize,
+    ) {
+        let Workspace { normed, gate, up, routes: shares, gathered, mixed, words, .. } = workspace;
+        let hidden = self.config.hidden_size;
         let normed = &mut normed[..tokens * hidden];
         let mixed = &mut mixed[..tokens * hidden];
-        let routes = &mut routes[..tokens * experts.count];
-        let scorer = self.parameters.of(Role::Router);
-        let pool = &setup.pool;
-        matmul(pool, &Activations::of(pool, normed, words, &[&scorer]), [(&scorer, &mut *routes)]);
-        ops::route(routes, experts.count, experts.per_token, experts.is_normalized);
+        let shares = &mut shares[..tokens * routing.count];
+        let (router, pool) = (router.affine(), &self.pool);
+        let x = Activations::of(pool, normed, bytemuck::must_cast_slice_mut(words), &[&router]);
+        matmul(pool, &x, [(&router, &mut *shares)]);
+        ops::route(shares, routing);
 
         mixed.fill(0.0);
-        for expert in 0..experts.count {
-            let weights = || routes.chunks(experts.count).map(|row| row[expert]).enumerate().filter(|(_, w)| *w != 0.0);
+        for (at, expert) in experts.iter().enumerate() {
+            let weights = || ops::routed(shares, routing.count, at).map(|(token, weight)| (token as usize, weight));
             let count = weights().count();
             if count == 0 {
                 continue;
@@ -146,47 +135,34 @@ impl Block {
             for ((token, _), x) in weights().zip(x.chunks_mut(hidden)) {
                 x.copy_from_slice(&normed[token * hidden..][..hidden]);
             }
-            let modules = [Role::ExpertGate(expert), Role::ExpertUp(expert), Role::ExpertDown(expert)]
-                .map(|role| self.parameters.find(role));
-            let buffers = Buffers { gated: gate, other: up, words };
-            feed_forward(setup, modules, x, buffers);
+            self.feed_forward(expert, x, [&mut *gate, &mut *up, &mut *words]);
             for ((token, weight), x) in weights().zip(x.chunks(hidden)) {
-                ops::add(setup.pool.isa(), &mut mixed[token * hidden..][..hidden], x, weight);
+                ops::add(pool.isa(), &mut mixed[token * hidden..][..hidden], x, weight);
             }
         }
         normed.copy_from_slice(mixed);
     }
-}
 
-/// What a feed-forward layer works in.
-struct Buffers<'a> {
-    gated: &'a mut [f32],
-    other: &'a mut [f32],
-    words: &'a mut [i32],
-}
-
-/// `x = down(activation(gate(x)) · up(x))`, or without a gate `x = down(activation(up(x)))`.
-fn feed_forward(setup: &Setup, modules: [Option<Affine>; 3], x: &mut [f32], buffers: Buffers) {
-    let [gate, Some(up), Some(down)] = modules else {
-        unreachable!("the loader gives every feed-forward layer all of its parameters")
-    };
-    let Buffers { gated, other, words } = buffers;
-    let Setup { config, pool, .. } = setup;
-    let len = x.len() / config.hidden_size * up.rows.len();
-    let (gated, other) = (&mut gated[..len], &mut other[..len]);
-    if let Some(gate) = gate {
-        let input = Activations::of(pool, x, words, &[&gate, &up]);
-        matmul(pool, &input, [(&gate, &mut *gated), (&up, &mut *other)]);
-        ops::gate(pool, config.activation, gated, other);
-    } else {
-        matmul(pool, &Activations::of(pool, x, words, &[&up]), [(&up, &mut *gated)]);
-        ops::activate(pool, config.activation, gated);
+    /// `x = down(activation(gate(x)) · up(x))`, or without a gate `x = down(activation(up(x)))`.
+    fn feed_forward(
+        &self,
+        dense: &Dense<Parameter>,
+        x: &mut [f32],
+        [gated, other, words]: [&mut Vec<f32>; 3],
+    ) {
+        let Self { config, pool, .. } = self;
+        let (gate, up, down) = (dense.gate.as_ref().map(Linear::affine), dense.up.affine(), dense.down.affine());
+        let words = bytemuck::must_cast_slice_mut(words);
+        let len = x.len() / config.hidden_size * up.rows.len();
+        let (gated, other) = (&mut gated[..len], &mut other[..len]);
+        if let Some(gate) = gate {
+            let input = Activations::of(pool, x, words, &[&gate, &up]);
+            matmul(pool, &input, [(&gate, &mut *gated), (&up, &mut *other)]);
+            ops::gate(pool, config.activation, gated, other);
+        } else {
+            matmul(pool, &Activations::of(pool, x, words, &[&up]), [(&up, &mut *gated)]);
+            ops::activate(pool, config.activation, gated);
+        }
+        matmul(pool, &Activations::of(pool, gated, words, &[&down]), [(&down, x)]);
     }
-    matmul(pool, &Activations::of(pool, gated, words, &[&down]), [(&down, x)]);
-}
-
-/// The codes and the scales that `kv` lays out in `bytes`.
-fn sections(kv: KvLayout, bytes: &mut [u8]) -> (&mut [u8], &mut [f32]) {
-    let (codes, scales) = bytes[..kv.codes + kv.scales].split_at_mut(kv.codes);
-    (codes, bytemuck::cast_slice_mut(scales))
 }

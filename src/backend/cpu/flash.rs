@@ -1,18 +1,16 @@
-//! Attention of several queries over a run of keys and values, block by block: each block is
+//! Attention of several queries over a run of keys and values, tile by tile: each tile is
 //! decoded once for all queries, and the softmax runs along.
 //!
 //! What a query gives does not depend on the queries beside it: it has its own sums, to which
-//! blocks are added in the order of the keys.
+//! tiles are added in the order of the keys.
 
 use std::ops::Range;
 
-use super::attention::{Cache, Scores, Stored};
 use super::exp::{exp, tanh};
+use super::kv::{Cache, KEY_TILE, Scores, Stored};
 use crate::quant::{KvDtype, WeightDtype};
 use crate::simd::{Isa, vectorized};
 
-/// Keys that are taken together: their elements stand side by side in the cache, dimension by dimension.
-pub const KEYS: usize = 32;
 /// Queries that go over the keys together.
 pub const QUERIES: usize = 32;
 /// Queries whose sums are held in registers together.
@@ -60,14 +58,14 @@ pub fn attend(
     mixed: &mut [f32],
 ) -> [Softmax; QUERIES] {
     let width = cache.head_dim;
-    let mut tile = [0.0f32; KEYS * DIMENSIONS];
+    let mut tile = [0.0f32; KEY_TILE * DIMENSIONS];
     let mut softmax = [Softmax::EMPTY; QUERIES];
     mixed.fill(0.0);
-    for start in run.clone().step_by(KEYS) {
-        let block = start..run.end.min(start + KEYS);
+    for start in run.clone().step_by(KEY_TILE) {
+        let tile_keys = start..run.end.min(start + KEY_TILE);
         let mut seen: [Range<usize>; QUERIES] = [const { 0..0 }; QUERIES];
         for (seen, query) in seen.iter_mut().zip(queries) {
-            let keys = query.sees(&block);
+            let keys = query.sees(&tile_keys);
             *seen = keys.start - start..keys.end - start;
         }
         let seen = &seen[..queries.len()];
@@ -76,10 +74,11 @@ pub fn attend(
             continue;
         };
         let all = first..end;
+        let slot = start % cache.slots;
 
-        let mut weights = [[0.0f32; KEYS]; QUERIES];
+        let mut weights = [[0.0f32; KEY_TILE]; QUERIES];
         for piece in pieces(width) {
-            read_keys(cache, isa, keys, kv_head, start, piece.clone(), &mut tile);
+            read_keys(cache, isa, keys, kv_head, slot, piece.clone(), &mut tile);
             for (queries, weights) in queries.chunks(TOGETHER).zip(weights.chunks_mut(TOGETHER)) {
                 let vector = |at: usize| &queries[at].vector[piece.clone()];
                 if queries.len() == TOGETHER {
@@ -92,13 +91,13 @@ pub fn attend(
                 }
             }
         }
-        let scales = keys.scales.get(kv_head * cache.context + start..).unwrap_or_default();
+        let scales = keys.scales.get(kv_head * cache.slots + slot..).unwrap_or_default();
         let mut rescale = [1.0f32; QUERIES];
         for (at, seen) in seen.iter().enumerate().filter(|(_, seen)| !seen.is_empty()) {
             rescale[at] = weigh(isa, cache.scores, scales, &mut weights[at], seen, &mut softmax[at]);
         }
         for piece in pieces(width) {
-            read_values(cache, isa, values, kv_head * cache.context + start, &all, piece.clone(), &mut tile);
+            read_values(cache, isa, values, kv_head * cache.slots + slot, &all, piece.clone(), &mut tile);
             let groups = mixed.chunks_mut(TOGETHER * width).zip(seen.chunks(TOGETHER));
             for (at, (mixed, seen)) in (0..).step_by(TOGETHER).zip(groups) {
                 let same = seen.len() == TOGETHER && seen.iter().all(|other| *other == seen[0]);
@@ -121,8 +120,8 @@ fn pieces(width: usize) -> impl Iterator<Item = Range<usize>> {
     (0..width).step_by(DIMENSIONS).map(move |start| start..width.min(start + DIMENSIONS))
 }
 
-/// Some dimensions of the keys of the block at `start`, as they stand in the cache but in f32 and
-/// without scales: `[dimensions][KEYS]`, where there may be less keys than that at the end.
+/// Some dimensions of the keys of the tile at slot `start`, as they stand in the cache but in f32 and
+/// without scales: `[dimensions][KEY_TILE]`, where there may be less keys than that at the end.
 fn read_keys(
     cache: &Cache,
     isa: Isa,
@@ -133,19 +132,19 @@ fn read_keys(
     tile: &mut [f32],
 ) {
     let element = cache.dtype.code_bytes(1);
-    let stride = KEYS.min(cache.context - start);
-    let first = (kv_head * cache.context + start) * cache.head_dim + dimensions.start * stride;
+    let stride = KEY_TILE.min(cache.slots - start);
+    let first = (kv_head * cache.slots + start) * cache.head_dim + dimensions.start * stride;
     let codes = &keys.codes[first * element..][..dimensions.len() * stride * element];
-    if stride == KEYS {
-        decode(cache.dtype, isa, codes, 1.0, &mut tile[..dimensions.len() * KEYS]);
+    if stride == KEY_TILE {
+        decode(cache.dtype, isa, codes, 1.0, &mut tile[..dimensions.len() * KEY_TILE]);
     } else {
-        for (codes, row) in codes.chunks(stride * element).zip(tile.chunks_mut(KEYS)) {
+        for (codes, row) in codes.chunks(stride * element).zip(tile.chunks_mut(KEY_TILE)) {
             decode(cache.dtype, isa, codes, 1.0, &mut row[..stride]);
         }
     }
 }
 
-/// Some dimensions of the values at `rows` behind `start` in f32, `[KEYS][dimensions]`; rows beyond are not written.
+/// Some dimensions of the values at `rows` behind `start` in f32, `[KEY_TILE][dimensions]`; rows beyond are not written.
 fn read_values(
     cache: &Cache,
     isa: Isa,
@@ -183,19 +182,17 @@ vectorized! {
             *value = f32::from(*code) * scale;
         }
     }
-}
 
-vectorized! {
     fn decode_half(dtype: WeightDtype, codes: &[u8], values: &mut [f32]) {
         dtype.decode(codes, values);
     }
 }
 
-/// Adds to the scores of a block what some dimensions give, for several queries.
+/// Adds to the scores of a tile what some dimensions give, for several queries.
 #[inline(always)]
-fn score<const N: usize>(tile: &[f32], queries: [&[f32]; N], scores: &mut [[f32; KEYS]; N]) {
+fn score<const N: usize>(tile: &[f32], queries: [&[f32]; N], scores: &mut [[f32; KEY_TILE]; N]) {
     let mut sums = *scores;
-    for (d, keys) in tile.as_chunks::<KEYS>().0.iter().enumerate().take(queries[0].len()) {
+    for (d, keys) in tile.as_chunks::<KEY_TILE>().0.iter().enumerate().take(queries[0].len()) {
         for (sums, query) in sums.iter_mut().zip(queries) {
             for (sum, key) in sums.iter_mut().zip(keys) {
                 *sum = query[d].mul_add(*key, *sum);
@@ -206,26 +203,22 @@ fn score<const N: usize>(tile: &[f32], queries: [&[f32]; N], scores: &mut [[f32;
 }
 
 vectorized! {
-    fn score_one(tile: &[f32], query: &[f32], scores: &mut [f32; KEYS]) {
+    fn score_one(tile: &[f32], query: &[f32], scores: &mut [f32; KEY_TILE]) {
         score(tile, [query], std::array::from_mut(scores));
     }
-}
 
-vectorized! {
-    fn score_four(tile: &[f32], queries: [&[f32]; TOGETHER], scores: &mut [[f32; KEYS]]) {
+    fn score_four(tile: &[f32], queries: [&[f32]; TOGETHER], scores: &mut [[f32; KEY_TILE]]) {
         if let Some(scores) = scores.first_chunk_mut() {
             score(tile, queries, scores);
         }
     }
-}
 
-vectorized! {
-    /// Turns the products of a query with a block's keys into weights, 0 where it does not see the
+    /// Turns the products of a query with a tile's keys into weights, 0 where it does not see the
     /// key, and takes them into its softmax. Gives the factor for what was weighted before.
     fn weigh(
         how: Scores,
         scales: &[f32],
-        weights: &mut [f32; KEYS],
+        weights: &mut [f32; KEY_TILE],
         seen: &Range<usize>,
         softmax: &mut Softmax,
     ) -> f32 {
@@ -242,12 +235,12 @@ vectorized! {
             }
         }
         let sees = |at: usize| at >= seen.start && at < seen.end;
-        let mut largest = [softmax.largest; KEYS];
-        for at in 0..KEYS {
+        let mut largest = [softmax.largest; KEY_TILE];
+        for at in 0..KEY_TILE {
             largest[at] = if sees(at) && scores[at] > largest[at] { scores[at] } else { largest[at] };
         }
         let largest = reduce(largest, |a, b| if b > a { b } else { a });
-        for at in 0..KEYS {
+        for at in 0..KEY_TILE {
             weights[at] = if sees(at) { exp(scores[at] - largest) } else { 0.0 };
         }
         let rescale = exp(softmax.largest - largest);
@@ -257,10 +250,10 @@ vectorized! {
     }
 }
 
-/// Reduces lanes to one, half with half.
+/// Lanes to one, half with half.
 #[inline(always)]
-fn reduce(mut lanes: [f32; KEYS], combine: impl Fn(f32, f32) -> f32) -> f32 {
-    let mut half = KEYS / 2;
+fn reduce(mut lanes: [f32; KEY_TILE], combine: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut half = KEY_TILE / 2;
     while half > 0 {
         for at in 0..half {
             lanes[at] = combine(lanes[at], lanes[at + half]);
@@ -276,7 +269,7 @@ fn mix_lanes<const N: usize, const LANES: usize>(
     tile: &[f32],
     width: usize,
     seen: &Range<usize>,
-    weights: [&[f32; KEYS]; N],
+    weights: [&[f32; KEY_TILE]; N],
     rescale: [f32; N],
     mixed: [&mut [f32; LANES]; N],
     at: usize,
@@ -305,7 +298,7 @@ fn mix_lanes<const N: usize, const LANES: usize>(
 fn mix<const N: usize>(
     tile: &[f32],
     seen: &Range<usize>,
-    weights: [&[f32; KEYS]; N],
+    weights: [&[f32; KEY_TILE]; N],
     rescale: [f32; N],
     mixed: [&mut [f32]; N],
 ) {
@@ -330,16 +323,14 @@ fn mix<const N: usize>(
 }
 
 vectorized! {
-    fn mix_one(tile: &[f32], seen: &Range<usize>, weights: &[f32; KEYS], rescale: f32, mixed: &mut [f32]) {
+    fn mix_one(tile: &[f32], seen: &Range<usize>, weights: &[f32; KEY_TILE], rescale: f32, mixed: &mut [f32]) {
         mix(tile, seen, [weights], [rescale], [mixed]);
     }
-}
 
-vectorized! {
     fn mix_four(
         tile: &[f32],
         seen: &Range<usize>,
-        weights: &[[f32; KEYS]],
+        weights: &[[f32; KEY_TILE]],
         rescale: &[f32],
         mixed: &mut [f32],
         width: usize,

@@ -8,9 +8,10 @@
 use std::array::from_fn;
 use std::ops::Range;
 
+use super::Affine;
 use super::kernels::{self, Codes, MANY, Quantized, ROWS, Row, TILE, TOKENS, plain};
 use crate::pool::{Pool, Table};
-use crate::quant::{Matrix, NL4_UNIT, Storage, WeightDtype};
+use crate::quant::{NL4_UNIT, Storage, WeightDtype};
 use crate::simd::{Isa, vectorized};
 
 /// Bytes of weights that a thread takes at once for one token.
@@ -37,7 +38,6 @@ impl<'a> Activations<'a> {
         self.x.len() / self.cols
     }
 
-    /// The totals of four rows with a token.
     fn few(&self, isa: Isa, tile: &Tile<ROWS>, token: usize) -> [f32; ROWS] {
         match self.input(tile.storage) {
             Input::Plain(dtype) => plain::few(isa, dtype, &tile.rows, &self.x[token * self.cols..][..self.cols]),
@@ -76,32 +76,6 @@ enum Input<'a> {
     Packed(Codes, Quantized<'a>),
 }
 
-/// The weight of a module and its bias, or some of their rows.
-#[derive(Clone)]
-pub struct Affine<'a> {
-    /// The weight.
-    pub weight: Matrix<'a>,
-    /// The bias, a plain vector.
-    pub bias: Option<Matrix<'a>>,
-    /// The rows that are meant.
-    pub rows: Range<usize>,
-}
-
-impl<'a> Affine<'a> {
-    /// All rows of `weight`.
-    pub fn new(weight: Matrix<'a>, bias: Option<Matrix<'a>>) -> Self {
-        Self { weight, bias, rows: 0..weight.layout.rows }
-    }
-
-    /// Some rows, which lie within those that are meant now.
-    #[must_use]
-    pub fn slice(mut self, rows: Range<usize>) -> Self {
-        debug_assert!(self.rows.end - self.rows.start >= rows.end);
-        self.rows = self.rows.start + rows.start..self.rows.start + rows.end;
-        self
-    }
-}
-
 /// `y = x · wᵀ + b`, `[tokens][rows]`, for several matrices with one input.
 pub fn matmul<const N: usize>(pool: &Pool, x: &Activations, products: [(&Affine, &mut [f32]); N]) {
     let affines = from_fn::<_, N, _>(|at| products[at].0.clone());
@@ -112,7 +86,7 @@ pub fn matmul<const N: usize>(pool: &Pool, x: &Activations, products: [(&Affine,
     });
     let is_few = x.tokens() < MANY;
     let at_once = if is_few { (TASK / row_bytes.max(1)).next_multiple_of(ROWS).clamp(ROWS, 2 * TILE) } else { TILE };
-    pool.columns_of(&mut tables, at_once, |table, _, mut columns| {
+    pool.tiles(&mut tables, at_once, usize::MAX, |table, mut columns| {
         let (affine, width) = (&affines[table], columns.width());
         let start = affine.rows.start + columns.start();
         if is_few {
@@ -179,7 +153,7 @@ vectorized! {
 mod tests {
     use super::*;
     use crate::backend::cpu::kernels::GROUP_WORDS;
-    use crate::quant::{GROUP_SIZE, MatrixLayout, PackedRows, quantize_rows, reference};
+    use crate::quant::{GROUP_SIZE, Matrix, MatrixLayout, PackedRows, quantize_rows, reference};
 
     fn random(count: usize, seed: u64) -> Vec<f32> {
         let mut state = seed;
@@ -258,7 +232,7 @@ mod tests {
                 let bytes = packed(&layout, &random(rows * cols, 1));
                 let matrix = Matrix::new(&layout, &bytes);
                 let x = random(tokens * cols, 2);
-                let y = run(&Pool::of_all_cores(), &Affine::new(matrix, None), &x);
+                let y = run(&Pool::default(), &Affine::new(matrix, None), &x);
                 let quantized = !matches!(storage, Storage::Plain(_));
                 let seen = if quantized { reference::rounded_activations(&x, cols) } else { x };
                 let exact = reference::matmul(&matrix, &seen, tokens);
@@ -281,9 +255,9 @@ mod tests {
                 let bytes = packed(&layout, &random(rows * cols, 1));
                 let affine = Affine::new(Matrix::new(&layout, &bytes), None);
                 let x = random(tokens * cols, 2);
-                let wanted = run(&Pool::of_all_cores().with_isa(Isa::PORTABLE), &affine, &x);
+                let wanted = run(&Pool::default().with_isa(Isa::PORTABLE), &affine, &x);
                 for isa in Isa::available() {
-                    let y = run(&Pool::of_all_cores().with_isa(isa), &affine, &x);
+                    let y = run(&Pool::default().with_isa(isa), &affine, &x);
                     assert!(y == wanted, "{isa:?} {storage:?} {rows}×{cols}, {tokens} tokens");
                 }
             }
@@ -301,7 +275,7 @@ mod tests {
                 let matrix = Matrix::new(&layout, &bytes);
                 let exact = reference::matmul(&matrix, &x, tokens);
                 for isa in Isa::available() {
-                    let y = run(&Pool::of_all_cores().with_isa(isa), &Affine::new(matrix, None), &x);
+                    let y = run(&Pool::default().with_isa(isa), &Affine::new(matrix, None), &x);
                     for (ours, exact) in y.iter().zip(&exact) {
                         assert!((f64::from(*ours) - exact).abs() < 1e-3, "{isa:?} {storage:?}: {ours} {exact}");
                     }
@@ -320,7 +294,7 @@ mod tests {
             let x = vec![x; tokens * 64];
             let exact = reference::matmul(&matrix, &x, tokens);
             for isa in Isa::available() {
-                let y = run(&Pool::of_all_cores().with_isa(isa), &Affine::new(matrix, None), &x);
+                let y = run(&Pool::default().with_isa(isa), &Affine::new(matrix, None), &x);
                 for (ours, exact) in y.iter().zip(&exact) {
                     assert!((f64::from(*ours) - exact).abs() < 1e-4 * exact.abs(), "{isa:?}: {ours} {exact}");
                 }
@@ -336,7 +310,7 @@ mod tests {
             let bytes = packed(&layout, &random(rows * cols, 3));
             let affine = Affine::new(Matrix::new(&layout, &bytes), None);
             let x = random(tokens * cols, 4);
-            let pool = Pool::of_all_cores();
+            let pool = Pool::default();
             let alone: Vec<f32> = x.chunks(cols).flat_map(|x| run(&pool, &affine, x)).collect();
             assert_eq!(run(&pool, &affine, &x), alone, "{storage:?}");
         }
@@ -352,13 +326,13 @@ mod tests {
             let bias = packed(&vector, &random(rows, 6));
             let whole = Affine::new(Matrix::new(&layout, &bytes), Some(Matrix::new(&vector, &bias)));
             let x = random(tokens * cols, 7);
-            let pool = Pool::of_all_cores();
+            let pool = Pool::default();
             let all = run(&pool, &whole, &x);
             let unbiased = run(&pool, &Affine::new(whole.weight, None), &x);
             assert_eq!(all[5], unbiased[5] + whole.bias.unwrap().element(5), "{storage:?}");
             for part in [0..17, 17..40] {
                 let wanted: Vec<f32> = all.chunks(rows).flat_map(|row| &row[part.clone()]).copied().collect();
-                assert_eq!(run(&pool, &whole.clone().slice(part), &x), wanted, "{storage:?}");
+                assert_eq!(run(&pool, &whole.slice(part), &x), wanted, "{storage:?}");
             }
         }
     }
@@ -371,7 +345,7 @@ mod tests {
             .map(|(storage, rows)| MatrixLayout::new(storage, rows, cols).unwrap());
         let bytes = layouts.each_ref().map(|layout| packed(layout, &random(layout.rows * cols, 9)));
         let [a, b] = [0, 1].map(|at| Affine::new(Matrix::new(&layouts[at], &bytes[at]), None));
-        let pool = Pool::of_all_cores();
+        let pool = Pool::default();
         let mut words = vec![0; tokens * cols / GROUP_SIZE * GROUP_WORDS];
         let activations = Activations::of(&pool, &x, &mut words, &[&a, &b]);
         let (mut y_a, mut y_b) = (vec![f32::NAN; tokens * 70], vec![f32::NAN; tokens * 3]);

@@ -4,9 +4,9 @@ use std::f32::consts::{FRAC_1_SQRT_2, FRAC_2_SQRT_PI};
 
 use candle_core::cpu::erf::erf_f32;
 
+use super::Affine;
 use super::exp::{exp, tanh};
-use super::matmul::Affine;
-use crate::model_config::{Activation, NormKind};
+use crate::model_config::{Activation, Experts, NormKind};
 use crate::pool::Pool;
 use crate::simd::{Isa, vectorized};
 
@@ -17,7 +17,6 @@ const PIECE: usize = 16_384;
 const DECODED: usize = 256;
 /// Sums that run side by side.
 const LANES: usize = 16;
-/// √(2 / π).
 const SQRT_FRAC_2_PI: f32 = FRAC_2_SQRT_PI * FRAC_1_SQRT_2;
 
 /// How norms are computed.
@@ -101,33 +100,25 @@ vectorized! {
             }
         }
     }
-}
 
-vectorized! {
     /// `x += scale · y`.
     pub fn add(x: &mut [f32], y: &[f32], scale: f32) {
         for (x, y) in x.iter_mut().zip(y) {
             *x += scale * y;
         }
     }
-}
 
-vectorized! {
     /// `x *= factor · (weight + one)`.
     fn multiply(x: &mut [f32], weight: &[f32], one: f32, factor: f32) {
         for (x, weight) in x.iter_mut().zip(weight) {
             *x *= factor * (weight + one);
         }
     }
-}
 
-vectorized! {
     fn sum(x: &[f32]) -> f32 {
         sum_of(x, |x| x)
     }
-}
 
-vectorized! {
     fn sum_of_squares(x: &[f32]) -> f32 {
         sum_of(x, |x| x * x)
     }
@@ -146,7 +137,6 @@ fn sum_of(x: &[f32], term: impl Fn(f32) -> f32) -> f32 {
     sums.iter().sum::<f32>() + rest.iter().map(|x| term(*x)).sum::<f32>()
 }
 
-/// `x = activation(x)`.
 pub fn activate(pool: &Pool, activation: Activation, x: &mut [f32]) {
     pool.chunks(x, PIECE, |_, x| match activation {
         Activation::Gelu => map(pool.isa(), gelu, x),
@@ -155,7 +145,6 @@ pub fn activate(pool: &Pool, activation: Activation, x: &mut [f32]) {
     });
 }
 
-/// `gate = activation(gate) · up`.
 pub fn gate(pool: &Pool, activation: Activation, gate: &mut [f32], up: &[f32]) {
     pool.chunks(gate, PIECE, |index, gate| {
         let up = &up[index * PIECE..][..gate.len()];
@@ -173,9 +162,7 @@ vectorized! {
             *x = function(*x);
         }
     }
-}
 
-vectorized! {
     fn map_times<F: Fn(f32) -> f32>(function: F, x: &mut [f32], y: &[f32]) {
         for (x, y) in x.iter_mut().zip(y) {
             *x = function(*x) * y;
@@ -212,22 +199,28 @@ pub fn cap(pool: &Pool, logits: &mut [f32], scale: f32, cap: Option<f32>) {
 }
 
 /// Turns the scores of each row of `scores`, `[tokens][experts]`, into the
-/// weights of the `chosen` best, which are those of a softmax over all, made to
-/// sum up to 1 if `is_normalized`; the others become 0.
-pub fn route(scores: &mut [f32], experts: usize, chosen: usize, is_normalized: bool) {
-    for row in scores.chunks_mut(experts) {
+/// weights of the best, which are those of a softmax over all, made to
+/// sum up to 1 if they are to be normalized; the others become 0.
+pub fn route(scores: &mut [f32], experts: Experts) {
+    let chosen = experts.per_token;
+    for row in scores.chunks_mut(experts.count) {
         let largest = row.iter().fold(f32::NEG_INFINITY, |max, score| max.max(*score));
         for score in &mut *row {
             *score = (*score - largest).exp();
         }
         let all: f32 = row.iter().sum();
-        let mut best: Vec<usize> = (0..experts).collect();
+        let mut best: Vec<usize> = (0..experts.count).collect();
         best.sort_by(|a, b| row[*b].total_cmp(&row[*a]));
-        let sum = if is_normalized { best[..chosen].iter().map(|at| row[*at]).sum() } else { all };
+        let sum = if experts.is_normalized { best[..chosen].iter().map(|at| row[*at]).sum() } else { all };
         for (rank, at) in best.into_iter().enumerate() {
             row[at] = if rank < chosen { row[at] / sum } else { 0.0 };
         }
     }
+}
+
+/// The tokens that go through an expert by what [`route`] leaves, and the weight of each.
+pub fn routed(weights: &[f32], experts: usize, expert: usize) -> impl Iterator<Item = (u32, f32)> {
+    (0..).zip(weights.chunks(experts).map(move |row| row[expert])).filter(|(_, weight)| *weight != 0.0)
 }
 
 #[cfg(test)]
@@ -311,7 +304,7 @@ mod tests {
         let exp = logits.map(f32::exp);
         for (is_normalized, sum) in [(true, exp[1] + exp[3]), (false, exp.iter().sum())] {
             let mut row = logits;
-            route(&mut row, 4, 2, is_normalized);
+            route(&mut row, Experts { count: 4, per_token: 2, intermediate_size: 1, is_normalized });
             for (weight, wanted) in row.iter().zip([0.0, exp[1] / sum, 0.0, exp[3] / sum]) {
                 assert!((weight - wanted).abs() < 1e-6, "{row:?}");
             }

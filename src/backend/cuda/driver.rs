@@ -1,26 +1,25 @@
-//! The one door to the driver: everything here that the compiler cannot check.
+//! Contexts, memory and copies: with launches, all here that the compiler cannot check.
 //!
-//! A [`Gpu`] owns its context, two streams and the kernels; a [`Buffer`] is
-//! device memory that is given back when it is dropped; a [`Region`] is a part
-//! of one, and no copy or launch reaches beyond it.
+//! A [`Gpu`] owns its context and two streams; a `Buffer` is device memory that
+//! is given back when it is dropped; a [`Region`] is a part of one, and no copy or
+//! launch reaches beyond it. Page-locked memory belongs to the copy that is on its way.
 #![expect(unsafe_code, reason = "the driver's interface is C")]
 
-use std::collections::HashMap;
 use std::ops::Range;
-use std::panic::resume_unwind;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use cudarc::driver::sys::CUdevice_attribute;
 use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, DriverError, result, sys};
-use cudarc::nvrtc::Ptx;
 
-use super::kernels::{MODULES, Module};
-use super::launch::ptx_for;
-use super::{GpuInfo, NEEDED_CAPABILITY};
+use super::operands::WORD;
 use crate::bytes::Bytes;
-use crate::device::DeviceId;
-use crate::error::{Error, Result};
-use crate::plan::{Bandwidth, Device, memory};
+use crate::device::{DeviceError, DeviceId};
+use crate::error::{Error, ErrorKind, Hint, Result, Setting};
+use crate::footprint::aligned;
+use crate::pool::lock;
+
+/// What a GPU that fails later than it is told has done.
+const FAILED: &str = "has failed at work that was queued";
 
 /// Memory of every context can be copied from page-locked memory that is allocated with this flag.
 const PORTABLE: u32 = 1;
@@ -39,78 +38,29 @@ pub fn driver() -> Option<(u32, i32)> {
     Some((u32::try_from(count).unwrap_or(0), version))
 }
 
-/// What the GPU at `index` is. What this process's context takes of it counts
-/// as free: the plan counts that itself.
-pub fn describe(index: u32) -> Result<GpuInfo, DriverError> {
-    let context = CudaContext::new(index as usize)?;
-    let (free, total) = context.mem_get_info()?;
-    let (id, total) = (DeviceId::Cuda(index), Bytes(total as u64));
-    let free = (Bytes(free as u64) + memory::driver_context(id)).min(total);
-    let name = context.name()?;
-    let bandwidth = Bandwidth::of_gpu(&name);
-    let uuid = context.uuid()?.bytes.map(|byte| format!("{:02x}", byte.cast_unsigned())).concat();
-    let [a, b, c, d] = [&uuid[..8], &uuid[8..12], &uuid[12..16], &uuid[16..20]];
-    Ok(GpuInfo {
-        device: Device { id, name: Some(name), free, total, bandwidth },
-        uuid: format!("GPU-{a}-{b}-{c}-{d}-{}", &uuid[20..]),
-        capability: context.compute_capability()?,
-    })
-}
-
 /// A GPU with its context, its streams and its kernels.
 pub struct Gpu {
     index: u32,
-    context: Arc<CudaContext>,
+    pub(super) context: Arc<CudaContext>,
     /// That whose kernels it runs.
     pub(super) capability: (i32, i32),
     pub(super) stream: Arc<CudaStream>,
     copies: Arc<CudaStream>,
-    pub(super) functions: HashMap<&'static str, CudaFunction>,
+    /// Those that are loaded, by the number of each.
+    pub(super) functions: Vec<Option<CudaFunction>>,
+    /// What launches are given while they are captured.
+    pub(super) captured: Mutex<Option<Vec<Region>>>,
     pub(super) multiprocessors: usize,
     /// Bytes of all buffers, now and at most.
     allocated: Mutex<(Bytes, Bytes)>,
 }
 
 impl Gpu {
-    /// Opens the GPU at `index` among those that the driver shows, and loads the kernels.
-    pub fn open(index: u32) -> Result<Arc<Self>> {
-        Self::open_as(index, (i32::MAX, 0))
-    }
-
-    /// As [`Gpu::open`], with the kernels that a GPU of `capability` runs where this one has more.
-    pub fn open_as(index: u32, capability: (i32, i32)) -> Result<Arc<Self>> {
-        let mut gpu = Self::without_kernels(index)?;
-        gpu.capability = gpu.capability.min(capability);
-        let (context, capability) = (&gpu.context, gpu.capability);
-        // Without the least that any file needs, the driver says what is wrong.
-        let has = capability.max(NEEDED_CAPABILITY);
-        let wanted: Vec<_> = MODULES.iter().filter(|module| module.capability <= has).collect();
-        // The driver compiles what it has not compiled before, each file on one processor.
-        let load = |module: &Module| context.load_module(Ptx::from_src(ptx_for(module.ptx, capability)));
-        let loaded: Vec<_> = std::thread::scope(|scope| {
-            let threads: Vec<_> = wanted.iter().map(|module| scope.spawn(move || load(module))).collect();
-            threads.into_iter().map(|thread| thread.join().unwrap_or_else(|e| resume_unwind(e))).collect()
-        });
-        for (Module { name, kernels, .. }, module) in wanted.into_iter().zip(loaded) {
-            let module = module.map_err(|e| {
-                gpu.failure(&format!("cannot load the kernels `{name}`"), e).hint(
-                    "evenkeel needs the NVIDIA driver 550 or newer, and a GPU of compute capability 7.5 or higher",
-                )
-            })?;
-            for kernel in *kernels {
-                let function = module.load_function(kernel);
-                let function = function.map_err(|e| gpu.failure(&format!("has no kernel `{kernel}`"), e))?;
-                gpu.functions.insert(*kernel, function);
-            }
-        }
-        Ok(Arc::new(gpu))
-    }
-
     /// Opens a GPU for memory and copies alone, which takes the driver less time.
-    pub fn without_kernels(index: u32) -> Result<Self> {
+    pub(super) fn without_kernels(index: u32) -> Result<Self> {
         let id = DeviceId::Cuda(index);
         if driver().is_none_or(|(count, _)| index >= count) {
-            return Err(Error::does_not_fit(format!("no NVIDIA driver was found, or it shows no {id}")));
+            return Err(Error::does_not_fit(DeviceError::Absent(id)));
         }
         let failed = |what: &str, e| failure(id, what, e);
         let context = CudaContext::new(index as usize).map_err(|e| failed("cannot be opened", e))?;
@@ -121,8 +71,8 @@ impl Gpu {
         let multiprocessors =
             context.attribute(attribute).map_err(|e| failed("does not tell its number of multiprocessors", e))?;
         let multiprocessors = usize::try_from(multiprocessors).unwrap_or(0).max(1);
-        let (functions, allocated) = (HashMap::new(), Mutex::default());
-        Ok(Self { index, context, capability, stream, copies, functions, multiprocessors, allocated })
+        let (functions, captured, allocated) = (Vec::new(), Mutex::default(), Mutex::default());
+        Ok(Self { index, context, capability, stream, copies, functions, captured, multiprocessors, allocated })
     }
 
     /// Its name in maps.
@@ -137,25 +87,27 @@ impl Gpu {
     }
 
     /// Allocates `len` bytes, of unknown content, for `what`.
-    pub fn allocate(self: &Arc<Self>, what: &str, len: Bytes) -> Result<Arc<Buffer>> {
-        let refused = |why: &dyn std::fmt::Display| {
-            let free =
-                self.memory().map_or_else(|_| "an unknown number of bytes".to_owned(), |(free, _)| free.to_string());
-            Error::shortfall(format!("{} cannot give {len} for {what}, {free} are free: {why}", self.id()))
+    pub fn allocate(self: &Arc<Self>, what: &str, len: Bytes) -> Result<Region> {
+        let refused = |why: String| {
+            let free = self.memory().ok().map(|(free, _)| free);
+            let (device, what) = (self.id(), what.to_owned());
+            Error::new(ErrorKind::Shortfall, DeviceError::Refused { device, needed: len, free, what, why })
+                .hint(Hint::naming("{} plans again with what is left", [Setting::Replan]))
         };
-        let bytes = len.as_usize().ok_or_else(|| refused(&"more than can be addressed"))?;
+        let bytes = len.as_usize().ok_or_else(|| refused("more than can be addressed".to_owned()))?;
         self.bind()?;
         // SAFETY: the context is bound; the pointer is freed once, in `Buffer::drop`.
-        let pointer = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(|e| refused(&name(e)))?;
-        let mut allocated = self.allocated.lock().unwrap_or_else(PoisonError::into_inner);
+        let pointer = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(|e| refused(name(e)))?;
+        let mut allocated = lock(&self.allocated);
         allocated.0 += len;
         allocated.1 = allocated.1.max(allocated.0);
-        Ok(Arc::new(Buffer { gpu: Arc::clone(self), pointer, len: bytes }))
+        let buffer = Arc::new(Buffer { gpu: Arc::clone(self), pointer, len: bytes });
+        Ok(Region { buffer, offset: 0, len: bytes })
     }
 
     /// The most bytes that were allocated at once.
     pub fn peak(&self) -> Bytes {
-        self.allocated.lock().unwrap_or_else(PoisonError::into_inner).1
+        lock(&self.allocated).1
     }
 
     /// Allocates `len` bytes of page-locked host memory, zeroed.
@@ -172,18 +124,7 @@ impl Gpu {
 
     /// Waits until everything that was queued is done.
     pub fn synchronize(&self) -> Result<()> {
-        let done = self.copies.synchronize().and_then(|()| self.stream.synchronize());
-        done.map_err(|e| self.failure("has failed at work that was queued", e))
-    }
-
-    /// An event behind what the compute stream has been given so far.
-    pub fn event(&self) -> Result<CudaEvent> {
-        self.stream.record_event(None).map_err(|e| self.failure("cannot record an event", e))
-    }
-
-    /// Waits for an event.
-    pub fn wait(&self, event: &CudaEvent) -> Result<()> {
-        event.synchronize().map_err(|e| self.failure("has failed at work that was queued", e))
+        self.context.synchronize().map_err(|e| self.failure(FAILED, e))
     }
 
     pub(super) fn bind(&self) -> Result<()> {
@@ -195,8 +136,8 @@ impl Gpu {
     }
 }
 
-fn failure(id: DeviceId, what: &str, error: DriverError) -> Error {
-    Error::device(format!("{id} {what}: {}", name(error)))
+fn failure(device: DeviceId, what: &str, error: DriverError) -> Error {
+    Error::device(DeviceError::Failed(device, format!("{what}: {}", name(error))))
 }
 
 /// The error's name and text, such as `CUDA_ERROR_LAUNCH_FAILED (unspecified launch failure)`.
@@ -209,7 +150,7 @@ fn name(error: DriverError) -> String {
 }
 
 /// Memory of a GPU.
-pub struct Buffer {
+struct Buffer {
     gpu: Arc<Gpu>,
     pointer: sys::CUdeviceptr,
     len: usize,
@@ -217,11 +158,12 @@ pub struct Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        let mut allocated = self.gpu.allocated.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut allocated = lock(&self.gpu.allocated);
         allocated.0 = allocated.0 - Bytes(self.len as u64);
-        if self.gpu.context.bind_to_thread().is_ok() {
-            // SAFETY: allocated by `Gpu::allocate` and freed here only; the driver waits for work on
-            // it. A failure (a context that has failed before) frees the memory with the context.
+        // A context that has failed does no more work, and takes the memory with it.
+        let _ = self.gpu.synchronize();
+        if self.gpu.bind().is_ok() {
+            // SAFETY: allocated by `Gpu::allocate` and freed here only; the work that was queued on it is done.
             let _ = unsafe { result::free_sync(self.pointer) };
         }
     }
@@ -236,15 +178,6 @@ pub struct Region {
 }
 
 impl Region {
-    /// The `len` bytes of `buffer` from `offset` on.
-    ///
-    /// # Panics
-    /// The buffer ends before.
-    pub fn new(buffer: &Arc<Buffer>, offset: usize, len: usize) -> Self {
-        assert!(offset.checked_add(len).is_some_and(|end| end <= buffer.len), "a region beyond its buffer");
-        Self { buffer: Arc::clone(buffer), offset, len }
-    }
-
     /// The `len` bytes from `offset` on.
     ///
     /// # Panics
@@ -256,13 +189,9 @@ impl Region {
     }
 
     /// Number of bytes.
+    #[allow(clippy::len_without_is_empty, reason = "nobody asks")]
     pub fn len(&self) -> usize {
         self.len
-    }
-
-    /// Whether it has no bytes.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
     }
 
     /// The GPU that it is on.
@@ -318,45 +247,47 @@ impl Region {
     }
 
     /// Queues `word` for each u32 of the region.
+    ///
+    /// # Panics
+    /// The region is none of whole words.
     pub fn fill(&self, word: u32) -> Result<()> {
+        assert!(self.offset.is_multiple_of(WORD) && self.len.is_multiple_of(WORD), "words in a region of bytes");
         let gpu = self.gpu();
         gpu.bind()?;
-        // SAFETY: the region is that long, and regions of words start on a multiple of their size.
-        let queued = unsafe {
-            sys::cuMemsetD32Async(self.pointer(), word, self.len / size_of::<u32>(), gpu.stream.cu_stream()).result()
-        };
+        // SAFETY: the region is that long, and starts on a multiple of a word.
+        let queued =
+            unsafe { sys::cuMemsetD32Async(self.pointer(), word, self.len / WORD, gpu.stream.cu_stream()).result() };
         queued.map_err(|e| gpu.failure("cannot fill memory", e))
     }
 
     /// Queues a copy of the bytes `range` of `pinned` on the copy stream;
-    /// the compute stream goes on behind it. Until an event that is recorded
-    /// later is reached, the caller keeps `pinned` and leaves it unchanged.
+    /// the compute stream goes on behind it.
     ///
     /// # Panics
     /// The region or `pinned` is shorter.
-    pub fn write_from(&self, pinned: &Pinned, range: Range<usize>) -> Result<()> {
+    pub fn write_from(&self, pinned: Pinned, range: Range<usize>) -> Result<Copying> {
         let len = range.len();
         assert!(len <= self.len, "a write beyond its region");
-        let gpu = self.gpu();
+        let (gpu, bytes) = (self.gpu(), &pinned[range]);
         gpu.bind()?;
-        // SAFETY: both are that long; the memory of `pinned` stays until the GPU is idle (`Pinned::drop`).
-        let queued = unsafe { result::memcpy_htod_async(self.pointer(), &pinned[range], gpu.copies.cu_stream()) };
-        let done = queued.and_then(|()| gpu.stream.join(&gpu.copies));
-        done.map_err(|e| gpu.failure(&format!("cannot take {} from the host", Bytes(len as u64)), e))
+        // SAFETY: both are that long; `Copying` keeps `pinned` until the copy is done.
+        let queued = unsafe { result::memcpy_htod_async(self.pointer(), bytes, gpu.copies.cu_stream()) };
+        let queued = queued.and_then(|()| gpu.stream.join(&gpu.copies));
+        Copying::on(gpu, &gpu.copies, pinned, queued)
+            .map_err(|e| gpu.failure(&format!("cannot take {} from the host", Bytes(len as u64)), e))
     }
 
-    /// Queues a copy of the region's first bytes to `pinned` from `offset` on,
-    /// on the compute stream; the same care is needed as for [`Region::write_from`].
+    /// Queues a copy of the region to the start of `pinned` on the compute stream.
     ///
     /// # Panics
-    /// `pinned` ends before.
-    pub fn read_to(&self, pinned: &mut Pinned, offset: usize) -> Result<()> {
+    /// `pinned` is shorter.
+    pub fn read_to(&self, mut pinned: Pinned) -> Result<Copying> {
         let gpu = self.gpu();
         gpu.bind()?;
-        let bytes = &mut pinned[offset..offset + self.len];
-        // SAFETY: both are that long; the memory of `pinned` stays until the GPU is idle (`Pinned::drop`).
+        let bytes = &mut pinned[..self.len];
+        // SAFETY: both are that long; `Copying` keeps `pinned` until the copy is done.
         let queued = unsafe { result::memcpy_dtoh_async(bytes, self.pointer(), gpu.stream.cu_stream()) };
-        queued.map_err(|e| gpu.failure("cannot give bytes to the host", e))
+        Copying::on(gpu, &gpu.stream, pinned, queued).map_err(|e| gpu.failure("cannot give bytes to the host", e))
     }
 
     /// Queues a copy of all of `source`, which may be on another GPU: it waits
@@ -387,6 +318,26 @@ impl Region {
     }
 }
 
+/// Regions of `sizes` bytes on a GPU, for `what`: parts of one buffer, each [`aligned`] in it, or a
+/// buffer each, so that reading beyond one is noticed.
+pub fn arena(gpu: &Arc<Gpu>, what: &str, sizes: &[Bytes], separate: bool) -> Result<Vec<Region>> {
+    let len = |size: Bytes| size.as_usize().unwrap_or(usize::MAX);
+    if separate {
+        return sizes.iter().map(|size| gpu.allocate(what, *size)).collect();
+    }
+    if sizes.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut end = Bytes::ZERO;
+    let place = |size: &Bytes| {
+        end += aligned(size.0);
+        (len(end - aligned(size.0)), len(*size))
+    };
+    let places: Vec<_> = sizes.iter().map(place).collect();
+    let whole = gpu.allocate(what, end)?;
+    Ok(places.into_iter().map(|(start, len)| whole.part(start, len)).collect())
+}
+
 /// Page-locked host memory: copies from and to it run beside the host's work.
 pub struct Pinned {
     gpu: Arc<Gpu>,
@@ -401,24 +352,67 @@ impl std::ops::Deref for Pinned {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: `len` bytes were allocated there and written, and nothing else refers to them.
+        // SAFETY: `len` bytes were allocated there and written; a copy that is under way owns its `Pinned`.
         unsafe { std::slice::from_raw_parts(self.pointer, self.len) }
     }
 }
 
 impl std::ops::DerefMut for Pinned {
     fn deref_mut(&mut self) -> &mut [u8] {
-        // SAFETY: `len` bytes were allocated there and written, and nothing else refers to them.
+        // SAFETY: `len` bytes were allocated there and written; a copy that is under way owns its `Pinned`.
         unsafe { std::slice::from_raw_parts_mut(self.pointer, self.len) }
     }
 }
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        if self.gpu.context.bind_to_thread().is_ok() {
-            let _ = self.gpu.synchronize();
-            // SAFETY: allocated by `Gpu::allocate_pinned` and freed here only, with no copy under way.
+        if self.gpu.bind().is_ok() {
+            // SAFETY: allocated by `Gpu::allocate_pinned` and freed here only; `Copying` waits before it drops one.
             let _ = unsafe { result::free_host(self.pointer.cast()) };
+        }
+    }
+}
+
+/// Page-locked memory on whose way to or from a GPU a copy is: nobody has it before that is done.
+pub struct Copying {
+    /// That which copies.
+    gpu: Arc<Gpu>,
+    /// There until it is given back.
+    pinned: Option<Pinned>,
+    done: CudaEvent,
+}
+
+impl Copying {
+    /// The copy that `stream` was given last, where it could be queued.
+    fn on(
+        gpu: &Arc<Gpu>,
+        stream: &CudaStream,
+        pinned: Pinned,
+        queued: Result<(), DriverError>,
+    ) -> Result<Self, DriverError> {
+        match queued.and_then(|()| stream.record_event(None)) {
+            Ok(done) => Ok(Self { gpu: Arc::clone(gpu), pinned: Some(pinned), done }),
+            Err(error) => {
+                // Something may be under way all the same, and the memory is freed next.
+                let _ = gpu.synchronize();
+                Err(error)
+            }
+        }
+    }
+
+    /// Waits for the copy, and gives the memory back.
+    pub fn finish(mut self) -> Result<Pinned> {
+        self.done.synchronize().map_err(|e| self.gpu.failure(FAILED, e))?;
+        let Some(pinned) = self.pinned.take() else { unreachable!("a copy is finished once") };
+        Ok(pinned)
+    }
+}
+
+impl Drop for Copying {
+    fn drop(&mut self) {
+        if self.pinned.is_some() {
+            // The memory is freed next.
+            let _ = self.gpu.synchronize();
         }
     }
 }

@@ -3,16 +3,16 @@
 use std::ops::Range;
 
 use super::driver::Region;
-use super::launch::Argument;
+use crate::backend::block::Linear;
+use crate::footprint::{CudaAttention, KvLayout};
 use crate::model_config::NormKind;
-use crate::plan::memory::{CudaAttention, KvLayout};
-use crate::quant::{KvDtype, MatrixLayout};
+use crate::quant::{KvDtype, MatrixLayout, Storage, WeightDtype};
 
 /// The widest head that a kernel takes.
 pub const MAX_HEAD_DIM: usize = 512;
-/// Bytes of an f16 and of an f32.
+/// Bytes of an f16, and of an f32 or a u32.
 pub(super) const HALF: usize = 2;
-pub(super) const FLOAT: usize = 4;
+pub(super) const WORD: usize = 4;
 
 /// A matrix or vector on a GPU, in the canonical packing.
 #[derive(Clone)]
@@ -31,17 +31,19 @@ impl DeviceMatrix {
         Self { layout, region }
     }
 
-    /// Where its sections stand.
-    pub fn layout(&self) -> &MatrixLayout {
-        &self.layout
-    }
-
     /// The bytes from `offset` of the matrix on, where a section or a row of one starts.
     pub fn at(&self, offset: u64) -> Region {
         // The matrix lies in its region, whose length is a usize.
         #[expect(clippy::cast_possible_truncation, reason = "an offset into the region")]
         let offset = offset as usize;
         self.region.part(offset, self.region.len() - offset)
+    }
+
+    /// The elements at `range` of a plain vector, and their dtype.
+    pub(super) fn elements(&self, range: Range<usize>) -> (Region, WeightDtype) {
+        let Storage::Plain(dtype) = self.layout.storage else { unreachable!("norms and biases are plain") };
+        assert!(range.end <= self.layout.rows * self.layout.cols, "a vector that is too short");
+        (self.region.part(range.start * dtype.size(), range.len() * dtype.size()), dtype)
     }
 
     /// Codes, sub-scales and scales from `row` on; `None` for those that the storage has not.
@@ -53,6 +55,12 @@ impl DeviceMatrix {
             section(layout.sub_scale_row > 0, layout.sub_scales_at(row)),
             section(layout.scale_row > 0, layout.scales_at(row)),
         ]
+    }
+}
+
+impl AsRef<MatrixLayout> for DeviceMatrix {
+    fn as_ref(&self) -> &MatrixLayout {
+        &self.layout
     }
 }
 
@@ -69,45 +77,12 @@ pub enum Output {
 
 impl Output {
     pub(super) fn size(self) -> usize {
-        if self == Self::F16 { HALF } else { FLOAT }
+        if self == Self::F16 { HALF } else { WORD }
     }
 }
 
-/// The weight of a module and its bias, or some of their rows.
-#[derive(Clone)]
-pub struct Affine<'a> {
-    pub(super) weight: &'a DeviceMatrix,
-    pub(super) bias: Option<&'a DeviceMatrix>,
-    pub(super) rows: Range<usize>,
-}
-
-impl<'a> Affine<'a> {
-    /// All rows of `weight`; `bias` is a plain vector.
-    pub fn new(weight: &'a DeviceMatrix, bias: Option<&'a DeviceMatrix>) -> Self {
-        Self { weight, bias, rows: 0..weight.layout.rows }
-    }
-
-    /// Some rows, counted from the first that is meant now.
-    ///
-    /// # Panics
-    /// There are not as many.
-    #[must_use]
-    pub fn slice(mut self, rows: Range<usize>) -> Self {
-        assert!(rows.end <= self.rows.len(), "rows that the matrix has not");
-        self.rows = self.rows.start + rows.start..self.rows.start + rows.end;
-        self
-    }
-
-    /// Number of rows that are meant.
-    pub fn rows(&self) -> usize {
-        self.rows.len()
-    }
-
-    /// Length of a row; of a vector, its length.
-    pub fn cols(&self) -> usize {
-        self.weight.layout.cols
-    }
-}
+/// What a product takes, or a norm.
+pub type Affine<'a> = Linear<&'a DeviceMatrix>;
 
 /// A norm: its weight is a plain vector as long as a row, its bias another.
 #[derive(Clone)]
@@ -147,8 +122,8 @@ pub struct Scratch {
 
 impl Scratch {
     pub(super) fn holds(&self, parts: usize, arrivals: usize) {
-        holds(&self.parts, parts, FLOAT);
-        holds(&self.arrivals, arrivals, size_of::<u32>());
+        holds(&self.parts, [parts], WORD);
+        holds(&self.arrivals, [arrivals], size_of::<u32>());
     }
 }
 
@@ -156,8 +131,10 @@ impl Scratch {
 #[derive(Clone)]
 pub struct Cache {
     pub(super) dtype: KvDtype,
+    /// Tokens that there is room for; the one at a position has the slot that is left of it over these.
+    pub(super) slots: usize,
     /// Codes and scales of keys, then of values.
-    regions: [Region; 4],
+    pub(super) regions: [Region; 4],
 }
 
 impl Cache {
@@ -168,18 +145,7 @@ impl Cache {
     pub fn new(layout: KvLayout, [keys, values]: &[Region; 2]) -> Self {
         let split = |region: &Region| (region.part(0, layout.codes), region.part(layout.codes, layout.scales));
         let ((key_codes, key_scales), (value_codes, value_scales)) = (split(keys), split(values));
-        Self { dtype: layout.dtype, regions: [key_codes, key_scales, value_codes, value_scales] }
-    }
-
-    pub(super) fn arguments(&self) -> [Argument<'_>; 5] {
-        let [keys, key_scales, values, value_scales] = self.regions.each_ref().map(Argument::Region);
-        let dtype = match self.dtype {
-            KvDtype::Bf16 => 0,
-            KvDtype::F16 => 1,
-            KvDtype::F32 => 2,
-            KvDtype::Int8 => 3,
-        };
-        [keys, key_scales, values, value_scales, Argument::I32(dtype)]
+        Self { dtype: layout.dtype, slots: layout.slots, regions: [key_codes, key_scales, value_codes, value_scales] }
     }
 }
 
@@ -192,8 +158,6 @@ pub struct Attention {
     pub kv_heads: usize,
     /// Width of a head, at most [`MAX_HEAD_DIM`].
     pub head_dim: usize,
-    /// Tokens that the cache has room for.
-    pub context: usize,
     /// Position of the first token.
     pub position: usize,
     /// Number of tokens.
@@ -207,18 +171,26 @@ pub struct Attention {
 }
 
 impl Attention {
-    /// How its keys are shared out: those of one token the same wherever it stands, so that its launch can
-    /// be repeated for the next one.
-    pub(super) fn shares(&self) -> CudaAttention {
-        let keys = if self.tokens == 1 { self.context } else { self.position + self.tokens };
+    /// The last keys that a query sees of those in a cache.
+    pub(super) fn seen(&self, cache: &Cache) -> usize {
+        if self.window == 0 { cache.slots } else { self.window.min(cache.slots) }
+    }
+
+    /// How the keys of a cache are shared out: those of one token the same wherever it stands, so that its launch
+    /// can be repeated for the next one.
+    pub(super) fn shares(&self, cache: &Cache) -> CudaAttention {
+        let keys = if self.tokens == 1 { cache.slots } else { cache.slots.min(self.position + self.tokens) };
         CudaAttention::new(self.heads, self.kv_heads, self.tokens, keys)
     }
 
     pub(super) fn check(&self, query: &Region, cache: &Cache) {
-        assert!(self.position + self.tokens <= self.context, "more tokens than the cache holds");
+        // What the first token sees is there yet when the last one has been stored.
+        let is_ring = self.window > 0 && self.tokens + self.window - 1 <= cache.slots;
+        assert!(is_ring || self.position + self.tokens <= cache.slots, "more tokens than the cache holds");
         assert!(self.head_dim <= MAX_HEAD_DIM, "a head that is too wide");
-        holds(query, self.tokens * self.heads * self.head_dim, HALF);
-        let vectors = self.kv_heads * self.context;
+        assert!(self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads), "heads that share no key-value head");
+        holds(query, [self.tokens, self.heads, self.head_dim], HALF);
+        let vectors = [self.kv_heads, cache.slots];
         for [codes, scales] in cache.regions.as_chunks().0 {
             holds(codes, vectors, cache.dtype.code_bytes(self.head_dim));
             holds(scales, vectors, cache.dtype.scale_bytes());
@@ -226,8 +198,9 @@ impl Attention {
     }
 }
 
-/// Sees to it that a region holds `count` elements of `size` bytes.
+/// Sees to it that a region holds an element of `size` bytes for all that `shape` counts.
 #[track_caller]
-pub(super) fn holds(region: &Region, count: usize, size: usize) {
-    assert!(region.len() >= count * size, "a kernel is given a region that is too short");
+pub(super) fn holds<const N: usize>(region: &Region, shape: [usize; N], size: usize) {
+    let bytes = shape.into_iter().try_fold(size, usize::checked_mul);
+    assert!(bytes.is_some_and(|bytes| bytes <= region.len()), "a kernel is given a region that is too short");
 }

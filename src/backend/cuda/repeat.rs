@@ -1,7 +1,7 @@
 //! Launches that come again and again.
 
 use super::driver::Gpu;
-use super::launch::Graph;
+use super::kernels::Graph;
 use crate::error::Result;
 
 /// Launches that come again and again, the same ones for the same key.
@@ -10,9 +10,7 @@ pub(super) enum Repeated<K> {
     /// They have not run yet; the driver loads kernels at their first launch.
     #[default]
     New,
-    /// They were launched one by one.
     Launched,
-    /// They were kept for a key.
     Kept(K, Graph),
     /// They cannot be kept.
     Apart,

@@ -1,239 +1,193 @@
-//! A run of modules on one GPU. All buffers are there before it is made; a step
-//! allocates no memory there, and what it queues runs in order on the compute stream.
+//! A run of modules on one GPU. All buffers are there before it is made; a step takes no memory
+//! but what the driver needs to repeat launches, and what it queues runs in order on the compute stream.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
+use super::operands::{HALF, WORD};
 use super::repeat::Repeated;
-use super::workspace::{WORD, Workspace};
+use super::workspace::Workspace;
 use super::{Affine, Attention, Cache, Choosing, DeviceMatrix, Input, Norm, Output, Region};
-use crate::architecture::{Part, Role};
-use crate::backend::cpu::{route, soft_cap};
-use crate::backend::{Choice, Chosen, Hidden, Stage};
+use crate::backend::block::{self, Block, Dense, FeedForward, Linear, Modules};
+use crate::backend::cpu::{route, routed, soft_cap};
+use crate::backend::{Choice, Chosen, DeviceChooser, Hidden, Run, Stage};
 use crate::error::Result;
 use crate::model_config::{Experts, Layer, ModelConfig};
 use crate::quant::WeightDtype;
 
-/// The parameters of modules, by what they are for.
-#[derive(Clone, Default)]
-pub struct Parameters(HashMap<(Role, Part), DeviceMatrix>);
-
-impl Parameters {
-    /// Adds a parameter.
-    pub fn insert(&mut self, role: Role, part: Part, parameter: DeviceMatrix) {
-        self.0.insert((role, part), parameter);
+impl Linear<DeviceMatrix> {
+    fn affine(&self) -> Affine<'_> {
+        self.map(|matrix| matrix)
     }
-
-    /// The module of a role, if the model has one.
-    fn find(&self, role: Role) -> Option<Affine<'_>> {
-        Some(Affine::new(self.0.get(&(role, Part::Weight))?, self.0.get(&(role, Part::Bias))))
-    }
-
-    /// The module of a role that [`crate::architecture::ModuleTree`] gives every model.
-    fn of(&self, role: Role) -> Affine<'_> {
-        match self.find(role) {
-            Some(affine) => affine,
-            None => unreachable!("the loader gives every module all of its parameters: {role:?}"),
-        }
-    }
-}
-
-struct Block {
-    layer: Layer,
-    parameters: Parameters,
-    cache: Cache,
 }
 
 /// A run of modules that a GPU computes.
 pub struct CudaStage {
     workspace: Arc<Workspace>,
-    config: ModelConfig,
-    context: usize,
-    /// All that is in no block.
-    parameters: Parameters,
-    blocks: Vec<Block>,
-    /// The launches of a step of one token: through the blocks alone, or all of it to this choice.
-    step: Repeated<Option<Choice>>,
+    config: Arc<ModelConfig>,
+    modules: Modules<DeviceMatrix>,
+    /// What each block keeps of each sequence.
+    caches: Vec<Vec<Cache>>,
+    /// The launches of a step of one token of a sequence: through the blocks alone, or all of it to this choice.
+    step: Repeated<(usize, Option<Choice>)>,
     choice: Choice,
 }
 
 impl CudaStage {
-    /// A stage without modules, for sequences of at most `context` tokens.
-    pub fn new(config: &ModelConfig, context: usize, workspace: Arc<Workspace>) -> Self {
-        let config = config.clone();
-        Self {
-            workspace,
-            config,
-            context,
-            parameters: Parameters::default(),
-            blocks: Vec::new(),
-            step: Repeated::New,
-            choice: Choice::GREEDY,
-        }
+    /// A stage of `modules`, whose blocks keep what they see of each sequence in `caches`.
+    pub fn new(
+        config: &Arc<ModelConfig>,
+        (modules, caches): (Modules<DeviceMatrix>, Vec<Vec<Cache>>),
+        workspace: Arc<Workspace>,
+    ) -> Self {
+        let config = Arc::clone(config);
+        Self { workspace, config, modules, caches, step: Repeated::New, choice: Choice::GREEDY }
     }
 
-    /// Gives the stage the parameters of a module that is no block.
-    pub fn add(&mut self, parameters: Parameters) {
-        self.parameters.0.extend(parameters.0);
-    }
-
-    /// Makes the embedding the head too.
-    pub fn tie_head(&mut self) {
-        if let Some(embedding) = self.parameters.0.get(&(Role::Embedding, Part::Weight)).cloned() {
-            self.parameters.insert(Role::Head, Part::Weight, embedding);
-        }
-    }
-
-    /// Adds the block at `index` of the model with its KV cache.
-    pub fn push_block(&mut self, index: usize, parameters: Parameters, cache: Cache) {
-        self.blocks.push(Block { layer: self.config.layers[index], parameters, cache });
-    }
-
-    fn with<'a>(&self, affine: Affine<'a>) -> Norm<'a> {
-        Norm { kind: self.config.norm_kind, epsilon: self.config.norm_eps, affine }
-    }
-
-    /// `hidden += norm(attention(norm(hidden))); hidden += norm(feed_forward(norm(hidden)))`,
-    /// with those norms that the model has.
-    fn run(&self, block: &Block, hidden: &Region, position: usize, tokens: usize) -> Result<()> {
-        let norm = |role| block.parameters.find(role).map(|affine| self.with(affine));
-        let input = norm(Role::InputNorm);
-        let branch = Branch::new(self, block, Role::AttentionOutputNorm, hidden, false);
-        self.attention(block, self.input(hidden, input.as_ref()), &branch, position, tokens)?;
-        branch.add(tokens)?;
-
-        let input = norm(Role::FeedForwardNorm);
-        let input = self.input(hidden, input.as_ref());
-        let experts = self.config.experts.filter(|_| block.layer.has_experts);
-        let branch = Branch::new(self, block, Role::FeedForwardOutputNorm, hidden, experts.is_some());
-        match experts {
-            Some(experts) => self.experts(block, experts, input, &branch, tokens)?,
-            None => self.dense(block, input, &branch, tokens)?,
-        }
-        branch.add(tokens)
+    fn norm_of<'a>(&self, linear: &'a Linear<DeviceMatrix>) -> Norm<'a> {
+        Norm { kind: self.config.family.norm_kind, epsilon: self.config.norm_eps, affine: linear.affine() }
     }
 
     fn input<'a>(&'a self, states: &'a Region, norm: Option<&'a Norm<'a>>) -> Input<'a> {
         Input::Hidden { states, norm, normed: &self.workspace.normed }
     }
 
-    fn attention(&self, block: &Block, input: Input, branch: &Branch, position: usize, tokens: usize) -> Result<()> {
-        let (w, config, parameters) = (&*self.workspace, &self.config, &block.parameters);
+    /// `hidden += norm(attention(norm(hidden))); hidden += norm(feed_forward(norm(hidden)))`,
+    /// with those norms that the model has.
+    fn run(&self, block: &Block<DeviceMatrix>, caches: &[Cache], hidden: &Region, runs: &[Run]) -> Result<()> {
+        let tokens = runs.iter().map(|run| run.tokens).sum();
+        let norm = block.input_norm.as_ref().map(|norm| self.norm_of(norm));
+        let branch = Branch::new(self, block.attention_output_norm.as_ref(), hidden, false);
+        let input = self.input(hidden, norm.as_ref());
+        self.attention(&block.attention, block.layer, caches, input, &branch, runs)?;
+        branch.add(tokens)?;
+
+        let norm = block.feed_forward_norm.as_ref().map(|norm| self.norm_of(norm));
+        let input = self.input(hidden, norm.as_ref());
+        let is_sum = matches!(block.feed_forward, FeedForward::Experts { .. });
+        let branch = Branch::new(self, block.feed_forward_output_norm.as_ref(), hidden, is_sum);
+        match &block.feed_forward {
+            FeedForward::Experts { routing, router, experts } => {
+                self.experts(*routing, router, experts, input, &branch, tokens)?;
+            }
+            FeedForward::Dense(dense) => {
+                let x = self.gated(dense, input, tokens)?;
+                branch.matmul(&dense.down.affine(), x, tokens)?;
+            }
+        }
+        branch.add(tokens)
+    }
+
+    fn attention(
+        &self,
+        attention: &block::Attention<DeviceMatrix>,
+        layer: Layer,
+        caches: &[Cache],
+        input: Input,
+        branch: &Branch,
+        runs: &[Run],
+    ) -> Result<()> {
+        let (w, config) = (&*self.workspace, &self.config);
         let gpu = &*w.gpu;
+        let tokens = runs.iter().map(|run| run.tokens).sum();
         let (queries, keys) = (config.queries(), config.keys());
-        let [query, key, value] = match parameters.find(Role::QueryKeyValue) {
-            Some(fused) => [0..queries, queries..queries + keys, queries + keys..queries + 2 * keys]
-                .map(|rows| fused.clone().slice(rows)),
-            None => [Role::Query, Role::Key, Role::Value].map(|role| parameters.of(role)),
-        };
+        let [query, key, value] = attention.query_key_value.each_ref().map(Linear::affine);
         gpu.matmuls(&[(&query, &w.query), (&key, &w.key), (&value, &w.value)], input, tokens, &w.scratch)?;
-        let norms = [(Role::QueryNorm, &w.query, queries), (Role::KeyNorm, &w.key, keys)].map(|(role, x, width)| {
-            let Some(norm) = parameters.find(role).map(|affine| self.with(affine)) else { return Ok(None) };
+        let norms = [(&attention.query_norm, &w.query, queries), (&attention.key_norm, &w.key, keys)];
+        let [query_norm, key_norm] = norms.map(|(norm, x, width)| {
+            let Some(norm) = norm.as_ref().map(|norm| self.norm_of(norm)) else { return Ok(None) };
             if norm.affine.cols() == config.head_dim {
                 return Ok(Some(norm));
             }
             gpu.normalize(Some(&norm), (x, WeightDtype::F16), (tokens, width), x, Output::F16, 1.0)?;
             Ok(None)
         });
-        let [query_norm, key_norm] = norms;
         let norms = [query_norm?, key_norm?];
-        let shape = Attention {
-            heads: config.num_attention_heads,
-            kv_heads: config.num_key_value_heads,
-            head_dim: config.head_dim,
-            context: self.context,
-            position,
-            tokens,
-            window: block.layer.window.unwrap_or(0),
-            scale: config.attention_scale,
-            softcap: config.attention_softcap.unwrap_or(0.0),
-        };
+        let norms = norms.each_ref().map(Option::as_ref);
         #[expect(clippy::cast_possible_truncation, reason = "angles are f32")]
-        let rope = block.layer.rope.map(|rope| (&w.frequencies[rope], config.ropes[rope].attention_factor as f32));
-        let (vectors, norms) = ([&w.query, &w.key, &w.value], norms.each_ref().map(Option::as_ref));
-        gpu.rotate_and_store(&shape, vectors, norms, &block.cache, &w.position, rope)?;
-        gpu.attend(&shape, &w.query, &block.cache, &w.attended, &w.position, &w.scratch)?;
-        branch.matmul(&parameters.of(Role::Output), &w.attended, tokens)
+        let rope = layer.rope.map(|rope| (&w.frequencies[rope], config.ropes[rope].attention_factor as f32));
+        let mut start = 0;
+        for (at, run) in runs.iter().enumerate() {
+            let cache = &caches[run.slot];
+            let rows = |region: &Region, width: usize| region.part(start * width * HALF, run.tokens * width * HALF);
+            let [query, attended] = [&w.query, &w.attended].map(|region| rows(region, queries));
+            let [key, value] = [&w.key, &w.value].map(|region| rows(region, keys));
+            let shape = Attention {
+                heads: config.num_attention_heads,
+                kv_heads: config.num_key_value_heads,
+                head_dim: config.head_dim,
+                position: run.position,
+                tokens: run.tokens,
+                window: layer.window.unwrap_or(0),
+                scale: config.attention_scale,
+                softcap: config.attention_softcap.unwrap_or(0.0),
+            };
+            let position = w.position(at);
+            gpu.rotate_and_store(&shape, [&query, &key, &value], norms, cache, &position, rope)?;
+            gpu.attend(&shape, &query, cache, &attended, &position, &w.scratch)?;
+            start += run.tokens;
+        }
+        branch.matmul(&attention.output.affine(), &w.attended, tokens)
     }
 
-    fn dense(&self, block: &Block, input: Input, branch: &Branch, tokens: usize) -> Result<()> {
-        let (w, width) = (&*self.workspace, self.config.intermediate_size);
-        let (gate, up) = match block.parameters.find(Role::GateUp) {
-            Some(fused) => (Some(fused.clone().slice(0..width)), fused.slice(width..2 * width)),
-            None => (block.parameters.find(Role::Gate), block.parameters.of(Role::Up)),
-        };
+    /// What goes into a feed-forward layer's last matrix.
+    fn gated(&self, dense: &Dense<DeviceMatrix>, input: Input, tokens: usize) -> Result<&Region> {
+        let w = &*self.workspace;
+        let (gate, up) = (dense.gate.as_ref().map(Linear::affine), dense.up.affine());
         let rooms = [&w.gate, &w.up];
         w.gpu.gated(self.config.activation, (gate.as_ref(), &up), input, tokens, rooms, &w.scratch)?;
-        branch.matmul(&block.parameters.of(Role::Down), &w.gate, tokens)
+        Ok(&w.gate)
     }
 
     /// The weighted sum of what each token's experts give. The host reads the scores and says which
     /// tokens go to which expert.
-    fn experts(&self, block: &Block, experts: Experts, input: Input, branch: &Branch, tokens: usize) -> Result<()> {
-        let (w, parameters, hidden) = (&*self.workspace, &block.parameters, self.config.hidden_size);
+    fn experts(
+        &self,
+        routing: Experts,
+        router: &Linear<DeviceMatrix>,
+        experts: &[Dense<DeviceMatrix>],
+        input: Input,
+        branch: &Branch,
+        tokens: usize,
+    ) -> Result<()> {
+        let (w, hidden) = (&*self.workspace, self.config.hidden_size);
         let gpu = &*w.gpu;
         let input = gpu.half(input, (tokens, hidden))?;
-        let scores = (&w.routes, Output::F32, 1.0);
-        gpu.matmul(&parameters.of(Role::Router), input, tokens, scores, &w.scratch)?;
-        let mut scores = vec![0.0f32; tokens * experts.count];
+        gpu.matmul(&router.affine(), input, tokens, (&w.routes, Output::F32, 1.0), &w.scratch)?;
+        let mut scores = vec![0.0f32; tokens * routing.count];
         w.routes.read(bytemuck::must_cast_slice_mut(&mut scores))?;
-        route(&mut scores, experts.count, experts.per_token, experts.is_normalized);
+        route(&mut scores, routing);
 
         // All experts' tokens, one expert after the other, then their weights.
-        let (mut chosen, mut shares, mut ends) = (Vec::<u32>::new(), Vec::<f32>::new(), Vec::new());
-        for expert in 0..experts.count {
-            for (token, row) in (0u32..).zip(scores.chunks(experts.count)) {
-                if row[expert] != 0.0 {
-                    chosen.push(token);
-                    shares.push(row[expert]);
-                }
-            }
-            ends.push(chosen.len());
-        }
+        let tokens_of = |expert| routed(&scores, routing.count, expert);
+        let (chosen, shares): (Vec<_>, Vec<_>) = (0..routing.count).flat_map(tokens_of).unzip();
         let total = chosen.len();
         w.shares.write(bytemuck::must_cast_slice(&chosen))?;
         w.shares.part(total * WORD, total * WORD).write(bytemuck::must_cast_slice(&shares))?;
         branch.target.part(0, tokens * hidden * WORD).clear()?;
         let mut start = 0;
-        for (expert, end) in ends.into_iter().enumerate().filter(|(_, end)| *end > 0) {
-            let count = end - start;
+        for (at, expert) in experts.iter().enumerate() {
+            let count = tokens_of(at).count();
             if count > 0 {
                 let indices = w.shares.part(start * WORD, count * WORD);
                 let weights = w.shares.part((total + start) * WORD, count * WORD);
                 gpu.gather(&w.normed, &indices, hidden, &w.gathered)?;
-                let gate = parameters.of(Role::ExpertGate(expert));
-                let up = parameters.of(Role::ExpertUp(expert));
-                let (input, rooms) = (Input::Half(&w.gathered), [&w.gate, &w.up]);
-                gpu.gated(self.config.activation, (Some(&gate), &up), input, count, rooms, &w.scratch)?;
-                let (down, given) = (parameters.of(Role::ExpertDown(expert)), (&w.expert, Output::F32, 1.0));
-                gpu.matmul(&down, Input::Half(&w.gate), count, given, &w.scratch)?;
+                let x = self.gated(expert, Input::Half(&w.gathered), count)?;
+                let given = (&w.expert, Output::F32, 1.0);
+                gpu.matmul(&expert.down.affine(), Input::Half(x), count, given, &w.scratch)?;
                 gpu.scatter_add(&w.expert, &indices, &weights, hidden, branch.target)?;
             }
-            start = end;
+            start += count;
         }
         Ok(())
     }
-}
 
-impl CudaStage {
-    /// Leaves the logits before the soft cap in the workspace; false where the head is elsewhere.
-    fn head(&self, hidden: &mut Hidden) -> Result<bool> {
-        if self.parameters.find(Role::Head).is_none() {
-            return Ok(false);
-        }
-        let states = hidden.on_gpu(&self.workspace.hidden)?;
-        self.head_of(&states, None)?;
-        Ok(true)
-    }
-
-    /// The logits of one hidden state, with a norm before them or as it is.
-    fn head_of(&self, states: &Region, norm: Option<&Norm>) -> Result<()> {
-        let (w, head) = (&*self.workspace, self.parameters.of(Role::Head));
+    /// The logits of one hidden state before the soft cap, with a norm before them or as it is.
+    fn head_of(&self, head: &Linear<DeviceMatrix>, states: &Region, norm: Option<&Norm>) -> Result<()> {
+        let w = &*self.workspace;
         let logits = (&w.logits, Output::F32, self.config.logit_scale);
-        w.gpu.matmul(&head, self.input(states, norm), 1, logits, &w.scratch)
+        w.gpu.matmul(&head.affine(), self.input(states, norm), 1, logits, &w.scratch)
     }
 
-    /// Chooses among the logits of the workspace.
     fn choose_one(&self) -> Result<()> {
         let w = &*self.workspace;
         let at = Choosing { scratch: &w.choice, seen: &w.seen, chosen: &w.chosen() };
@@ -246,54 +200,58 @@ impl CudaStage {
         if self.choice.is_greedy() { Ok(()) } else { self.workspace.chosen().part(2 * WORD, WORD).fill(draw) }
     }
 
-    /// Runs hidden states through all blocks. The workspace holds the position; of one token, its own region says it too.
-    fn through(&self, states: &Region, position: usize, tokens: usize) -> Result<()> {
+    /// Runs hidden states through all blocks. The workspace holds the positions; those of one token, its own region
+    /// says too.
+    fn through(&self, states: &Region, runs: &[Run]) -> Result<()> {
         let w = &*self.workspace;
-        if let Some(positions) = self.parameters.find(Role::Positions) {
-            let ids = if tokens == 1 {
-                w.position.part(0, WORD)
+        if let Some(positions) = &self.modules.positions {
+            let ids = if let [Run { tokens: 1, .. }] = runs {
+                w.position(0)
             } else {
-                let rows: Vec<u32> = (position..position + tokens).map(row).collect();
+                let rows: Vec<u32> =
+                    runs.iter().flat_map(|run| (run.position..run.position + run.tokens).map(row)).collect();
                 let ids = w.tokens.part(0, size_of_val(&*rows));
                 ids.write(bytemuck::must_cast_slice(&rows))?;
                 ids
             };
-            w.gpu.embed(&positions, &ids, 1.0, states, Output::Add)?;
+            w.gpu.embed(&positions.affine(), &ids, 1.0, states, Output::Add)?;
         }
-        self.blocks.iter().try_for_each(|block| self.run(block, states, position, tokens))
+        let mut blocks = self.modules.blocks.iter().zip(&self.caches);
+        blocks.try_for_each(|(block, caches)| self.run(block, caches, states, runs))
     }
 
-    /// One token from its embedding to the choice of the next.
-    fn whole(&self, states: &Region, position: usize) -> Result<()> {
-        let (w, embedding) = (&*self.workspace, self.parameters.of(Role::Embedding));
-        w.gpu.embed(&embedding, &w.chosen().part(0, WORD), self.config.embedding_scale, states, Output::F32)?;
-        self.through(states, position, 1)?;
-        self.head_of(states, Some(&self.with(self.parameters.of(Role::OutputNorm))))?;
-        self.choose_one()
+    /// What a whole step takes, from the embedding to the head, if all of it is here.
+    fn whole(&self) -> Option<[&Linear<DeviceMatrix>; 3]> {
+        let Modules { embedding, norm, head, blocks, .. } = &self.modules;
+        let is_whole = blocks.len() == self.config.layers.len() && !self.has_experts();
+        is_whole.then_some([embedding.as_ref()?, norm.as_ref()?, head.as_ref()?])
     }
 
     /// Whether the host reads the scores of experts between launches.
     fn has_experts(&self) -> bool {
-        self.blocks.iter().any(|block| block.layer.has_experts)
+        self.modules.blocks.iter().any(|block| block.layer.has_experts)
     }
 
-    /// Whether the stage does a whole step without the host.
-    fn is_whole(&self) -> bool {
-        let roles = [Role::Embedding, Role::OutputNorm, Role::Head];
-        self.blocks.len() == self.config.layers.len()
-            && roles.into_iter().all(|role| self.parameters.find(role).is_some())
-            && !self.has_experts()
-    }
-
-    /// Queues a step of one token at `position`: through the blocks, or with a choice all of it.
-    fn repeat(&mut self, position: usize, choice: Option<Choice>, states: &Region) -> Result<()> {
+    /// Queues a step of one token: through the blocks, or with a choice from the embedding to the choice of the next.
+    fn repeat(&mut self, run: Run, choice: Option<Choice>, states: &Region) -> Result<()> {
         let mut step = std::mem::take(&mut self.step);
-        let queued = step.queue(&self.workspace.gpu, choice, || match choice {
-            Some(_) => self.whole(states, position),
-            None => self.through(states, position, 1),
+        let queued = step.queue(&self.workspace.gpu, (run.slot, choice), || match (choice, self.whole()) {
+            (Some(_), Some([embedding, norm, head])) => {
+                let (gpu, token) = (&self.workspace.gpu, self.workspace.chosen().part(0, WORD));
+                gpu.embed(&embedding.affine(), &token, self.config.embedding_scale, states, Output::F32)?;
+                self.through(states, &[run])?;
+                self.head_of(head, states, Some(&self.norm_of(norm)))?;
+                self.choose_one()
+            }
+            _ => self.through(states, &[run]),
         });
         self.step = step;
         queued
+    }
+
+    fn place_positions(&self, runs: &[Run]) -> Result<()> {
+        let mut positions = runs.iter().enumerate().map(|(at, run)| (self.workspace.position(at), row(run.position)));
+        positions.try_for_each(|(region, position)| region.fill(position))
     }
 }
 
@@ -310,28 +268,25 @@ struct Branch<'a> {
     norm: Option<Norm<'a>>,
     hidden: &'a Region,
     target: &'a Region,
+    is_apart: bool,
 }
 
 impl<'a> Branch<'a> {
-    fn new(stage: &'a CudaStage, block: &'a Block, norm: Role, hidden: &'a Region, is_sum: bool) -> Self {
-        let norm = block.parameters.find(norm).map(|affine| stage.with(affine));
-        let apart = norm.is_some() || is_sum;
-        Self { stage, norm, hidden, target: if apart { &stage.workspace.branch } else { hidden } }
-    }
-
-    fn is_apart(&self) -> bool {
-        !self.target.is(self.hidden)
+    fn new(stage: &'a CudaStage, norm: Option<&'a Linear<DeviceMatrix>>, hidden: &'a Region, is_sum: bool) -> Self {
+        let norm = norm.map(|norm| stage.norm_of(norm));
+        let is_apart = norm.is_some() || is_sum;
+        Self { stage, norm, hidden, target: if is_apart { &stage.workspace.branch } else { hidden }, is_apart }
     }
 
     fn matmul(&self, affine: &Affine, x: &Region, tokens: usize) -> Result<()> {
-        let apart = self.is_apart();
-        let (output, factor) = if apart { (Output::F32, 1.0) } else { (Output::Add, self.stage.config.residual_scale) };
+        let onto = (Output::Add, self.stage.config.residual_scale);
+        let (output, factor) = if self.is_apart { (Output::F32, 1.0) } else { onto };
         let w = &*self.stage.workspace;
         w.gpu.matmul(affine, Input::Half(x), tokens, (self.target, output, factor), &w.scratch)
     }
 
     fn add(&self, tokens: usize) -> Result<()> {
-        if !self.is_apart() {
+        if !self.is_apart {
             return Ok(());
         }
         let config = &self.stage.config;
@@ -343,42 +298,41 @@ impl<'a> Branch<'a> {
 
 impl Stage for CudaStage {
     fn embed(&mut self, tokens: &[u32], hidden: &mut Hidden) -> Result<()> {
-        let Some(embedding) = self.parameters.find(Role::Embedding) else { return Ok(()) };
+        let Some(embedding) = &self.modules.embedding else { return Ok(()) };
         let w = &*self.workspace;
         let ids = w.tokens.part(0, size_of_val(tokens));
         ids.write(bytemuck::must_cast_slice(tokens))?;
         let states = hidden.begin_on_gpu(&w.hidden);
-        w.gpu.embed(&embedding, &ids, self.config.embedding_scale, &states, Output::F32)
+        w.gpu.embed(&embedding.affine(), &ids, self.config.embedding_scale, &states, Output::F32)
     }
 
-    fn run_blocks(&mut self, hidden: &mut Hidden, position: usize) -> Result<()> {
-        if self.blocks.is_empty() && self.parameters.find(Role::Positions).is_none() {
+    fn run_blocks(&mut self, hidden: &mut Hidden, runs: &[Run]) -> Result<()> {
+        if self.modules.blocks.is_empty() && self.modules.positions.is_none() {
             return Ok(());
         }
-        let tokens = hidden.tokens();
         let states = hidden.on_gpu(&self.workspace.hidden)?;
-        self.workspace.position.fill(row(position))?;
-        if tokens > 1 || self.has_experts() {
-            return self.through(&states, position, tokens);
+        self.place_positions(runs)?;
+        match runs {
+            [run] if run.tokens == 1 && !self.has_experts() => self.repeat(*run, None, &states),
+            _ => self.through(&states, runs),
         }
-        self.repeat(position, None, &states)
     }
 
     fn norm(&mut self, hidden: &mut Hidden) -> Result<()> {
-        let Some(affine) = self.parameters.find(Role::OutputNorm) else { return Ok(()) };
+        let Some(norm) = &self.modules.norm else { return Ok(()) };
         let w = &*self.workspace;
         let shape = (hidden.tokens(), self.config.hidden_size);
         let states = hidden.on_gpu(&w.hidden)?;
-        let norm = self.with(affine);
+        let norm = self.norm_of(norm);
         w.gpu.normalize(Some(&norm), (&states, WeightDtype::F32), shape, &states, Output::F32, 1.0)
     }
 
     fn logits(&mut self, hidden: &mut Hidden, logits: &mut [f32]) -> Result<()> {
-        if self.head(hidden)? {
-            self.workspace.logits.read(bytemuck::must_cast_slice_mut(logits))?;
-            for logit in logits {
-                *logit = soft_cap(*logit, self.config.logit_softcap);
-            }
+        let Some(head) = &self.modules.head else { return Ok(()) };
+        self.head_of(head, &hidden.on_gpu(&self.workspace.hidden)?, None)?;
+        self.workspace.logits.read(bytemuck::must_cast_slice_mut(logits))?;
+        for logit in logits {
+            *logit = soft_cap(*logit, self.config.logit_softcap);
         }
         Ok(())
     }
@@ -387,12 +341,15 @@ impl Stage for CudaStage {
         self.step = Repeated::Apart;
     }
 
-    fn prepare(&mut self, choice: &Choice, seen: &[u32]) -> Result<bool> {
-        if self.parameters.find(Role::Head).is_none() {
-            return Ok(false);
-        }
+    fn chooser(&mut self) -> Option<&mut dyn DeviceChooser> {
+        if self.modules.head.is_some() { Some(self) } else { None }
+    }
+}
+
+impl DeviceChooser for CudaStage {
+    fn begin(&mut self, choice: &Choice, seen: &[u32]) -> Result<()> {
         self.choice = *choice;
-        self.workspace.answers().forget();
+        self.workspace.answers().forget()?;
         if choice.is_penalized() {
             let mut bits = vec![0u32; self.config.vocab_size.div_ceil(32)];
             for token in seen {
@@ -400,33 +357,35 @@ impl Stage for CudaStage {
             }
             self.workspace.seen.write(bytemuck::must_cast_slice(&bits))?;
         }
-        Ok(true)
+        Ok(())
     }
 
     fn choose(&mut self, hidden: &mut Hidden, draw: u32) -> Result<()> {
-        self.head(hidden)?;
+        if let Some(head) = &self.modules.head {
+            self.head_of(head, &hidden.on_gpu(&self.workspace.hidden)?, None)?;
+        }
         self.place(draw)?;
         self.choose_one()?;
         self.workspace.answers().send(&self.workspace.chosen())
     }
 
-    fn step(&mut self, token: Option<u32>, position: usize, draw: u32) -> Result<bool> {
-        if !self.is_whole() {
-            return Ok(false);
-        }
+    fn does_whole_steps(&self) -> bool {
+        self.whole().is_some()
+    }
+
+    fn step(&mut self, token: Option<u32>, run: Run, draw: u32) -> Result<()> {
         let w = Arc::clone(&self.workspace);
         if let Some(token) = token {
             w.chosen().part(0, WORD).fill(token)?;
         }
-        w.position.fill(row(position))?;
+        self.place_positions(&[run])?;
         self.place(draw)?;
         let states = w.hidden.part(0, self.config.hidden_size * WORD);
-        self.repeat(position, Some(self.choice), &states)?;
-        w.answers().send(&w.chosen())?;
-        Ok(true)
+        self.repeat(run, Some(self.choice), &states)?;
+        w.answers().send(&w.chosen())
     }
 
     fn chosen(&mut self) -> Result<Chosen> {
-        self.workspace.answers().receive(&self.workspace.gpu)
+        self.workspace.answers().receive()
     }
 }

@@ -4,52 +4,46 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use cudarc::driver::CudaEvent;
-
-use super::{DeviceMatrix, Gpu, Pinned, Region, arena};
+use super::driver::{Copying, Gpu, Pinned, Region, arena};
+use super::operands::{DeviceMatrix, WORD};
 use crate::error::Result;
-use crate::plan::memory::{self, STAGING_SLABS};
+use crate::footprint::{STAGING_SLABS, aligned};
 use crate::quant::Storage;
 
 /// A GPU while it is filled.
 pub struct Upload {
-    gpu: Arc<Gpu>,
-    /// The slabs, and behind them the words that say whether packing one failed.
-    staging: Vec<Region>,
-    /// The same words, where the host reads them.
-    failed: Pinned,
-    next: usize,
+    free: Vec<Slot>,
 }
 
-/// A slab on its way. Its buffer is not touched until [`Upload::finish`].
+/// A slab of the ring on the GPU.
+struct Slot {
+    staging: Region,
+    /// A word that says whether packing failed, and where the host reads it.
+    failed: Region,
+    word: Pinned,
+}
+
+/// A slab on its way.
 pub struct InFlight {
-    gpu: Arc<Gpu>,
-    buffer: Option<Pinned>,
-    slot: usize,
-    done: CudaEvent,
-}
-
-impl Drop for InFlight {
-    fn drop(&mut self) {
-        if self.buffer.is_some() {
-            // The buffer is freed next, and a copy from it may be under way.
-            let _ = self.gpu.synchronize();
-        }
-    }
+    buffer: Copying,
+    /// Of rows that are packed, the slab and the word.
+    packing: Option<([Region; 2], Copying)>,
 }
 
 impl Upload {
     /// Takes a ring for slabs of at most `slab` bytes.
     pub fn take(gpu: &Arc<Gpu>, slab: usize, separate: bool) -> Result<Self> {
-        Ok(Self {
-            gpu: Arc::clone(gpu),
-            staging: arena(gpu, "the staging ring", &memory::cuda_staging(slab), separate)?,
-            failed: gpu.allocate_pinned(STAGING_SLABS * size_of::<u32>())?,
-            next: 0,
-        })
+        let mut sizes = vec![aligned(slab as u64); STAGING_SLABS];
+        sizes.push(aligned((STAGING_SLABS * WORD) as u64));
+        let staging = arena(gpu, "the staging ring", &sizes, separate)?;
+        let slot = |at: usize| {
+            let failed = staging[STAGING_SLABS].part(at * WORD, WORD);
+            Ok(Slot { staging: staging[at].clone(), failed, word: gpu.allocate_pinned(WORD)? })
+        };
+        Ok(Self { free: (0..STAGING_SLABS).map(slot).collect::<Result<_>>()? })
     }
 
-    /// Queues the bytes `range` of `buffer`, whole rows as `data` stores them, for those of `matrix` from `row` on. At most [`STAGING_SLABS`] slabs may be on their way at once.
+    /// Queues the bytes `range` of `buffer`, whole rows as `data` stores them, for those of `matrix` from `row` on.
     pub fn start(
         &mut self,
         matrix: &DeviceMatrix,
@@ -58,55 +52,31 @@ impl Upload {
         buffer: Pinned,
         range: Range<usize>,
     ) -> Result<InFlight> {
-        let slot = self.next;
-        self.next = (slot + 1) % STAGING_SLABS;
-        match self.queue(slot, matrix, row, data, &buffer, range) {
-            Ok(done) => Ok(InFlight { gpu: Arc::clone(&self.gpu), buffer: Some(buffer), slot, done }),
-            Err(error) => {
-                // The buffer is freed next, and a copy from it may be under way.
-                let _ = self.gpu.synchronize();
-                Err(error)
-            }
-        }
-    }
-
-    fn queue(
-        &mut self,
-        slot: usize,
-        matrix: &DeviceMatrix,
-        row: usize,
-        data: Storage,
-        buffer: &Pinned,
-        range: Range<usize>,
-    ) -> Result<CudaEvent> {
-        let layout = matrix.layout();
+        let layout = &matrix.layout;
         if data == layout.storage {
-            matrix.at((row * data.stored_row(layout.cols)) as u64).write_from(buffer, range)?;
-        } else if let Storage::Plain(dtype) = data {
-            const WORD: usize = size_of::<u32>();
-            let failed = self.staging[STAGING_SLABS].part(slot * WORD, WORD);
-            failed.clear()?;
-            let rows = range.len() / (layout.cols * dtype.size());
-            self.staging[slot].write_from(buffer, range)?;
-            self.gpu.quantize(matrix, row, rows, dtype, &self.staging[slot], &failed)?;
-            failed.read_to(&mut self.failed, slot * WORD)?;
-        } else {
-            unreachable!("a plan keeps what is packed as it is")
+            let place = matrix.at((row * data.stored_row(layout.cols)) as u64);
+            return Ok(InFlight { buffer: place.write_from(buffer, range)?, packing: None });
         }
-        self.gpu.event()
+        let Storage::Plain(dtype) = data else { unreachable!("a plan keeps what is packed as it is") };
+        let Some(Slot { staging, failed, word }) = self.free.pop() else {
+            unreachable!("no more slabs are on their way at once")
+        };
+        failed.clear()?;
+        let rows = range.len() / (layout.cols * dtype.size());
+        let buffer = staging.write_from(buffer, range)?;
+        staging.gpu().quantize(matrix, row, rows, dtype, &staging, &failed)?;
+        let word = failed.read_to(word)?;
+        Ok(InFlight { buffer, packing: Some(([staging, failed], word)) })
     }
 
     /// Waits for a slab. Gives its buffer back, and whether its rows could be packed.
-    pub fn finish(&mut self, mut slab: InFlight) -> Result<(Pinned, bool)> {
-        self.gpu.wait(&slab.done)?;
-        let Some(buffer) = slab.buffer.take() else { unreachable!("a slab is finished once") };
-        Ok((buffer, self.failed.as_chunks().0[slab.slot] == [0; size_of::<u32>()]))
-    }
-}
-
-impl Drop for Upload {
-    fn drop(&mut self) {
-        // What is on its way writes to the words that are freed next.
-        let _ = self.gpu.synchronize();
+    pub fn finish(&mut self, slab: InFlight) -> Result<(Pinned, bool)> {
+        let mut is_packed = true;
+        if let Some(([staging, failed], word)) = slab.packing {
+            let word = word.finish()?;
+            is_packed = *word == [0; size_of::<u32>()];
+            self.free.push(Slot { staging, failed, word });
+        }
+        Ok((slab.buffer.finish()?, is_packed))
     }
 }

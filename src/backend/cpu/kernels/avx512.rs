@@ -16,8 +16,8 @@ use std::arch::x86_64::{
     _mm512_unpacklo_epi32 as unpack_low_32, _mm512_unpacklo_epi64 as unpack_low_64, _mm512_xor_si512 as xor,
 };
 
-use super::packed::{INT4, INT8, NL4, codes_of, copy, kernels, sixteen};
-use super::{Codes, PARTS, Quantized, ROWS, Row, SPAN, TILE, TOKENS, Token, prefetch};
+use super::packed::{INT4, INT8, NL4, codes_of, copy, kernels, prefetch, sixteen};
+use super::{Codes, PARTS, Quantized, ROWS, Row, SPAN, TILE, TOKENS, Token};
 use crate::quant::GROUP_SIZE;
 use crate::simd::{Isa, Level};
 

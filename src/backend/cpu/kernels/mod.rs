@@ -20,7 +20,7 @@ mod packed;
 pub mod plain;
 mod portable;
 
-use crate::plan::memory::ACTIVATION_GROUP;
+use crate::footprint::ACTIVATION_GROUP;
 use crate::pool::Pool;
 use crate::quant::{GROUP_SIZE, NL4_LEVELS, quantize_activations};
 use crate::simd::{Isa, Level, vectorized};
@@ -55,7 +55,6 @@ pub enum Codes {
 }
 
 impl Codes {
-    /// Bytes of a group.
     const fn group_bytes(self) -> usize {
         match self {
             Self::Int8 => GROUP_SIZE,
@@ -118,7 +117,6 @@ impl<'a> Quantized<'a> {
         Self { words, groups }
     }
 
-    /// How many tokens there are.
     pub fn tokens(&self) -> usize {
         self.words.len() / (self.groups * GROUP_WORDS)
     }
@@ -129,19 +127,12 @@ impl<'a> Quantized<'a> {
         Self { words: &self.words[first * token..(first + count) * token], groups: self.groups }
     }
 
-    /// One of the tokens.
     pub fn token(&self, at: usize) -> Token<'a> {
         let token = self.groups * GROUP_WORDS;
         let (codes, others) = self.words[at * token..(at + 1) * token].split_at(self.groups * (GROUP_SIZE / 4));
         let (scales, sums) = others.split_at(self.groups);
         let codes: &[i8] = bytemuck::must_cast_slice(codes);
         Token { codes: codes.as_chunks().0.as_chunks().0, scales: bytemuck::must_cast_slice(scales), sums }
-    }
-}
-
-impl Token<'_> {
-    fn groups(&self) -> usize {
-        self.scales.len()
     }
 }
 
@@ -182,30 +173,5 @@ pub fn many(isa: Isa, codes: Codes, rows: &[Row; TILE], x: Quantized, totals: &m
         Level::AvxVnni => avx2::vnni::many(isa, codes, rows, x, totals),
         #[cfg(target_arch = "x86_64")]
         Level::Avx512 => avx512::many(isa, codes, rows, x, totals),
-    }
-}
-
-/// Bytes that are asked for ahead of their use, unless four rows are more.
-#[cfg(target_arch = "x86_64")]
-const AHEAD: usize = 8 << 10;
-/// Bytes of a line of a processor's cache.
-#[cfg(target_arch = "x86_64")]
-const LINE: usize = 64;
-
-/// Asks for `count` bytes of the rows behind `rows`, from byte `from` of them on: in the order of
-/// memory, which is not that of use, as several rows are used at once. If there are sub-scales, one
-/// stands for `group` bytes.
-#[cfg(target_arch = "x86_64")]
-#[inline]
-#[target_feature(enable = "sse")]
-fn prefetch(rows: &[Row; ROWS], group: usize, from: usize, count: usize) {
-    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-    let Row { codes, sub_scales } = rows[0];
-    let from = from + AHEAD.max(ROWS * codes.len());
-    if !sub_scales.is_empty() && from / group % LINE < count / group {
-        _mm_prefetch::<_MM_HINT_T0>(sub_scales.as_ptr().wrapping_add(from / group).cast());
-    }
-    for line in (0..count).step_by(LINE) {
-        _mm_prefetch::<_MM_HINT_T0>(codes.as_ptr().wrapping_add(from + line).cast());
     }
 }

@@ -6,9 +6,9 @@
 //! A module that makes kernels names its types and instructions as they are called here, and adds
 //! what is its own: `halves`, `spread`, `by_group`, `gather`, and how many sums its registers hold.
 
-use std::arch::x86_64::__m128i;
+use std::arch::x86_64::{__m128i, _MM_HINT_T0, _mm_prefetch};
 
-use super::{Codes, Row};
+use super::{Codes, ROWS, Row};
 
 pub const INT8: u8 = Codes::Int8 as u8;
 pub const INT4: u8 = Codes::Int4 as u8;
@@ -30,6 +30,27 @@ pub fn sixteen(row: &Row, at: usize) -> __m128i {
 
 pub fn copy<T: Copy>(from: &[T], to: &mut [T]) {
     to[..from.len()].copy_from_slice(from);
+}
+
+/// Bytes that are asked for ahead of their use, unless four rows are more.
+const AHEAD: usize = 8 << 10;
+/// Bytes of a line of a processor's cache.
+const LINE: usize = 64;
+
+/// Asks for `count` bytes of the rows behind `rows`, from byte `from` of them on: in the order of
+/// memory, which is not that of use, as several rows are used at once. If there are sub-scales, one
+/// stands for `group` bytes.
+#[inline]
+#[target_feature(enable = "sse")]
+pub fn prefetch(rows: &[Row; ROWS], group: usize, from: usize, count: usize) {
+    let Row { codes, sub_scales } = rows[0];
+    let from = from + AHEAD.max(ROWS * codes.len());
+    if !sub_scales.is_empty() && from / group % LINE < count / group {
+        _mm_prefetch::<_MM_HINT_T0>(sub_scales.as_ptr().wrapping_add(from / group).cast());
+    }
+    for line in (0..count).step_by(LINE) {
+        _mm_prefetch::<_MM_HINT_T0>(codes.as_ptr().wrapping_add(from + line).cast());
+    }
 }
 
 /// Products with the instructions `$features`, which an `Isa` of `$level` has.
@@ -78,7 +99,7 @@ macro_rules! kernels {
         fn few_of<const KIND: u8>(rows: &[Row; ROWS], x: Token) -> [f32; ROWS] {
             let group_bytes = const { codes_of(KIND).group_bytes() };
             let bytes = GROUPS * group_bytes;
-            let whole = x.groups() / GROUPS;
+            let whole = x.scales.len() / GROUPS;
             let mut sums = [zero_floats(); PARTS / GROUPS];
             let x_codes = &x.codes.as_chunks().0[..whole];
             let (x_scales, x_sums) = (&x.scales.as_chunks().0[..whole], &x.sums.as_chunks().0[..whole]);
@@ -95,7 +116,7 @@ macro_rules! kernels {
                 *sums = groups_of::<KIND>(codes, sub_scales, &x_codes[at], x_scales[at], x_sums[at], *sums);
             }
             let first = whole * GROUPS;
-            if first < x.groups() {
+            if first < x.scales.len() {
                 // The groups that are missing have scales of zero.
                 let mut codes = [[0u8; GROUPS * GROUP_SIZE]; ROWS];
                 let (mut sub_scales, mut x_codes) = ([[1; GROUPS]; ROWS], [[[0; 4]; STEPS]; GROUPS]);

@@ -16,7 +16,6 @@ const TOGETHER: usize = 4;
 
 type Lanes = [f32; LANES];
 
-/// The totals of four rows with one token.
 pub fn few(isa: Isa, dtype: WeightDtype, rows: &[Row; ROWS], x: &[f32]) -> [f32; ROWS] {
     let [totals] = totals_of(isa, dtype, rows, [x]);
     totals
@@ -112,7 +111,7 @@ macro_rules! kernels {
 
             use std::arch::x86_64::*;
 
-            use super::super::prefetch;
+            use super::super::packed::prefetch;
             use super::{LANES, Lanes, ROWS, Row};
             use crate::quant::WeightDtype;
 
@@ -185,32 +184,14 @@ macro_rules! kernels {
 }
 
 #[cfg(target_arch = "x86_64")]
-kernels!(
-    avx2,
-    "avx2,fma,f16c",
-    2,
-    8,
-    _mm256_setzero_ps,
-    _mm256_fmadd_ps,
-    _mm256_loadu_ps,
-    _mm256_storeu_ps,
-    |bytes: *const u8| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(
-        bytes.cast()
-    )))),
-    |bytes: *const u8| _mm256_cvtph_ps(_mm_loadu_si128(bytes.cast()))
-);
+kernels! {
+    avx2, "avx2,fma,f16c", 2, 8, _mm256_setzero_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_storeu_ps,
+    |x: *const u8| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(x.cast())))),
+    |x: *const u8| _mm256_cvtph_ps(_mm_loadu_si128(x.cast()))
+}
 #[cfg(target_arch = "x86_64")]
-kernels!(
-    avx512,
-    "avx512f",
-    1,
-    16,
-    _mm512_setzero_ps,
-    _mm512_fmadd_ps,
-    _mm512_loadu_ps,
-    _mm512_storeu_ps,
-    |bytes: *const u8| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(
-        bytes.cast()
-    )))),
-    |bytes: *const u8| _mm512_cvtph_ps(_mm256_loadu_si256(bytes.cast()))
-);
+kernels! {
+    avx512, "avx512f", 1, 16, _mm512_setzero_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_storeu_ps,
+    |x: *const u8| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(x.cast())))),
+    |x: *const u8| _mm512_cvtph_ps(_mm256_loadu_si256(x.cast()))
+}

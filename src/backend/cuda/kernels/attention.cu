@@ -13,7 +13,7 @@
 #define NORM(of) int of##_kind, const void *of##_weight, int of##_weight_dtype, const void *of##_bias, int of##_bias_dtype, float of##_offset, float of##_epsilon
 #define GIVEN_NORM(of) {of##_kind, of##_weight, of##_weight_dtype, of##_bias, of##_bias_dtype, of##_offset, of##_epsilon}
 KERNEL(128) rotate_and_store(__half* query, const __half* key, const __half* value, NORM(query), NORM(key), byte* keys, float* key_scales, byte* values,
-                             float* value_scales, int kv_dtype, const float* frequencies, int heads, int kv_heads, int head_dim, int rotary, int context,
+                             float* value_scales, int kv_dtype, const float* frequencies, int heads, int kv_heads, int head_dim, int rotary, int slots,
                              const int* position, float factor) {
     begin();
     __shared__ float head_in[MAX_HEAD], vector[MAX_HEAD], scratch[4];
@@ -50,7 +50,7 @@ KERNEL(128) rotate_and_store(__half* query, const __half* key, const __half* val
         for (int d = threadIdx.x; d < head_dim; d += blockDim.x) query[((size_t)token * heads + head) * head_dim + d] = to_half(vector[d]);
         return;
     }
-    size_t slot = (size_t)head * context + at;
+    size_t slot = (size_t)head * slots + (unsigned)at % (unsigned)slots;
     byte* cache = is_key ? keys : values;
     float scale = largest > 0.0f ? largest / 127.0f : 1.0f;
     if (kv_dtype == INT8 && threadIdx.x == 0) (is_key ? key_scales : value_scales)[slot] = scale;
@@ -104,8 +104,9 @@ struct AttendShared {
 // What a thread has of some keys: of the values eight columns, of every `groups`-th of them.
 template <int HEADS>
 struct OverKeys {
+    // The first slot of the head, the one in it where they begin, and how many there are.
     size_t first_slot;
-    int start, end, groups, group, column;
+    int at, count, groups, group, column;
     float sums[HEADS][8], largest[HEADS], total[HEADS];
 };
 
@@ -114,14 +115,14 @@ __device__ __forceinline__ void attend_over(OverKeys<HEADS>& p, const Attention&
     const int BATCH = DTYPE == ANY ? 1 : 8;
     int head_dim = a.head_dim;
     bool is_scaled = a.kv_dtype == INT8;
-    for (int start = p.start; start < p.end; start += SPAN) {
-        int keys = min(SPAN, p.end - start);
+    for (int at = p.at, left = p.count; left > 0;) {
+        int keys = together(a, SPAN, left, at);
         bool is_mine = (int)threadIdx.x < keys;
-        size_t slot = p.first_slot + start + min((int)threadIdx.x, keys - 1);
+        size_t slot = p.first_slot + at + min((int)threadIdx.x, keys - 1);
         Stored8<DTYPE> values[BATCH];
         auto load_values = [&](int first) {
 #pragma unroll
-            for (int j = 0; j < BATCH; j++) values[j].load(a, a.values, (p.first_slot + start + min(first + j * p.groups, keys - 1)) * head_dim, p.column);
+            for (int j = 0; j < BATCH; j++) values[j].load(a, a.values, (p.first_slot + at + min(first + j * p.groups, keys - 1)) * head_dim, p.column);
         };
         load_values(p.group);
         float scores[HEADS] = {};
@@ -173,6 +174,7 @@ __device__ __forceinline__ void attend_over(OverKeys<HEADS>& p, const Attention&
             if (first < keys) load_values(first);
         }
         __syncthreads();
+        at = next_slot(a, at, keys), left -= keys;
     }
 }
 
@@ -188,11 +190,12 @@ __device__ __forceinline__ void attend(const Attention& a) {
     int token = blockIdx.x / a.splits, split = blockIdx.x % a.splits, kv_head = blockIdx.y / blocks;
     int first_head = blockIdx.y % blocks * HEADS, count = min(HEADS, sharing - first_head);
     size_t first_row = (size_t)token * a.heads + kv_head * sharing + first_head;
-    int behind = a.position + token + 1, first = a.window && behind > a.window ? behind - a.window : 0;
+    int behind = a.position + token + 1, first = max(0, behind - a.window);
     int length = ((behind - first + a.splits - 1) / a.splits + SPAN - 1) / SPAN * SPAN, splits = (behind - first + length - 1) / length;
     int units = (head_dim + 7) / 8, start = first + split * length;
-    OverKeys<HEADS> p = {(size_t)kv_head * a.context, start, min(behind, start + length), SPAN / units, (int)threadIdx.x / units, (int)threadIdx.x % units * 8};
-    if (p.start >= p.end) return;
+    if (start >= behind) return;
+    OverKeys<HEADS> p = {(size_t)kv_head * a.slots, (int)((unsigned)start % (unsigned)a.slots), min(length, behind - start),
+                         SPAN / units, (int)threadIdx.x / units, (int)threadIdx.x % units * 8};
     for (int h = 0; h < HEADS; h++) p.largest[h] = LEAST;
 #pragma unroll 1
     for (int d = threadIdx.x; d < MAX_HEAD; d += SPAN)
@@ -231,10 +234,10 @@ __device__ __forceinline__ void attend(const Attention& a) {
 #define ATTEND(heads_of_a_block)                                                                                                                        \
     KERNEL(128) attend_##heads_of_a_block(const __half* query, const byte* keys, const float* key_scales, const byte* values, const float* value_scales, \
                                           int kv_dtype, __half* out, float* parts, unsigned* arrivals, int splits, int heads, int kv_heads,             \
-                                          int head_dim, int context, const int* position, int window, float scale, float softcap) {                      \
+                                          int head_dim, int slots, const int* position, int window, float scale, float softcap) {                      \
         begin();                                                                                                                                        \
         attend<heads_of_a_block>({query, keys, key_scales, values, value_scales, kv_dtype, out, parts, arrivals, splits, heads, kv_heads, head_dim,     \
-                                  context, *position, window, scale, softcap});                                                                         \
+                                  slots, *position, window, scale, softcap});                                                                         \
     }
 ATTEND(1)
 ATTEND(4)

@@ -1,13 +1,14 @@
 // What attention.cu and attention_mma.cu share: attention over the KV cache.
 //
-//   out = softmax(cap(scale * q.k)) . v over the keys up to the query's own position, the last `window` of
-//   them if window is not 0; cap(s) = softcap * tanh(s / softcap) if softcap is not 0
+//   out = softmax(cap(scale * q.k)) . v over the last `window` keys up to the query's own position;
+//   cap(s) = softcap * tanh(s / softcap) if softcap is not 0
 //
 // query, key, value, out: f16 [tokens][heads or kv_heads][head_dim]. Query head h reads key-value head
-// h * kv_heads / heads. keys, values: the cache of a block, [kv_heads][context][head_dim] of kv_dtype, one of
-// bf16, f16, f32 and int8; key_scales, value_scales: f32 [kv_heads][context] for int8, where an element is its
-// code times its vector's scale, else not used. Token t of the call stands at *position + t; it is in the
-// GPU's memory, so that launches can be repeated for the next token.
+// h * kv_heads / heads. keys, values: the cache of a block, [kv_heads][slots][head_dim] of kv_dtype, one of
+// bf16, f16, f32 and int8; key_scales, value_scales: f32 [kv_heads][slots] for int8, where an element is its
+// code times its vector's scale, else not used. The token at position p has slot p % slots; window: at most
+// slots. Token t of the call stands at *position + t; it is in the GPU's memory, so that launches can be
+// repeated for the next token.
 //
 // The keys may be shared out to `splits` blocks, or as many of them as there are keys for. Each leaves its
 // sums, its largest score and its total in `parts`, f32 [tokens][heads][splits][head_dim + 2], and the last to
@@ -31,7 +32,7 @@ struct Attention {
     __half* out;
     float* parts;
     unsigned* arrivals;
-    int splits, heads, kv_heads, head_dim, context, position, window;
+    int splits, heads, kv_heads, head_dim, slots, position, window;
     float scale, softcap;
 };
 
@@ -55,3 +56,9 @@ __device__ __forceinline__ void add_parts(const Attention& a, size_t row, int sp
         a.out[row * a.head_dim + d] = to_half(sum / total);
     }
 }
+
+// Keys that stand side by side, of `left` from slot `at` on: at most `most` of them.
+__device__ __forceinline__ int together(const Attention& a, int most, int left, int at) { return min(min(most, left), a.slots - at); }
+
+// The slot that follows on `keys` of them.
+__device__ __forceinline__ int next_slot(const Attention& a, int at, int keys) { return at + keys == a.slots ? 0 : at + keys; }

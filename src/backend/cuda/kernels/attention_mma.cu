@@ -34,9 +34,9 @@ struct Tile {
         unsigned first = threadIdx.x / UNITS, unit = threadIdx.x % UNITS;
         return &to[(first + i) * UNITS + (unit ^ turn(first + i % 8))];
     }
-    // Queues the vectors from `slot` on, as they are; zero from slot `end` on.
-    __device__ __forceinline__ void stage(const Attention& a, size_t slot, size_t end, float* scale) const {
-        unsigned first = threadIdx.x / UNITS, d = threadIdx.x % UNITS * 8, there = d < a.head_dim ? (unsigned)min((size_t)KEYS, end - slot) : 0;
+    // Queues `keys` vectors from `slot` on, as they are; zero behind them.
+    __device__ __forceinline__ void stage(const Attention& a, size_t slot, int keys, float* scale) const {
+        unsigned first = threadIdx.x / UNITS, d = threadIdx.x % UNITS * 8, there = d < a.head_dim ? keys : 0;
         size_t at = (slot + first) * a.head_dim + d;
         if (a.kv_dtype == INT8) {
             const byte* from = cache + at;
@@ -107,16 +107,17 @@ __device__ __forceinline__ void attend_many(const Attention& a, int tokens) {
     for (int tile = 0; tile < units; tile += 2) my_values[tile / 2] = values + lane % 16 * units + (tile ^ value_unit);
     float sums[WIDTH / 8][4] = {}, largest[2] = {LEAST, LEAST}, total[2] = {};
 
-    int behind = last_position + 1, first = a.window ? max(0, first_position + 1 - a.window) : 0;
+    int behind = last_position + 1, first = max(0, first_position + 1 - a.window);
     int length = ((behind - first + a.splits - 1) / a.splits + KEYS - 1) / KEYS * KEYS;
     int start = first + split * length, end = min(behind, start + length);
-    size_t first_slot = (size_t)kv_head * a.context;
+    int at = (unsigned)start % (unsigned)a.slots, keys_here = together(a, KEYS, end - start, at);
+    size_t first_slot = (size_t)kv_head * a.slots;
     float factor = (a.softcap != 0.0f ? a.softcap : a.scale) * LOG2_E, to_cap = a.scale / a.softcap;
-    if (start < end) tile_of_keys.stage(a, first_slot + start, first_slot + end, scale);
-    for (; start < end; start += KEYS) {
+    if (start < end) tile_of_keys.stage(a, first_slot + at, keys_here, scale);
+    while (start < end) {
         tile_of_keys.arrive(a.kv_dtype, scale);
         __syncthreads();
-        tile_of_values.stage(a, first_slot + start, first_slot + end, scale);
+        tile_of_values.stage(a, first_slot + at, keys_here, scale);
         float scores[KEYS / 8][4] = {};
 #pragma unroll
         for (int group = 0; group < groups; group++) {
@@ -131,7 +132,9 @@ __device__ __forceinline__ void attend_many(const Attention& a, int tokens) {
         }
         tile_of_values.arrive(a.kv_dtype, scale);
         __syncthreads();
-        if (start + KEYS < end) tile_of_keys.stage(a, first_slot + start + KEYS, first_slot + end, scale);
+        int tile_start = start, tile_end = start + keys_here;
+        start = tile_end, at = next_slot(a, at, keys_here), keys_here = together(a, KEYS, end - start, at);
+        if (start < end) tile_of_keys.stage(a, first_slot + at, keys_here, scale);
 
         // In bits: the exponents of two.
         if (a.softcap != 0.0f)
@@ -139,11 +142,11 @@ __device__ __forceinline__ void attend_many(const Attention& a, int tokens) {
             for (int i = 0; i < KEYS / 2; i++) scores[i / 4][i % 4] = tanhf(scores[i / 4][i % 4] * to_cap);
 #pragma unroll
         for (int i = 0; i < KEYS / 2; i++) scores[i / 4][i % 4] *= factor;
-        if (start + KEYS > first_position + 1 || (a.window && start + a.window <= last_position))
+        if (tile_start + KEYS > min(first_position + 1, tile_end) || tile_start + a.window <= last_position)
 #pragma unroll
             for (int i = 0; i < KEYS / 2; i++) {
-                int key = start + i / 4 * 8 + c * 2 + i % 2, position = positions[i % 4 / 2];
-                if (key > position || (a.window && key + a.window <= position)) scores[i / 4][i % 4] = LEAST;
+                int key = tile_start + i / 4 * 8 + c * 2 + i % 2, position = positions[i % 4 / 2];
+                if (key > min(position, tile_end - 1) || key + a.window <= position) scores[i / 4][i % 4] = LEAST;
             }
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -202,11 +205,11 @@ __device__ __forceinline__ void attend_many(const Attention& a, int tokens) {
 #define ATTEND_MANY(width, keys_of_a_tile)                                                                                                          \
     KERNEL_AT_ONCE(128, 2) attend_many_##width(const __half* query, const byte* keys, const float* key_scales, const byte* values,                   \
                                                const float* value_scales, int kv_dtype, __half* out, float* parts, unsigned* arrivals, int splits,   \
-                                               int heads, int kv_heads, int head_dim, int context, const int* position, int window, float scale,     \
+                                               int heads, int kv_heads, int head_dim, int slots, const int* position, int window, float scale,     \
                                                float softcap, int tokens) {                                                                         \
         begin();                                                                                                                                     \
         attend_many<width, keys_of_a_tile>({query, keys, key_scales, values, value_scales, kv_dtype, out, parts, arrivals, splits, heads, kv_heads,  \
-                                            head_dim, context, *position, window, scale, softcap}, tokens);                                         \
+                                            head_dim, slots, *position, window, scale, softcap}, tokens);                                         \
     }
 ATTEND_MANY(64, 64)
 ATTEND_MANY(128, 64)

@@ -12,7 +12,7 @@ import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
 OPTIONS = ["-default-device", "--std=c++17", "--fmad=false"]
-# What a file's GPUs have at least; kernels.rs says the same.
+# What a file's GPUs have at least; modules.rs says the same.
 CAPABILITY, CAPABILITIES = 75, {"attention_mma": 80, "mma_few": 80, "mma_many": 80}
 
 

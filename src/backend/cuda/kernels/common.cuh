@@ -14,7 +14,7 @@
 // So many of its blocks run on a multiprocessor at once.
 #define KERNEL_AT_ONCE(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 
-// The numbers that kernels.rs gives dtypes and storages.
+// The numbers that launch.rs gives dtypes and storages.
 enum { BF16 = 0, F16 = 1, F32 = 2, INT8 = 3, INT4 = 4, NL4 = 5 };
 // Where a result goes: to an f16 or an f32 buffer, or onto what an f32 buffer holds.
 enum { STORE_F16 = 0, STORE_F32 = 1, ADD_F32 = 2 };
@@ -23,7 +23,7 @@ typedef unsigned char byte;
 
 // The first call of a kernel: what was launched before has ended behind it, and what is launched next may
 // begin. Ahead of it a kernel reads nothing but weights. Where GPUs begin a kernel while the one before it
-// runs, from compute capability 9.0 on, driver.rs takes away the mark that makes it a comment.
+// runs, from compute capability 9.0 on, modules.rs takes away the mark that makes it a comment.
 __device__ __forceinline__ void begin() {
 #if defined(__CUDACC__)
     asm volatile("//sm_90 griddepcontrol.wait;" ::: "memory");

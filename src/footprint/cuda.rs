@@ -1,0 +1,154 @@
+//! What a GPU takes, and how its kernels share out their work where that decides about memory.
+
+use super::cpu::feed_forward;
+use super::{Extent, STAGING_SLABS, aligned, buffers};
+use crate::architecture::Role;
+use crate::bytes::{Bytes, MIB};
+use crate::model_config::ModelConfig;
+
+/// What a CUDA context takes of a GPU before anything is allocated; an estimate.
+pub const CUDA_CONTEXT: Bytes = Bytes(330 * MIB);
+/// Page-locked memory of the host for what a GPU answers.
+pub const CUDA_ANSWERS: Bytes = Bytes((CudaChoice::ANSWER * CudaChoice::ANSWERS) as u64);
+/// The most blocks of threads that share out a product of a few tokens, and the f32 that each leaves: what
+/// it has of the first and of the last rows that it shares, for 16 rows and 8 tokens.
+pub const CUDA_FEW_BLOCKS: usize = 512;
+/// See [`CUDA_FEW_BLOCKS`].
+pub const CUDA_FEW_PARTS: usize = 2 * 16 * 8;
+
+/// Bytes of an f16.
+const HALF: usize = 2;
+/// Bytes of an f32 and of a u32.
+const WORD: usize = 4;
+
+/// How a GPU shares out attention over the keys that are cached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CudaAttention {
+    /// Query heads that a block of threads takes, all of one key-value head.
+    pub heads: usize,
+    /// Blocks of heads.
+    pub blocks: usize,
+    /// Parts of the keys, each a block of threads for every token and block of heads.
+    pub parts: usize,
+}
+
+impl CudaAttention {
+    /// For `tokens` tokens that see at most `keys` keys: so many parts that one token over
+    /// many keys fills a GPU, and none so short that adding them up is what takes the time.
+    pub fn new(heads: usize, kv_heads: usize, tokens: usize, keys: usize) -> Self {
+        const BLOCKS: usize = 1024;
+        const SHORTEST: usize = 128;
+        let sharing = heads / kv_heads;
+        let of_a_block = if sharing > 1 { 4 } else { 1 };
+        let blocks = kv_heads * sharing.div_ceil(of_a_block);
+        let parts = (BLOCKS / (tokens * blocks)).min(keys.div_ceil(SHORTEST)).max(1);
+        Self { heads: of_a_block, blocks, parts }
+    }
+
+    /// Bytes of what the parts leave and of the counts of those that are done, for at most `tokens` tokens
+    /// under `context`: sums, the largest score and the total of each, f32, and a u32 for each count.
+    pub fn scratch(heads: usize, kv_heads: usize, head_dim: usize, tokens: usize, context: usize) -> [usize; 2] {
+        let most = |bytes: &dyn Fn(usize, Self) -> usize| {
+            let each = (1..=tokens).map(|tokens| (tokens, Self::new(heads, kv_heads, tokens, context)));
+            each.filter(|(_, shares)| shares.parts > 1).map(|(tokens, shares)| bytes(tokens, shares)).max().unwrap_or(0)
+        };
+        let row = (head_dim + 2) * WORD;
+        [
+            most(&|tokens, shares| tokens * heads * shares.parts * row),
+            most(&|tokens, shares| tokens * shares.blocks * WORD),
+        ]
+    }
+}
+
+/// What a GPU needs to choose a token among the logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CudaChoice {
+    /// Blocks of threads, each of which takes as many logits.
+    pub blocks: usize,
+    /// Bytes of what launches and blocks leave each other.
+    pub scratch: usize,
+    /// Bytes of a bit for each token.
+    pub seen: usize,
+}
+
+impl CudaChoice {
+    /// Bytes of a chosen token, a flag, and the random number behind it.
+    pub const CHOSEN: usize = 3 * WORD;
+    /// Bytes of the first two, in page-locked memory of the host.
+    pub const ANSWER: usize = 2 * WORD;
+    /// Tokens that are on their way to the host at once: one step runs ahead.
+    pub const ANSWERS: usize = 2;
+
+    /// For so many logits.
+    pub fn new(logits: usize) -> Self {
+        /// Logits of a block, and bytes of what all share and of what each leaves, as in choose.cu.
+        const SHARE: usize = 1024;
+        const SHARED: usize = 24_616;
+        const LEFT: usize = size_of::<u64>() + size_of::<u32>();
+        let blocks = logits.div_ceil(SHARE);
+        Self { blocks, scratch: SHARED + blocks * LEFT, seen: logits.div_ceil(32) * WORD }
+    }
+}
+
+buffers! {
+    /// The buffers that a GPU computes a step in, each aligned. Normalized states, queries to up, and the inputs of
+    /// experts are f16, tokens, shares and positions 32 bits wide, all others f32.
+    CudaBuffers(config, extent) {
+        let (hidden, queries, keys, tokens) = (config.hidden_size, config.queries(), config.keys(), extent.chunk);
+        let (feed_forward, experts) = feed_forward(config);
+        let mixed = experts.map_or(0, |_| hidden);
+        let roles = || config.family.block().map(|(role, _)| role);
+        let norms_outputs = roles().any(|role| matches!(role, Role::AttentionOutputNorm | Role::FeedForwardOutputNorm));
+        let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
+        let [parts, arrivals] = CudaAttention::scratch(heads, kv_heads, config.head_dim, tokens, extent.context);
+        let choice = CudaChoice::new(config.vocab_size);
+        let rotated: usize = config.ropes.iter().map(|rope| rope.rotary_dim / 2).sum();
+        let bytes = |len: usize| aligned(len as u64);
+        let (halves, words) = (|width: usize| bytes(tokens * width * HALF), |width: usize| bytes(tokens * width * WORD));
+    }
+    /// The hidden state.
+    hidden: words(hidden),
+    /// The normalized hidden state.
+    normed: halves(hidden),
+    query: halves(queries),
+    key: halves(keys),
+    value: halves(keys),
+    /// What attention gives.
+    attended: halves(queries),
+    /// The gate's output.
+    gate: halves(feed_forward),
+    /// Up's output.
+    up: halves(feed_forward),
+    /// What a half of a block gives where that is not added at once.
+    branch: words(if norms_outputs { hidden } else { mixed }),
+    /// The experts' scores.
+    routes: words(experts.map_or(0, |experts| experts.count)),
+    /// The inputs of an expert.
+    gathered: halves(mixed),
+    /// The outputs of an expert.
+    expert: words(mixed),
+    /// The tokens of experts, and their weights.
+    shares: words(experts.map_or(0, |experts| 2 * experts.per_token)),
+    logits: bytes(config.vocab_size * WORD),
+    /// Tokens, with room for what is chosen.
+    tokens: bytes((tokens * WORD).max(CudaChoice::CHOSEN)),
+    /// The frequencies of all ropes.
+    frequencies: bytes(rotated * WORD),
+    /// What those leave that share attention or a product.
+    parts: bytes(parts.max(CUDA_FEW_BLOCKS * CUDA_FEW_PARTS * WORD)),
+    /// How many of them are done; zeros between launches.
+    arrivals: bytes(arrivals.max(CUDA_FEW_BLOCKS * WORD)),
+    /// The position of each sequence.
+    positions: bytes(extent.sequences * WORD),
+    /// What launches that choose a token leave each other.
+    choice: bytes(choice.scratch),
+    /// A bit for each token that occurred.
+    seen: bytes(choice.seen),
+}
+
+/// The regions of a GPU's staging ring: as many slabs as the host's has, and a word for each that
+/// says whether packing it failed.
+pub fn cuda_staging(slab: usize) -> [(&'static str, Bytes); 2] {
+    let slabs = Bytes(aligned(slab as u64).0.saturating_mul(STAGING_SLABS as u64));
+    [("slabs", slabs), ("failed", aligned((STAGING_SLABS * WORD) as u64))]
+}

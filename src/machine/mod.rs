@@ -1,0 +1,104 @@
+//! What a machine has: its devices, how much of each is free and how fast it is; and what a GPU
+//! needs to have.
+
+mod bandwidth;
+
+use serde::Serialize;
+
+use crate::bytes::Bytes;
+use crate::device::DeviceId;
+use crate::error::{Error, Hint, Result, Setting};
+
+pub use bandwidth::Bandwidth;
+
+/// The least compute capability that the kernels run on, major and minor.
+pub const NEEDED_CAPABILITY: (i32, i32) = (7, 5);
+/// The oldest branch of the NVIDIA driver that takes the kernels.
+pub const NEEDED_DRIVER: u32 = 550;
+/// The version of CUDA that this driver is for, as 1000 · major + 10 · minor.
+pub const NEEDED_CUDA: i32 = 12_040;
+
+/// What a GPU needs, as messages say it.
+pub fn needs() -> String {
+    let (major, minor) = NEEDED_CAPABILITY;
+    format!("evenkeel needs compute capability {major}.{minor} and the NVIDIA driver {NEEDED_DRIVER}")
+}
+
+/// A device of a machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Device {
+    /// Its name in maps.
+    pub id: DeviceId,
+    /// What it is, where that is known.
+    pub name: Option<String>,
+    /// Bytes that can be taken now.
+    pub free: Bytes,
+    /// Bytes that it has.
+    pub total: Bytes,
+    /// How fast it reads them, where that is known.
+    pub bandwidth: Option<Bandwidth>,
+}
+
+/// The devices that a plan may use, in the order in which they are filled.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Inventory {
+    /// Devices that compute, or hold weights for one that does.
+    pub devices: Vec<Device>,
+    /// GPUs that are there and that are too old, or whose driver is.
+    pub idle: Vec<Device>,
+}
+
+impl Inventory {
+    /// A machine that need not be there, from descriptions separated by
+    /// commas: `cuda:0=24GiB`, or with the bandwidth behind it,
+    /// `cuda:0=24GiB@936GB/s` or `cuda:0=24GiB@RTX 3090`.
+    pub fn described(text: &str) -> Result<Self> {
+        let mut devices = Vec::new();
+        for description in text.split(',') {
+            let usage = |why: String| {
+                let examples = ["cuda:0=24GiB", "cpu=64GiB"].map(|device| Setting::Device(device.to_owned()));
+                Error::usage(format!("`{description}` describes no device: {why}"))
+                    .hint(Hint::naming("describe a device as {} or {}", examples))
+            };
+            let (id, bytes) = description.split_once('=').ok_or_else(|| usage("it has no `=`".to_owned()))?;
+            let id: DeviceId = id.trim().parse().map_err(|e| usage(format!("{e}")))?;
+            let (bytes, bandwidth) = bytes.split_once('@').map_or((bytes, None), |(bytes, speed)| (bytes, Some(speed)));
+            let bytes: Bytes = bytes.parse().map_err(|e| usage(format!("{e}")))?;
+            let bandwidth = bandwidth.map(str::parse).transpose().map_err(|e| usage(format!("{e}")))?;
+            if devices.iter().any(|device: &Device| device.id == id) {
+                return Err(usage(format!("{id} is described already")));
+            }
+            devices.push(Device { id, name: None, free: bytes, total: bytes, bandwidth });
+        }
+        devices.sort_by_key(|device| device.id);
+        Ok(Self { devices, idle: Vec::new() })
+    }
+
+    /// The device of that name.
+    pub fn device(&self, id: DeviceId) -> Option<&Device> {
+        self.devices.iter().find(|device| device.id == id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn descriptions_parse_in_any_order() {
+        let inventory = Inventory::described("cpu=64GiB,cuda:1=12GiB@504GB/s,cuda:0=24GiB").unwrap();
+        let ids: Vec<_> = inventory.devices.iter().map(|device| device.id.to_string()).collect();
+        assert_eq!(ids, ["cuda:0", "cuda:1", "cpu"]);
+        assert_eq!(inventory.device(DeviceId::Cuda(1)).unwrap().free, Bytes(12 << 30));
+        assert_eq!(Inventory::described("cuda:0=24").unwrap().devices[0].free, Bytes(24));
+        let bandwidth = |id| inventory.device(id).unwrap().bandwidth.map(|bandwidth| bandwidth.bytes_per_second);
+        assert_eq!((bandwidth(DeviceId::Cuda(1)), bandwidth(DeviceId::Cpu)), (Some(504_000_000_000), None));
+    }
+
+    #[test]
+    fn malformed_descriptions_are_refused() {
+        for text in ["", "cuda:0", "cuda:0=", "gpu=1GiB", "cpu=1GiB,cpu=2GiB", "cuda:0=24GiB@", "cuda:0=24GiB@1"] {
+            assert!(Inventory::described(text).is_err(), "{text}");
+        }
+    }
+}
