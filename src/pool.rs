@@ -14,7 +14,7 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::slice::from_raw_parts_mut;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -50,13 +50,21 @@ type Task = &'static (dyn Fn(usize) + Sync);
 #[repr(align(128))]
 struct Line(AtomicUsize);
 
+/// The numbers of tasks that a thread has before it: the first one in the low half, the end in the
+/// high one. It takes them from the front, and a thread that has none left from the back, so that
+/// each goes through memory in order, and finds there what it has asked for ahead.
+#[repr(align(128))]
+struct Share(AtomicU64);
+
 struct Shared {
-    /// Tasks that nobody has taken yet. Who takes one may read `region`.
+    /// Tasks that nobody has taken yet. Who takes one may read `region`, and finds its number in one of `shares`.
     untaken: Line,
+    /// One for each thread, the caller's first.
+    shares: Vec<Share>,
     /// Tasks that are not done.
     undone: Line,
-    /// How many tasks there are, and what each does. Written only while none is undone.
-    region: UnsafeCell<(usize, Task)>,
+    /// What each task does. Written only while none is undone.
+    region: UnsafeCell<Task>,
     /// Workers that sleep, or are about to.
     sleepers: AtomicUsize,
     sleep: Mutex<()>,
@@ -119,7 +127,8 @@ impl Pool {
     /// # Panics
     /// As the first task that does, once all are done.
     pub fn run(&self, tasks: usize, task: impl Fn(usize) + Sync) {
-        if tasks <= 1 || self.threads() == 1 || self.busy.swap(true, Ordering::Acquire) {
+        let is_alone = tasks <= 1 || u32::try_from(tasks).is_err() || self.threads() == 1;
+        if is_alone || self.busy.swap(true, Ordering::Acquire) {
             (0..tasks).for_each(task);
             return;
         }
@@ -129,15 +138,18 @@ impl Pool {
         // region's tasks, and this function returns only after all of them are done.
         let task = unsafe { transmute::<&(dyn Fn(usize) + Sync), Task>(task) };
         // SAFETY: no region runs (`busy` was not set), so no other thread reads this.
-        unsafe { *shared.region.get() = (tasks, task) };
+        unsafe { *shared.region.get() = task };
         shared.undone.0.store(tasks, Ordering::Relaxed);
+        for (at, share) in shared.shares.iter().enumerate() {
+            share.set(tasks * at / shared.shares.len()..tasks * (at + 1) / shared.shares.len());
+        }
         // Before the sleepers are counted; see `sleep_until_called`.
         shared.untaken.0.store(tasks, Ordering::SeqCst);
         if shared.sleepers.load(Ordering::SeqCst) > 0 {
             drop(lock(&shared.sleep));
             shared.wake.notify_all();
         }
-        shared.take_tasks();
+        shared.take_tasks(0);
         wait(None, || shared.undone.0.load(Ordering::Acquire) == 0);
         let panic = lock(&shared.panic).take();
         self.busy.store(false, Ordering::Release);
@@ -207,8 +219,9 @@ impl Workers {
     fn start(threads: usize) -> Self {
         let shared = Arc::new(Shared {
             untaken: Line(AtomicUsize::new(0)),
+            shares: (0..threads).map(|_| Share(AtomicU64::new(0))).collect(),
             undone: Line(AtomicUsize::new(0)),
-            region: UnsafeCell::new((0, &|_| ())),
+            region: UnsafeCell::new(&|_| ()),
             sleepers: AtomicUsize::new(0),
             sleep: Mutex::new(()),
             wake: Condvar::new(),
@@ -217,7 +230,7 @@ impl Workers {
         });
         let worker = |at: usize| {
             let shared = Arc::clone(&shared);
-            thread::Builder::new().name(format!("evenkeel-{at}")).spawn(move || shared.work()).ok()
+            thread::Builder::new().name(format!("evenkeel-{at}")).spawn(move || shared.work(at)).ok()
         };
         let threads = (1..threads).map_while(worker).collect();
         Self { shared, threads }
@@ -237,12 +250,12 @@ impl Drop for Workers {
 }
 
 impl Shared {
-    fn work(&self) {
+    fn work(&self, thread: usize) {
         while !self.stop.load(Ordering::Relaxed) {
             if !wait(Some(SPIN), || self.is_called()) {
                 self.sleep_until_called();
             }
-            self.take_tasks();
+            self.take_tasks(thread);
         }
     }
 
@@ -261,17 +274,51 @@ impl Shared {
         self.sleepers.fetch_sub(1, Ordering::SeqCst);
     }
 
-    /// Takes tasks, the first of them first, and does them until none is left to take.
-    fn take_tasks(&self) {
+    /// Takes tasks and does them until none is left to take.
+    fn take_tasks(&self, thread: usize) {
         let one_less = |untaken: usize| untaken.checked_sub(1);
-        while let Ok(untaken) = self.untaken.0.fetch_update(Ordering::Acquire, Ordering::Relaxed, one_less) {
+        while self.untaken.0.fetch_update(Ordering::Acquire, Ordering::Relaxed, one_less).is_ok() {
             // SAFETY: this thread holds a task of the region, so nobody writes here before it is done.
-            let (tasks, task) = unsafe { *self.region.get() };
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| task(tasks - untaken))) {
+            let task = unsafe { *self.region.get() };
+            let number = self.number(thread);
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| task(number))) {
                 lock(&self.panic).get_or_insert(panic);
             }
             self.undone.0.fetch_sub(1, Ordering::Release);
         }
+    }
+
+    /// The number of a task that `thread` has taken: there are as many numbers as tasks taken.
+    fn number(&self, thread: usize) -> usize {
+        let others = (1..self.shares.len()).map(|ahead| &self.shares[(thread + ahead) % self.shares.len()]);
+        loop {
+            let from_others = || others.clone().find_map(|share| share.take(|first, end| (first, end - 1, end - 1)));
+            let number = self.shares[thread].take(|first, end| (first + 1, end, first)).or_else(from_others);
+            if let Some(number) = number {
+                return number;
+            }
+        }
+    }
+}
+
+impl Share {
+    fn set(&self, numbers: Range<usize>) {
+        self.0.store((numbers.end as u64) << 32 | numbers.start as u64, Ordering::Relaxed);
+    }
+
+    /// Takes a number, if there are any: of the first and the end `taken` makes those that remain and the number.
+    fn take(&self, taken: impl Fn(u64, u64) -> (u64, u64, u64)) -> Option<usize> {
+        const LOW: u64 = u32::MAX as u64;
+        let mut number = None;
+        let update = |both: u64| {
+            let (first, end) = (both & LOW, both >> 32);
+            (first < end).then(|| {
+                let (first, end, taken) = taken(first, end);
+                number = usize::try_from(taken).ok();
+                end << 32 | first
+            })
+        };
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, update).ok().and(number)
     }
 }
 
