@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::driver::Region;
+pub(super) use super::driver::WORD;
 use crate::backend::block::Linear;
 use crate::footprint::{CudaAttention, KvLayout};
 use crate::model_config::NormKind;
@@ -10,9 +11,8 @@ use crate::quant::{KvDtype, MatrixLayout, Storage, WeightDtype};
 
 /// The widest head that a kernel takes.
 pub const MAX_HEAD_DIM: usize = 512;
-/// Bytes of an f16, and of an f32 or a u32.
+/// Bytes of an f16.
 pub(super) const HALF: usize = 2;
-pub(super) const WORD: usize = 4;
 
 /// A matrix or vector on a GPU, in the canonical packing.
 #[derive(Clone)]
