@@ -22,7 +22,7 @@ use crate::architecture::ModuleTree;
 use crate::bytes::Bytes;
 use crate::checkpoint::Checkpoint;
 use crate::device::DeviceId;
-use crate::device_map::{self, Contents, MAX_BATCH, MaxMemory};
+use crate::device_map::{self, DeviceMap, MAX_BATCH, MaxMemory};
 use crate::error::{Error, Result};
 use crate::footprint::{self, Allocation, HostStaging, Placed, Purpose, STAGING_SLABS};
 use crate::machine::{Device, Inventory};

@@ -13,29 +13,16 @@ use crate::device::DeviceId;
 use crate::machine::Bandwidth;
 
 /// Seconds that a block takes beside its reading: some five launches, or the pool's barriers.
-const BLOCK: f64 = 20e-6;
+pub const BLOCK: f64 = 20e-6;
 /// Seconds that the hidden state takes from one device to the next.
-const HOP: f64 = 30e-6;
+pub const HOP: f64 = 30e-6;
 /// A disk of which nothing is said.
 const DISK: Bandwidth = Bandwidth { bytes_per_second: 1_000_000_000, measured: true };
 
-/// What a token costs on a device.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Pace {
-    /// Seconds for each byte that is read.
-    pub byte: f64,
-    /// Seconds for each block.
-    pub block: f64,
-    /// Seconds until the hidden state is there.
-    pub hop: f64,
-}
-
-impl Pace {
-    /// The pace of a device; `None` where its bandwidth is not known.
-    pub fn new(device: DeviceId, bandwidth: Option<Bandwidth>) -> Option<Self> {
-        let bandwidth = bandwidth.or_else(|| (device == DeviceId::Disk).then_some(DISK))?;
-        Some(Self { byte: bandwidth.seconds_per_byte(), block: BLOCK, hop: HOP })
-    }
+/// Seconds that a device takes for each byte; `None` where its bandwidth is not known.
+pub fn pace(device: &DevicePlan) -> Option<f64> {
+    let bandwidth = device.bandwidth.or_else(|| (device.id == DeviceId::Disk).then_some(DISK))?;
+    Some(bandwidth.seconds_per_byte())
 }
 
 /// Predicted tokens a second of one sequence.
@@ -54,18 +41,17 @@ impl Speed {
         let mut current = None;
         for module in modules {
             let device = devices.iter().find(|device| device.id == module.device)?;
-            let pace = Pace::new(device.id, device.bandwidth)?;
-            at_first += module.read.0 as f64 * pace.byte;
+            at_first += module.read.0 as f64 * pace(device)?;
             if module.is_block() {
-                at_first += pace.block;
+                at_first += BLOCK;
             }
             if current.is_some_and(|current| current != device.id) {
-                at_first += pace.hop;
+                at_first += HOP;
             }
             current = Some(device.id);
             // The KV cache of blocks on the disk is in host memory.
             let holder = devices.iter().find(|device| device.id == super::device_plan::memory_device(module.device))?;
-            kv += module.kv_cache.0 as f64 / batch as f64 * Pace::new(holder.id, holder.bandwidth)?.byte;
+            kv += module.kv_cache.0 as f64 / batch as f64 * pace(holder)?;
         }
         (at_first > 0.0).then(|| Self { at_first: 1.0 / at_first, at_last: 1.0 / (at_first + kv) })
     }

@@ -2,7 +2,7 @@
 
 use super::device_plan::Fixed;
 use super::options::Conditions;
-use super::{DevicePlan, Pace, Plan, PlanOptions, PlannedModule, Speed, Strategy, hf, place};
+use super::{DevicePlan, Plan, PlanOptions, PlannedModule, Speed, Strategy, hf, place, speed};
 use crate::architecture::{Module, ModuleKind, ModuleTree, Role, Weight};
 use crate::bytes::Bytes;
 use crate::checkpoint::Checkpoint;
@@ -163,9 +163,9 @@ fn automatic(
     Ok(placement)
 }
 
-fn paces(devices: &[DevicePlan]) -> Result<Vec<Pace>> {
+fn paces(devices: &[DevicePlan]) -> Result<Vec<f64>> {
     let pace = |device: &DevicePlan| {
-        Pace::new(device.id, device.bandwidth).ok_or_else(|| {
+        speed::pace(device).ok_or_else(|| {
             let id = device.id;
             let examples = ["936GB/s", "RTX 3090"].map(|speed| Setting::Device(format!("{id}=SIZE@{speed}")));
             Error::usage(format!("`fastest` placement needs the bandwidth of {id}"))

@@ -3,7 +3,8 @@
 use super::runs::{Capacity, sequential};
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
-use crate::plan::{Pace, PlannedModule};
+use crate::plan::PlannedModule;
+use crate::plan::speed::{BLOCK, HOP};
 
 /// More GPUs than this are used in the order of their speed.
 const MAX_IN_ANY_ORDER: usize = 9;
@@ -13,60 +14,49 @@ const MAX_IN_ANY_ORDER: usize = 9;
 /// that a token with the context full takes the least time. Exact by dynamic
 /// programming over sets of GPUs for up to nine, or where all are equal.
 ///
-/// Where nothing fits, as [`sequential`]. `paces` has one for each device.
-pub fn fastest(modules: &[PlannedModule], devices: &[Capacity], paces: &[Pace]) -> Vec<DeviceId> {
-    let count = modules.len();
-    let gpus = devices.partition_point(|device| device.id.is_gpu());
-    let off = |modules: &[PlannedModule]| off_gpus(modules, &devices[gpus..], &paces[gpus..]);
-    let time = |modules: &[PlannedModule]| off(modules).map_or(f64::INFINITY, |(_, time)| time);
-    let host_hop = |at: usize| if at == 0 || at == count { 0.0 } else { paces.get(gpus).map_or(0.0, |pace| pace.hop) };
-    let first: Vec<f64> = (0..=count).map(|end| time(&modules[..end])).collect();
-    let last: Vec<f64> = (0..=count).map(|begin| time(&modules[begin..]) + host_hop(begin)).collect();
-    let nothing = |at| (0..=count).map(|index| if index == at { 0.0 } else { f64::INFINITY }).collect::<Vec<_>>();
-
-    let (on, paces) = (&devices[..gpus], &paces[..gpus]);
-    let candidates = [runs(modules, on, paces, first, &nothing(count)), runs(modules, on, paces, nothing(0), &last)];
-    let best = candidates.into_iter().flatten().min_by(|a, b| a.time.total_cmp(&b.time));
-    let Some(Runs { begin, end, on_gpus, .. }) = best else {
-        return sequential(modules, devices);
-    };
-    let off = |modules| off(modules).map_or_else(Vec::new, |(run, _)| run);
-    [off(&modules[..begin]), on_gpus, off(&modules[end..])].concat()
+/// Where nothing fits, as [`sequential`]. `paces` has the seconds a byte of each device.
+pub fn fastest(modules: &[PlannedModule], devices: &[Capacity], paces: &[f64]) -> Vec<DeviceId> {
+    let found = [true, false].into_iter().filter_map(|host_first| runs(modules, devices, paces, host_first));
+    let best = found.min_by(|(a, _), (b, _)| a.total_cmp(b));
+    best.map_or_else(|| sequential(modules, devices), |(_, placement)| placement)
 }
 
-/// The modules from `begin` to `end` on GPUs, and the time of all.
-struct Runs {
-    begin: usize,
-    end: usize,
-    on_gpus: Vec<DeviceId>,
-    time: f64,
-}
-
-/// The fastest runs over the GPUs, where the modules before the first of them
-/// take `before`, and those behind the last take `behind`, an infinite time for what cannot be.
+/// The time of the fastest runs with the host's before those of the GPUs or behind them, and the device of every module.
 fn runs(
     modules: &[PlannedModule],
-    gpus: &[Capacity],
-    paces: &[Pace],
-    before: Vec<f64>,
-    behind: &[f64],
-) -> Option<Runs> {
+    devices: &[Capacity],
+    paces: &[f64],
+    host_first: bool,
+) -> Option<(f64, Vec<DeviceId>)> {
     let count = modules.len();
-    let mut gpus: Vec<(&Capacity, Pace)> = gpus.iter().zip(paces.iter().copied()).collect();
+    let (gpus, host) = devices.split_at(devices.partition_point(|device| device.id.is_gpu()));
+    let (gpu_paces, host_paces) = paces.split_at(gpus.len());
+    let off = |is_here, modules: &[PlannedModule]| match modules {
+        [] => Some((0.0, Vec::new())),
+        _ if is_here => on_host(modules, host, host_paces),
+        _ => None,
+    };
+    let off_time = |is_here, modules| off(is_here, modules).map_or(f64::INFINITY, |(time, _)| time);
+    let before: Vec<_> = (0..=count).map(|end| off_time(host_first, &modules[..end])).collect();
+    let hop = |begin: usize| if begin == 0 || begin == count { 0.0 } else { HOP };
+    let behind: Vec<_> = (0..=count).map(|begin| off_time(!host_first, &modules[begin..]) + hop(begin)).collect();
+
+    let mut gpus: Vec<_> = gpus.iter().zip(gpu_paces.iter().copied()).collect();
     let in_order = gpus.len() > MAX_IN_ANY_ORDER;
     if in_order {
-        gpus.sort_by(|a, b| a.1.byte.total_cmp(&b.1.byte));
+        gpus.sort_by(|a, b| a.1.total_cmp(&b.1));
     }
     // A state is the set of GPUs that hold a run; with too many of them, the number up to the last that does.
     let states = if in_order { gpus.len() + 1 } else { 1 << gpus.len() };
     // Of equal GPUs the first that is free stands for all.
-    let equal = |a: usize, b: usize| gpus[a].0.room == gpus[b].0.room && gpus[a].1 == gpus[b].1;
+    let kind = |gpu: usize| (gpus[gpu].0.room, gpus[gpu].1.to_bits());
     let is_free = |state: usize, gpu: usize| state & 1 << gpu == 0;
     let next = |state: usize, gpu: usize| {
         if in_order {
             (gpu >= state).then_some(gpu + 1)
         } else {
-            let stands = is_free(state, gpu) && !(0..gpu).any(|other| equal(gpu, other) && is_free(state, other));
+            let stands =
+                is_free(state, gpu) && !(0..gpu).any(|other| kind(gpu) == kind(other) && is_free(state, other));
             stands.then_some(state | 1 << gpu)
         }
     };
@@ -85,7 +75,7 @@ fn runs(
             }
             for begin in 0..count {
                 let mut taken = Bytes::ZERO;
-                let mut sum = time[state][begin] + if begin == 0 { 0.0 } else { pace.hop };
+                let mut sum = time[state][begin] + if begin == 0 { 0.0 } else { HOP };
                 if !sum.is_finite() {
                     continue;
                 }
@@ -109,24 +99,23 @@ fn runs(
     let total = |(state, end): (usize, usize)| time[state][end] + behind[end];
     let best = ends.min_by(|a, b| total(*a).total_cmp(&total(*b))).filter(|best| total(*best).is_finite())?;
     let (mut state, end) = best;
-    let mut on_gpus = vec![DeviceId::Cpu; end];
+    let mut placement = vec![DeviceId::Cpu; end];
     let mut begin = end;
     while let Some((before, run, id)) = from[state][begin] {
-        on_gpus[run..begin].fill(id);
+        placement[run..begin].fill(id);
         (state, begin) = (before, run);
     }
-    Some(Runs { begin, end, on_gpus: on_gpus.split_off(begin), time: total(best) })
+    placement.splice(..begin, off(host_first, &modules[..begin])?.1);
+    placement.extend(off(!host_first, &modules[end..])?.1);
+    Some((total(best), placement))
 }
 
-fn seconds(module: &PlannedModule, pace: Pace) -> f64 {
-    (module.read + module.kv_cache).0 as f64 * pace.byte + if module.is_block() { pace.block } else { 0.0 }
+fn seconds(module: &PlannedModule, pace: f64) -> f64 {
+    (module.read + module.kv_cache).0 as f64 * pace + if module.is_block() { BLOCK } else { 0.0 }
 }
 
-/// The devices of modules off the GPUs, and their time; `None` where they do not fit.
-fn off_gpus(modules: &[PlannedModule], devices: &[Capacity], paces: &[Pace]) -> Option<(Vec<DeviceId>, f64)> {
-    if modules.is_empty() {
-        return Some((Vec::new(), 0.0));
-    }
+/// The time of modules off the GPUs, and their devices; `None` where they do not fit.
+fn on_host(modules: &[PlannedModule], devices: &[Capacity], paces: &[f64]) -> Option<(f64, Vec<DeviceId>)> {
     if devices.is_empty() {
         return None;
     }
@@ -143,7 +132,7 @@ fn off_gpus(modules: &[PlannedModule], devices: &[Capacity], paces: &[Pace]) -> 
         }
         time += here().map(|module| seconds(module, *pace)).sum::<f64>();
     }
-    Some((placement, time))
+    Some((time, placement))
 }
 
 #[cfg(test)]
@@ -152,16 +141,16 @@ mod tests {
 
     use super::*;
 
-    const PACE: Pace = Pace { byte: 1.0, block: 2.0, hop: 5.0 };
+    /// The unit of time: a hop takes five.
+    const UNIT: f64 = HOP / 5.0;
 
-    /// Devices from (id, room, seconds a byte), and modules that read what they weigh.
-    fn case(sizes: &[u64], devices: &[(&str, u64, f64)]) -> (Vec<PlannedModule>, Vec<Capacity>, Vec<Pace>) {
+    /// Devices from (id, room, units of time a byte), and modules that read what they weigh.
+    fn case(sizes: &[u64], devices: &[(&str, u64, f64)]) -> (Vec<PlannedModule>, Vec<Capacity>, Vec<f64>) {
         let capacity = |device: &(&str, u64, f64)| Capacity { id: device.0.parse().unwrap(), room: Bytes(device.1) };
-        let pace = |device: &(&str, u64, f64)| Pace { byte: device.2, ..PACE };
         (
             sizes.iter().map(|size| PlannedModule::block(*size)).collect(),
             devices.iter().map(capacity).collect(),
-            devices.iter().map(pace).collect(),
+            devices.iter().map(|device| device.2 * UNIT).collect(),
         )
     }
 
@@ -211,7 +200,7 @@ mod tests {
     }
 
     /// The time of a placement in runs, or `None` where a device overflows or the CPU stands between GPUs.
-    fn time(modules: &[PlannedModule], devices: &[Capacity], paces: &[Pace], placement: &[DeviceId]) -> Option<f64> {
+    fn time(modules: &[PlannedModule], devices: &[Capacity], paces: &[f64], placement: &[DeviceId]) -> Option<f64> {
         let mut sum = 0.0;
         for (device, pace) in devices.iter().zip(paces) {
             let here = modules.iter().zip(placement).filter(|(_, id)| **id == device.id).map(|(module, _)| module);
@@ -226,7 +215,7 @@ mod tests {
         let is_at_an_end =
             runs.iter().position(|id| *id == DeviceId::Cpu).is_none_or(|at| at == 0 || at + 1 == runs.len());
         let hops = placement.windows(2).filter(|pair| pair[0] != pair[1]).count();
-        is_at_an_end.then_some(sum + hops as f64 * PACE.hop)
+        is_at_an_end.then_some(sum + hops as f64 * HOP)
     }
 
     proptest! {
@@ -261,7 +250,7 @@ mod tests {
             }
             let ours = time(&modules, &capacities, &paces, &fastest(&modules, &capacities, &paces));
             match (ours, best) {
-                (Some(ours), Some(best)) => prop_assert!((ours - best).abs() < 1e-9, "{ours} {best}"),
+                (Some(ours), Some(best)) => prop_assert!((ours - best).abs() < 1e-9 * UNIT, "{ours} {best}"),
                 (ours, best) => prop_assert_eq!(ours, best),
             }
         }

@@ -37,9 +37,7 @@ pub fn packed(modules: &[PlannedModule], devices: &[Capacity]) -> Vec<DeviceId> 
 /// not hold all modules, as many leave them as must (`off_gpus`); what no
 /// device holds is left on the last one, whose overflow says what is missing.
 pub fn sequential(modules: &[PlannedModule], devices: &[Capacity]) -> Vec<DeviceId> {
-    place(modules, devices, |modules, gpus| {
-        fits(modules, gpus).then(|| if modules.is_empty() { Vec::new() } else { in_turn(modules, gpus) })
-    })
+    place(modules, devices, |modules, gpus| Some(filled(modules, gpus)).filter(|filled| filled.len() == modules.len()))
 }
 
 /// Places all modules by `on_gpus`, or those that it can place, and the others on the host.
@@ -69,39 +67,11 @@ fn place(
 /// read. The first ones begin with the embedding, of which it reads a row.
 fn off_gpus(modules: &[PlannedModule], gpus: &[Capacity]) -> Range<usize> {
     let count = modules.len();
-    let first = 0..(0..count).find(|end| fits(&modules[*end..], gpus)).unwrap_or(count);
-    let last = (0..=count).rev().find(|start| fits(&modules[..*start], gpus)).unwrap_or(0)..count;
+    let first = 0..(0..count).find(|end| filled(&modules[*end..], gpus).len() == count - end).unwrap_or(count);
+    let last = filled(modules, gpus).len()..count;
     let read =
         |range: &Range<usize>| modules[range.clone()].iter().map(|module| module.read + module.kv_cache).sum::<Bytes>();
     if read(&last) < read(&first) { last } else { first }
-}
-
-/// Whether the GPUs hold all modules, each filled in turn.
-fn fits(modules: &[PlannedModule], gpus: &[Capacity]) -> bool {
-    let mut rest = modules;
-    for gpu in gpus {
-        rest = &rest[fitting(rest, gpu)..];
-    }
-    rest.is_empty()
-}
-
-/// How many of the first modules a GPU holds.
-fn fitting(modules: &[PlannedModule], gpu: &Capacity) -> usize {
-    how_many(modules, Bytes::ZERO, gpu.room, |module| module.weights + module.kv_cache)
-}
-
-/// How many of the first modules `room` holds beside what is `taken` of it.
-fn how_many(
-    modules: &[PlannedModule],
-    mut taken: Bytes,
-    room: Bytes,
-    bytes: impl Fn(&PlannedModule) -> Bytes,
-) -> usize {
-    let overflows = |module: &PlannedModule| {
-        taken += bytes(module);
-        taken > room
-    };
-    modules.iter().position(overflows).unwrap_or(modules.len())
 }
 
 /// The contiguous partition over `gpus` with the least largest share, or with `fewest` of those
@@ -113,16 +83,14 @@ fn min_max_share(modules: &[PlannedModule], gpus: &[Capacity], fewest: bool) -> 
     for (at, module) in modules.iter().enumerate() {
         sums[at + 1] = sums[at] + module.weights + module.kv_cache;
     }
-    // least[used][n]: the least largest share with the first n modules on the GPUs so far, of which
-    // `used` have a run where that counts; starts[g][used][n]: where the run of GPU g begins in that
-    // partition, n if it has none.
-    let (step, most) = if fewest { (1, gpus.len()) } else { (0, 0) };
-    let mut least = vec![vec![f64::INFINITY; count + 1]; most + 1];
-    least[0][0] = 0.0;
+    // least[n]: how many GPUs have a run, where that counts, and the least largest share with the first n
+    // modules on the GPUs so far; starts[g][n]: where the run of GPU g begins in that partition, n if it has none.
+    let mut least = vec![(usize::MAX, f64::INFINITY); count + 1];
+    least[0] = (0, 0.0);
     let mut starts = Vec::with_capacity(gpus.len());
     for gpu in gpus {
         let mut next = least.clone();
-        let mut start = vec![(0..=count).collect::<Vec<_>>(); most + 1];
+        let mut start: Vec<_> = (0..=count).collect();
         for end in 1..=count {
             for begin in (0..end).rev() {
                 let taken = sums[end] - sums[begin];
@@ -130,46 +98,50 @@ fn min_max_share(modules: &[PlannedModule], gpus: &[Capacity], fewest: bool) -> 
                     break;
                 }
                 let share = if taken == Bytes::ZERO { 0.0 } else { taken.0 as f64 / gpu.room.0 as f64 };
-                for used in step..=most {
-                    let worst = least[used - step][begin].max(share);
-                    if worst < next[used][end] {
-                        (next[used][end], start[used][end]) = (worst, begin);
-                    }
+                let (used, worst) = least[begin];
+                let with_run = (used.saturating_add(usize::from(fewest)), worst.max(share));
+                if with_run < next[end] {
+                    (next[end], start[end]) = (with_run, begin);
                 }
             }
         }
         least = next;
         starts.push(start);
     }
-    let mut used = least.iter().position(|least| least[count].is_finite())?;
+    if least[count].1.is_infinite() {
+        return None;
+    }
     let mut placement = vec![DeviceId::Cpu; count];
     let mut end = count;
     for (gpu, start) in gpus.iter().zip(&starts).rev() {
-        let begin = start[used][end];
-        placement[begin..end].fill(gpu.id);
-        used -= if begin < end { step } else { 0 };
-        end = begin;
+        placement[start[end]..end].fill(gpu.id);
+        end = start[end];
     }
     Some(placement)
 }
 
-/// Each GPU filled in turn, then the CPU, then the disk.
+/// Each device filled in turn, and what none holds on the last one.
 fn in_turn(modules: &[PlannedModule], devices: &[Capacity]) -> Vec<DeviceId> {
+    let mut placement = filled(modules, devices);
+    placement.resize(modules.len(), devices.last().map_or(DeviceId::Cpu, |last| last.id));
+    placement
+}
+
+/// The devices of as many of the first modules as they hold, each filled in turn.
+fn filled(modules: &[PlannedModule], devices: &[Capacity]) -> Vec<DeviceId> {
     let mut placement = Vec::with_capacity(modules.len());
-    let (last, before) = devices.split_last().unwrap_or_else(|| unreachable!("checked by the caller"));
-    for device in before {
+    for device in devices {
         let rest = &modules[placement.len()..];
-        let count = match device.id {
-            DeviceId::Cuda(_) => fitting(rest, device),
-            // Blocks on the disk keep their KV cache in host memory, so all of the rest counts here.
-            DeviceId::Cpu | DeviceId::Disk => {
-                let kv = rest.iter().map(|module| module.kv_cache).sum();
-                how_many(rest, kv, device.room, |module| module.weights)
-            }
+        // Blocks on the disk keep their KV cache in host memory, so off the GPUs all of the rest counts.
+        let is_gpu = device.id.is_gpu();
+        let mut taken = if is_gpu { Bytes::ZERO } else { rest.iter().map(|module| module.kv_cache).sum() };
+        let overflows = |module: &PlannedModule| {
+            taken += module.weights + if is_gpu { module.kv_cache } else { Bytes::ZERO };
+            taken > device.room
         };
+        let count = rest.iter().position(overflows).unwrap_or(rest.len());
         placement.extend(std::iter::repeat_n(device.id, count));
     }
-    placement.resize(modules.len(), last.id);
     placement
 }
 
