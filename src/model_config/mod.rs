@@ -15,7 +15,7 @@ use fields::Fields;
 
 pub use families::{FAMILIES, table};
 pub use family::{Activation, Family, NormKind, Role};
-pub use rope::{Rope, RopeScaling};
+pub use rope::Rope;
 
 /// The configuration's file name.
 pub const FILE: &str = "config.json";

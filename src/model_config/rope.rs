@@ -14,90 +14,26 @@ const MAX_FACTOR: f64 = 1e6;
 /// Rotary position embedding of a kind of blocks.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rope {
-    /// The base of the frequencies θ^(−2i/d).
-    pub theta: f64,
     /// d: leading elements of a head that are rotated, as the pairs (i, i + d/2); even.
     pub rotary_dim: usize,
-    /// Scaling of the frequencies.
-    pub scaling: RopeScaling,
     /// Factor of cosines and sines.
     pub attention_factor: f64,
-}
-
-/// How the frequencies of RoPE are scaled.
-#[derive(Clone, Debug, PartialEq)]
-pub enum RopeScaling {
-    /// Not at all.
-    Default,
-    /// All divided by this.
-    Linear(f64),
-    /// Llama 3.1: low frequencies divided by `factor`, high ones kept, those between blended.
-    Llama3 {
-        /// Divisor of the low frequencies.
-        factor: f64,
-        /// Wavelengths above `original / low_freq_factor` are low frequencies.
-        low_freq_factor: f64,
-        /// Wavelengths below `original / high_freq_factor` are high frequencies.
-        high_freq_factor: f64,
-        /// The context before scaling, in tokens.
-        original_max_position_embeddings: f64,
-    },
-    /// LongRoPE: a divisor for each frequency, of one list up to the original context and of another beyond it.
-    LongRope {
-        /// Divisors where the planned context is at most the original one; `rotary_dim / 2` of them.
-        short_factor: Vec<f64>,
-        /// Divisors where it is longer.
-        long_factor: Vec<f64>,
-        /// The context before scaling, in tokens.
-        original_max_position_embeddings: usize,
-    },
-    /// YaRN: divided by `factor` but for the first few, with a ramp between.
-    Yarn {
-        /// Divisor of the low frequencies.
-        factor: f64,
-        /// Frequencies up to this index are kept.
-        low: f64,
-        /// Frequencies from this index on are divided.
-        high: f64,
-    },
+    /// The angular frequency of each pair.
+    usual: Vec<f32>,
+    /// LongRoPE has other frequencies for contexts longer than so many tokens.
+    long: Option<(usize, Vec<f32>)>,
 }
 
 impl Rope {
     /// The angular frequency of each pair, for sequences of at most `context`
     /// tokens: `rotary_dim / 2` of them.
     ///
-    /// LongRoPE's divisors follow the planned context. Transformers chooses
+    /// LongRoPE's follow the planned context. Transformers chooses
     /// them by the text's length so far, which is the same wherever the plan's
     /// context is at most the original one, or the prompt is longer than that.
     pub fn frequencies(&self, context: usize) -> Vec<f32> {
-        (0..self.rotary_dim / 2)
-            .map(|i| {
-                let exponent = (2 * i) as f64 / self.rotary_dim as f64;
-                #[expect(clippy::cast_possible_truncation, reason = "angles are f32")]
-                let frequency = self.scaled(i, self.theta.powf(-exponent), context) as f32;
-                frequency
-            })
-            .collect()
-    }
-
-    fn scaled(&self, index: usize, frequency: f64, context: usize) -> f64 {
-        match &self.scaling {
-            RopeScaling::Default => frequency,
-            RopeScaling::Linear(factor) => frequency / factor,
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
-                let turns = original_max_position_embeddings * frequency / TAU;
-                let kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
-                (1.0 - kept) * frequency / factor + kept * frequency
-            }
-            RopeScaling::LongRope { short_factor, long_factor, original_max_position_embeddings } => {
-                let is_long = context > *original_max_position_embeddings;
-                frequency / if is_long { long_factor[index] } else { short_factor[index] }
-            }
-            RopeScaling::Yarn { factor, low, high } => {
-                let divided = ((index as f64 - low) / (high - low)).clamp(0.0, 1.0);
-                divided * frequency / factor + (1.0 - divided) * frequency
-            }
-        }
+        let long = self.long.as_ref().filter(|(original, _)| context > *original);
+        long.map_or(&self.usual, |(_, long)| long).clone()
     }
 }
 
@@ -133,7 +69,12 @@ fn one(
     let share = fields.positive_or("partial_rotary_factor", 1.0, 1.0)?;
     let Some(node) = node else {
         let rotary_dim = rotary_dim(fields, share, head_dim)?;
-        return Ok(Rope { theta, rotary_dim, scaling: RopeScaling::Default, attention_factor: 1.0 });
+        return Ok(Rope {
+            rotary_dim,
+            attention_factor: 1.0,
+            usual: frequencies(theta, rotary_dim, |_, f| f),
+            long: None,
+        });
     };
     let rope = Fields::of(node)?;
     let theta = rope.positive_or("rope_theta", MAX_THETA, theta)?;
@@ -150,10 +91,16 @@ fn one(
     };
     let stretch = longest as f64 / original as f64;
     let factor = || rope.positive_or("factor", MAX_FACTOR, stretch);
-    let mut attention_factor = 1.0;
-    let scaling = match kind {
-        "default" => RopeScaling::Default,
-        "linear" => RopeScaling::Linear(rope.positive("factor", MAX_FACTOR)?),
+    // How pair i's frequency is scaled.
+    let scaled = |by: &dyn Fn(usize, f64) -> f64| frequencies(theta, rotary_dim, by);
+    let (mut attention_factor, mut long) = (1.0, None);
+    let usual = match kind {
+        "default" => scaled(&|_, frequency| frequency),
+        "linear" => {
+            let factor = rope.positive("factor", MAX_FACTOR)?;
+            scaled(&|_, frequency| frequency / factor)
+        }
+        // Low frequencies are divided, high ones kept, those between blended.
         "llama3" => {
             let (low, high) =
                 (rope.positive("low_freq_factor", MAX_FACTOR)?, rope.positive("high_freq_factor", MAX_FACTOR)?);
@@ -163,38 +110,41 @@ fn one(
                     format!("`high_freq_factor` {high} must be above `low_freq_factor` {low}"),
                 ));
             }
-            RopeScaling::Llama3 {
-                factor: rope.positive("factor", MAX_FACTOR)?,
-                low_freq_factor: low,
-                high_freq_factor: high,
-                original_max_position_embeddings: original as f64,
-            }
+            let factor = rope.positive("factor", MAX_FACTOR)?;
+            scaled(&|_, frequency| {
+                let turns = original as f64 * frequency / TAU;
+                let kept = ((turns - low) / (high - low)).clamp(0.0, 1.0);
+                (1.0 - kept) * frequency / factor + kept * frequency
+            })
         }
+        // A divisor for each frequency, of one list up to the original context and of another beyond it.
         "longrope" => {
             let factor = factor()?;
             // Of a context of 1 there is no logarithm to divide by.
             let length = (original.max(2) as f64).ln();
-            let usual = if factor > 1.0 { (1.0 + factor.ln() / length).sqrt() } else { 1.0 };
-            attention_factor = rope.positive_or("attention_factor", MAX_FACTOR, usual)?;
-            let factors = |key| {
+            let grown = if factor > 1.0 { (1.0 + factor.ln() / length).sqrt() } else { 1.0 };
+            attention_factor = rope.positive_or("attention_factor", MAX_FACTOR, grown)?;
+            let divided = |key| {
                 let factors = rope.positives(key, MAX_FACTOR)?;
                 if factors.len() == rotary_dim / 2 {
-                    Ok(factors)
+                    Ok(scaled(&|at, frequency| frequency / factors[at]))
                 } else {
                     Err(rope.error(key, format!("`{key}` has {} numbers, not {}", factors.len(), rotary_dim / 2)))
                 }
             };
-            RopeScaling::LongRope {
-                short_factor: factors("short_factor")?,
-                long_factor: factors("long_factor")?,
-                original_max_position_embeddings: original,
-            }
+            let short = divided("short_factor")?;
+            long = Some((original, divided("long_factor")?));
+            short
         }
+        // Divided but for the first few, with a ramp between.
         "yarn" => {
             let factor = factor()?;
             attention_factor = rope.positive_or("attention_factor", MAX_FACTOR, yarn_attention(&rope, factor)?)?;
             let (low, high) = yarn_ramp(&rope, theta, rotary_dim, original as f64)?;
-            RopeScaling::Yarn { factor, low, high }
+            scaled(&|at, frequency| {
+                let divided = ((at as f64 - low) / (high - low)).clamp(0.0, 1.0);
+                divided * frequency / factor + (1.0 - divided) * frequency
+            })
         }
         other => {
             let other = printable(other);
@@ -203,7 +153,14 @@ fn one(
             )));
         }
     };
-    Ok(Rope { theta, rotary_dim, scaling, attention_factor })
+    Ok(Rope { rotary_dim, attention_factor, usual, long })
+}
+
+/// The frequencies θ^(−2i/d), each as `scaled` has it.
+fn frequencies(theta: f64, rotary_dim: usize, scaled: impl Fn(usize, f64) -> f64) -> Vec<f32> {
+    let frequency = |at: usize| scaled(at, theta.powf(-((2 * at) as f64 / rotary_dim as f64)));
+    #[expect(clippy::cast_possible_truncation, reason = "angles are f32")]
+    (0..rotary_dim / 2).map(|at| frequency(at) as f32).collect()
 }
 
 fn rotary_dim(fields: &Fields, share: f64, head_dim: usize) -> Result<usize> {

@@ -17,6 +17,11 @@ fn with(key: &str, value: &str) -> Result<ModelConfig> {
     ModelConfig::parse("config.json", serde_json::to_vec(&config).unwrap())
 }
 
+/// The frequency of pair 4, of a head of 16: the base to the power of −1/2, scaled.
+fn fourth(rope: &Rope) -> String {
+    format!("{:.4e}", rope.frequencies(256)[4])
+}
+
 #[test]
 fn both_dialects_of_rope_read_alike() {
     let llama3 = r#"{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -27,9 +32,9 @@ fn both_dialects_of_rope_read_alike() {
     config["rope_theta"] = 500_000.0.into();
     let older = ModelConfig::parse("config.json", config.to_string().into()).unwrap();
     assert_eq!(newer.ropes, older.ropes);
-    assert_eq!(newer.ropes[0].theta, 500_000.0);
-    assert!(matches!(newer.ropes[0].scaling, RopeScaling::Llama3 { .. }));
-    assert_eq!(with("rope_scaling", "null").unwrap().ropes[0].scaling, RopeScaling::Default);
+    // The root of the base, and all of the factor.
+    assert_eq!(fourth(&newer.ropes[0]), "1.7678e-4");
+    assert_eq!(with("rope_scaling", "null").unwrap().ropes, with("rope_scaling", "").unwrap().ropes);
     assert_eq!(with("dtype", "\"bfloat16\"").unwrap().dtype, with("torch_dtype", "\"bfloat16\"").unwrap().dtype);
 }
 
@@ -166,9 +171,9 @@ fn ropes_are_where_transformers_has_them() {
     ] {
         assert_eq!(ropes(&small(architecture, more)), wanted, "{architecture}{more}");
     }
-    let thetas = |config: &ModelConfig| config.ropes.iter().map(|rope| rope.theta).collect::<Vec<_>>();
-    assert_eq!(thetas(&small("MixtralForCausalLM", "")), [1e6]);
-    assert_eq!(thetas(&small("Gemma3ForCausalLM", "")), [1e6, 1e4]);
+    let fourths = |config: &ModelConfig| config.ropes.iter().map(fourth).collect::<Vec<_>>();
+    assert_eq!(fourths(&small("MixtralForCausalLM", "")), ["1.0000e-3"]);
+    assert_eq!(fourths(&small("Gemma3ForCausalLM", "")), ["1.0000e-3", "1.0000e-2"]);
     let older = small(
         "Gemma3ForCausalLM",
         r#", "rope_theta": 5e5, "rope_local_base_freq": 3e4, "rope_scaling": {"rope_type": "linear", "factor": 8}"#,
@@ -179,7 +184,7 @@ fn ropes_are_where_transformers_has_them() {
             "sliding_attention": {"rope_type": "default", "rope_theta": 3e4}}"#,
     );
     assert_eq!(older.ropes, newer.ropes);
-    assert_eq!(older.ropes[0].scaling, RopeScaling::Linear(8.0));
+    assert_eq!(fourths(&older), ["1.7678e-4", "5.7735e-3"]);
 }
 
 /// Values that Transformers' formulas give in f64.
