@@ -6,11 +6,12 @@ use std::sync::Arc;
 use evenkeel::{
     Cancel, Checkpoint, DeviceMap, Error, Inventory, LoadEvent, LoadOptions, Model, Plan, PlanOptions, Result, Strategy,
 };
+use indicatif::ProgressBar;
 
 use super::Process;
 use super::args::{ModelArguments, PlacementArguments};
 use super::printer::Printer;
-use super::progress::Bar;
+use super::progress::{self, BYTES};
 
 /// How much of a model a command needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,13 +60,13 @@ fn from_hub(arguments: &ModelArguments, need: Need, process: &Process) -> Result
     let directory = repository.download(&mut |event| match (event, &bar) {
         (HubEvent::Total { bytes, files }, _) if files > 0 => {
             printer.note(&format!("downloading {files} files of `{model}`, {bytes}"));
-            bar = Some(Bar::new(printer, "downloading", bytes));
+            bar = Some(progress::bar(printer, "downloading", bytes.0, BYTES));
         }
-        (HubEvent::Downloaded(bytes), Some(bar)) => bar.set(bytes.0),
+        (HubEvent::Downloaded(bytes), Some(bar)) => bar.set_position(bytes.0),
         (HubEvent::LockHeld(path), _) => {
             printer.note(&format!("waiting for another process that downloads `{model}` (`{}`)", path.display()));
         }
-        (HubEvent::RateLimited(left), Some(bar)) => bar.say(format!("rate limit, {} s", left.as_secs())),
+        (HubEvent::RateLimited(left), Some(bar)) => bar.set_message(format!("rate limit, {} s", left.as_secs())),
         _ => {}
     })?;
     let mut checkpoint = Checkpoint::open_on(directory, &process.pool)?;
@@ -95,12 +96,12 @@ pub fn load(checkpoint: &Checkpoint, options: &PlanOptions, load: &LoadOptions, 
 }
 
 /// Draws the bar of `what` reads all weights.
-pub fn show(event: &LoadEvent, what: &'static str, bar: &mut Option<Bar>, printer: &Printer) {
+pub fn show(event: &LoadEvent, what: &'static str, bar: &mut Option<ProgressBar>, printer: &Printer) {
     match (event, &bar) {
-        (LoadEvent::Started { bytes }, _) => *bar = Some(Bar::new(printer, what, *bytes)),
+        (LoadEvent::Started { bytes }, _) => *bar = Some(progress::bar(printer, what, bytes.0, BYTES)),
         (LoadEvent::Placed { module, device, bytes }, Some(bar)) => {
-            bar.say(format!("{module} to {device}"));
-            bar.advance(*bytes);
+            bar.set_message(format!("{module} to {device}"));
+            bar.inc(bytes.0);
         }
         _ => {}
     }

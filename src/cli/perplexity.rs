@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::args::{Format, PerplexityArguments};
 use super::model::{self, Need};
-use super::progress::Bar;
+use super::progress::{self, TOKENS};
 use super::{Exit, Process, signal};
 
 const TEXT_CAP: Bytes = Bytes(1024 * MIB);
@@ -96,8 +96,8 @@ impl Measurement<'_> {
         let Self { checkpoint, load, process, .. } = self;
         let printer = &process.printer;
         let mut model = model::load(checkpoint, options, load, process)?;
-        let bar = Bar::tokens(printer, "scoring", self.tokens.len());
-        let on_window = |tokens: usize| bar.set(tokens as u64);
+        let bar = progress::bar(printer, "scoring", self.tokens.len() as u64, TOKENS);
+        let on_window = |tokens: usize| bar.set_position(tokens as u64);
         let measured = model.perplexity(&self.tokens, self.windows, comparison, &load.cancel, on_window);
         drop(bar);
         let measured = measured?;
