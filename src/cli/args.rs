@@ -1,5 +1,6 @@
 //! The arguments, and nothing but the arguments.
 
+use std::error::Error;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
@@ -138,10 +139,9 @@ pub struct PlacementArguments {
     pub offload_dir: Option<PathBuf>,
 }
 
-fn budget(text: &str) -> Result<(DeviceId, Bytes), String> {
+fn budget(text: &str) -> Result<(DeviceId, Bytes), Box<dyn Error + Send + Sync>> {
     let (device, size) = text.split_once('=').ok_or("write it like `cpu=8GiB`")?;
-    let device: DeviceId = device.trim().parse().map_err(|e| format!("{e}"))?;
-    Ok((device, size.parse().map_err(|e| format!("{e}"))?))
+    Ok((device.trim().parse()?, size.parse()?))
 }
 
 #[derive(Debug, Args)]

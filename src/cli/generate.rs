@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Read, stdin};
 
 use evenkeel::{
     Bytes, ChatTemplate, Error, ErrorKind, Finish, GenerateOptions, GenerateReport, LoadReport, LoadTimes, MIB,
-    Message, Model, Result, Sampling, read_capped,
+    Message, Result, Sampling, read_capped,
 };
 use serde::Serialize;
 
@@ -51,33 +51,13 @@ pub fn run(arguments: &GenerateArguments, process: &Process) -> Result<Exit> {
         max_new_tokens: Some(arguments.sampling.max_new_tokens.unwrap_or(usual)),
         stop: arguments.sampling.stop.clone(),
         ignore_eos: arguments.sampling.ignore_eos,
-        cancel,
+        cancel: cancel.clone(),
     };
-    let generated = stream(&mut model, &tokens, options, arguments.format, printer)?;
-    if arguments.format == Format::Json {
-        printer.result(&json_line(&Event::Done { generated: &generated, loaded: &model.report }))?;
-    } else {
-        printer.end_of_text()?;
-    }
-    if arguments.stats {
-        printer.stats(&model.report, &generated);
-    }
-    Ok(if generated.finish == Finish::Interrupted { Exit::Interrupted } else { Exit::Done })
-}
-
-/// Prints pieces as they come; what was printed stays when the user stops it.
-fn stream(
-    model: &mut Model,
-    tokens: &[u32],
-    options: GenerateOptions,
-    format: Format,
-    printer: &Printer,
-) -> Result<GenerateReport> {
-    let cancel = options.cancel.clone();
-    let mut generation = model.generate_from(tokens, options)?;
+    let mut generation = model.generate_from(&tokens, options)?;
+    // Pieces are printed as they come; what was printed stays when the user stops it.
     for piece in &mut generation {
         let piece = piece?;
-        match format {
+        match arguments.format {
             Format::Text => printer.result(&piece.text)?,
             Format::Json => printer.result(&json_line(&Event::Token { token: piece.token, text: &piece.text }))?,
         }
@@ -85,7 +65,15 @@ fn stream(
             break;
         }
     }
-    Ok(generation.report())
+    let generated = generation.report();
+    match arguments.format {
+        Format::Text => printer.end_of_text()?,
+        Format::Json => printer.result(&json_line(&Event::Done { generated: &generated, loaded: &model.report }))?,
+    }
+    if arguments.stats {
+        printer.stats(&model.report, &generated);
+    }
+    Ok(if generated.finish == Finish::Interrupted { Exit::Interrupted } else { Exit::Done })
 }
 
 /// A line of `--format json`.
