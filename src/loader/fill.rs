@@ -1,7 +1,6 @@
 //! Every weight from its shard into its arena.
 
 use std::collections::VecDeque;
-use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
@@ -20,25 +19,14 @@ use crate::quant::{PackedRows, QuantizeError, Storage, quantize_rows};
 /// Slabs that may be on their way to GPUs; the readers have the others.
 const IN_FLIGHT: usize = STAGING_SLABS / 2;
 
-struct Sent {
-    weight: usize,
-    row: usize,
-    range: Range<usize>,
-    slab: InFlight,
-}
-
-pub struct Filled {
-    pub staged: Bytes,
-    pub past_cache: Bytes,
-    pub times: LoadTimes,
-}
-
+/// Reads, packs and puts all weights. Gives what was taken of host memory for that, what was read past the page
+/// cache, and where the time went.
 pub fn fill(
     plan: &Plan,
     arenas: &mut Arenas,
     options: &LoadOptions,
     on_event: &mut impl FnMut(LoadEvent),
-) -> Result<Filled> {
+) -> Result<(Bytes, Bytes, LoadTimes)> {
     let (placed, checkpoint) = (&plan.weights[..], plan.checkpoint());
     let staging = plan.staging()?;
     let buffer = |_| match arenas.gpus.values().next() {
@@ -49,7 +37,7 @@ pub fn fill(
     let mut packed = PackedRows::default();
     let mut most_packed = Bytes::ZERO;
     let mut times = LoadTimes::default();
-    let mut sent: VecDeque<Sent> = VecDeque::new();
+    let mut sent: VecDeque<Slab<InFlight>> = VecDeque::new();
     let mut put = |weight: usize, len: usize| {
         let target = &placed[weight];
         let bytes = Bytes(len as u64);
@@ -65,8 +53,8 @@ pub fn fill(
                     unreachable!("the ring is there until all is filled")
                 };
                 check_scales(target, row, &buffer[range.clone()])?;
-                let slab = upload.start(matrix, row, target.weight.data, buffer, range.clone())?;
-                sent.push_back(Sent { weight, row, range, slab });
+                let buffer = upload.start(matrix, row, target.weight.data, buffer, range.clone())?;
+                sent.push_back(Slab { weight, row, range, buffer });
                 if sent.len() < IN_FLIGHT {
                     return Ok(());
                 }
@@ -100,17 +88,17 @@ pub fn fill(
         gpu.upload = None;
     }
     let ring = Bytes((staging.slab * STAGING_SLABS + staging.transposed) as u64);
-    Ok(Filled { staged: ring + most_packed, past_cache, times })
+    Ok((ring + most_packed, past_cache, times))
 }
 
 /// Waits for a slab on its way to a GPU and gives its buffer back.
-fn receive(pool: &Pool, arenas: &mut Arenas, placed: &[Placed], sent: Sent) -> Result<SlabBuffer> {
+fn receive(pool: &Pool, arenas: &mut Arenas, placed: &[Placed], sent: Slab<InFlight>) -> Result<SlabBuffer> {
     let target = &placed[sent.weight];
     let gpu = arenas.gpus.get_mut(&target.device);
     let Some(upload) = gpu.and_then(|gpu| gpu.upload.as_mut()) else {
         unreachable!("the ring is there until all is filled")
     };
-    let (buffer, is_packed) = upload.finish(sent.slab)?;
+    let (buffer, is_packed) = upload.finish(sent.buffer)?;
     if let (false, Some(dtype)) = (is_packed, target.weight.dtype()) {
         // The GPU knows only that there is a weight that cannot be packed; the host finds it.
         quantize_rows(pool, &target.layout, dtype, &buffer[sent.range], &mut PackedRows::default())

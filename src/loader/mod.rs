@@ -146,7 +146,7 @@ impl Plan {
         let read: Bytes = self.weights.iter().map(|placed| placed.weight.tensor.size()).sum();
         let mut arenas = Arenas::take(self, options)?;
         on_event(LoadEvent::Started { bytes: read });
-        let fill::Filled { staged, past_cache, times } = fill::fill(self, &mut arenas, options, &mut on_event)?;
+        let (staged, past_cache, times) = fill::fill(self, &mut arenas, options, &mut on_event)?;
         let (pipeline, mut measured) = build::build(self, arenas, options)?;
         *measured.entry(DeviceId::Cpu).or_default() += staged;
         let report = LoadReport {

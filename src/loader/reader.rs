@@ -4,7 +4,7 @@
 //! which slabs were taken. Devices take turns, by the share of their bytes that was read: all of
 //! them are fed until the end.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
@@ -61,14 +61,14 @@ impl DerefMut for SlabBuffer {
 }
 
 /// Whole rows of a weight, as the shard has them.
-pub struct Slab {
+pub struct Slab<B = SlabBuffer> {
     /// Position of the weight in the list that is read.
     pub weight: usize,
     pub row: usize,
     /// Where in the buffer they are.
     pub range: Range<usize>,
     /// Goes back to the reader when the rows are no longer needed.
-    pub buffer: SlabBuffer,
+    pub buffer: B,
 }
 
 impl Slab {
@@ -90,10 +90,6 @@ pub fn read(
     mut visit: impl FnMut(Slab, &SyncSender<SlabBuffer>) -> Result<()>,
 ) -> Result<(Duration, Bytes)> {
     let jobs = jobs(placed, buffers.first().map_or(0, |buffer| buffer.len() - SLAB_MARGIN));
-    let mut left: HashMap<usize, usize> = HashMap::new();
-    for job in &jobs {
-        *left.entry(placed[job.weight].weight.tensor.shard).or_default() += 1;
-    }
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(READERS).min(buffers.len());
     let (filled_out, filled_in) = sync_channel::<Filled>(buffers.len());
     let (empty_out, empty) = sync_channel(buffers.len());
@@ -101,7 +97,7 @@ pub fn read(
         // The channel has room for all slabs, and its other end is alive.
         let _ = empty_out.send(buffer);
     }
-    let queue = Queue { next: 0, empty, shards: HashMap::new(), left: left.clone() };
+    let queue = Queue { next: 0, empty, shards: HashMap::new() };
     let (queue, gathered) = (Mutex::new(queue), Mutex::new(vec![0; transposed]));
     let past_cache = PastCache::by(threads);
     let reader = &Reader { checkpoint, placed, jobs: &jobs, queue, gathered, past_cache };
@@ -115,7 +111,7 @@ pub fn read(
         drop(filled_out);
         let mut early: BTreeMap<_, _> = BTreeMap::new();
         let mut waited = Duration::ZERO;
-        for at in 0..reader.jobs.len() {
+        for (at, job) in reader.jobs.iter().enumerate() {
             let start = Instant::now();
             let slab = loop {
                 if let Some(slab) = early.remove(&at) {
@@ -128,9 +124,7 @@ pub fn read(
             waited += start.elapsed();
             let (slab, shard) = slab?;
             visit(slab, &empty_out)?;
-            let left = left.entry(shard.index).or_default();
-            *left -= 1;
-            if *left == 0 {
+            if job.ends_shard {
                 shard.check_unchanged()?;
             }
         }
@@ -147,6 +141,8 @@ struct Job {
     weight: usize,
     row: usize,
     rows: usize,
+    /// Whether it is the last of its shard.
+    ends_shard: bool,
 }
 
 /// All rows in slabs of at most `slab` bytes, in the order in which they are read.
@@ -164,13 +160,18 @@ fn jobs(placed: &[Placed], slab: usize) -> Vec<Job> {
         for row in (0..all_rows).step_by((slab / row_bytes).max(1)) {
             let rows = (slab / row_bytes).min(all_rows - row);
             let share = (*end + (row * row_bytes) as u64) as f64 / sizes[&target.device] as f64;
-            jobs.push((share, Job { weight, row, rows }));
+            jobs.push((share, Job { weight, row, rows, ends_shard: false }));
         }
         *end += size(target);
     }
     // Equal shares stay in the order of the shards.
     jobs.sort_by(|(a, _), (b, _)| a.total_cmp(b));
-    jobs.into_iter().map(|(_, job)| job).collect()
+    let mut jobs: Vec<_> = jobs.into_iter().map(|(_, job)| job).collect();
+    let mut ended = HashSet::new();
+    for job in jobs.iter_mut().rev() {
+        job.ends_shard = ended.insert(placed[job.weight].weight.tensor.shard);
+    }
+    jobs
 }
 
 struct Queue {
@@ -178,7 +179,6 @@ struct Queue {
     empty: Receiver<SlabBuffer>,
     /// Those that are open, for as long as slabs of them are left.
     shards: HashMap<usize, Arc<Shard>>,
-    left: HashMap<usize, usize>,
 }
 
 struct Reader<'a> {
@@ -201,7 +201,7 @@ impl Reader<'_> {
             let Some(job) = self.jobs.get(at) else { return };
             let Ok(buffer) = queue.empty.recv() else { return };
             queue.next += 1;
-            let shard = self.shard(&mut queue, self.placed[job.weight].weight.tensor.shard);
+            let shard = self.shard(&mut queue, job);
             drop(queue);
             let slab = shard.and_then(|shard| Ok((self.fill(job, buffer, &shard)?, shard)));
             let failed = slab.is_err();
@@ -211,15 +211,14 @@ impl Reader<'_> {
         }
     }
 
-    /// The shard at `index`, for one more slab of it.
-    fn shard(&self, queue: &mut Queue, index: usize) -> Result<Arc<Shard>> {
+    /// The shard of a slab, which stays open until its last one.
+    fn shard(&self, queue: &mut Queue, job: &Job) -> Result<Arc<Shard>> {
+        let index = self.placed[job.weight].weight.tensor.shard;
         let shard = match queue.shards.remove(&index) {
             Some(shard) => shard,
             None => Arc::new(Shard::open(self.checkpoint, index)?),
         };
-        let left = queue.left.entry(index).or_default();
-        *left -= 1;
-        if *left > 0 {
+        if !job.ends_shard {
             queue.shards.insert(index, Arc::clone(&shard));
         }
         Ok(shard)

@@ -55,8 +55,6 @@ impl PastCache {
 
 /// A shard that is open, as it was when it was opened.
 pub struct Shard {
-    /// Its place among the shards of its checkpoint.
-    pub index: usize,
     path: PathBuf,
     file: File,
     /// The same file, past the page cache.
@@ -71,7 +69,7 @@ impl Shard {
         let path = fs::confined(checkpoint.local_directory()?, name)?;
         let file = fs::open_regular(&path)?;
         let opened = file.metadata().map_err(|e| Error::io("read", &path, e))?;
-        let shard = Self { index, path, direct: fs::past_cache(&file), file, opened };
+        let shard = Self { path, direct: fs::past_cache(&file), file, opened };
         if Bytes(shard.opened.len()) == checkpoint.shard_sizes[index] { Ok(shard) } else { Err(shard.changed()) }
     }
 
@@ -163,7 +161,7 @@ mod tests {
         file.as_file().sync_all().unwrap();
         let (path, opened) = (file.path().to_owned(), file.as_file().metadata().unwrap());
         let reader = File::open(&path).unwrap();
-        let shard = Shard { index: 0, path, direct: fs::past_cache(&reader), file: reader, opened };
+        let shard = Shard { path, direct: fs::past_cache(&reader), file: reader, opened };
         (file, bytes, shard)
     }
 
