@@ -256,15 +256,12 @@ pub fn printable(name: &str) -> String {
     escaped
 }
 
-/// The candidate nearest to `word` by edit distance, if it is near enough to be meant.
-pub fn did_you_mean<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+/// A hint at the candidate nearest to `word` by edit distance, if it is near enough to be meant; else `otherwise`.
+pub fn did_you_mean<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>, otherwise: impl Into<Hint>) -> Hint {
     let limit = (word.chars().count() / 3).max(2);
-    candidates
-        .into_iter()
-        .map(|candidate| (strsim::levenshtein(word, candidate), candidate))
-        .filter(|(distance, _)| *distance <= limit)
-        .min_by_key(|(distance, _)| *distance)
-        .map(|(_, candidate)| candidate)
+    let distances = candidates.into_iter().map(|candidate| (strsim::levenshtein(word, candidate), candidate));
+    let near = distances.filter(|(distance, _)| *distance <= limit).min_by_key(|(distance, _)| *distance);
+    near.map_or_else(|| otherwise.into(), |(_, near)| format!("did you mean `{near}`?").into())
 }
 
 #[cfg(test)]
@@ -305,7 +302,7 @@ mod tests {
     #[test]
     fn did_you_mean_finds_the_near_and_only_the_near() {
         let known = ["model.layers.3", "model.norm", "lm_head"];
-        assert_eq!(did_you_mean("model.layer.3", known), Some("model.layers.3"));
-        assert_eq!(did_you_mean("transformer.wte", known), None);
+        assert_eq!(did_you_mean("model.layer.3", known, "none").to_string(), "did you mean `model.layers.3`?");
+        assert_eq!(did_you_mean("transformer.wte", known, "none").to_string(), "none");
     }
 }

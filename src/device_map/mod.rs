@@ -20,7 +20,7 @@ use crate::json::{Document, Member, Node};
 use crate::model_config::MAX_CONTEXT;
 use crate::quant::{KvDtype, QuantizeRules};
 
-pub use write::{Contents, to_hugging_face, to_json};
+pub use write::to_hugging_face;
 
 /// The version of the form that is written and read.
 pub const SCHEMA_VERSION: u64 = 1;
@@ -103,10 +103,7 @@ const KEYS: &[&str] =
 
 fn unknown_key(member: &Member, name: &str) -> Error {
     let error = member.key.error(format!("`{}` is no key of a device map", printable(name)));
-    match did_you_mean(name, KEYS.iter().copied()) {
-        Some(near) => error.hint(format!("did you mean `{near}`?")),
-        None => error.hint(format!("the keys are {}", KEYS.join(", "))),
-    }
+    error.hint(did_you_mean(name, KEYS.iter().copied(), format!("the keys are {}", KEYS.join(", "))))
 }
 
 fn rules(node: Node) -> Result<QuantizeRules> {

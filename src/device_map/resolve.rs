@@ -114,9 +114,7 @@ impl DeviceMap {
         let modules = tree.modules.iter().map(|module| module.path.as_str());
         let parameters = tree.parameters().map(|(_, parameter)| parameter.module.as_str());
         let groups = [tree.base, tree.blocks.as_str()];
-        match did_you_mean(path, groups.into_iter().chain(modules).chain(parameters)) {
-            Some(near) => error.hint(format!("did you mean `{near}`?")),
-            None => error.hint(Hint::naming("{} writes a map with this model's own names", [Setting::WriteMap])),
-        }
+        let own = Hint::naming("{} writes a map with this model's own names", [Setting::WriteMap]);
+        error.hint(did_you_mean(path, groups.into_iter().chain(modules).chain(parameters), own))
     }
 }

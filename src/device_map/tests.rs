@@ -73,8 +73,9 @@ fn our_form_carries_its_conditions() {
     assert_eq!(devices[11], DeviceId::Cpu);
 }
 
-fn contents<'a>(quantize: &'a QuantizeRules, max_memory: &'a MaxMemory, kv_cache: KvDtype) -> Contents<'a> {
-    Contents { model: "m", quantize, context: 4096, batch: 1, kv_cache, max_memory }
+fn conditions(scheme: Scheme, context: usize) -> DeviceMap {
+    let (model, quantize) = (Some("m".to_owned()), Some(QuantizeRules::whole_model(scheme)));
+    DeviceMap { model, quantize, context: Some(context), batch: Some(1), ..DeviceMap::default() }
 }
 
 #[test]
@@ -83,15 +84,15 @@ fn what_is_written_reads_back_the_same() {
     let mut devices = vec![DeviceId::Cuda(0); 15];
     devices[5..9].fill(DeviceId::Cpu);
     devices[9..].fill(DeviceId::Disk);
-    let rules = QuantizeRules::whole_model(Scheme::Int4);
     let budgets: MaxMemory = [(DeviceId::Cpu, Bytes(3 << 30)), (DeviceId::Cuda(0), Bytes(1000))].into();
     for kv_cache in KvDtype::ALL {
-        let json = to_json(&contents(&rules, &budgets, kv_cache), &tree, &devices);
+        let (kv_cache, max_memory) = (Some(kv_cache), Some(budgets.clone()));
+        let json = DeviceMap { kv_cache, max_memory, ..conditions(Scheme::Int4, 4096) }.to_json(&tree, &devices);
         let map = DeviceMap::parse("map.json", json.clone().into_bytes()).unwrap();
         assert_eq!(map.resolve(&tree).unwrap(), devices);
         assert_eq!(map.max_memory.as_ref(), Some(&budgets));
-        assert_eq!(map.kv_cache.unwrap_or_default(), kv_cache);
-        assert_eq!(to_json(&contents(map.quantize.as_ref().unwrap(), &budgets, kv_cache), &tree, &devices), json);
+        assert_eq!(map.kv_cache.unwrap_or_default(), kv_cache.unwrap());
+        assert_eq!(map.to_json(&tree, &devices), json);
         assert!(json.contains(r#""model.layers.4-7": "cpu""#), "{json}");
     }
 }
@@ -184,13 +185,11 @@ proptest! {
             gpu => DeviceId::Cuda(gpu),
         };
         let devices: Vec<_> = devices.into_iter().map(device).collect();
-        let (tree, rules) = (tree(false), QuantizeRules::whole_model(Scheme::Int8));
-        let max_memory = MaxMemory::new();
-        let contents = Contents { context, ..contents(&rules, &max_memory, KvDtype::F16) };
-        let json = to_json(&contents, &tree, &devices);
+        let (tree, conditions) = (tree(false), conditions(Scheme::Int8, context));
+        let json = conditions.to_json(&tree, &devices);
         let map = DeviceMap::parse("map.json", json.into_bytes()).unwrap();
         prop_assert_eq!(map.resolve(&tree).unwrap(), devices);
-        prop_assert_eq!((map.context, map.quantize), (Some(context), Some(rules)));
+        prop_assert_eq!((map.context, map.quantize), (conditions.context, conditions.quantize));
     }
 
     #[test]

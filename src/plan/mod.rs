@@ -36,7 +36,7 @@ pub use outline::Outline;
 pub use place::hf;
 pub use remedies::{Change, Remedy};
 pub use scheme::KindReport;
-pub use speed::{Pace, Speed};
+pub use speed::Speed;
 
 /// A complete plan.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -180,15 +180,13 @@ impl Plan {
 
     /// The plan as a device map in canonical form.
     pub fn device_map(&self) -> String {
-        let contents = Contents {
-            model: &self.model,
-            quantize: &self.quantize,
-            context: self.context,
-            batch: self.batch,
-            kv_cache: self.kv_cache,
-            max_memory: &self.max_memory,
-        };
-        device_map::to_json(&contents, &ModuleTree::new(&self.checkpoint.config), &self.placement())
+        let mut conditions = DeviceMap::default();
+        conditions.model = Some(self.model.clone());
+        conditions.quantize = Some(self.quantize.clone());
+        (conditions.context, conditions.batch) = (Some(self.context), Some(self.batch));
+        conditions.kv_cache = Some(self.kv_cache);
+        conditions.max_memory = Some(self.max_memory.clone());
+        conditions.to_json(&ModuleTree::new(&self.checkpoint.config), &self.placement())
     }
 
     /// The plan as the plain dictionary of Hugging Face: GPUs by index, every module by itself.
