@@ -105,15 +105,16 @@ pub struct Rows {
 }
 
 impl Rows {
-    /// Packs whole rows of `weights`: scales are those of our own form, rounded to `dtype`, and codes
-    /// are what is nearest under these.
+    /// Packs whole rows of `weights`, from `first` on: scales are those of our own form, rounded to `dtype`, and
+    /// codes are what is nearest under these. Gives codes and scales, each with its offset in its tensor.
     pub fn pack(
         &mut self,
         pool: &Pool,
         layout: &MatrixLayout,
         dtype: WeightDtype,
+        first: usize,
         weights: &[u8],
-    ) -> Result<(), QuantizeError> {
+    ) -> Result<[(u64, &[u8]); 2], QuantizeError> {
         quantize_rows(pool, layout, dtype, weights, &mut self.packed)?;
         let row_bytes = layout.cols * dtype.size();
         let rows = weights.len() / row_bytes;
@@ -153,13 +154,7 @@ impl Rows {
                 }
             }
         });
-        Ok(())
-    }
-
-    /// Codes and scales of rows from `row` on, each with its offset in its tensor.
-    pub fn sections(&self, layout: &MatrixLayout, row: usize, dtype: WeightDtype) -> [(u64, &[u8]); 2] {
-        let scale_row = groups(layout) * dtype.size();
-        [((row * code_row(layout)) as u64, &self.codes), ((row * scale_row) as u64, &self.scales)]
+        Ok([((first * code_row) as u64, &self.codes), ((first * scale_row) as u64, &self.scales)])
     }
 }
 

@@ -151,8 +151,8 @@ pub fn save_quantized(
                 }
             }
             (Storage::Plain(dtype), SaveFormat::CompressedTensors) => {
-                compressed.pack(&options.pool, layout, dtype, bytes).map_err(broken)?;
-                for (tensor, (at, bytes)) in compressed.sections(layout, slab.row, dtype).into_iter().enumerate() {
+                let packed = compressed.pack(&options.pool, layout, dtype, slab.row, bytes).map_err(broken)?;
+                for (tensor, (at, bytes)) in packed.into_iter().enumerate() {
                     write(tensor, at, bytes)?;
                 }
             }
@@ -225,16 +225,15 @@ fn write_shards(
             count => format!("model-{:05}-of-{count:05}.safetensors", at + 1),
         };
         let method = if format == SaveFormat::Evenkeel { PACKED_METHOD } else { "pt" };
-        let parts = |weight: usize| (0..tensors[weight].len()).map(move |part| (weight, part));
+        let parts = |weight: usize| tensors[weight].iter().enumerate().map(move |(part, it)| ((weight, part), it));
         let mut order: Vec<_> = shard.clone().flat_map(parts).collect();
         if format == SaveFormat::CompressedTensors {
             // Each then stands on a multiple of its elements' size; what we pack is a multiple of all.
-            order.sort_by_key(|(weight, part)| std::cmp::Reverse(tensors[*weight][*part].dtype.bitsize()));
+            order.sort_by_key(|(_, tensor)| std::cmp::Reverse(tensor.dtype.bitsize()));
         }
         let mut header = Map::from_iter([("__metadata__".to_owned(), json!({"format": method}))]);
         let mut end = 0u64;
-        for (weight, part) in &order {
-            let Stored { name: tensor, dtype, shape, size, .. } = &tensors[*weight][*part];
+        for (_, Stored { name: tensor, dtype, shape, size, .. }) in &order {
             let entry = json!({"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]});
             header.insert(tensor.clone(), entry);
             weight_map.insert(tensor.clone(), name.clone().into());
@@ -250,10 +249,9 @@ fn write_shards(
         let write = |at, bytes: &[u8]| file.write_all_at(bytes, at).map_err(|e| Error::io("write", name.as_ref(), e));
         write(0, &bytes)?;
         let mut start = data;
-        for (weight, part) in order {
-            let tensor = &tensors[weight][part];
+        for (at, tensor) in order {
             write(start, &tensor.content)?;
-            files.insert((weight, part), (Arc::clone(&file), start));
+            files.insert(at, (Arc::clone(&file), start));
             start += tensor.size;
         }
     }
