@@ -41,10 +41,8 @@ impl FromStr for DeviceId {
 
     /// Reads `cuda:1`, `cpu`, `disk`, and an index alone (`1`) as Hugging Face writes it.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let index = |digits: &str| {
-            let canonical = digits.chars().all(|c| c.is_ascii_digit()) && (digits == "0" || !digits.starts_with('0'));
-            canonical.then(|| digits.parse().ok()).flatten()
-        };
+        // No sign and no leading zeros.
+        let index = |digits: &str| digits.parse().ok().filter(|index: &u32| index.to_string() == digits);
         let device = match text {
             "cpu" => Some(Self::Cpu),
             "disk" => Some(Self::Disk),

@@ -106,18 +106,14 @@ pub fn write_atomic(path: &Path, bytes: &[u8], overwrite: bool) -> Result<()> {
         .map_err(failed)?;
     file.write_all(bytes).map_err(failed)?;
     file.as_file().sync_all().map_err(failed)?;
-    if overwrite {
-        file.persist(path).map_err(|e| failed(e.error))?;
-    } else {
-        file.persist_noclobber(path).map_err(|e| {
-            if e.error.kind() == std::io::ErrorKind::AlreadyExists {
-                Error::usage(format!("`{}` is there already", path.display()))
-                    .hint(Hint::naming("{} replaces it", [Setting::Overwrite]))
-            } else {
-                failed(e.error)
-            }
-        })?;
-    }
+    let persisted = if overwrite { file.persist(path) } else { file.persist_noclobber(path) };
+    persisted.map_err(|e| match e.error.kind() {
+        std::io::ErrorKind::AlreadyExists if !overwrite => {
+            Error::usage(format!("`{}` is there already", path.display()))
+                .hint(Hint::naming("{} replaces it", [Setting::Overwrite]))
+        }
+        _ => failed(e.error),
+    })?;
     File::open(directory).and_then(|d| d.sync_all()).map_err(failed)
 }
 

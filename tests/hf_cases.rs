@@ -171,7 +171,7 @@ fn maps_are_cleaned() {
     let mut count = 0;
     for case in list(&cases["cases"]).iter().filter(|case| case["fn"] == "clean_device_map") {
         let mut map = devices(&case["args"]["device_map"]);
-        hf::clean_device_map(&mut map);
+        hf::clean_device_map(&mut map, "");
         assert_eq!(map, devices(&case["expected"]), "{}", case["id"]);
         count += 1;
     }

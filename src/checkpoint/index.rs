@@ -1,6 +1,6 @@
 //! `model.safetensors.index.json`: which shard holds which tensor.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::bytes::{Bytes, MIB};
 use crate::error::{Result, printable};
@@ -43,9 +43,7 @@ impl Index {
         if named.is_empty() {
             return Err(map.value.error("the `weight_map` is empty"));
         }
-        let mut shards: Vec<String> = named.values().cloned().collect();
-        shards.sort();
-        shards.dedup();
+        let shards: Vec<String> = BTreeSet::from_iter(named.values().cloned()).into_iter().collect();
         let position = |shard| shards.binary_search(&shard).unwrap_or_default();
         let weight_map = named.into_iter().map(|(tensor, shard)| (tensor, position(shard))).collect();
         Ok(Self { weight_map, shards })

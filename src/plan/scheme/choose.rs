@@ -28,19 +28,14 @@ pub fn decide_scheme(subject: &Subject, options: &PlanOptions) -> Result<(PlanOp
 /// Options in which the schemes are decided, and their plan. Where the fewest bits were decided on,
 /// the rest of the room goes to the projections that lose the most by them.
 pub fn with_scheme(subject: &Subject, options: &PlanOptions) -> Result<(PlanOptions, Plan)> {
-    let (decided, mut schemes) = decide_scheme(subject, options)?;
+    let (mut decided, mut schemes) = decide_scheme(subject, options)?;
     let mut plan = subject.plan(&decided)?;
     let has_fewest_bits =
         schemes.last().is_some_and(|outline| outline.fits && decided.quantize == Some(outline.scheme.into()));
-    let mixed = if has_fewest_bits { mixed::refine(subject, &decided, &plan)? } else { None };
-    let decided = match mixed {
-        Some((options, mixed)) => {
-            schemes.push(Outline { is_mixed: true, ..Outline::of(&mixed, options.strategy) });
-            plan = mixed;
-            options
-        }
-        None => decided,
-    };
+    if has_fewest_bits && let Some(mixed) = mixed::refine(subject, &decided, &plan)? {
+        (decided, plan) = mixed;
+        schemes.push(Outline { is_mixed: true, ..Outline::of(&plan, options.strategy) });
+    }
     plan.is_unmeasured = has_fewest_bits && subject.checkpoint.directory.is_none();
     plan.schemes = schemes;
     Ok((decided, plan))

@@ -17,7 +17,8 @@ pub struct Frontier {
     /// For each class its items as steps above the smallest one, a table from the steps that the
     /// classes so far may take to the item of this one.
     classes: Vec<(Vec<usize>, Vec<u8>)>,
-    steps: usize,
+    /// The number of steps that the capacity has.
+    pub steps: usize,
 }
 
 impl Frontier {
@@ -52,25 +53,14 @@ impl Frontier {
         Some(Self { classes: tables.collect(), steps })
     }
 
-    /// The number of steps that the capacity has.
-    pub fn steps(&self) -> usize {
-        self.steps
-    }
-
     /// The position of the item of every class, of those that cost the least within `steps`.
     pub fn choices(&self, steps: usize) -> Vec<usize> {
         let mut left = steps.min(self.steps);
-        let mut choices: Vec<usize> = self
-            .classes
-            .iter()
-            .rev()
-            .map(|(taken, table)| {
-                let choice = usize::from(table[left]);
-                left -= taken[choice];
-                choice
-            })
-            .collect();
-        choices.reverse();
+        let mut choices = vec![0; self.classes.len()];
+        for (choice, (taken, table)) in choices.iter_mut().zip(&self.classes).rev() {
+            *choice = usize::from(table[left]);
+            left -= taken[*choice];
+        }
         choices
     }
 }
@@ -103,7 +93,7 @@ mod tests {
         fn small_cases_are_exact(classes in classes(20), capacity in 0u64..120) {
             match (Frontier::new(&classes, capacity), brute_force(&classes, capacity)) {
                 (Some(frontier), Some(wanted)) => {
-                    let (size, cost) = total(&classes, &frontier.choices(frontier.steps()));
+                    let (size, cost) = total(&classes, &frontier.choices(frontier.steps));
                     prop_assert!(size <= capacity && (cost - wanted).abs() < 1e-9, "{size} {cost} {wanted}");
                 }
                 (None, None) => {}
@@ -116,14 +106,14 @@ mod tests {
             let all: u64 = classes.iter().flatten().map(|item| item.size).sum();
             let capacity = all / 1000 * part;
             let Some(frontier) = Frontier::new(&classes, capacity) else { return Ok(()) };
-            let (size, cost) = total(&classes, &frontier.choices(frontier.steps()));
+            let (size, cost) = total(&classes, &frontier.choices(frontier.steps));
             prop_assert!(size <= capacity);
             // Rounding up loses less than a step a class.
             let lost = (classes.len() as u64 + 1) * (capacity / STEPS + 1);
             if let Some(wanted) = capacity.checked_sub(lost).and_then(|less| brute_force(&classes, less)) {
                 prop_assert!(cost <= wanted + 1e-9, "{cost} {wanted}");
             }
-            let costs: Vec<f64> = (0..=frontier.steps()).step_by(97).map(|at| total(&classes, &frontier.choices(at)).1).collect();
+            let costs: Vec<f64> = (0..=frontier.steps).step_by(97).map(|at| total(&classes, &frontier.choices(at)).1).collect();
             prop_assert!(costs.is_sorted_by(|a, b| a >= b || (a - b).abs() < 1e-9));
         }
     }

@@ -50,7 +50,7 @@ pub fn refine(subject: &Subject, options: &PlanOptions, plan: &Plan) -> Result<O
         let mixed = subject.plan(&options)?;
         Ok((mixed.fits() && mixed.off_gpus() <= plan.off_gpus()).then_some((options, mixed)))
     };
-    let steps = bisect(0, frontier.steps(), |steps| Ok(with(&frontier.choices(steps))?.is_some()))?;
+    let steps = bisect(0, frontier.steps, |steps| Ok(with(&frontier.choices(steps))?.is_some()))?;
     let choices = frontier.choices(steps);
     let cost = |choices: &[usize]| chosen(choices).iter().map(|item| item.cost).sum::<f64>();
     if cost(&choices) < cost(&own) { with(&choices) } else { Ok(None) }

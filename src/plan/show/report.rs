@@ -68,10 +68,7 @@ impl Plan {
 
     /// As it prints, with the bars of [`Plan::bars`] under the table.
     pub fn with_bars(&self, color: bool) -> String {
-        let mut text = String::new();
-        // Writing to a String cannot fail.
-        let _ = self.write(&mut text, &self.bars(color));
-        text
+        fmt::from_fn(|f| self.write(f, &self.bars(color))).to_string()
     }
 
     /// Schemes, context, batch and KV cache in a line.
@@ -92,7 +89,7 @@ impl Plan {
         if parts.is_empty() { "nothing".to_owned() } else { parts.join(", ") }
     }
 
-    fn write(&self, f: &mut dyn fmt::Write, bars: &str) -> fmt::Result {
+    fn write(&self, f: &mut fmt::Formatter<'_>, bars: &str) -> fmt::Result {
         let blocks = self.modules.iter().filter(|module| module.is_block()).count();
         write!(f, "{}: {}, {blocks} blocks, {} parameters", self.model, self.architecture, count(self.parameters))?;
         if let Some(dtype) = &self.dtype {

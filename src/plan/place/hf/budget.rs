@@ -51,7 +51,9 @@ pub fn budgets(
             *budget *= USED;
         }
     }
-    Ok(budgets.into_iter().map(|(id, budget)| (id, truncated(budget))).collect())
+    // A budget is no less than zero, and one beyond u64 is no limit.
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "truncated on purpose")]
+    Ok(budgets.into_iter().map(|(id, budget)| (id, Bytes(budget as u64))).collect())
 }
 
 fn balance(model: &Model, budgets: &mut BTreeMap<DeviceId, f64>, is_default: bool, low_zero: bool) -> Result<()> {
@@ -90,13 +92,4 @@ fn balance(model: &Model, budgets: &mut BTreeMap<DeviceId, f64>, is_default: boo
         *first = first.min((flat.total() as f64 - others).max(0.0));
     }
     Ok(())
-}
-
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "a budget is no less than zero, and one beyond u64 is no limit"
-)]
-fn truncated(budget: f64) -> Bytes {
-    Bytes(budget as u64)
 }

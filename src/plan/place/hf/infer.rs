@@ -23,9 +23,9 @@ use crate::error::{Error, Result};
 pub fn infer_auto_device_map(model: &Model, budgets: &MaxMemory) -> Result<Placement> {
     let flat = Flat::new(model);
     let ties = tie_groups(model, &flat)?;
-    let mut devices = budgets.keys().copied().filter(|id| *id != DeviceId::Disk);
-    let first = devices.next();
-    let mut devices = first.into_iter().chain(devices).chain([DeviceId::Disk]);
+    let limited = budgets.keys().copied().filter(|id| *id != DeviceId::Disk);
+    let mut devices = limited.chain([DeviceId::Disk]).peekable();
+    let first = devices.peek().copied();
     let mut walk = Walk::new(&flat);
     let mut placed: Vec<(usize, DeviceId)> = Vec::new();
     let (mut device, mut used) = (devices.next().unwrap_or(DeviceId::Disk), 0u64);
@@ -61,7 +61,7 @@ pub fn infer_auto_device_map(model: &Model, budgets: &MaxMemory) -> Result<Place
         *planned.entry(*device).or_insert(Bytes::ZERO) += Bytes(flat.nodes[*node].bytes);
     }
     let mut device_map = placed.into_iter().map(|(node, device)| (flat.nodes[node].path.clone(), device)).collect();
-    clean_device_map(&mut device_map);
+    clean_device_map(&mut device_map, "");
     Ok(Placement { device_map, planned })
 }
 
@@ -157,12 +157,8 @@ fn cannot_tie(path: &str) -> Error {
 }
 
 /// Replaces all keys under a prefix by the prefix where there are several, all
-/// with the same value.
-pub fn clean_device_map<D: Copy + PartialEq>(device_map: &mut BTreeMap<String, D>) {
-    clean_under(device_map, "");
-}
-
-fn clean_under<D: Copy + PartialEq>(device_map: &mut BTreeMap<String, D>, module: &str) {
+/// with the same value: that of `module`, and of what is in it.
+pub fn clean_device_map<D: Copy + PartialEq>(device_map: &mut BTreeMap<String, D>, module: &str) {
     let prefix = join(module, "");
     let keys: Vec<String> = device_map
         .range(prefix.clone()..)
@@ -186,6 +182,6 @@ fn clean_under<D: Copy + PartialEq>(device_map: &mut BTreeMap<String, D>, module
     };
     let children: BTreeSet<String> = keys.iter().filter(|key| key.len() > module.len()).map(child).collect();
     for child in children {
-        clean_under(device_map, &child);
+        clean_device_map(device_map, &child);
     }
 }
