@@ -43,7 +43,7 @@ impl Index {
         if named.is_empty() {
             return Err(map.value.error("the `weight_map` is empty"));
         }
-        let shards: Vec<String> = BTreeSet::from_iter(named.values().cloned()).into_iter().collect();
+        let shards: Vec<_> = named.values().cloned().collect::<BTreeSet<_>>().into_iter().collect();
         let position = |shard| shards.binary_search(&shard).unwrap_or_default();
         let weight_map = named.into_iter().map(|(tensor, shard)| (tensor, position(shard))).collect();
         Ok(Self { weight_map, shards })

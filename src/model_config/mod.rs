@@ -304,10 +304,9 @@ fn softcaps(fields: &Fields, family: &Family) -> Result<(Option<f32>, Option<f32
         return Ok((None, None));
     };
     let cap = |key, default: Option<f64>| -> Result<Option<f32>> {
-        let cap = if fields.has(key) {
-            fields.optional(key).map(|_| fields.positive(key, MAX_SCALE)).transpose()?
-        } else {
-            default
+        let cap = match fields.optional(key) {
+            Some(_) => Some(fields.positive(key, MAX_SCALE)?),
+            None => default.filter(|_| !fields.has(key)),
         };
         #[expect(clippy::cast_possible_truncation, reason = "used in f32")]
         Ok(cap.map(|cap| cap as f32))

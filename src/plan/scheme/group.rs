@@ -59,10 +59,8 @@ pub fn groups<'a>(tree: &ModuleTree, weights: &'a [Weight]) -> Vec<Group<'a>> {
         // Those of a group follow on each other.
         if groups.last().is_none_or(|last| last.path != path) {
             let parent = &tree.modules[weight.module];
-            let kind = match path.strip_prefix(&parent.path).and_then(|rest| rest.strip_prefix('.')) {
-                Some(rest) => rest,
-                None => path.rsplit('.').next().unwrap_or(path),
-            };
+            let within = path.strip_prefix(&parent.path).and_then(|rest| rest.strip_prefix('.'));
+            let kind = within.or_else(|| path.rsplit('.').next()).unwrap_or(path);
             groups.push(Group {
                 path: path.to_owned(),
                 kind: kind.to_owned(),
