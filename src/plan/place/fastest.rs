@@ -166,17 +166,18 @@ mod tests {
     #[test]
     fn cases_by_hand() {
         let nine = [9; 8];
-        for (sizes, devices, placement) in [
+        // Where several take the same time, by rounding one or the other.
+        for (sizes, devices, placements) in [
             (&nine[..], &[("cuda:0", 100, 1.0)][..], "00000000"),
             // The faster one holds all of it.
             (&nine, &[("cuda:0", 100, 2.0), ("cuda:1", 100, 1.0)], "11111111"),
             // Not all: the faster one is filled, and first or last is the same.
-            (&nine, &[("cuda:0", 100, 2.0), ("cuda:1", 50, 1.0)], "00011111"),
+            (&nine, &[("cuda:0", 100, 2.0), ("cuda:1", 50, 1.0)], "00011111 11111000"),
             // A hop costs more than it saves.
             (&[9, 1], &[("cuda:0", 12, 2.0), ("cuda:1", 10, 1.9)], "00"),
             // What is left goes to the CPU, then to the disk.
-            (&nine, &[("cuda:0", 45, 1.0), ("cpu", 200, 9.0)], "cccc0000"),
-            (&nine, &[("cuda:0", 45, 1.0), ("cpu", 24, 9.0), ("disk", 99, 99.0)], "ccdd0000"),
+            (&nine, &[("cuda:0", 45, 1.0), ("cpu", 200, 9.0)], "cccc0000 0000cccc"),
+            (&nine, &[("cuda:0", 45, 1.0), ("cpu", 24, 9.0), ("disk", 99, 99.0)], "ccdd0000 0000ccdd"),
             (&[30, 9, 9, 9], &[("cuda:0", 45, 1.0), ("cpu", 200, 9.0)], "00cc"),
             (&[9, 9, 9, 30], &[("cuda:0", 45, 1.0), ("cpu", 200, 9.0)], "cc00"),
             (&nine, &[("cpu", 200, 9.0)], "cccccccc"),
@@ -184,7 +185,8 @@ mod tests {
             // Nothing fits: as sequential.
             (&nine, &[("cuda:0", 25, 1.0), ("cuda:1", 25, 0.5)], "00111111"),
         ] {
-            assert_eq!(placed(sizes, devices), placement, "{sizes:?} on {devices:?}");
+            let placement = placed(sizes, devices);
+            assert!(placements.split(' ').any(|one| one == placement), "{placement}: {sizes:?} on {devices:?}");
         }
     }
 
