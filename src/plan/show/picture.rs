@@ -62,8 +62,8 @@ impl Plan {
         let mut text = String::new();
         for device in &self.devices {
             text += &format!("{:<name_width$}  ", device.id);
-            let parts = PARTS.iter().map(|part| ((part.bytes)(device), part));
-            for (_, part, start, end) in edges(device, WIDTH as f64, parts) {
+            let edges = edges(device, WIDTH as f64, PARTS.iter().map(|part| (part.bytes)(device)));
+            for (part, (start, end)) in PARTS.iter().zip(edges) {
                 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "from 0 to WIDTH")]
                 let characters = (end.round() - start.round()) as usize;
                 text += &paint(part, &part.glyph.to_string().repeat(characters));
@@ -95,14 +95,13 @@ impl Plan {
             let name = device.name.as_ref().map_or(String::new(), |name| format!(" ({name})"));
             let title = format!("{}{name}: {}", device.id, device.taken());
             svg += &text(LEFT, top + 14, color, &title);
-            let parts =
-                PARTS.iter().map(|Part { name, fill, bytes, .. }| (bytes(device), (format!("fill=\"{fill}\""), *name)));
-            svg += &rectangles(device, top + 20, parts);
+            let parts = PARTS.iter().map(|part| ((part.bytes)(device), format!("fill=\"{}\"", part.fill), part.name));
+            svg += &rectangles(device, top + 20, parts.collect());
             // Lines between the modules, in the part of the weights.
             let line = "fill=\"none\" stroke=\"#ffffff\" stroke-width=\"0.6\" pointer-events=\"all\"";
             let modules = self.modules.iter().filter(|module| module.device == device.id);
-            let modules = modules.map(|module| (module.weights, (line.to_owned(), module.path.as_str())));
-            svg += &rectangles(device, top + 20, modules);
+            let modules = modules.map(|module| (module.weights, line.to_owned(), module.path.as_str()));
+            svg += &rectangles(device, top + 20, modules.collect());
             svg += &text(LEFT, top + 60, "#555555", &self.content(device.id));
         }
         let mut x = LEFT;
@@ -127,24 +126,21 @@ impl Plan {
     }
 }
 
-/// Parts of these bytes, and where they begin and end in a device's bar of `width`.
-fn edges<T>(
-    device: &DevicePlan,
-    width: f64,
-    parts: impl Iterator<Item = (Bytes, T)>,
-) -> impl Iterator<Item = (Bytes, T, f64, f64)> {
+/// Where parts of these bytes begin and end in a device's bar of `width`.
+fn edges(device: &DevicePlan, width: f64, parts: impl Iterator<Item = Bytes>) -> impl Iterator<Item = (f64, f64)> {
     let scale = width / device.extent().0.max(1) as f64;
-    parts.scan(Bytes::ZERO, move |end, (bytes, part)| {
+    parts.scan(Bytes::ZERO, move |end, bytes| {
         let start = *end;
         *end += bytes;
-        Some((bytes, part, start.0 as f64 * scale, end.0 as f64 * scale))
+        Some((start.0 as f64 * scale, end.0 as f64 * scale))
     })
 }
 
 /// Parts of a device's bar in a picture: their bytes, how they look and what they are.
-fn rectangles<'a>(device: &DevicePlan, top: usize, parts: impl Iterator<Item = (Bytes, (String, &'a str))>) -> String {
-    let parts = edges(device, BAR as f64, parts).filter(|(_, _, start, end)| end > start);
-    let rectangle = |(bytes, (style, name), start, end): (Bytes, (String, &str), f64, f64)| {
+fn rectangles(device: &DevicePlan, top: usize, parts: Vec<(Bytes, String, &str)>) -> String {
+    let edges: Vec<_> = edges(device, BAR as f64, parts.iter().map(|(bytes, ..)| *bytes)).collect();
+    let parts = parts.into_iter().zip(edges).filter(|(_, (start, end))| end > start);
+    let rectangle = |((bytes, style, name), (start, end)): ((Bytes, String, &str), (f64, f64))| {
         let (x, width, name) = (LEFT as f64 + start, end - start, escape(name));
         format!(
             "<rect x=\"{x:.1}\" y=\"{top}\" width=\"{width:.1}\" height=\"26\" {style}>\
