@@ -42,7 +42,7 @@ const MAX_SCALE: f64 = 1e6;
 #[derive(Clone, Debug, PartialEq)]
 #[expect(clippy::struct_excessive_bools, reason = "each says whether a model has something")]
 pub struct ModelConfig {
-    /// The architecture's row of [`FAMILIES`].
+    /// The architecture, as data.
     pub family: &'static Family,
     /// Module paths and the names of the schemes that their weights are packed in already; `None` where none are.
     pub packed: Option<Vec<(String, String)>>,
