@@ -251,9 +251,9 @@ pub fn rotation_equals_the_reference(gpu: &Arc<Gpu>) {
             let what = format!("{shape:?}, {pairs} pairs, {dtype}");
 
             // What is normalized on the way is what is normalized before.
-            let weights = [20, 21].map(|seed| vector(gpu, WeightDtype::Bf16, &random(head_dim, seed)));
-            let norm = |weight| Norm { kind: NormKind::Rms, epsilon: 1e-5, affine: Affine::new(weight, None) };
-            let norms = weights.each_ref().map(norm);
+            let affines =
+                [20, 21].map(|seed| Affine::new(vector(gpu, WeightDtype::Bf16, &random(head_dim, seed)), None));
+            let norms = affines.each_ref().map(|affine| Norm { kind: NormKind::Rms, epsilon: 1e-5, affine });
             let [on_the_way, first] = [true, false].map(|on_the_way| {
                 let cache = TestCache::new(gpu, dtype, [kv_heads, head_dim], [&before, &before]);
                 let (query, key) = (halves(gpu, &query), halves(gpu, &key));
