@@ -41,11 +41,8 @@ impl TestCache {
         let mut values = Vec::new();
         for (at, codes) in bytes[..layout.codes / width * width].chunks(width).enumerate() {
             let scale = bytes[layout.codes..].as_chunks().0.get(at).map_or(1.0, |bytes| f32::from_le_bytes(*bytes));
-            // Aligned as the decoder wants it.
-            let mut words = vec![0u32; width.div_ceil(4)];
-            bytemuck::cast_slice_mut(&mut words)[..width].copy_from_slice(codes);
             let mut vector = vec![0.0; head_dim];
-            layout.dtype.decode(&bytemuck::cast_slice(&words)[..width], scale, &mut vector);
+            layout.dtype.decode(codes, scale, &mut vector);
             values.extend(vector);
         }
         values

@@ -18,22 +18,13 @@ use crate::simd::{Isa, vectorized};
 const TASK: usize = 64 << 10;
 
 /// The input of a product: K values for each token, and the same quantized if a matrix wants them so.
-pub struct Activations<'a> {
+struct Activations<'a> {
     x: &'a [f32],
     cols: usize,
     quantized: Option<Quantized<'a>>,
 }
 
 impl<'a> Activations<'a> {
-    /// The input of `affines`, quantized into `words` if one of them computes on integers: `words`
-    /// has room for [`kernels::GROUP_WORDS`] for each group.
-    pub fn of(pool: &Pool, x: &'a [f32], words: &'a mut [i32], affines: &[&Affine]) -> Self {
-        let cols = affines.first().map_or(x.len(), |affine| affine.weight.layout.cols);
-        let is_packed = |affine: &&Affine| !matches!(affine.weight.layout.storage, Storage::Plain(_));
-        let quantized = affines.iter().any(is_packed).then(|| Quantized::new(pool, x, cols, words));
-        Self { x, cols, quantized }
-    }
-
     fn tokens(&self) -> usize {
         self.x.len() / self.cols
     }
@@ -65,7 +56,7 @@ impl<'a> Activations<'a> {
         };
         match self.quantized {
             Some(x) => Input::Packed(codes, x),
-            None => unreachable!("`Activations::of` was told of this matrix"),
+            None => unreachable!("a matrix wants them quantized"),
         }
     }
 }
@@ -76,18 +67,24 @@ enum Input<'a> {
     Packed(Codes, Quantized<'a>),
 }
 
-/// `y = x · wᵀ + b`, `[tokens][rows]`, for several matrices with one input.
-pub fn matmul<const N: usize>(pool: &Pool, x: &Activations, products: [(&Affine, &mut [f32]); N]) {
-    let affines = from_fn::<_, N, _>(|at| products[at].0.clone());
+/// `y = x · wᵀ + b`, `[tokens][rows]`, for several matrices with one input, which is quantized into `words`
+/// if one of them computes on integers: they have room for [`kernels::GROUP_WORDS`] for each group.
+pub fn matmul<const N: usize>(pool: &Pool, x: &[f32], words: &mut [f32], products: [(&Affine, &mut [f32]); N]) {
+    let affines = products.each_ref().map(|(affine, _)| *affine);
+    let cols = affines[0].weight.layout.cols;
+    let is_packed = |affine: &&Affine| !matches!(affine.weight.layout.storage, Storage::Plain(_));
+    let words = bytemuck::must_cast_slice_mut(words);
+    let quantized = affines.iter().any(is_packed).then(|| Quantized::new(pool, x, cols, words));
+    let x = Activations { x, cols, quantized };
     let row_bytes = affines.iter().map(|affine| affine.weight.layout.code_row).max().unwrap_or(0);
     let mut tables = products.map(|(affine, values)| {
-        debug_assert_eq!(affine.weight.layout.cols, x.cols);
+        debug_assert_eq!(affine.weight.layout.cols, cols);
         Table { values, stride: affine.rows.len() }
     });
     let is_few = x.tokens() < MANY;
     let at_once = if is_few { (TASK / row_bytes.max(1)).next_multiple_of(ROWS).clamp(ROWS, 2 * TILE) } else { TILE };
     pool.tiles(&mut tables, at_once, usize::MAX, |table, mut columns| {
-        let (affine, width) = (&affines[table], columns.width());
+        let (affine, width) = (affines[table], columns.width());
         let start = affine.rows.start + columns.start();
         if is_few {
             for at in (0..width).step_by(ROWS) {
@@ -217,10 +214,9 @@ mod tests {
 
     fn run(pool: &Pool, affine: &Affine, x: &[f32]) -> Vec<f32> {
         let cols = affine.weight.layout.cols;
-        let mut words = vec![0; x.len() / cols * cols.div_ceil(GROUP_SIZE) * GROUP_WORDS];
+        let mut words = vec![0.0; x.len() / cols * cols.div_ceil(GROUP_SIZE) * GROUP_WORDS];
         let mut y = vec![f32::NAN; x.len() / cols * affine.rows.len()];
-        let activations = Activations::of(pool, x, &mut words, &[affine]);
-        matmul(pool, &activations, [(affine, &mut y)]);
+        matmul(pool, x, &mut words, [(affine, &mut y)]);
         y
     }
 
@@ -346,10 +342,9 @@ mod tests {
         let bytes = layouts.each_ref().map(|layout| packed(layout, &random(layout.rows * cols, 9)));
         let [a, b] = [0, 1].map(|at| Affine::new(Matrix::new(&layouts[at], &bytes[at]), None));
         let pool = Pool::default();
-        let mut words = vec![0; tokens * cols / GROUP_SIZE * GROUP_WORDS];
-        let activations = Activations::of(&pool, &x, &mut words, &[&a, &b]);
+        let mut words = vec![0.0; tokens * cols / GROUP_SIZE * GROUP_WORDS];
         let (mut y_a, mut y_b) = (vec![f32::NAN; tokens * 70], vec![f32::NAN; tokens * 3]);
-        matmul(&pool, &activations, [(&a, &mut y_a), (&b, &mut y_b)]);
+        matmul(&pool, &x, &mut words, [(&a, &mut y_a), (&b, &mut y_b)]);
         assert_eq!((y_a, y_b), (run(&pool, &a, &x), run(&pool, &b, &x)));
     }
 }
