@@ -144,18 +144,14 @@ fn vector(gpu: &Arc<Gpu>, dtype: WeightDtype, values: &[f32]) -> DeviceMatrix {
 
 /// A matrix as the host packs it.
 pub fn packed(layout: &MatrixLayout, weights: &[f32]) -> Vec<u8> {
-    let mut matrix = vec![0; layout.size().as_usize().unwrap()];
-    let mut put = |at: u64, section: &[u8]| matrix[at as usize..at as usize + section.len()].copy_from_slice(section);
     if let Storage::Plain(dtype) = layout.storage {
-        put(layout.codes_at(0), &encode(dtype, weights));
+        let mut matrix = encode(dtype, weights);
+        matrix.resize(layout.size().as_usize().unwrap(), 0);
         return matrix;
     }
     let mut rows = PackedRows::default();
     quantize_rows(&Pool::default(), layout, WeightDtype::F32, &encode(WeightDtype::F32, weights), &mut rows).unwrap();
-    put(layout.codes_at(0), &rows.codes);
-    put(layout.sub_scales_at(0), &rows.sub_scales);
-    put(layout.scales_at(0), &rows.scales);
-    matrix
+    rows.matrix(layout)
 }
 
 #[track_caller]

@@ -76,7 +76,7 @@ pub fn matmul<const N: usize>(pool: &Pool, x: &[f32], words: &mut [f32], product
     let words = bytemuck::must_cast_slice_mut(words);
     let quantized = affines.iter().any(is_packed).then(|| Quantized::new(pool, x, cols, words));
     let x = Activations { x, cols, quantized };
-    let row_bytes = affines.iter().map(|affine| affine.weight.layout.code_row).max().unwrap_or(0);
+    let row_bytes = affines.iter().map(|affine| affine.weight.layout.row_bytes[0]).max().unwrap_or(0);
     let mut tables = products.map(|(affine, values)| {
         debug_assert_eq!(affine.weight.layout.cols, cols);
         Table { values, stride: affine.rows.len() }
@@ -171,19 +171,12 @@ mod tests {
             }
             _ => weights.iter().flat_map(|w| w.to_le_bytes()).collect(),
         };
-        let mut matrix = vec![0; layout.size().as_usize().unwrap()];
-        let mut put =
-            |at: u64, section: &[u8]| matrix[at as usize..at as usize + section.len()].copy_from_slice(section);
         if let Storage::Plain(_) = layout.storage {
-            put(layout.codes_at(0), &bytes);
-            return matrix;
+            return [&bytes[..], &vec![0; layout.size().as_usize().unwrap() - bytes.len()]].concat();
         }
         let mut rows = PackedRows::default();
         quantize_rows(&Pool::default(), layout, WeightDtype::F32, &bytes, &mut rows).unwrap();
-        put(layout.codes_at(0), &rows.codes);
-        put(layout.sub_scales_at(0), &rows.sub_scales);
-        put(layout.scales_at(0), &rows.scales);
-        matrix
+        rows.matrix(layout)
     }
 
     const STORAGES: [Storage; 6] = [

@@ -60,7 +60,8 @@ pub type Affine<'a> = Linear<Matrix<'a>>;
 
 impl Linear<Parameter> {
     fn affine(&self) -> Affine<'_> {
-        self.map(Parameter::matrix)
+        let bias = self.bias.as_ref().map(Parameter::matrix);
+        Linear { weight: self.weight.matrix(), bias, rows: self.rows.clone() }
     }
 }
 

@@ -39,14 +39,10 @@ impl<'a> Argument<'a> {
     /// Codes, sub-scales and scales of a matrix from `row` on; null for those that its storage has not.
     pub fn sections(matrix: &'a DeviceMatrix, row: usize) -> [Self; 3] {
         let DeviceMatrix { layout, region } = matrix;
-        [
-            (true, layout.codes_at(row)),
-            (layout.sub_scale_row > 0, layout.sub_scales_at(row)),
-            (layout.scale_row > 0, layout.scales_at(row)),
-        ]
-        .map(|(is_there, at)| {
+        let mut bytes = layout.row_bytes.into_iter();
+        layout.sections(row).map(|at| {
             assert!(at <= region.len() as u64, "a row beyond its matrix");
-            if is_there { Self::From(region, at) } else { Self::Null }
+            if bytes.next() == Some(0) { Self::Null } else { Self::From(region, at) }
         })
     }
 

@@ -162,7 +162,7 @@ impl Gpu {
         if !mma_few {
             return self.launch(few_kernel, (blocks_of(FEW_SLOTS), 1), 256, &arguments);
         }
-        let code_row = parts[0].0.weight.layout.code_row;
+        let [code_row, ..] = parts[0].0.weight.layout.row_bytes;
         let units: usize = blocks_of(MMA_FEW_SLOTS) * code_row.div_ceil(MMA_FEW_BYTES);
         let blocks = units.min(self.blocks_at_once(few_kernel, 256)?).min(CUDA_FEW_BLOCKS);
         scratch.holds(blocks * CUDA_FEW_PARTS, blocks);
