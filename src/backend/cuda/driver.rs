@@ -15,14 +15,12 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, DriverErr
 use crate::bytes::Bytes;
 use crate::device::{DeviceError, DeviceId};
 use crate::error::{Error, ErrorKind, Hint, Result, Setting};
-use crate::footprint::aligned;
+use crate::footprint::{WORD, aligned};
 use crate::pool::lock;
 
 /// What a GPU that fails later than it is told has done.
 const FAILED: &str = "has failed at work that was queued";
 
-/// Bytes of a u32 or an f32.
-pub(super) const WORD: usize = 4;
 /// Memory of every context can be copied from page-locked memory that is allocated with this flag.
 const PORTABLE: u32 = 1;
 

@@ -1,16 +1,14 @@
 //! What kernels are given: matrices and their rows, norms, caches, shapes.
 
 use super::driver::Region;
-pub(super) use super::driver::WORD;
 use crate::backend::block::Linear;
 use crate::footprint::{CudaAttention, KvLayout};
+pub(super) use crate::footprint::{HALF, WORD};
 use crate::model_config::NormKind;
 use crate::quant::{KvDtype, MatrixLayout};
 
 /// The widest head that a kernel takes.
 pub const MAX_HEAD_DIM: usize = 512;
-/// Bytes of an f16.
-pub(super) const HALF: usize = 2;
 
 /// A matrix or vector on a GPU, in the canonical packing.
 #[derive(Clone)]

@@ -37,8 +37,8 @@ impl CudaStage {
         Self { workspace, config, modules, caches, step: Repeated::New, choice: Choice::GREEDY }
     }
 
-    fn norm_of<'a>(&self, linear: &'a Affine) -> Norm<'a> {
-        Norm { kind: self.config.family.norm_kind, epsilon: self.config.norm_eps, affine: linear }
+    fn norm_of<'a>(&self, affine: &'a Affine) -> Norm<'a> {
+        Norm { kind: self.config.family.norm_kind, epsilon: self.config.norm_eps, affine }
     }
 
     fn input<'a>(&'a self, states: &'a Region, norm: Option<&'a Norm<'a>>) -> Input<'a> {
