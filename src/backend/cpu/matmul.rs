@@ -17,54 +17,32 @@ use crate::simd::{Isa, vectorized};
 /// Bytes of weights that a thread takes at once for one token.
 const TASK: usize = 64 << 10;
 
-/// The input of a product: K values for each token, and the same quantized if a matrix wants them so.
-struct Activations<'a> {
-    x: &'a [f32],
-    cols: usize,
-    quantized: Option<Quantized<'a>>,
+/// What the rows of a matrix are multiplied with, as its storage wants it.
+#[derive(Clone, Copy)]
+enum Input<'a> {
+    /// So many values for each token.
+    Plain(WeightDtype, &'a [f32], usize),
+    Packed(Codes, Quantized<'a>),
 }
 
-impl<'a> Activations<'a> {
-    fn tokens(&self) -> usize {
-        self.x.len() / self.cols
-    }
-
-    fn few(&self, isa: Isa, tile: &Tile<ROWS>, token: usize) -> [f32; ROWS] {
-        match self.input(tile.storage) {
-            Input::Plain(dtype) => plain::few(isa, dtype, &tile.rows, &self.x[token * self.cols..][..self.cols]),
-            Input::Packed(codes, x) => kernels::few(isa, codes, &tile.rows, x.token(token)),
+impl Input<'_> {
+    fn few(self, isa: Isa, rows: &[Row; ROWS], token: usize) -> [f32; ROWS] {
+        match self {
+            Self::Plain(dtype, x, cols) => plain::few(isa, dtype, rows, &x[token * cols..][..cols]),
+            Self::Packed(codes, x) => kernels::few(isa, codes, rows, x.token(token)),
         }
     }
 
     /// The totals of a tile of rows with each token from `first` on.
-    fn many(&self, isa: Isa, tile: &Tile<TILE>, first: usize, totals: &mut [[f32; TILE]]) {
-        let (cols, count) = (self.cols, totals.len());
-        match self.input(tile.storage) {
-            Input::Plain(dtype) => {
-                plain::many(isa, dtype, &tile.rows, &self.x[first * cols..][..count * cols], cols, totals);
+    fn many(self, isa: Isa, rows: &[Row; TILE], first: usize, totals: &mut [[f32; TILE]]) {
+        let count = totals.len();
+        match self {
+            Self::Plain(dtype, x, cols) => {
+                plain::many(isa, dtype, rows, &x[first * cols..][..count * cols], cols, totals);
             }
-            Input::Packed(codes, x) => kernels::many(isa, codes, &tile.rows, x.slice(first, count), totals),
+            Self::Packed(codes, x) => kernels::many(isa, codes, rows, x.slice(first, count), totals),
         }
     }
-
-    fn input(&self, storage: Storage) -> Input<'a> {
-        let codes = match storage {
-            Storage::Plain(dtype) => return Input::Plain(dtype),
-            Storage::Int8 => Codes::Int8,
-            Storage::Int4 => Codes::Int4,
-            Storage::Nl4 => Codes::Nl4,
-        };
-        match self.quantized {
-            Some(x) => Input::Packed(codes, x),
-            None => unreachable!("a matrix wants them quantized"),
-        }
-    }
-}
-
-/// What rows of a storage are multiplied with.
-enum Input<'a> {
-    Plain(WeightDtype),
-    Packed(Codes, Quantized<'a>),
 }
 
 /// `y = x · wᵀ + b`, `[tokens][rows]`, for several matrices with one input, which is quantized into `words`
@@ -72,34 +50,40 @@ enum Input<'a> {
 pub fn matmul<const N: usize>(pool: &Pool, x: &[f32], words: &mut [f32], products: [(&Affine, &mut [f32]); N]) {
     let affines = products.each_ref().map(|(affine, _)| *affine);
     let cols = affines[0].weight.layout.cols;
+    let tokens = x.len() / cols;
     let is_packed = |affine: &&Affine| !matches!(affine.weight.layout.storage, Storage::Plain(_));
-    let words = bytemuck::must_cast_slice_mut(words);
-    let quantized = affines.iter().any(is_packed).then(|| Quantized::new(pool, x, cols, words));
-    let x = Activations { x, cols, quantized };
+    let wanted = if affines.iter().any(is_packed) { x } else { &[] };
+    let quantized = Quantized::new(pool, wanted, cols, bytemuck::must_cast_slice_mut(words));
+    let inputs = affines.map(|affine| match affine.weight.layout.storage {
+        Storage::Plain(dtype) => Input::Plain(dtype, x, cols),
+        Storage::Int8 => Input::Packed(Codes::Int8, quantized),
+        Storage::Int4 => Input::Packed(Codes::Int4, quantized),
+        Storage::Nl4 => Input::Packed(Codes::Nl4, quantized),
+    });
     let row_bytes = affines.iter().map(|affine| affine.weight.layout.row_bytes[0]).max().unwrap_or(0);
     let mut tables = products.map(|(affine, values)| {
         debug_assert_eq!(affine.weight.layout.cols, cols);
         Table { values, stride: affine.rows.len() }
     });
-    let is_few = x.tokens() < MANY;
+    let is_few = tokens < MANY;
     let at_once = if is_few { (TASK / row_bytes.max(1)).next_multiple_of(ROWS).clamp(ROWS, 2 * TILE) } else { TILE };
     pool.tiles(&mut tables, at_once, usize::MAX, |table, mut columns| {
-        let (affine, width) = (affines[table], columns.width());
+        let (affine, x, width) = (affines[table], inputs[table], columns.width());
         let start = affine.rows.start + columns.start();
         if is_few {
             for at in (0..width).step_by(ROWS) {
                 let tile = Tile::<ROWS>::new(affine, start + at..start + width);
-                for token in 0..x.tokens() {
-                    tile.put(pool.isa(), &x.few(pool.isa(), &tile, token), &mut columns.row(token)[at..]);
+                for token in 0..tokens {
+                    tile.put(pool.isa(), &x.few(pool.isa(), &tile.rows, token), &mut columns.row(token)[at..]);
                 }
             }
         } else {
             let tile = Tile::<TILE>::new(affine, start..start + width);
             #[expect(clippy::large_stack_arrays, reason = "a thread's stack has room")]
             let mut totals = [[0.0; TILE]; TOKENS];
-            for first in (0..x.tokens()).step_by(TOKENS) {
-                let totals = &mut totals[..TOKENS.min(x.tokens() - first)];
-                x.many(pool.isa(), &tile, first, totals);
+            for first in (0..tokens).step_by(TOKENS) {
+                let totals = &mut totals[..TOKENS.min(tokens - first)];
+                x.many(pool.isa(), &tile.rows, first, totals);
                 for (token, totals) in (first..).zip(totals) {
                     tile.put(pool.isa(), totals, columns.row(token));
                 }
@@ -110,7 +94,6 @@ pub fn matmul<const N: usize>(pool: &Pool, x: &[f32], words: &mut [f32], product
 
 /// N rows of a matrix that are multiplied at once.
 struct Tile<'a, const N: usize> {
-    storage: Storage,
     rows: [Row<'a>; N],
     scales: [f32; N],
     biases: [f32; N],
@@ -120,11 +103,9 @@ impl<'a, const N: usize> Tile<'a, N> {
     /// The first of `rows`; where these are fewer than N, the last one stands for those that are missing.
     fn new(affine: &Affine<'a>, rows: Range<usize>) -> Self {
         let matrix = &affine.weight;
-        let storage = matrix.layout.storage;
-        let unit = if storage == Storage::Nl4 { NL4_UNIT } else { 1.0 };
+        let unit = if matrix.layout.storage == Storage::Nl4 { NL4_UNIT } else { 1.0 };
         let row = |i: usize| (rows.start + i).min(rows.end - 1);
         Self {
-            storage,
             rows: from_fn(|i| Row { codes: matrix.codes(row(i)), sub_scales: matrix.sub_scales(row(i)) }),
             scales: from_fn(|i| unit * matrix.scale(row(i))),
             biases: affine.bias.map_or([0.0; N], |bias| from_fn(|i| bias.element(row(i)))),
