@@ -12,7 +12,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
-use evenkeel::backend::cpu::{Activations, Affine, GROUP_WORDS, matmul};
+use evenkeel::backend::cpu::{Affine, GROUP_WORDS, matmul};
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::generate::GenerateOptions;
 use evenkeel::loader::{LoadOptions, Model};
@@ -69,7 +69,7 @@ fn product(
     // Bytes of 0x38 are small numbers as codes, as scales in f16 and f32, and as bf16.
     let bytes = vec![0x38u8; count * size];
     let x: Vec<f32> = (0..tokens * cols).map(|i| (i as f32 * 0.7).sin()).collect();
-    let mut words = vec![0; tokens * cols.div_ceil(GROUP_SIZE) * GROUP_WORDS];
+    let mut words = vec![0.0; tokens * cols.div_ceil(GROUP_SIZE) * GROUP_WORDS];
     let mut y = vec![0.0; tokens * rows];
     let (mut at, mut seconds, mut runs) = (0, 0.0, 0u32);
     group.bench_function(name, |bencher| {
@@ -78,8 +78,7 @@ fn product(
             for _ in 0..iterations {
                 at = (at + 1) % count;
                 let affine = Affine::new(Matrix::new(&layout, &bytes[at * size..]), None);
-                let x = Activations::of(pool, black_box(&x), &mut words, &[&affine]);
-                matmul(pool, &x, [(&affine, &mut y[..])]);
+                matmul(pool, black_box(&x), &mut words, [(&affine, &mut y[..])]);
             }
             let elapsed = start.elapsed();
             seconds += elapsed.as_secs_f64();

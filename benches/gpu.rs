@@ -141,18 +141,18 @@ fn scratch(gpu: &Arc<Gpu>, shape: &Shape, tokens: usize, context: usize) -> Scra
     Scratch { parts, arrivals }
 }
 
-fn matrix(gpu: &Arc<Gpu>, storage: Storage, rows: usize, cols: usize) -> DeviceMatrix {
+fn matrix(gpu: &Arc<Gpu>, storage: Storage, rows: usize, cols: usize) -> Affine {
     let layout = MatrixLayout::new(storage, rows, cols).expect("a size");
     let size = layout.size().as_usize().expect("a size");
-    DeviceMatrix::new(layout, small(gpu, size))
+    Affine::new(DeviceMatrix::new(layout, small(gpu, size)), None)
 }
 
-fn bytes<'a>(matrices: impl IntoIterator<Item = &'a DeviceMatrix>) -> f64 {
-    matrices.into_iter().map(|matrix| matrix.as_ref().size().0 as f64).sum()
+fn bytes<'a>(matrices: impl IntoIterator<Item = &'a Affine>) -> f64 {
+    matrices.into_iter().map(|matrix| matrix.weight.as_ref().size().0 as f64).sum()
 }
 
 /// So many matrices in turn that no cache holds them.
-fn rotated(gpu: &Arc<Gpu>, shape: &Shape, storage: Storage, rows: usize, cols: usize) -> Vec<DeviceMatrix> {
+fn rotated(gpu: &Arc<Gpu>, shape: &Shape, storage: Storage, rows: usize, cols: usize) -> Vec<Affine> {
     let size = MatrixLayout::new(storage, rows, cols).expect("a size").size().as_usize().expect("a size");
     let count = (8 * shape.hidden * shape.feed_forward / size).max(1);
     (0..count).map(|_| matrix(gpu, storage, rows, cols)).collect()
@@ -179,9 +179,8 @@ fn products(Bench { gpu, shape }: &Bench) {
                     let seconds = seconds(
                         || {
                             at = (at + 1) % matrices.len();
-                            let affine = Affine::new(&matrices[at], None);
                             let y = (&y, Output::F16, 1.0);
-                            gpu.matmul(&affine, Input::Half(&x), tokens, y, &scratch).expect("a launch");
+                            gpu.matmul(&matrices[at], Input::Half(&x), tokens, y, &scratch).expect("a launch");
                         },
                         || gpu.synchronize().expect("a GPU that works"),
                     );
@@ -206,7 +205,7 @@ fn quantize(Bench { gpu, shape }: &Bench) {
     for (name, storage) in &STORAGES[1..] {
         let matrix = matrix(gpu, *storage, rows, cols);
         let seconds = seconds(
-            || gpu.quantize(&matrix, 0, rows, WeightDtype::Bf16, &weights, &failed).expect("a launch"),
+            || gpu.quantize(&matrix.weight, 0, rows, WeightDtype::Bf16, &weights, &failed).expect("a launch"),
             || gpu.synchronize().expect("a GPU that works"),
         );
         let moved = (rows * cols * 2) as f64 + bytes([&matrix]);
@@ -331,10 +330,9 @@ fn step(Bench { gpu, shape }: &Bench) {
         (hidden, wide),
     ];
     for (name, storage) in [("int8", Storage::Int8), ("int4", Storage::Int4)] {
-        let blocks: [[DeviceMatrix; 7]; 4] =
+        let blocks: [[Affine; 7]; 4] =
             std::array::from_fn(|_| sizes.map(|(rows, cols)| matrix(gpu, storage, rows, cols)));
-        let affines = blocks.each_ref().map(|block| block.each_ref().map(|matrix| Affine::new(matrix, None)));
-        let in_turn = |at: usize| affines[at % affines.len()].as_slice();
+        let in_turn = |at: usize| blocks[at % blocks.len()].as_slice();
         let inputs = |block: &[Affine]| {
             let parts = [(&block[0], &result), (&block[1], &result), (&block[2], &result)];
             gpu.matmuls(&parts, Input::Half(&input), 1, &scratch)

@@ -92,11 +92,7 @@ impl ModuleTree {
     pub fn new(config: &ModelConfig) -> Self {
         let family = config.family;
         let in_base = |name: &str| format!("{}.{name}", family.base);
-        let module = |path: String, kind, role| {
-            let mut parameters = Vec::new();
-            push(&mut parameters, config, role, path.clone());
-            Module { path, kind, parameters }
-        };
+        let module = |path: String, kind, role| Module { parameters: parameters(config, role, &path), path, kind };
         let blocks = in_base(family.blocks);
         let mut modules = vec![module(in_base(family.embedding), ModuleKind::Embedding, Role::Embedding)];
         modules.extend(family.positions.map(|name| module(in_base(name), ModuleKind::Positions, Role::Positions)));
@@ -203,9 +199,9 @@ fn block(config: &ModelConfig, blocks: &str, index: usize) -> Module {
     let path = format!("{blocks}.{index}");
     let has_experts = config.layers[index].has_experts;
     let experts = config.experts.map_or(0, |experts| experts.count);
-    let mut parameters = Vec::new();
+    let mut all = Vec::new();
     for (role, name) in config.family.block() {
-        let mut push = |role, name: &str| push(&mut parameters, config, role, format!("{path}.{name}"));
+        let mut push = |role, name: &str| all.extend(parameters(config, role, &format!("{path}.{name}")));
         let expert: fn(usize) -> Role = match role {
             Role::ExpertGate(_) => Role::ExpertGate,
             Role::ExpertUp(_) => Role::ExpertUp,
@@ -221,11 +217,11 @@ fn block(config: &ModelConfig, blocks: &str, index: usize) -> Module {
             (0..experts).for_each(|at| push(expert(at), &name.replace("{}", &at.to_string())));
         }
     }
-    Module { path, kind: ModuleKind::Block(index), parameters }
+    Module { path, kind: ModuleKind::Block(index), parameters: all }
 }
 
-/// Adds the parameters of the module at `path`, whose part in the model is `role`.
-fn push(parameters: &mut Vec<Parameter>, config: &ModelConfig, role: Role, path: String) {
+/// The parameters of the module at `path`, whose part in the model is `role`.
+fn parameters(config: &ModelConfig, role: Role, path: &str) -> Vec<Parameter> {
     let (rows, cols) = shape(config, role);
     let is_norm = role.is_norm();
     let has_bias = match role {
@@ -236,18 +232,12 @@ fn push(parameters: &mut Vec<Parameter>, config: &ModelConfig, role: Role, path:
     };
     let is_transposed =
         config.family.is_transposed && matches!(role, Role::QueryKeyValue | Role::Output | Role::Up | Role::Down);
-    if has_bias {
-        let bias = Parameter {
-            role,
-            part: Part::Bias,
-            module: path.clone(),
-            rows: 1,
-            cols: if is_norm { cols } else { rows },
-            is_transposed: false,
-        };
-        parameters.push(bias);
-    }
-    parameters.push(Parameter { role, part: Part::Weight, module: path, rows, cols, is_transposed });
+    let parameter = |part, rows, cols, is_transposed| {
+        let module = path.to_owned();
+        Parameter { role, part, module, rows, cols, is_transposed }
+    };
+    let bias = has_bias.then(|| parameter(Part::Bias, 1, if is_norm { cols } else { rows }, false));
+    bias.into_iter().chain([parameter(Part::Weight, rows, cols, is_transposed)]).collect()
 }
 
 /// Rows and columns of the weight of a role.

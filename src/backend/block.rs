@@ -26,11 +26,6 @@ impl<P: AsRef<MatrixLayout>> Linear<P> {
         Self { weight, bias, rows }
     }
 
-    /// The same rows of what `of` makes of weight and bias.
-    pub fn map<'a, Q>(&'a self, of: impl Fn(&'a P) -> Q) -> Linear<Q> {
-        Linear { weight: of(&self.weight), bias: self.bias.as_ref().map(&of), rows: self.rows.clone() }
-    }
-
     /// Some rows, counted from the first that is meant now.
     ///
     /// # Panics

@@ -15,7 +15,7 @@ pub use crate::random::Draws;
 pub use choice::Choice;
 pub use chooser::Chooser;
 pub use hidden::{Chunk, Hidden};
-pub use pipeline::{Pipeline, StageRoles};
+pub use pipeline::Pipeline;
 
 /// Rows of a step: tokens of one sequence that follow on each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,17 +33,17 @@ pub struct Run {
 /// A stage takes hidden states and gives some; it does not know its
 /// neighbours. It asks [`Hidden`] for them where it computes.
 pub trait Stage: Send {
-    /// Makes the embedding of each token the hidden states; only for the stage that holds it.
+    /// Makes the embedding of each token the hidden states, if the stage holds it.
     fn embed(&mut self, tokens: &[u32], hidden: &mut Hidden) -> Result<()>;
 
     /// Runs the stage's blocks on the hidden states, the rows of one run after those of the other, each of
     /// another sequence, and keeps what blocks keep of them.
     fn run_blocks(&mut self, hidden: &mut Hidden, runs: &[Run]) -> Result<()>;
 
-    /// Normalizes the hidden states; only for the stage that holds the last norm.
+    /// Normalizes the hidden states, if the stage holds the last norm.
     fn norm(&mut self, hidden: &mut Hidden) -> Result<()>;
 
-    /// The logits of one token's normalized hidden state; only for the stage that holds the head.
+    /// The logits of one token's normalized hidden state, if the stage holds the head.
     fn logits(&mut self, hidden: &mut Hidden, logits: &mut [f32]) -> Result<()>;
 
     /// What chooses tokens where the logits are; `None` where the host does, or the head is elsewhere.

@@ -4,21 +4,9 @@ use super::{DeviceChooser, Hidden, Run, Stage};
 use crate::error::{Error, Result};
 use crate::model_config::ModelConfig;
 
-/// Which stage holds the embedding, the last norm and the head.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct StageRoles {
-    /// Position of the stage with the embedding.
-    pub embedding: usize,
-    /// Position of the stage with the last norm.
-    pub norm: usize,
-    /// Position of the stage with the head.
-    pub head: usize,
-}
-
 /// The stages of a model.
 pub struct Pipeline {
     stages: Vec<Box<dyn Stage>>,
-    roles: StageRoles,
     hidden: Hidden,
     /// The most tokens that the hidden states have room for.
     largest_chunk: usize,
@@ -27,14 +15,9 @@ pub struct Pipeline {
 
 impl Pipeline {
     /// A pipeline over `stages`, with room for `largest_chunk` tokens at once.
-    pub fn new(stages: Vec<Box<dyn Stage>>, roles: StageRoles, config: &ModelConfig, largest_chunk: usize) -> Self {
-        Self {
-            stages,
-            roles,
-            hidden: Hidden::new(largest_chunk, config.hidden_size),
-            largest_chunk,
-            logits: vec![0.0; config.vocab_size],
-        }
+    pub fn new(stages: Vec<Box<dyn Stage>>, config: &ModelConfig, largest_chunk: usize) -> Self {
+        let (hidden, logits) = (Hidden::new(largest_chunk, config.hidden_size), vec![0.0; config.vocab_size]);
+        Self { stages, hidden, largest_chunk, logits }
     }
 
     /// Bytes of the buffers that the pipeline itself holds.
@@ -60,22 +43,22 @@ impl Pipeline {
             return Err(Error::input(format!("token {token} is not among the {} of the model", self.logits.len())));
         }
         self.hidden.begin(tokens.len());
-        self.stages[self.roles.embedding].embed(tokens, &mut self.hidden)?;
+        self.stages.iter_mut().try_for_each(|stage| stage.embed(tokens, &mut self.hidden))?;
         self.stages.iter_mut().try_for_each(|stage| stage.run_blocks(&mut self.hidden, runs))
     }
 
     /// The logits behind a row of the last step, to be used up.
     pub fn logits(&mut self, row: usize) -> Result<&mut [f32]> {
         let chunk = self.hidden.select(row);
-        self.stages[self.roles.norm].norm(&mut self.hidden)?;
-        self.stages[self.roles.head].logits(&mut self.hidden, &mut self.logits)?;
+        self.stages.iter_mut().try_for_each(|stage| stage.norm(&mut self.hidden))?;
+        self.stages.iter_mut().try_for_each(|stage| stage.logits(&mut self.hidden, &mut self.logits))?;
         self.hidden.restore(chunk);
         Ok(&mut self.logits)
     }
 
     /// What chooses tokens where the head is, if that is no matter of the host.
     pub fn chooser(&mut self) -> Option<&mut dyn DeviceChooser> {
-        self.stages[self.roles.head].chooser()
+        self.stages.iter_mut().find_map(|stage| stage.chooser())
     }
 
     /// Has the head's device begin to choose the token behind a row of the last step, by a random number.
@@ -84,8 +67,8 @@ impl Pipeline {
     /// A device fails, or none chooses by itself.
     pub fn choose(&mut self, row: usize, draw: u32) -> Result<()> {
         let chunk = self.hidden.select(row);
-        self.stages[self.roles.norm].norm(&mut self.hidden)?;
-        let chooser = self.stages[self.roles.head].chooser();
+        self.stages.iter_mut().try_for_each(|stage| stage.norm(&mut self.hidden))?;
+        let chooser = self.stages.iter_mut().find_map(|stage| stage.chooser());
         let chooser = chooser.ok_or_else(|| Error::device("the head's device chooses no tokens"))?;
         chooser.choose(&mut self.hidden, draw)?;
         self.hidden.restore(chunk);

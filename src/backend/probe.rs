@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::cpu::{Activations, Affine, GROUP_WORDS, matmul};
+use super::cpu::{Affine, GROUP_WORDS, matmul};
 use super::cuda;
 use crate::bytes::{Bytes, KIB};
 use crate::device::DeviceId;
@@ -63,11 +63,10 @@ fn host_bandwidth(pool: &Pool) -> Option<Bandwidth> {
     let packed = vec![1; bytes];
     let affine = Affine::new(Matrix::new(&layout, &packed), None);
     let (x, mut y) = (vec![1.0; PROBE.1], vec![0.0; PROBE.0]);
-    let mut words = vec![0; PROBE.1 / GROUP_SIZE * GROUP_WORDS];
-    let x = Activations::of(pool, &x, &mut words, &[&affine]);
+    let mut words = vec![0.0; PROBE.1 / GROUP_SIZE * GROUP_WORDS];
     let mut read = |_| {
         let start = Instant::now();
-        matmul(pool, &x, [(&affine, &mut y)]);
+        matmul(pool, &x, &mut words, [(&affine, &mut y)]);
         start.elapsed().as_secs_f64()
     };
     Some(Bandwidth::measured(bytes, (0..3).map(&mut read).fold(f64::INFINITY, f64::min)))

@@ -17,9 +17,9 @@ pub const CUDA_FEW_BLOCKS: usize = 512;
 pub const CUDA_FEW_PARTS: usize = 2 * 16 * 8;
 
 /// Bytes of an f16.
-const HALF: usize = 2;
+pub const HALF: usize = 2;
 /// Bytes of an f32 and of a u32.
-const WORD: usize = 4;
+pub const WORD: usize = 4;
 
 /// How a GPU shares out attention over the keys that are cached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -15,7 +15,8 @@ use crate::name::named;
 
 pub use cpu::{ACTIVATION_GROUP, CpuBuffers, host_state};
 pub use cuda::{
-    CUDA_ANSWERS, CUDA_CONTEXT, CUDA_FEW_BLOCKS, CUDA_FEW_PARTS, CudaAttention, CudaBuffers, CudaChoice, cuda_staging,
+    CUDA_ANSWERS, CUDA_CONTEXT, CUDA_FEW_BLOCKS, CUDA_FEW_PARTS, CudaAttention, CudaBuffers, CudaChoice, HALF, WORD,
+    cuda_staging,
 };
 pub use staging::{DIRECT_BLOCK, HostStaging, SLAB_MARGIN, STAGING_SLABS};
 pub use state::{KvLayout, State};

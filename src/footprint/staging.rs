@@ -37,8 +37,7 @@ impl HostStaging {
             .filter_map(|weight| {
                 let layout = layout(weight, rules)?;
                 let rows = ((slab - SLAB_MARGIN) / weight.row_bytes().max(1)).min(layout.rows);
-                let per_row = layout.code_row + layout.sub_scale_row + layout.scale_row;
-                (layout.storage != weight.data).then_some(rows * per_row)
+                (layout.storage != weight.data).then_some(rows * layout.row_bytes.iter().sum::<usize>())
             })
             .max()
             .unwrap_or(0);

@@ -43,20 +43,12 @@ impl ChatTemplate {
             Error::input(format!("`{}` has no chat template", directory.display()))
                 .hint(Hint::naming("leave {} out: the model was not made for conversations", [Setting::ChatTemplate]))
         };
-        let config = if directory.join(CONFIG_FILE).exists() {
-            let path = fs::confined(directory, CONFIG_FILE)?;
-            Some(Document::parse(path.display().to_string(), fs::read_capped(&path, CAP)?)?)
-        } else {
-            None
-        };
+        let config = read(directory, CONFIG_FILE)?.map(|(path, bytes)| Document::parse(path, bytes)).transpose()?;
         let members = config.as_ref().map(|config| config.root().members()).transpose()?.unwrap_or_default();
         let setting = |name: &str| members.iter().find(|m| m.name == name).map(|m| m.value).filter(|v| !v.is_null());
-        let (source, origin) = if directory.join(TEMPLATE_FILE).exists() {
-            let path = fs::confined(directory, TEMPLATE_FILE)?;
-            let bytes = fs::read_capped(&path, CAP)?;
-            let jinja = String::from_utf8(bytes)
-                .map_err(|e| Error::input(format!("`{}` is not UTF-8", path.display())).caused_by(e))?;
-            (jinja, path.display().to_string())
+        let (source, origin) = if let Some((path, bytes)) = read(directory, TEMPLATE_FILE)? {
+            let broken = |e| Error::input(format!("`{path}` is not UTF-8")).caused_by(e);
+            (String::from_utf8(bytes).map_err(broken)?, path)
         } else {
             let template = setting("chat_template").ok_or_else(none)?;
             (default_template(template)?, format!("chat_template of {}", directory.join(CONFIG_FILE).display()))
@@ -90,6 +82,15 @@ impl ChatTemplate {
             })
             .map_err(broken)
     }
+}
+
+/// The path of a file of the checkpoint, and what is in it, if it is there.
+fn read(directory: &Path, file: &str) -> Result<Option<(String, Vec<u8>)>> {
+    if !directory.join(file).exists() {
+        return Ok(None);
+    }
+    let path = fs::confined(directory, file)?;
+    Ok(Some((path.display().to_string(), fs::read_capped(&path, CAP)?)))
 }
 
 /// `tojson` as Transformers defines it: characters as they are, not escaped for HTML.

@@ -172,10 +172,8 @@ impl Model {
                     Comparison::Keep(predictions) => outcome = predictions.push(&ours, likeliest),
                     Comparison::Against(predictions) => {
                         theirs.resize(ours.len(), 0.0);
-                        match predictions.read(loss.count, &mut theirs) {
-                            Ok(top) => same += usize::from(top == likeliest),
-                            Err(error) => outcome = Err(error),
-                        }
+                        let top = predictions.read(loss.count, &mut theirs);
+                        outcome = top.map(|top| same += usize::from(top == likeliest));
                         kl.push(divergence(&theirs, &ours));
                     }
                 }

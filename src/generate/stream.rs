@@ -72,16 +72,8 @@ impl TextStream {
             return std::mem::take(&mut self.held);
         }
         let begins_stop = |tail: &str| self.stop.iter().any(|stop| stop.starts_with(tail));
-        let keep = if all {
-            self.held.len()
-        } else {
-            self.held
-                .char_indices()
-                .map(|(at, _)| at)
-                .find(|at| begins_stop(&self.held[*at..]))
-                .unwrap_or(self.held.len())
-        };
-        let rest = self.held.split_off(keep);
+        let tail = self.held.char_indices().map(|(at, _)| at).find(|at| !all && begins_stop(&self.held[*at..]));
+        let rest = self.held.split_off(tail.unwrap_or(self.held.len()));
         std::mem::replace(&mut self.held, rest)
     }
 }

@@ -10,7 +10,7 @@ use crate::architecture::{ModuleKind, Part, Role};
 use crate::backend::block::{Finder, Modules};
 use crate::backend::cpu::{self, Arena, CpuStage, KvCache, Parameter, Workspace};
 use crate::backend::cuda::{CudaStage, DeviceMatrix};
-use crate::backend::{Pipeline, Stage, StageRoles};
+use crate::backend::{Pipeline, Stage};
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::error::Result;
@@ -53,14 +53,7 @@ pub fn build(plan: &Plan, arenas: Arenas, options: &LoadOptions) -> Result<(Pipe
     let workspace: Arc<Mutex<Workspace>> = Arc::new(Mutex::new(workspace));
 
     let mut stages: Vec<Box<dyn Stage>> = Vec::new();
-    let runs = runs(plan);
-    let stage_of = |kind| {
-        let has = |(_, range): &(_, Range<usize>)| plan.modules[range.clone()].iter().any(|m| m.kind == kind);
-        runs.iter().position(has).unwrap_or_default()
-    };
-    let head = stage_of(if plan.is_tied() { ModuleKind::Embedding } else { ModuleKind::Head });
-    let roles = StageRoles { embedding: stage_of(ModuleKind::Embedding), norm: stage_of(ModuleKind::Norm), head };
-    for (device, range) in runs {
+    for (device, range) in runs(plan) {
         if let Some(gpu) = gpus.get_mut(&device) {
             let modules = modules(plan, range, |key| on_gpus.remove(&key))?;
             let caches = gpu.caches.drain(..modules.blocks.len()).collect();
@@ -75,7 +68,7 @@ pub fn build(plan: &Plan, arenas: Arenas, options: &LoadOptions) -> Result<(Pipe
             stages.push(Box::new(CpuStage::new(config, plan.context, parts, workspace, pool)));
         }
     }
-    let pipeline = Pipeline::new(stages, roles, config, plan.chunk);
+    let pipeline = Pipeline::new(stages, config, plan.chunk);
     for (device, arena) in &host {
         let used = plan.weights.iter().any(|placed| placed.device == *device);
         measured.insert(*device, if used { Bytes(arena.len() as u64) } else { Bytes::ZERO });

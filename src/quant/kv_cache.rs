@@ -6,6 +6,7 @@
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+use super::WeightDtype;
 use crate::name::named;
 
 /// The type of the elements of a KV cache.
@@ -62,14 +63,15 @@ impl KvDtype {
     }
 
     /// Reads what [`KvDtype::encode`] stored.
+    #[inline(always)]
     pub fn decode(self, codes: &[u8], scale: f32, vector: &mut [f32]) {
         match self {
-            Self::F32 => vector.copy_from_slice(bytemuck::cast_slice(codes)),
-            Self::F16 => bytemuck::cast_slice::<_, f16>(codes).convert_to_f32_slice(vector),
-            Self::Bf16 => bytemuck::cast_slice::<_, bf16>(codes).convert_to_f32_slice(vector),
+            Self::F32 => WeightDtype::F32.decode(codes, vector),
+            Self::F16 => WeightDtype::F16.decode(codes, vector),
+            Self::Bf16 => WeightDtype::Bf16.decode(codes, vector),
             Self::Int8 => {
-                for (x, code) in vector.iter_mut().zip(bytemuck::cast_slice::<_, i8>(codes)) {
-                    *x = f32::from(*code) * scale;
+                for (x, code) in vector.iter_mut().zip(codes) {
+                    *x = f32::from(code.cast_signed()) * scale;
                 }
             }
         }

@@ -13,6 +13,8 @@
 //! zero. A group of four-bit codes takes 16 bytes: byte j holds column j in its low half
 //! and column j + 16 in its high half.
 
+use std::array::from_fn;
+
 use half::f16;
 
 use super::{NL4_LEVELS, NL4_UNIT, Storage};
@@ -36,15 +38,9 @@ pub struct MatrixLayout {
     pub cols: usize,
     /// Number of columns with padding, Kp.
     pub padded_cols: usize,
-    /// Bytes of a row's codes.
-    pub code_row: usize,
-    /// Bytes of a row's sub-scales.
-    pub sub_scale_row: usize,
-    /// Bytes of a row's scale.
-    pub scale_row: usize,
-    codes: u64,
-    sub_scales: u64,
-    scales: u64,
+    /// Bytes of a row's codes, of its sub-scales and of its scale: 0 where the storage has none.
+    pub row_bytes: [usize; 3],
+    starts: [u64; 3],
     size: u64,
 }
 
@@ -55,32 +51,18 @@ impl MatrixLayout {
             Storage::Plain(_) => cols,
             Storage::Int8 | Storage::Int4 | Storage::Nl4 => cols.checked_next_multiple_of(GROUP_SIZE)?,
         };
-        let (code_row, sub_scale_row, scale_row) = match storage {
-            Storage::Plain(dtype) => (cols.checked_mul(dtype.size())?, 0, 0),
-            Storage::Int8 => (padded_cols, 0, size_of::<f32>()),
-            Storage::Int4 | Storage::Nl4 => (padded_cols / 2, padded_cols / GROUP_SIZE, size_of::<f16>()),
+        let row_bytes = match storage {
+            Storage::Plain(dtype) => [cols.checked_mul(dtype.size())?, 0, 0],
+            Storage::Int8 => [padded_cols, 0, size_of::<f32>()],
+            Storage::Int4 | Storage::Nl4 => [padded_cols / 2, padded_cols / GROUP_SIZE, size_of::<f16>()],
         };
-        let mut size = 0u64;
-        let mut section = |row: usize| {
-            let start = size;
+        let (mut starts, mut size) = ([0; 3], 0u64);
+        for (start, row) in starts.iter_mut().zip(row_bytes) {
+            *start = size;
             let bytes = (row as u64).checked_mul(rows as u64)?;
-            size = start.checked_add(bytes)?.checked_next_multiple_of(ALIGNMENT)?;
-            (size <= i64::MAX.unsigned_abs()).then_some(start)
-        };
-        let (codes, sub_scales, scales) = (section(code_row)?, section(sub_scale_row)?, section(scale_row)?);
-        Some(Self {
-            storage,
-            rows,
-            cols,
-            padded_cols,
-            code_row,
-            sub_scale_row,
-            scale_row,
-            codes,
-            sub_scales,
-            scales,
-            size,
-        })
+            size = size.checked_add(bytes)?.checked_next_multiple_of(ALIGNMENT)?;
+        }
+        (size <= i64::MAX.unsigned_abs()).then_some(Self { storage, rows, cols, padded_cols, row_bytes, starts, size })
     }
 
     /// Bytes of the whole matrix, padding included; a multiple of [`ALIGNMENT`].
@@ -91,36 +73,31 @@ impl MatrixLayout {
     /// The first row whose scale is not finite, of the scales that stand in `bytes`, which begin
     /// at `offset` of the matrix; both are whole multiples of [`ALIGNMENT`].
     pub fn broken_scale(&self, offset: u64, bytes: &[u8]) -> Option<usize> {
-        let end = self.scales + (self.rows * self.scale_row) as u64;
-        let (from, to) = (offset.max(self.scales), (offset + bytes.len() as u64).min(end));
+        let ([.., start], [.., width]) = (self.starts, self.row_bytes);
+        let end = start + (self.rows * width) as u64;
+        let (from, to) = (offset.max(start), (offset + bytes.len() as u64).min(end));
         if from >= to {
             return None;
         }
         // Both lie between the ends of `bytes`, and rows are a usize.
         #[expect(clippy::cast_possible_truncation, reason = "offsets into `bytes`, and a row")]
         let (scales, first) =
-            (&bytes[(from - offset) as usize..(to - offset) as usize], (from - self.scales) as usize / self.scale_row);
-        let is_broken = |scale: &[u8]| match *scale {
-            [a, b] => !f16::from_le_bytes([a, b]).is_finite(),
-            [a, b, c, d] => !f32::from_le_bytes([a, b, c, d]).is_finite(),
-            _ => false,
-        };
-        scales.chunks(self.scale_row).position(is_broken).map(|at| first + at)
+            (&bytes[(from - offset) as usize..(to - offset) as usize], (from - start) as usize / width);
+        scales.chunks(width).position(|bytes| !scale(bytes).is_finite()).map(|at| first + at)
     }
 
-    /// Offset of the codes of `row`.
-    pub fn codes_at(&self, row: usize) -> u64 {
-        self.codes + (row * self.code_row) as u64
+    /// Offsets of the codes, the sub-scales and the scale of `row`.
+    pub fn sections(&self, row: usize) -> [u64; 3] {
+        from_fn(|at| self.starts[at] + (row * self.row_bytes[at]) as u64)
     }
+}
 
-    /// Offset of the sub-scales of `row`.
-    pub fn sub_scales_at(&self, row: usize) -> u64 {
-        self.sub_scales + (row * self.sub_scale_row) as u64
-    }
-
-    /// Offset of the scale of `row`.
-    pub fn scales_at(&self, row: usize) -> u64 {
-        self.scales + (row * self.scale_row) as u64
+/// A scale by its bytes; 1 where there is none.
+fn scale(bytes: &[u8]) -> f32 {
+    match *bytes {
+        [a, b] => f16::from_le_bytes([a, b]).to_f32(),
+        [a, b, c, d] => f32::from_le_bytes([a, b, c, d]),
+        _ => 1.0,
     }
 }
 
@@ -146,31 +123,27 @@ impl<'a> Matrix<'a> {
         Self { layout, bytes }
     }
 
-    fn section(&self, start: u64, row: usize) -> &'a [u8] {
+    /// What `row` has in the section at this place among codes, sub-scales and scales.
+    fn section(&self, at: usize, row: usize) -> &'a [u8] {
         // The whole matrix lies in `bytes`, whose length is a usize.
         #[expect(clippy::cast_possible_truncation, reason = "an offset into `bytes`")]
-        let start = start as usize;
-        &self.bytes[start..start + row]
+        let start = self.layout.sections(row)[at] as usize;
+        &self.bytes[start..start + self.layout.row_bytes[at]]
     }
 
     /// The codes of `row`; for plain storage its elements.
     pub fn codes(&self, row: usize) -> &'a [u8] {
-        self.section(self.layout.codes_at(row), self.layout.code_row)
+        self.section(0, row)
     }
 
     /// The sub-scales of `row`, one a group.
     pub fn sub_scales(&self, row: usize) -> &'a [i8] {
-        bytemuck::must_cast_slice(self.section(self.layout.sub_scales_at(row), self.layout.sub_scale_row))
+        bytemuck::must_cast_slice(self.section(1, row))
     }
 
     /// The scale of `row`; 1 for plain storage.
     pub fn scale(&self, row: usize) -> f32 {
-        let bytes = self.section(self.layout.scales_at(row), self.layout.scale_row);
-        match *bytes {
-            [a, b] => f16::from_le_bytes([a, b]).to_f32(),
-            [a, b, c, d] => f32::from_le_bytes([a, b, c, d]),
-            _ => 1.0,
-        }
+        scale(self.section(2, row))
     }
 
     /// The element at `col` of a plain vector.

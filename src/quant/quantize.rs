@@ -1,5 +1,7 @@
 //! Weights and activations into their packed forms.
 
+use std::iter::repeat_with;
+
 use super::groups;
 use super::levels::Int4;
 use super::nl4::Nl4;
@@ -36,30 +38,19 @@ pub enum QuantizeError {
     },
 }
 
-/// The packed rows of a slab: the sections of [`MatrixLayout`], for some of its rows.
-#[derive(Debug, Default)]
-pub struct PackedRows {
-    /// Codes, `code_row` bytes a row.
-    pub codes: Vec<u8>,
-    /// Sub-scales, `sub_scale_row` bytes a row.
-    pub sub_scales: Vec<u8>,
-    /// Scales, `scale_row` bytes a row.
-    pub scales: Vec<u8>,
-}
+/// The packed rows of a slab: codes, sub-scales and scales as [`MatrixLayout`] has them, for some of its rows.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct PackedRows(pub [Vec<u8>; 3]);
 
 impl PackedRows {
     /// Bytes of all sections.
     pub fn bytes(&self) -> Bytes {
-        Bytes((self.codes.len() + self.sub_scales.len() + self.scales.len()) as u64)
+        Bytes(self.0.iter().map(|section| section.len() as u64).sum())
     }
 
     /// Each section with its offset in the matrix, for rows from `row` on.
-    pub fn sections(&self, layout: &MatrixLayout, row: usize) -> [(u64, &[u8]); 3] {
-        [
-            (layout.codes_at(row), &self.codes),
-            (layout.sub_scales_at(row), &self.sub_scales),
-            (layout.scales_at(row), &self.scales),
-        ]
+    pub fn sections(&self, layout: &MatrixLayout, row: usize) -> impl Iterator<Item = (u64, &[u8])> {
+        layout.sections(row).into_iter().zip(self.0.iter().map(Vec::as_slice))
     }
 
     /// All rows of `layout` as one matrix.
@@ -78,10 +69,22 @@ impl PackedRows {
 
     /// Room for `rows` rows of `layout`.
     fn resize(&mut self, layout: &MatrixLayout, rows: usize) {
-        self.codes.resize(rows * layout.code_row, 0);
-        self.sub_scales.resize(rows * layout.sub_scale_row, 0);
-        self.scales.resize(rows * layout.scale_row, 0);
+        for (section, bytes) in self.0.iter_mut().zip(layout.row_bytes) {
+            section.resize(rows * bytes, 0);
+        }
     }
+}
+
+/// The sections of so many rows, again and again.
+fn split<'a>(
+    sections: [&'a mut [u8]; 3],
+    layout: &MatrixLayout,
+    rows: usize,
+) -> impl Iterator<Item = [&'a mut [u8]; 3]> {
+    let mut bytes = layout.row_bytes.into_iter();
+    // Int8 has no sub-scales.
+    let mut pieces = sections.map(|section| section.chunks_mut((rows * bytes.next().unwrap_or(0)).max(1)));
+    repeat_with(move || pieces.each_mut().map(|pieces| pieces.next().unwrap_or_default()))
 }
 
 /// Quantizes whole rows, `weights` of `[rows][K]` in the checkpoint's dtype,
@@ -98,26 +101,18 @@ pub fn quantize_rows(
 ) -> Result<(), QuantizeError> {
     assert!(!matches!(layout.storage, Storage::Plain(_)), "plain storage is copied, not quantized");
     let row_bytes = layout.cols * dtype.size();
-    let rows = weights.len() / row_bytes;
-    packed.resize(layout, rows);
+    packed.resize(layout, weights.len() / row_bytes);
     let at_once = (AT_ONCE / row_bytes).max(1);
-    // Int8 has no sub-scales.
-    let mut sub_scales = packed.sub_scales.chunks_mut((at_once * layout.sub_scale_row).max(1));
-    let mut pieces: Vec<_> = weights
-        .chunks(at_once * row_bytes)
-        .zip(packed.codes.chunks_mut(at_once * layout.code_row))
-        .zip(packed.scales.chunks_mut(at_once * layout.scale_row))
-        .map(|((weights, codes), scales)| (weights, codes, sub_scales.next().unwrap_or_default(), scales, Ok(())))
-        .collect();
+    let sections = split(packed.0.each_mut().map(Vec::as_mut_slice), layout, at_once);
+    let pieces = weights.chunks(at_once * row_bytes).zip(sections);
+    let mut pieces: Vec<_> = pieces.map(|(weights, sections)| (weights, sections, Ok(()))).collect();
     pool.chunks(&mut pieces, 1, |index, pieces| {
-        for (weights, codes, sub_scales, scales, result) in pieces {
+        for (weights, sections, result) in pieces {
             let mut values = vec![0.0; layout.padded_cols];
-            let mut sub_scales = sub_scales.chunks_mut(layout.sub_scale_row.max(1));
-            let sections = codes.chunks_mut(layout.code_row).zip(scales.chunks_mut(layout.scale_row));
+            let sections = split(sections.each_mut().map(|section| &mut **section), layout, 1);
             let mut rows = (index * at_once..).zip(weights.chunks(row_bytes).zip(sections));
-            *result = rows.try_for_each(|(row, (weights, (codes, scale)))| {
-                let sub_scales = sub_scales.next().unwrap_or_default();
-                pack_row(pool.isa(), layout, dtype, weights, row, &mut values, codes, sub_scales, scale)
+            *result = rows.try_for_each(|(row, (weights, sections))| {
+                pack_row(pool.isa(), layout, dtype, weights, row, &mut values, sections)
             });
         }
     });
@@ -132,10 +127,9 @@ vectorized! {
         weights: &[u8],
         row: usize,
         values: &mut [f32],
-        codes: &mut [u8],
-        sub_scales: &mut [u8],
-        scale: &mut [u8],
+        sections: [&mut [u8]; 3],
     ) -> Result<(), QuantizeError> {
+        let [codes, sub_scales, scale] = sections;
         dtype.decode(weights, &mut values[..layout.cols]);
         let absmax = absmax(values);
         if !absmax.is_finite()
@@ -314,7 +308,7 @@ mod tests {
         let run = |dtype, bytes: Vec<u8>| {
             let mut packed = PackedRows::default();
             quantize_rows(&Pool::default(), &layout, dtype, &bytes, &mut packed).unwrap();
-            (packed.codes, packed.sub_scales, packed.scales)
+            packed
         };
         let f32s = run(WeightDtype::F32, weights.iter().flat_map(|w| w.to_le_bytes()).collect());
         assert_eq!(
@@ -333,10 +327,10 @@ mod tests {
             let pack = |isa| {
                 let mut packed = PackedRows::default();
                 packed.resize(&layout, 1);
-                let PackedRows { codes, sub_scales, scales } = &mut packed;
-                let values = &mut vec![0.0; layout.padded_cols];
-                pack_row(isa, &layout, WeightDtype::Bf16, &weights, 0, values, codes, sub_scales, scales).unwrap();
-                (packed.codes, packed.sub_scales, packed.scales)
+                let (values, sections) =
+                    (&mut vec![0.0; layout.padded_cols], packed.0.each_mut().map(Vec::as_mut_slice));
+                pack_row(isa, &layout, WeightDtype::Bf16, &weights, 0, values, sections).unwrap();
+                packed
             };
             for isa in Isa::available() {
                 assert_eq!(pack(isa), pack(Isa::PORTABLE), "{storage:?} {isa:?}");

@@ -41,11 +41,8 @@ impl TestCache {
         let mut values = Vec::new();
         for (at, codes) in bytes[..layout.codes / width * width].chunks(width).enumerate() {
             let scale = bytes[layout.codes..].as_chunks().0.get(at).map_or(1.0, |bytes| f32::from_le_bytes(*bytes));
-            // Aligned as the decoder wants it.
-            let mut words = vec![0u32; width.div_ceil(4)];
-            bytemuck::cast_slice_mut(&mut words)[..width].copy_from_slice(codes);
             let mut vector = vec![0.0; head_dim];
-            layout.dtype.decode(&bytemuck::cast_slice(&words)[..width], scale, &mut vector);
+            layout.dtype.decode(codes, scale, &mut vector);
             values.extend(vector);
         }
         values
@@ -251,9 +248,9 @@ pub fn rotation_equals_the_reference(gpu: &Arc<Gpu>) {
             let what = format!("{shape:?}, {pairs} pairs, {dtype}");
 
             // What is normalized on the way is what is normalized before.
-            let weights = [20, 21].map(|seed| vector(gpu, WeightDtype::Bf16, &random(head_dim, seed)));
-            let norm = |weight| Norm { kind: NormKind::Rms, epsilon: 1e-5, affine: Affine::new(weight, None) };
-            let norms = weights.each_ref().map(norm);
+            let affines =
+                [20, 21].map(|seed| Affine::new(vector(gpu, WeightDtype::Bf16, &random(head_dim, seed)), None));
+            let norms = affines.each_ref().map(|affine| Norm { kind: NormKind::Rms, epsilon: 1e-5, affine });
             let [on_the_way, first] = [true, false].map(|on_the_way| {
                 let cache = TestCache::new(gpu, dtype, [kv_heads, head_dim], [&before, &before]);
                 let (query, key) = (halves(gpu, &query), halves(gpu, &key));

@@ -144,18 +144,14 @@ fn vector(gpu: &Arc<Gpu>, dtype: WeightDtype, values: &[f32]) -> DeviceMatrix {
 
 /// A matrix as the host packs it.
 pub fn packed(layout: &MatrixLayout, weights: &[f32]) -> Vec<u8> {
-    let mut matrix = vec![0; layout.size().as_usize().unwrap()];
-    let mut put = |at: u64, section: &[u8]| matrix[at as usize..at as usize + section.len()].copy_from_slice(section);
     if let Storage::Plain(dtype) = layout.storage {
-        put(layout.codes_at(0), &encode(dtype, weights));
+        let mut matrix = encode(dtype, weights);
+        matrix.resize(layout.size().as_usize().unwrap(), 0);
         return matrix;
     }
     let mut rows = PackedRows::default();
     quantize_rows(&Pool::default(), layout, WeightDtype::F32, &encode(WeightDtype::F32, weights), &mut rows).unwrap();
-    put(layout.codes_at(0), &rows.codes);
-    put(layout.sub_scales_at(0), &rows.sub_scales);
-    put(layout.scales_at(0), &rows.scales);
-    matrix
+    rows.matrix(layout)
 }
 
 #[track_caller]
@@ -207,8 +203,8 @@ pub fn norms_equal_the_reference(gpu: &Arc<Gpu>) {
                     })
                     .collect();
                 let (weight, shift) = (vector(gpu, dtype, &weight), vector(gpu, dtype, &shift));
-                let bias = has_bias.then_some(&shift);
-                let norm = Norm { kind, epsilon: 1e-5, affine: Affine::new(&weight, bias) };
+                let affine = Affine::new(weight, has_bias.then_some(shift));
+                let norm = Norm { kind, epsilon: 1e-5, affine: &affine };
                 let y_dtype = if output == Output::F16 { WeightDtype::F16 } else { WeightDtype::F32 };
                 let y = upload(gpu, &encode(y_dtype, &before));
                 let x = upload(gpu, &encode(x_dtype, &x));
@@ -220,8 +216,8 @@ pub fn norms_equal_the_reference(gpu: &Arc<Gpu>) {
     }
     let x = random(21, 12);
     let in_place = floats(gpu, &x);
-    let weight = vector(gpu, WeightDtype::F32, &[2.0; 7]);
-    let norm = Norm { kind: NormKind::Rms, epsilon: 0.0, affine: Affine::new(&weight, None) };
+    let affine = Affine::new(vector(gpu, WeightDtype::F32, &[2.0; 7]), None);
+    let norm = Norm { kind: NormKind::Rms, epsilon: 0.0, affine: &affine };
     gpu.normalize(Some(&norm), (&in_place, WeightDtype::F32), (3, 7), &in_place, Output::F32, 1.0).unwrap();
     let squares: Vec<f32> =
         download(&in_place, WeightDtype::F32).chunks(7).map(|y| y.iter().map(|y| y * y).sum()).collect();
@@ -238,10 +234,10 @@ pub fn embeddings_are_the_rows(gpu: &Arc<Gpu>) {
             let bytes = packed(&layout, &random(7 * cols, 20));
             let tokens = [6u32, 0, 3, 3];
             let hidden = buffer(gpu, tokens.len() * cols * 4);
-            let matrix = DeviceMatrix::new(layout.clone(), upload(gpu, &bytes));
+            let affine = Affine::new(DeviceMatrix::new(layout.clone(), upload(gpu, &bytes)), None);
             let ids: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
             let ids = upload(gpu, &ids);
-            gpu.embed(&Affine::new(&matrix, None), &ids, 2.0, &hidden, Output::F32).unwrap();
+            gpu.embed(&affine, &ids, 2.0, &hidden, Output::F32).unwrap();
             let mut row = vec![0.0; cols];
             let exact: Vec<f64> = tokens
                 .iter()
@@ -251,7 +247,7 @@ pub fn embeddings_are_the_rows(gpu: &Arc<Gpu>) {
                 })
                 .collect();
             near(&format!("{storage:?}, {cols}"), &download(&hidden, WeightDtype::F32), &exact, 0.0, Output::F32);
-            gpu.embed(&Affine::new(&matrix, None), &ids, -1.0, &hidden, Output::Add).unwrap();
+            gpu.embed(&affine, &ids, -1.0, &hidden, Output::Add).unwrap();
             let halved: Vec<f64> = exact.iter().map(|v| v / 2.0).collect();
             near(
                 &format!("{storage:?}, {cols}, added"),
@@ -340,7 +336,7 @@ pub fn a_number_that_names_no_row_reaches_none(gpu: &Arc<Gpu>) {
         let layout = MatrixLayout::new(storage, rows as usize, width).unwrap();
         let matrix = DeviceMatrix::new(layout.clone(), upload(gpu, &packed(&layout, &weights)));
         let hidden = buffer(gpu, 3 * width * 4);
-        gpu.embed(&Affine::new(&matrix, None), &ids, 1.0, &hidden, Output::F32).unwrap();
+        gpu.embed(&Affine::new(matrix, None), &ids, 1.0, &hidden, Output::F32).unwrap();
         let (there, others) = split(&hidden, WeightDtype::F32);
         assert!(there.iter().all(|v| v.is_finite()) && others.iter().all(|v| v.is_nan()), "{storage:?}");
     }

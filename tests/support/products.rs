@@ -45,7 +45,7 @@ pub fn products_equal_the_reference(gpu: &Arc<Gpu>) {
                 let bias = (output == Output::F32).then_some(&bias);
                 let dtype = if output == Output::F16 { WeightDtype::F16 } else { WeightDtype::F32 };
                 let y = upload(gpu, &encode(dtype, &before));
-                let (affine, x) = (Affine::new(&matrix, bias), halves(gpu, &x));
+                let (affine, x) = (Affine::new(matrix.clone(), bias.cloned()), halves(gpu, &x));
                 gpu.matmul(&affine, Input::Half(&x), tokens, (&y, output, factor), &scratch).unwrap();
                 let exact: Vec<f64> = product
                     .iter()
@@ -61,7 +61,7 @@ pub fn products_equal_the_reference(gpu: &Arc<Gpu>) {
             // Some of the rows, as those of a fused matrix.
             let (first, last) = (rows / 3, rows - rows / 4);
             let y = buffer(gpu, tokens * (last - first) * 4);
-            let affine = Affine::new(&matrix, Some(&bias)).slice(first..last);
+            let affine = Affine::new(matrix, Some(bias)).slice(first..last);
             gpu.matmul(&affine, Input::Half(&halves(gpu, &x)), tokens, (&y, Output::F32, 1.0), &scratch).unwrap();
             let exact: Vec<f64> = (0..tokens)
                 .flat_map(|token| (first..last).map(move |row| (token, row)))
@@ -74,10 +74,11 @@ pub fn products_equal_the_reference(gpu: &Arc<Gpu>) {
 }
 
 /// A matrix of random weights and a bias, on the GPU.
-fn random_affine(gpu: &Arc<Gpu>, storage: Storage, rows: usize, cols: usize, seed: u64) -> [DeviceMatrix; 2] {
+fn random_affine(gpu: &Arc<Gpu>, storage: Storage, rows: usize, cols: usize, seed: u64) -> Affine {
     let layout = MatrixLayout::new(storage, rows, cols).unwrap();
     let bytes = packed(&layout, &random(rows * cols, seed));
-    [DeviceMatrix::new(layout, upload(gpu, &bytes)), vector(gpu, WeightDtype::F32, &random(rows, seed + 100))]
+    let bias = vector(gpu, WeightDtype::F32, &random(rows, seed + 100));
+    Affine::new(DeviceMatrix::new(layout, upload(gpu, &bytes)), Some(bias))
 }
 
 pub fn products_in_one_launch_are_those_of_each(gpu: &Arc<Gpu>) {
@@ -90,9 +91,8 @@ pub fn products_in_one_launch_are_those_of_each(gpu: &Arc<Gpu>) {
             [([40, 7, 16], 72, 1), ([64, 130, 9], 100, 5), ([3, 65, 128], 33, 70), ([300, 900, 70], 72, 70)]
         {
             let x = halves(gpu, &random(tokens * cols, 5));
-            let matrices: Vec<_> =
+            let affines: Vec<_> =
                 (0..3).map(|at| random_affine(gpu, storages[at], rows[at], cols, 30 + at as u64)).collect();
-            let affines: Vec<_> = matrices.iter().map(|[weight, bias]| Affine::new(weight, Some(bias))).collect();
             let outputs = || rows.map(|rows| buffer(gpu, tokens * rows * 2));
             let (together, alone) = (outputs(), outputs());
             let parts: Vec<_> = affines.iter().zip(&together).collect();
@@ -116,9 +116,8 @@ pub fn gates_are_applied_to_what_up_gives(gpu: &Arc<Gpu>) {
         for (rows, cols, tokens) in [(1, 33, 1), (40, 72, 3), (17, 100, 8), (70, 40, 9), (130, 33, 66), (400, 72, 70)] {
             let what = format!("{gate_storage:?} and {up_storage:?}, {rows}×{cols}, {tokens} tokens");
             let x = halves(gpu, &random(tokens * cols, 5));
-            let [gate, gate_bias] = random_affine(gpu, gate_storage, rows, cols, 40);
-            let [up, up_bias] = random_affine(gpu, up_storage, rows, cols, 41);
-            let (gate, up) = (Affine::new(&gate, Some(&gate_bias)), Affine::new(&up, Some(&up_bias)));
+            let gate = random_affine(gpu, gate_storage, rows, cols, 40);
+            let up = random_affine(gpu, up_storage, rows, cols, 41);
             let [of_gate, of_up] = [&gate, &up].map(|affine| {
                 let y = buffer(gpu, tokens * rows * 4);
                 gpu.matmul(affine, Input::Half(&x), tokens, (&y, Output::F32, 1.0), &scratch).unwrap();
@@ -147,15 +146,15 @@ pub fn hidden_states_are_normalized_on_the_way(gpu: &Arc<Gpu>) {
     let scratch = product_scratch(gpu);
     for storage in STORAGES {
         for (rows, cols, tokens) in [(40, 33, 1), (20, 72, 8), (330, 1100, 2), (70, 64, 9)] {
-            let [matrix, bias] = random_affine(gpu, storage, rows, cols, 50);
-            let other = random_affine(gpu, Storage::Int8, rows, cols, 51);
-            let (affine, other) = (Affine::new(&matrix, Some(&bias)), Affine::new(&other[0], None));
+            let affine = random_affine(gpu, storage, rows, cols, 50);
+            let other = Affine { bias: None, ..random_affine(gpu, Storage::Int8, rows, cols, 51) };
             let states = floats(gpu, &random(tokens * cols, 52).iter().map(|v| v * 5.0 + 1.0).collect::<Vec<_>>());
             let weight = vector(gpu, WeightDtype::Bf16, &random(cols, 53));
             let shift = vector(gpu, WeightDtype::F32, &random(cols, 54));
             for kind in [None, Some(NormKind::Rms), Some(NormKind::RmsPlusOne), Some(NormKind::Layer)] {
-                let bias = (kind == Some(NormKind::Layer)).then_some(&shift);
-                let norm = kind.map(|kind| Norm { kind, epsilon: 1e-5, affine: Affine::new(&weight, bias) });
+                let bias = (kind == Some(NormKind::Layer)).then(|| shift.clone());
+                let of_norm = Affine::new(weight.clone(), bias);
+                let norm = kind.map(|kind| Norm { kind, epsilon: 1e-5, affine: &of_norm });
                 let [before, normed] = [0; 2].map(|_| buffer(gpu, tokens * cols * 2));
                 let shape = (tokens, cols);
                 let f32 = WeightDtype::F32;
@@ -183,7 +182,7 @@ pub fn nan_and_what_overflows_stay_with_their_token(gpu: &Arc<Gpu>) {
             x[cols + 3] = f32::NAN;
             x[2 * cols..3 * cols].fill(65504.0);
             let y = buffer(gpu, tokens * rows * 2);
-            let (affine, x) = (Affine::new(&matrix, None), halves(gpu, &x));
+            let (affine, x) = (Affine::new(matrix, None), halves(gpu, &x));
             gpu.matmul(&affine, Input::Half(&x), tokens, (&y, Output::F16, 1.0), &scratch).unwrap();
             for (i, y) in download(&y, WeightDtype::F16).iter().enumerate() {
                 let what = format!("{storage:?}, {tokens} tokens, element {i}: {y}");

@@ -222,8 +222,7 @@ mod tests {
 
         /// What the last tokens of the context, whose queries these are, attend to.
         fn attend(&self, pool: &Pool, query: &[f32], position: usize, scratch: usize) -> Vec<f32> {
-            let stored =
-                [0, 1].map(|i| Stored { codes: bytemuck::cast_slice(&self.cells[i]), scales: &self.scales[i] });
+            let stored = [0, 1].map(|i| (bytemuck::cast_slice(&self.cells[i]), &self.scales[i][..]));
             let mut attended = vec![f32::NAN; query.len() + scratch];
             self.cache.attend(pool, query, stored, position, &mut attended);
             attended.truncate(query.len());

@@ -1,7 +1,7 @@
 //! A block: attention and a feed-forward layer, each of what the model gives it.
 
-use super::kv::{Cache, KvCache, Scores, Stored};
-use super::matmul::{Activations, matmul};
+use super::kv::{Cache, KvCache, Scores};
+use super::matmul::matmul;
 use super::{Parameter, Setup, Workspace, ops};
 use crate::backend::Run;
 use crate::backend::block::{Attention, Block, Dense, FeedForward, Linear};
@@ -43,7 +43,7 @@ impl Setup {
 
     pub fn normalize(&self, norm: Option<&Linear<Parameter>>, x: &mut [f32]) {
         if let Some(norm) = norm {
-            self.norm.apply(&self.pool, x, &norm.affine());
+            ops::normalize(&self.pool, self.config.family.norm_kind, self.config.norm_eps, x, &norm.affine());
         }
     }
 
@@ -58,7 +58,6 @@ impl Setup {
     ) {
         let Self { config, pool, .. } = self;
         let Workspace { normed, query, key, value, attended, words, cos, sin, .. } = workspace;
-        let words = bytemuck::must_cast_slice_mut(words);
         let tokens: usize = runs.iter().map(|run| run.tokens).sum();
         let (queries, keys) = (config.queries(), config.keys());
         let normed = &mut normed[..tokens * config.hidden_size];
@@ -66,8 +65,8 @@ impl Setup {
         let (key, value) = (&mut key[..tokens * keys], &mut value[..tokens * keys]);
 
         let [for_query, for_key, for_value] = attention.query_key_value.each_ref().map(Linear::affine);
-        let x = Activations::of(pool, normed, words, &[&for_query, &for_key, &for_value]);
-        matmul(pool, &x, [(&for_query, &mut *query), (&for_key, &mut *key), (&for_value, &mut *value)]);
+        let products = [(&for_query, &mut *query), (&for_key, &mut *key), (&for_value, &mut *value)];
+        matmul(pool, normed, words, products);
         self.normalize(attention.query_norm.as_ref(), query);
         self.normalize(attention.key_norm.as_ref(), key);
         if let Some(rope) = layer.rope {
@@ -90,19 +89,18 @@ impl Setup {
         let mut start = 0;
         for run in runs {
             let rows = start..start + run.tokens;
-            let [(key_codes, key_scales), (value_codes, value_scales)] = kv.of(run.slot);
+            let [of_key, of_value] = kv.of(run.slot);
             let of_keys = rows.start * keys..rows.end * keys;
-            cache.append_keys(&key[of_keys.clone()], (&mut *key_codes, &mut *key_scales), run.position);
-            cache.append_values(&value[of_keys], (&mut *value_codes, &mut *value_scales), run.position);
-            let stored =
-                [Stored { codes: key_codes, scales: key_scales }, Stored { codes: value_codes, scales: value_scales }];
+            cache.append_keys(&key[of_keys.clone()], of_key, run.position);
+            cache.append_values(&value[of_keys], of_value, run.position);
+            let stored = kv.of(run.slot).map(|(codes, scales)| (&*codes, &*scales));
             let of_queries = rows.start * queries..rows.end * queries;
             cache.attend(pool, &query[of_queries.clone()], stored, run.position, &mut attended[of_queries.start..]);
             start = rows.end;
         }
 
         let output = attention.output.affine();
-        matmul(pool, &Activations::of(pool, &attended[..query.len()], words, &[&output]), [(&output, normed)]);
+        matmul(pool, &attended[..query.len()], words, [(&output, normed)]);
     }
 
     /// Replaces the normalized hidden states by the weighted sum of what each token's experts make of them.
@@ -120,8 +118,7 @@ impl Setup {
         let mixed = &mut mixed[..tokens * hidden];
         let shares = &mut shares[..tokens * routing.count];
         let (router, pool) = (router.affine(), &self.pool);
-        let x = Activations::of(pool, normed, bytemuck::must_cast_slice_mut(words), &[&router]);
-        matmul(pool, &x, [(&router, &mut *shares)]);
+        matmul(pool, normed, words, [(&router, &mut *shares)]);
         ops::route(shares, routing);
 
         mixed.fill(0.0);
@@ -147,17 +144,14 @@ impl Setup {
     fn feed_forward(&self, dense: &Dense<Parameter>, x: &mut [f32], [gated, other, words]: [&mut Vec<f32>; 3]) {
         let Self { config, pool, .. } = self;
         let (gate, up, down) = (dense.gate.as_ref().map(Linear::affine), dense.up.affine(), dense.down.affine());
-        let words = bytemuck::must_cast_slice_mut(words);
         let len = x.len() / config.hidden_size * up.rows.len();
         let (gated, other) = (&mut gated[..len], &mut other[..len]);
-        if let Some(gate) = gate {
-            let input = Activations::of(pool, x, words, &[&gate, &up]);
-            matmul(pool, &input, [(&gate, &mut *gated), (&up, &mut *other)]);
-            ops::gate(pool, config.activation, gated, other);
+        if let Some(gate) = &gate {
+            matmul(pool, x, words, [(gate, &mut *gated), (&up, &mut *other)]);
         } else {
-            matmul(pool, &Activations::of(pool, x, words, &[&up]), [(&up, &mut *gated)]);
-            ops::activate(pool, config.activation, gated);
+            matmul(pool, x, words, [(&up, &mut *gated)]);
         }
-        matmul(pool, &Activations::of(pool, gated, words, &[&down]), [(&down, x)]);
+        ops::activate(pool, config.activation, gated, gate.map(|_| &*other));
+        matmul(pool, gated, words, [(&down, x)]);
     }
 }

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use super::exp::{exp, tanh};
 use super::kv::{Cache, KEY_TILE, Scores, Stored};
-use crate::quant::{KvDtype, WeightDtype};
+use crate::quant::KvDtype;
 use crate::simd::{Isa, vectorized};
 
 /// Queries that go over the keys together.
@@ -91,7 +91,7 @@ pub fn attend(
                 }
             }
         }
-        let scales = keys.scales.get(kv_head * cache.slots + slot..).unwrap_or_default();
+        let scales = keys.1.get(kv_head * cache.slots + slot..).unwrap_or_default();
         let mut rescale = [1.0f32; QUERIES];
         for (at, seen) in seen.iter().enumerate().filter(|(_, seen)| !seen.is_empty()) {
             rescale[at] = weigh(isa, cache.scores, scales, &mut weights[at], seen, &mut softmax[at]);
@@ -125,7 +125,7 @@ fn pieces(width: usize) -> impl Iterator<Item = Range<usize>> {
 fn read_keys(
     cache: &Cache,
     isa: Isa,
-    keys: Stored,
+    (codes, _): Stored,
     kv_head: usize,
     start: usize,
     dimensions: Range<usize>,
@@ -134,12 +134,12 @@ fn read_keys(
     let element = cache.dtype.code_bytes(1);
     let stride = KEY_TILE.min(cache.slots - start);
     let first = (kv_head * cache.slots + start) * cache.head_dim + dimensions.start * stride;
-    let codes = &keys.codes[first * element..][..dimensions.len() * stride * element];
+    let codes = &codes[first * element..][..dimensions.len() * stride * element];
     if stride == KEY_TILE {
-        decode(cache.dtype, isa, codes, 1.0, &mut tile[..dimensions.len() * KEY_TILE]);
+        decode(isa, cache.dtype, codes, 1.0, &mut tile[..dimensions.len() * KEY_TILE]);
     } else {
         for (codes, row) in codes.chunks(stride * element).zip(tile.chunks_mut(KEY_TILE)) {
-            decode(cache.dtype, isa, codes, 1.0, &mut row[..stride]);
+            decode(isa, cache.dtype, codes, 1.0, &mut row[..stride]);
         }
     }
 }
@@ -148,7 +148,7 @@ fn read_keys(
 fn read_values(
     cache: &Cache,
     isa: Isa,
-    values: Stored,
+    (codes, scales): Stored,
     start: usize,
     rows: &Range<usize>,
     dimensions: Range<usize>,
@@ -156,35 +156,20 @@ fn read_values(
 ) {
     let (element, width) = (cache.dtype.code_bytes(1), cache.head_dim);
     if dimensions.len() == width && cache.dtype != KvDtype::Int8 {
-        let codes = &values.codes[(start + rows.start) * width * element..][..rows.len() * width * element];
-        return decode(cache.dtype, isa, codes, 1.0, &mut tile[rows.start * width..rows.end * width]);
+        let codes = &codes[(start + rows.start) * width * element..][..rows.len() * width * element];
+        return decode(isa, cache.dtype, codes, 1.0, &mut tile[rows.start * width..rows.end * width]);
     }
     for row in rows.clone() {
-        let codes = &values.codes[((start + row) * width + dimensions.start) * element..];
-        let scale = values.scales.get(start + row).copied().unwrap_or(1.0);
+        let codes = &codes[((start + row) * width + dimensions.start) * element..];
+        let scale = scales.get(start + row).copied().unwrap_or(1.0);
         let tile = &mut tile[row * dimensions.len()..][..dimensions.len()];
-        decode(cache.dtype, isa, &codes[..dimensions.len() * element], scale, tile);
-    }
-}
-
-fn decode(dtype: KvDtype, isa: Isa, codes: &[u8], scale: f32, values: &mut [f32]) {
-    match dtype {
-        KvDtype::Int8 => decode_int8(isa, bytemuck::must_cast_slice(codes), scale, values),
-        KvDtype::Bf16 => decode_half(isa, WeightDtype::Bf16, codes, values),
-        KvDtype::F16 => decode_half(isa, WeightDtype::F16, codes, values),
-        KvDtype::F32 => dtype.decode(codes, scale, values),
+        decode(isa, cache.dtype, &codes[..dimensions.len() * element], scale, tile);
     }
 }
 
 vectorized! {
-    fn decode_int8(codes: &[i8], scale: f32, values: &mut [f32]) {
-        for (value, code) in values.iter_mut().zip(codes) {
-            *value = f32::from(*code) * scale;
-        }
-    }
-
-    fn decode_half(dtype: WeightDtype, codes: &[u8], values: &mut [f32]) {
-        dtype.decode(codes, values);
+    fn decode(dtype: KvDtype, codes: &[u8], scale: f32, values: &mut [f32]) {
+        dtype.decode(codes, scale, values);
     }
 }
 
@@ -357,7 +342,7 @@ mod tests {
         let mut values = vec![0.0; codes.len()];
         for isa in Isa::available() {
             let mut check = |dtype, exact: fn(u16) -> f32| {
-                decode(dtype, isa, bytes, 1.0, &mut values);
+                decode(isa, dtype, bytes, 1.0, &mut values);
                 for (code, value) in codes.iter().zip(&values) {
                     let exact = exact(*code);
                     let same = value.to_bits() == exact.to_bits() || (value.is_nan() && exact.is_nan());

@@ -68,11 +68,7 @@ pub struct Scores {
 }
 
 /// The keys, or the values, of a block: codes, and the scale of each vector if the type has them.
-#[derive(Clone, Copy)]
-pub struct Stored<'a> {
-    pub codes: &'a [u8],
-    pub scales: &'a [f32],
-}
+pub type Stored<'a> = (&'a [u8], &'a [f32]);
 
 impl Cache {
     /// Stores the values `rows`, `[tokens][kv_heads][head_dim]`, from `position` on.

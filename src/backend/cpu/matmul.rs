@@ -17,92 +17,73 @@ use crate::simd::{Isa, vectorized};
 /// Bytes of weights that a thread takes at once for one token.
 const TASK: usize = 64 << 10;
 
-/// The input of a product: K values for each token, and the same quantized if a matrix wants them so.
-pub struct Activations<'a> {
-    x: &'a [f32],
-    cols: usize,
-    quantized: Option<Quantized<'a>>,
+/// What the rows of a matrix are multiplied with, as its storage wants it.
+#[derive(Clone, Copy)]
+enum Input<'a> {
+    /// So many values for each token.
+    Plain(WeightDtype, &'a [f32], usize),
+    Packed(Codes, Quantized<'a>),
 }
 
-impl<'a> Activations<'a> {
-    /// The input of `affines`, quantized into `words` if one of them computes on integers: `words`
-    /// has room for [`kernels::GROUP_WORDS`] for each group.
-    pub fn of(pool: &Pool, x: &'a [f32], words: &'a mut [i32], affines: &[&Affine]) -> Self {
-        let cols = affines.first().map_or(x.len(), |affine| affine.weight.layout.cols);
-        let is_packed = |affine: &&Affine| !matches!(affine.weight.layout.storage, Storage::Plain(_));
-        let quantized = affines.iter().any(is_packed).then(|| Quantized::new(pool, x, cols, words));
-        Self { x, cols, quantized }
-    }
-
-    fn tokens(&self) -> usize {
-        self.x.len() / self.cols
-    }
-
-    fn few(&self, isa: Isa, tile: &Tile<ROWS>, token: usize) -> [f32; ROWS] {
-        match self.input(tile.storage) {
-            Input::Plain(dtype) => plain::few(isa, dtype, &tile.rows, &self.x[token * self.cols..][..self.cols]),
-            Input::Packed(codes, x) => kernels::few(isa, codes, &tile.rows, x.token(token)),
+impl Input<'_> {
+    fn few(self, isa: Isa, rows: &[Row; ROWS], token: usize) -> [f32; ROWS] {
+        match self {
+            Self::Plain(dtype, x, cols) => plain::few(isa, dtype, rows, &x[token * cols..][..cols]),
+            Self::Packed(codes, x) => kernels::few(isa, codes, rows, x.token(token)),
         }
     }
 
     /// The totals of a tile of rows with each token from `first` on.
-    fn many(&self, isa: Isa, tile: &Tile<TILE>, first: usize, totals: &mut [[f32; TILE]]) {
-        let (cols, count) = (self.cols, totals.len());
-        match self.input(tile.storage) {
-            Input::Plain(dtype) => {
-                plain::many(isa, dtype, &tile.rows, &self.x[first * cols..][..count * cols], cols, totals);
+    fn many(self, isa: Isa, rows: &[Row; TILE], first: usize, totals: &mut [[f32; TILE]]) {
+        let count = totals.len();
+        match self {
+            Self::Plain(dtype, x, cols) => {
+                plain::many(isa, dtype, rows, &x[first * cols..][..count * cols], cols, totals);
             }
-            Input::Packed(codes, x) => kernels::many(isa, codes, &tile.rows, x.slice(first, count), totals),
-        }
-    }
-
-    fn input(&self, storage: Storage) -> Input<'a> {
-        let codes = match storage {
-            Storage::Plain(dtype) => return Input::Plain(dtype),
-            Storage::Int8 => Codes::Int8,
-            Storage::Int4 => Codes::Int4,
-            Storage::Nl4 => Codes::Nl4,
-        };
-        match self.quantized {
-            Some(x) => Input::Packed(codes, x),
-            None => unreachable!("`Activations::of` was told of this matrix"),
+            Self::Packed(codes, x) => kernels::many(isa, codes, rows, x.slice(first, count), totals),
         }
     }
 }
 
-/// What rows of a storage are multiplied with.
-enum Input<'a> {
-    Plain(WeightDtype),
-    Packed(Codes, Quantized<'a>),
-}
-
-/// `y = x · wᵀ + b`, `[tokens][rows]`, for several matrices with one input.
-pub fn matmul<const N: usize>(pool: &Pool, x: &Activations, products: [(&Affine, &mut [f32]); N]) {
-    let affines = from_fn::<_, N, _>(|at| products[at].0.clone());
-    let row_bytes = affines.iter().map(|affine| affine.weight.layout.code_row).max().unwrap_or(0);
+/// `y = x · wᵀ + b`, `[tokens][rows]`, for several matrices with one input, which is quantized into `words`
+/// if one of them computes on integers: they have room for [`kernels::GROUP_WORDS`] for each group.
+pub fn matmul<const N: usize>(pool: &Pool, x: &[f32], words: &mut [f32], products: [(&Affine, &mut [f32]); N]) {
+    let affines = products.each_ref().map(|(affine, _)| *affine);
+    let cols = affines[0].weight.layout.cols;
+    let tokens = x.len() / cols;
+    let is_packed = |affine: &&Affine| !matches!(affine.weight.layout.storage, Storage::Plain(_));
+    let wanted = if affines.iter().any(is_packed) { x } else { &[] };
+    let quantized = Quantized::new(pool, wanted, cols, bytemuck::must_cast_slice_mut(words));
+    let inputs = affines.map(|affine| match affine.weight.layout.storage {
+        Storage::Plain(dtype) => Input::Plain(dtype, x, cols),
+        Storage::Int8 => Input::Packed(Codes::Int8, quantized),
+        Storage::Int4 => Input::Packed(Codes::Int4, quantized),
+        Storage::Nl4 => Input::Packed(Codes::Nl4, quantized),
+    });
+    let row_bytes = affines.iter().map(|affine| affine.weight.layout.row_bytes[0]).max().unwrap_or(0);
     let mut tables = products.map(|(affine, values)| {
-        debug_assert_eq!(affine.weight.layout.cols, x.cols);
+        debug_assert_eq!(affine.weight.layout.cols, cols);
         Table { values, stride: affine.rows.len() }
     });
-    let is_few = x.tokens() < MANY;
+    let is_few = tokens < MANY;
     let at_once = if is_few { (TASK / row_bytes.max(1)).next_multiple_of(ROWS).clamp(ROWS, 2 * TILE) } else { TILE };
     pool.tiles(&mut tables, at_once, usize::MAX, |table, mut columns| {
-        let (affine, width) = (&affines[table], columns.width());
+        let (affine, x, width) = (affines[table], inputs[table], columns.width());
         let start = affine.rows.start + columns.start();
         if is_few {
             for at in (0..width).step_by(ROWS) {
                 let tile = Tile::<ROWS>::new(affine, start + at..start + width);
-                for token in 0..x.tokens() {
-                    tile.put(pool.isa(), &x.few(pool.isa(), &tile, token), &mut columns.row(token)[at..]);
+                for token in 0..tokens {
+                    tile.put(pool.isa(), &x.few(pool.isa(), &tile.rows, token), &mut columns.row(token)[at..]);
                 }
             }
         } else {
             let tile = Tile::<TILE>::new(affine, start..start + width);
             #[expect(clippy::large_stack_arrays, reason = "a thread's stack has room")]
             let mut totals = [[0.0; TILE]; TOKENS];
-            for first in (0..x.tokens()).step_by(TOKENS) {
-                let totals = &mut totals[..TOKENS.min(x.tokens() - first)];
-                x.many(pool.isa(), &tile, first, totals);
+            for first in (0..tokens).step_by(TOKENS) {
+                let totals = &mut totals[..TOKENS.min(tokens - first)];
+                x.many(pool.isa(), &tile.rows, first, totals);
                 for (token, totals) in (first..).zip(totals) {
                     tile.put(pool.isa(), totals, columns.row(token));
                 }
@@ -113,7 +94,6 @@ pub fn matmul<const N: usize>(pool: &Pool, x: &Activations, products: [(&Affine,
 
 /// N rows of a matrix that are multiplied at once.
 struct Tile<'a, const N: usize> {
-    storage: Storage,
     rows: [Row<'a>; N],
     scales: [f32; N],
     biases: [f32; N],
@@ -123,11 +103,9 @@ impl<'a, const N: usize> Tile<'a, N> {
     /// The first of `rows`; where these are fewer than N, the last one stands for those that are missing.
     fn new(affine: &Affine<'a>, rows: Range<usize>) -> Self {
         let matrix = &affine.weight;
-        let storage = matrix.layout.storage;
-        let unit = if storage == Storage::Nl4 { NL4_UNIT } else { 1.0 };
+        let unit = if matrix.layout.storage == Storage::Nl4 { NL4_UNIT } else { 1.0 };
         let row = |i: usize| (rows.start + i).min(rows.end - 1);
         Self {
-            storage,
             rows: from_fn(|i| Row { codes: matrix.codes(row(i)), sub_scales: matrix.sub_scales(row(i)) }),
             scales: from_fn(|i| unit * matrix.scale(row(i))),
             biases: affine.bias.map_or([0.0; N], |bias| from_fn(|i| bias.element(row(i)))),
@@ -174,19 +152,12 @@ mod tests {
             }
             _ => weights.iter().flat_map(|w| w.to_le_bytes()).collect(),
         };
-        let mut matrix = vec![0; layout.size().as_usize().unwrap()];
-        let mut put =
-            |at: u64, section: &[u8]| matrix[at as usize..at as usize + section.len()].copy_from_slice(section);
         if let Storage::Plain(_) = layout.storage {
-            put(layout.codes_at(0), &bytes);
-            return matrix;
+            return [&bytes[..], &vec![0; layout.size().as_usize().unwrap() - bytes.len()]].concat();
         }
         let mut rows = PackedRows::default();
         quantize_rows(&Pool::default(), layout, WeightDtype::F32, &bytes, &mut rows).unwrap();
-        put(layout.codes_at(0), &rows.codes);
-        put(layout.sub_scales_at(0), &rows.sub_scales);
-        put(layout.scales_at(0), &rows.scales);
-        matrix
+        rows.matrix(layout)
     }
 
     const STORAGES: [Storage; 6] = [
@@ -217,10 +188,9 @@ mod tests {
 
     fn run(pool: &Pool, affine: &Affine, x: &[f32]) -> Vec<f32> {
         let cols = affine.weight.layout.cols;
-        let mut words = vec![0; x.len() / cols * cols.div_ceil(GROUP_SIZE) * GROUP_WORDS];
+        let mut words = vec![0.0; x.len() / cols * cols.div_ceil(GROUP_SIZE) * GROUP_WORDS];
         let mut y = vec![f32::NAN; x.len() / cols * affine.rows.len()];
-        let activations = Activations::of(pool, x, &mut words, &[affine]);
-        matmul(pool, &activations, [(affine, &mut y)]);
+        matmul(pool, x, &mut words, [(affine, &mut y)]);
         y
     }
 
@@ -346,10 +316,9 @@ mod tests {
         let bytes = layouts.each_ref().map(|layout| packed(layout, &random(layout.rows * cols, 9)));
         let [a, b] = [0, 1].map(|at| Affine::new(Matrix::new(&layouts[at], &bytes[at]), None));
         let pool = Pool::default();
-        let mut words = vec![0; tokens * cols / GROUP_SIZE * GROUP_WORDS];
-        let activations = Activations::of(&pool, &x, &mut words, &[&a, &b]);
+        let mut words = vec![0.0; tokens * cols / GROUP_SIZE * GROUP_WORDS];
         let (mut y_a, mut y_b) = (vec![f32::NAN; tokens * 70], vec![f32::NAN; tokens * 3]);
-        matmul(&pool, &activations, [(&a, &mut y_a), (&b, &mut y_b)]);
+        matmul(&pool, &x, &mut words, [(&a, &mut y_a), (&b, &mut y_b)]);
         assert_eq!((y_a, y_b), (run(&pool, &a, &x), run(&pool, &b, &x)));
     }
 }

@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex};
 pub use arena::{Arena, map, zeroed};
 pub use kernels::GROUP_WORDS;
 pub use kv::KvCache;
-pub use matmul::{Activations, matmul};
+pub use matmul::matmul;
 pub(super) use ops::{route, routed, soft_cap};
 
 use super::block::{Linear, Modules};
@@ -29,7 +29,6 @@ use crate::footprint::CpuBuffers;
 use crate::model_config::ModelConfig;
 use crate::pool::{Pool, lock};
 use crate::quant::{Matrix, MatrixLayout};
-use ops::Norm;
 
 /// A matrix in an arena.
 #[derive(Clone)]
@@ -61,7 +60,8 @@ pub type Affine<'a> = Linear<Matrix<'a>>;
 
 impl Linear<Parameter> {
     fn affine(&self) -> Affine<'_> {
-        self.map(Parameter::matrix)
+        let bias = self.bias.as_ref().map(Parameter::matrix);
+        Linear { weight: self.weight.matrix(), bias, rows: self.rows.clone() }
     }
 }
 
@@ -69,7 +69,6 @@ impl Linear<Parameter> {
 struct Setup {
     config: Arc<ModelConfig>,
     pool: Arc<Pool>,
-    norm: Norm,
     /// The angular frequencies of each of the model's ropes.
     frequencies: Vec<Vec<f32>>,
 }
@@ -97,7 +96,6 @@ impl CpuStage {
         pool: Arc<Pool>,
     ) -> Self {
         let setup = Setup {
-            norm: Norm { kind: config.family.norm_kind, epsilon: config.norm_eps },
             pool,
             frequencies: config.ropes.iter().map(|rope| rope.frequencies(context)).collect(),
             config: Arc::clone(config),
@@ -164,9 +162,8 @@ impl Stage for CpuStage {
         if let Some(head) = &self.modules.head {
             let head = head.affine();
             let mut workspace = lock(&self.workspace);
-            let (pool, words) = (&self.setup.pool, bytemuck::must_cast_slice_mut(&mut workspace.words));
-            matmul(pool, &Activations::of(pool, hidden.on_host()?, words, &[&head]), [(&head, &mut *logits)]);
-            let config = &self.setup.config;
+            let Setup { config, pool, .. } = &self.setup;
+            matmul(pool, hidden.on_host()?, &mut workspace.words, [(&head, &mut *logits)]);
             ops::cap(pool, logits, config.logit_scale, config.logit_softcap);
         }
         Ok(())

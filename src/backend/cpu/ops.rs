@@ -19,43 +19,34 @@ const DECODED: usize = 256;
 const LANES: usize = 16;
 const SQRT_FRAC_2_PI: f32 = FRAC_2_SQRT_PI * FRAC_1_SQRT_2;
 
-/// How norms are computed.
-#[derive(Clone, Copy)]
-pub struct Norm {
-    pub kind: NormKind,
-    pub epsilon: f32,
+/// Normalizes each row of `x`; a row is as long as the norm's weight.
+pub fn normalize(pool: &Pool, kind: NormKind, epsilon: f32, x: &mut [f32], affine: &Affine) {
+    let width = affine.weight.layout.cols;
+    pool.chunks(x, rows(width) * width, |_, x| {
+        for x in x.chunks_exact_mut(width) {
+            normalize_row(pool.isa(), kind, epsilon, x, affine);
+        }
+    });
 }
 
-impl Norm {
-    /// Normalizes each row of `x`; a row is as long as the norm's weight.
-    pub fn apply(self, pool: &Pool, x: &mut [f32], affine: &Affine) {
-        let width = affine.weight.layout.cols;
-        pool.chunks(x, rows(width) * width, |_, x| {
-            for x in x.chunks_exact_mut(width) {
-                self.normalize(pool.isa(), x, affine);
-            }
-        });
-    }
-
-    fn normalize(self, isa: Isa, x: &mut [f32], affine: &Affine) {
-        let width = x.len() as f32;
-        if self.kind == NormKind::Layer {
-            let mean = sum(isa, x) / width;
-            for x in &mut *x {
-                *x -= mean;
-            }
+fn normalize_row(isa: Isa, kind: NormKind, epsilon: f32, x: &mut [f32], affine: &Affine) {
+    let width = x.len() as f32;
+    if kind == NormKind::Layer {
+        let mean = sum(isa, x) / width;
+        for x in &mut *x {
+            *x -= mean;
         }
-        let factor = 1.0 / (sum_of_squares(isa, x) / width + self.epsilon).sqrt();
-        let one = if self.kind == NormKind::RmsPlusOne { 1.0 } else { 0.0 };
-        let mut decoded = [0.0; DECODED];
-        for (at, x) in x.chunks_mut(DECODED).enumerate() {
-            let decoded = &mut decoded[..x.len()];
-            affine.weight.elements(at * DECODED, decoded);
-            multiply(isa, x, decoded, one, factor);
-            if let Some(bias) = affine.bias {
-                bias.elements(at * DECODED, decoded);
-                add(isa, x, decoded, 1.0);
-            }
+    }
+    let factor = 1.0 / (sum_of_squares(isa, x) / width + epsilon).sqrt();
+    let one = if kind == NormKind::RmsPlusOne { 1.0 } else { 0.0 };
+    let mut decoded = [0.0; DECODED];
+    for (at, x) in x.chunks_mut(DECODED).enumerate() {
+        let decoded = &mut decoded[..x.len()];
+        affine.weight.elements(at * DECODED, decoded);
+        multiply(isa, x, decoded, one, factor);
+        if let Some(bias) = affine.bias {
+            bias.elements(at * DECODED, decoded);
+            add(isa, x, decoded, 1.0);
         }
     }
 }
@@ -137,35 +128,28 @@ fn sum_of(x: &[f32], term: impl Fn(f32) -> f32) -> f32 {
     sums.iter().sum::<f32>() + rest.iter().map(|x| term(*x)).sum::<f32>()
 }
 
-pub fn activate(pool: &Pool, activation: Activation, x: &mut [f32]) {
-    pool.chunks(x, PIECE, |_, x| match activation {
-        Activation::Gelu => map(pool.isa(), gelu, x),
-        Activation::GeluTanh => map(pool.isa(), gelu_tanh, x),
-        Activation::Silu => map(pool.isa(), silu, x),
-    });
-}
-
-pub fn gate(pool: &Pool, activation: Activation, gate: &mut [f32], up: &[f32]) {
-    pool.chunks(gate, PIECE, |index, gate| {
-        let up = &up[index * PIECE..][..gate.len()];
+/// `x = activation(x)`, times `up` where there is one.
+pub fn activate(pool: &Pool, activation: Activation, x: &mut [f32], up: Option<&[f32]>) {
+    pool.chunks(x, PIECE, |index, x| {
+        let up = up.map(|up| &up[index * PIECE..][..x.len()]);
         match activation {
-            Activation::Gelu => map_times(pool.isa(), gelu, gate, up),
-            Activation::GeluTanh => map_times(pool.isa(), gelu_tanh, gate, up),
-            Activation::Silu => map_times(pool.isa(), silu, gate, up),
+            Activation::Gelu => map(pool.isa(), gelu, x, up),
+            Activation::GeluTanh => map(pool.isa(), gelu_tanh, x, up),
+            Activation::Silu => map(pool.isa(), silu, x, up),
         }
     });
 }
 
 vectorized! {
-    fn map<F: Fn(f32) -> f32>(function: F, x: &mut [f32]) {
-        for x in x {
-            *x = function(*x);
-        }
-    }
-
-    fn map_times<F: Fn(f32) -> f32>(function: F, x: &mut [f32], y: &[f32]) {
-        for (x, y) in x.iter_mut().zip(y) {
-            *x = function(*x) * y;
+    fn map<F: Fn(f32) -> f32>(function: F, x: &mut [f32], factors: Option<&[f32]>) {
+        if let Some(factors) = factors {
+            for (x, factor) in x.iter_mut().zip(factors) {
+                *x = function(*x) * factor;
+            }
+        } else {
+            for x in x {
+                *x = function(*x);
+            }
         }
     }
 }
@@ -194,7 +178,7 @@ pub fn soft_cap(x: f32, cap: Option<f32>) -> f32 {
 /// Scales logits, and caps them if there is a cap.
 pub fn cap(pool: &Pool, logits: &mut [f32], scale: f32, cap: Option<f32>) {
     if (scale, cap) != (1.0, None) {
-        pool.chunks(logits, PIECE, |_, logits| map(pool.isa(), |logit| soft_cap(logit * scale, cap), logits));
+        pool.chunks(logits, PIECE, |_, logits| map(pool.isa(), |logit| soft_cap(logit * scale, cap), logits, None));
     }
 }
 
@@ -245,8 +229,8 @@ mod tests {
             for isa in Isa::available() {
                 let pool = Pool::new(NonZeroUsize::MIN).with_isa(isa);
                 let (mut activated, mut gated) = ([x; 20], [x; 20]);
-                activate(&pool, activation, &mut activated);
-                gate(&pool, activation, &mut gated, &[2.0; 20]);
+                activate(&pool, activation, &mut activated, None);
+                activate(&pool, activation, &mut gated, Some(&[2.0; 20]));
                 for (activated, gated) in activated.into_iter().zip(gated) {
                     assert!((activated - y).abs() < 1e-6, "{activation:?} of {x}: {activated}, {isa:?}");
                     assert_eq!(gated, 2.0 * activated, "{activation:?} of {x}, {isa:?}");
@@ -260,7 +244,7 @@ mod tests {
         let pool = Pool::new(NonZeroUsize::MIN);
         for activation in [Activation::Silu, Activation::Gelu, Activation::GeluTanh] {
             let mut x = [-1e30, 1e30, f32::NAN, 0.0];
-            activate(&pool, activation, &mut x);
+            activate(&pool, activation, &mut x, None);
             assert!(x[2].is_nan());
             assert_eq!([x[0], x[1], x[3]], [0.0, 1e30, 0.0], "{activation:?}");
         }
@@ -278,10 +262,10 @@ mod tests {
         for (kind, has_bias) in [(NormKind::Rms, false), (NormKind::RmsPlusOne, false), (NormKind::Layer, true)] {
             let bias = has_bias.then(|| Matrix::new(&bias_layout, &bf16s));
             let affine = Affine::new(Matrix::new(&weight_layout, &f32s), bias);
-            let norm = Norm { kind, epsilon: 1e-5 };
             for isa in Isa::available() {
                 let mut ours = x.clone();
-                norm.apply(&Pool::new(NonZeroUsize::MIN.saturating_add(1)).with_isa(isa), &mut ours, &affine);
+                let pool = Pool::new(NonZeroUsize::MIN.saturating_add(1)).with_isa(isa);
+                normalize(&pool, kind, 1e-5, &mut ours, &affine);
                 for (x, ours) in x.chunks(700).zip(ours.chunks(700)) {
                     let x: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
                     let mean = if kind == NormKind::Layer { x.iter().sum::<f64>() / 700.0 } else { 0.0 };

@@ -5,6 +5,7 @@
 //! launch reaches beyond it. Page-locked memory belongs to the copy that is on its way.
 #![expect(unsafe_code, reason = "the driver's interface is C")]
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
@@ -14,14 +15,12 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, DriverErr
 use crate::bytes::Bytes;
 use crate::device::{DeviceError, DeviceId};
 use crate::error::{Error, ErrorKind, Hint, Result, Setting};
-use crate::footprint::aligned;
+use crate::footprint::{WORD, aligned};
 use crate::pool::lock;
 
 /// What a GPU that fails later than it is told has done.
 const FAILED: &str = "has failed at work that was queued";
 
-/// Bytes of a u32 or an f32.
-pub(super) const WORD: usize = 4;
 /// Memory of every context can be copied from page-locked memory that is allocated with this flag.
 const PORTABLE: u32 = 1;
 
@@ -48,7 +47,7 @@ pub struct Gpu {
     pub(super) stream: Arc<CudaStream>,
     copies: Arc<CudaStream>,
     /// Those that are loaded, by the number of each.
-    pub(super) functions: Vec<Option<CudaFunction>>,
+    pub(super) functions: BTreeMap<usize, CudaFunction>,
     /// What launches are given while they are captured.
     pub(super) captured: Mutex<Option<Vec<Region>>>,
     pub(super) multiprocessors: usize,
@@ -72,7 +71,7 @@ impl Gpu {
         let multiprocessors =
             context.attribute(attribute).map_err(|e| failed("does not tell its number of multiprocessors", e))?;
         let multiprocessors = usize::try_from(multiprocessors).unwrap_or(0).max(1);
-        let (functions, captured, allocated) = (Vec::new(), Mutex::default(), Mutex::default());
+        let (functions, captured, allocated) = (BTreeMap::new(), Mutex::default(), Mutex::default());
         Ok(Self { index, context, capability, stream, copies, functions, captured, multiprocessors, allocated })
     }
 
@@ -329,14 +328,14 @@ pub fn arena(gpu: &Arc<Gpu>, what: &str, sizes: &[Bytes], separate: bool) -> Res
     if sizes.is_empty() {
         return Ok(Vec::new());
     }
-    let mut end = Bytes::ZERO;
-    let place = |size: &Bytes| {
-        end += aligned(size.0);
-        (len(end - aligned(size.0)), len(*size))
+    let whole = gpu.allocate(what, sizes.iter().map(|size| aligned(size.0)).sum())?;
+    let mut start = Bytes::ZERO;
+    let part = |size: &Bytes| {
+        let region = whole.part(len(start), len(*size));
+        start += aligned(size.0);
+        region
     };
-    let places: Vec<_> = sizes.iter().map(place).collect();
-    let whole = gpu.allocate(what, end)?;
-    Ok(places.into_iter().map(|(start, len)| whole.part(start, len)).collect())
+    Ok(sizes.iter().map(part).collect())
 }
 
 /// Page-locked host memory: copies from and to it run beside the host's work.

@@ -1,6 +1,7 @@
 //! The kernels by name, the files that they are in, and a GPU with them loaded.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::panic::resume_unwind;
 use std::sync::Arc;
 
@@ -34,9 +35,6 @@ macro_rules! modules {
         pub(super) enum Kernel {
             $($($kernel,)*)*
         }
-
-        /// All kernels, in the order of their numbers.
-        const KERNELS: &[Kernel] = &[$($(Kernel::$kernel,)*)*];
 
         const MODULES: &[Module] = &[$(Module {
             name: stringify!($module),
@@ -94,14 +92,14 @@ impl Gpu {
             let threads: Vec<_> = wanted.iter().map(|module| scope.spawn(move || load(module))).collect();
             threads.into_iter().map(|thread| thread.join().unwrap_or_else(|e| resume_unwind(e))).collect()
         });
-        let mut functions = vec![None; KERNELS.len()];
+        let mut functions = BTreeMap::new();
         for (Module { name, kernels, .. }, module) in wanted.into_iter().zip(loaded) {
             let module =
                 module.map_err(|e| gpu.failure(&format!("cannot load the kernels `{name}`"), e).hint(needs()))?;
             for kernel in *kernels {
                 let function = module.load_function(&format!("{kernel:?}"));
                 let function = function.map_err(|e| gpu.failure(&format!("has no kernel `{kernel:?}`"), e))?;
-                functions[*kernel as usize] = Some(function);
+                functions.insert(*kernel as usize, function);
             }
         }
         gpu.functions = functions;
@@ -109,10 +107,8 @@ impl Gpu {
     }
 
     pub(super) fn function(&self, kernel: Kernel) -> &CudaFunction {
-        match self.functions.get(kernel as usize) {
-            Some(Some(function)) => function,
-            _ => unreachable!("{} runs no `{kernel:?}`", self.id()),
-        }
+        let function = self.functions.get(&(kernel as usize));
+        function.unwrap_or_else(|| unreachable!("{} runs no `{kernel:?}`", self.id()))
     }
 }
 
@@ -140,7 +136,6 @@ mod tests {
         let files = files.map(|file| file.unwrap().path()).filter(|file| file.extension().is_some_and(|e| e == "cu"));
         let stems: BTreeSet<_> = files.map(|file| file.file_stem().unwrap().to_str().unwrap().to_owned()).collect();
         assert_eq!(stems, MODULES.iter().map(|module| module.name.to_owned()).collect());
-        assert!(KERNELS.iter().enumerate().all(|(at, kernel)| *kernel as usize == at));
     }
 
     #[test]

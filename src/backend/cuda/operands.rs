@@ -1,18 +1,14 @@
 //! What kernels are given: matrices and their rows, norms, caches, shapes.
 
-use std::ops::Range;
-
 use super::driver::Region;
-pub(super) use super::driver::WORD;
 use crate::backend::block::Linear;
 use crate::footprint::{CudaAttention, KvLayout};
+pub(super) use crate::footprint::{HALF, WORD};
 use crate::model_config::NormKind;
-use crate::quant::{KvDtype, MatrixLayout, Storage, WeightDtype};
+use crate::quant::{KvDtype, MatrixLayout};
 
 /// The widest head that a kernel takes.
 pub const MAX_HEAD_DIM: usize = 512;
-/// Bytes of an f16.
-pub(super) const HALF: usize = 2;
 
 /// A matrix or vector on a GPU, in the canonical packing.
 #[derive(Clone)]
@@ -37,24 +33,6 @@ impl DeviceMatrix {
         #[expect(clippy::cast_possible_truncation, reason = "an offset into the region")]
         let offset = offset as usize;
         self.region.part(offset, self.region.len() - offset)
-    }
-
-    /// The elements at `range` of a plain vector, and their dtype.
-    pub(super) fn elements(&self, range: Range<usize>) -> (Region, WeightDtype) {
-        let Storage::Plain(dtype) = self.layout.storage else { unreachable!("norms and biases are plain") };
-        assert!(range.end <= self.layout.rows * self.layout.cols, "a vector that is too short");
-        (self.region.part(range.start * dtype.size(), range.len() * dtype.size()), dtype)
-    }
-
-    /// Codes, sub-scales and scales from `row` on; `None` for those that the storage has not.
-    pub(super) fn sections(&self, row: usize) -> [Option<Region>; 3] {
-        let layout = &self.layout;
-        let section = |there: bool, at| there.then(|| self.at(at));
-        [
-            Some(self.at(layout.codes_at(row))),
-            section(layout.sub_scale_row > 0, layout.sub_scales_at(row)),
-            section(layout.scale_row > 0, layout.scales_at(row)),
-        ]
     }
 }
 
@@ -82,7 +60,7 @@ impl Output {
 }
 
 /// What a product takes, or a norm.
-pub type Affine<'a> = Linear<&'a DeviceMatrix>;
+pub type Affine = Linear<DeviceMatrix>;
 
 /// A norm: its weight is a plain vector as long as a row, its bias another.
 #[derive(Clone)]
@@ -92,7 +70,7 @@ pub struct Norm<'a> {
     /// Under the root.
     pub epsilon: f32,
     /// Weight and bias.
-    pub affine: Affine<'a>,
+    pub affine: &'a Affine,
 }
 
 /// What a product takes for each token, one row after the other.

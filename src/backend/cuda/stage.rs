@@ -7,18 +7,12 @@ use super::operands::{HALF, WORD};
 use super::repeat::Repeated;
 use super::workspace::Workspace;
 use super::{Affine, Attention, Cache, Choosing, DeviceMatrix, Input, Norm, Output, Region};
-use crate::backend::block::{self, Block, Dense, FeedForward, Linear, Modules};
+use crate::backend::block::{self, Block, Dense, FeedForward, Modules};
 use crate::backend::cpu::{route, routed, soft_cap};
 use crate::backend::{Choice, Chosen, DeviceChooser, Hidden, Run, Stage};
 use crate::error::Result;
 use crate::model_config::{Experts, Layer, ModelConfig};
 use crate::quant::WeightDtype;
-
-impl Linear<DeviceMatrix> {
-    fn affine(&self) -> Affine<'_> {
-        self.map(|matrix| matrix)
-    }
-}
 
 /// A run of modules that a GPU computes.
 pub struct CudaStage {
@@ -43,8 +37,8 @@ impl CudaStage {
         Self { workspace, config, modules, caches, step: Repeated::New, choice: Choice::GREEDY }
     }
 
-    fn norm_of<'a>(&self, linear: &'a Linear<DeviceMatrix>) -> Norm<'a> {
-        Norm { kind: self.config.family.norm_kind, epsilon: self.config.norm_eps, affine: linear.affine() }
+    fn norm_of<'a>(&self, affine: &'a Affine) -> Norm<'a> {
+        Norm { kind: self.config.family.norm_kind, epsilon: self.config.norm_eps, affine }
     }
 
     fn input<'a>(&'a self, states: &'a Region, norm: Option<&'a Norm<'a>>) -> Input<'a> {
@@ -71,7 +65,7 @@ impl CudaStage {
             }
             FeedForward::Dense(dense) => {
                 let x = self.gated(dense, input, tokens)?;
-                branch.matmul(&dense.down.affine(), x, tokens)?;
+                branch.matmul(&dense.down, x, tokens)?;
             }
         }
         branch.add(tokens)
@@ -90,8 +84,8 @@ impl CudaStage {
         let gpu = &*w.gpu;
         let tokens = runs.iter().map(|run| run.tokens).sum();
         let (queries, keys) = (config.queries(), config.keys());
-        let [query, key, value] = attention.query_key_value.each_ref().map(Linear::affine);
-        gpu.matmuls(&[(&query, &w.query), (&key, &w.key), (&value, &w.value)], input, tokens, &w.scratch)?;
+        let [query, key, value] = &attention.query_key_value;
+        gpu.matmuls(&[(query, &w.query), (key, &w.key), (value, &w.value)], input, tokens, &w.scratch)?;
         let norms = [(&attention.query_norm, &w.query, queries), (&attention.key_norm, &w.key, keys)];
         let [query_norm, key_norm] = norms.map(|(norm, x, width)| {
             let Some(norm) = norm.as_ref().map(|norm| self.norm_of(norm)) else { return Ok(None) };
@@ -126,15 +120,14 @@ impl CudaStage {
             gpu.attend(&shape, &query, cache, &attended, &position, &w.scratch)?;
             start += run.tokens;
         }
-        branch.matmul(&attention.output.affine(), &w.attended, tokens)
+        branch.matmul(&attention.output, &w.attended, tokens)
     }
 
     /// What goes into a feed-forward layer's last matrix.
     fn gated(&self, dense: &Dense<DeviceMatrix>, input: Input, tokens: usize) -> Result<&Region> {
         let w = &*self.workspace;
-        let (gate, up) = (dense.gate.as_ref().map(Linear::affine), dense.up.affine());
-        let rooms = [&w.gate, &w.up];
-        w.gpu.gated(self.config.activation, (gate.as_ref(), &up), input, tokens, rooms, &w.scratch)?;
+        let (pair, rooms) = ((dense.gate.as_ref(), &dense.up), [&w.gate, &w.up]);
+        w.gpu.gated(self.config.activation, pair, input, tokens, rooms, &w.scratch)?;
         Ok(&w.gate)
     }
 
@@ -143,7 +136,7 @@ impl CudaStage {
     fn experts(
         &self,
         routing: Experts,
-        router: &Linear<DeviceMatrix>,
+        router: &Affine,
         experts: &[Dense<DeviceMatrix>],
         input: Input,
         branch: &Branch,
@@ -152,7 +145,7 @@ impl CudaStage {
         let (w, hidden) = (&*self.workspace, self.config.hidden_size);
         let gpu = &*w.gpu;
         let input = gpu.half(input, (tokens, hidden))?;
-        gpu.matmul(&router.affine(), input, tokens, (&w.routes, Output::F32, 1.0), &w.scratch)?;
+        gpu.matmul(router, input, tokens, (&w.routes, Output::F32, 1.0), &w.scratch)?;
         let mut scores = vec![0.0f32; tokens * routing.count];
         w.routes.read(bytemuck::must_cast_slice_mut(&mut scores))?;
         route(&mut scores, routing);
@@ -173,7 +166,7 @@ impl CudaStage {
                 gpu.gather(&w.normed, &indices, hidden, &w.gathered)?;
                 let x = self.gated(expert, Input::Half(&w.gathered), count)?;
                 let given = (&w.expert, Output::F32, 1.0);
-                gpu.matmul(&expert.down.affine(), Input::Half(x), count, given, &w.scratch)?;
+                gpu.matmul(&expert.down, Input::Half(x), count, given, &w.scratch)?;
                 gpu.scatter_add(&w.expert, &indices, &weights, hidden, branch.target)?;
             }
             start += count;
@@ -182,10 +175,10 @@ impl CudaStage {
     }
 
     /// The logits of one hidden state before the soft cap, with a norm before them or as it is.
-    fn head_of(&self, head: &Linear<DeviceMatrix>, states: &Region, norm: Option<&Norm>) -> Result<()> {
+    fn head_of(&self, head: &Affine, states: &Region, norm: Option<&Norm>) -> Result<()> {
         let w = &*self.workspace;
         let logits = (&w.logits, Output::F32, self.config.logit_scale);
-        w.gpu.matmul(&head.affine(), self.input(states, norm), 1, logits, &w.scratch)
+        w.gpu.matmul(head, self.input(states, norm), 1, logits, &w.scratch)
     }
 
     fn choose_one(&self) -> Result<()> {
@@ -214,14 +207,14 @@ impl CudaStage {
                 ids.write(bytemuck::must_cast_slice(&rows))?;
                 ids
             };
-            w.gpu.embed(&positions.affine(), &ids, 1.0, states, Output::Add)?;
+            w.gpu.embed(positions, &ids, 1.0, states, Output::Add)?;
         }
         let mut blocks = self.modules.blocks.iter().zip(&self.caches);
         blocks.try_for_each(|(block, caches)| self.run(block, caches, states, runs))
     }
 
     /// What a whole step takes, from the embedding to the head, if all of it is here.
-    fn whole(&self) -> Option<[&Linear<DeviceMatrix>; 3]> {
+    fn whole(&self) -> Option<[&Affine; 3]> {
         let Modules { embedding, norm, head, blocks, .. } = &self.modules;
         let is_whole = blocks.len() == self.config.layers.len() && !self.has_experts();
         is_whole.then_some([embedding.as_ref()?, norm.as_ref()?, head.as_ref()?])
@@ -238,7 +231,7 @@ impl CudaStage {
         let queued = step.queue(&self.workspace.gpu, (run.slot, choice), || match (choice, self.whole()) {
             (Some(_), Some([embedding, norm, head])) => {
                 let (gpu, token) = (&self.workspace.gpu, self.workspace.chosen().part(0, WORD));
-                gpu.embed(&embedding.affine(), &token, self.config.embedding_scale, states, Output::F32)?;
+                gpu.embed(embedding, &token, self.config.embedding_scale, states, Output::F32)?;
                 self.through(states, &[run])?;
                 self.head_of(head, states, Some(&self.norm_of(norm)))?;
                 self.choose_one()
@@ -272,7 +265,7 @@ struct Branch<'a> {
 }
 
 impl<'a> Branch<'a> {
-    fn new(stage: &'a CudaStage, norm: Option<&'a Linear<DeviceMatrix>>, hidden: &'a Region, is_sum: bool) -> Self {
+    fn new(stage: &'a CudaStage, norm: Option<&'a Affine>, hidden: &'a Region, is_sum: bool) -> Self {
         let norm = norm.map(|norm| stage.norm_of(norm));
         let is_apart = norm.is_some() || is_sum;
         Self { stage, norm, hidden, target: if is_apart { &stage.workspace.branch } else { hidden }, is_apart }
@@ -303,7 +296,7 @@ impl Stage for CudaStage {
         let ids = w.tokens.part(0, size_of_val(tokens));
         ids.write(bytemuck::must_cast_slice(tokens))?;
         let states = hidden.begin_on_gpu(&w.hidden);
-        w.gpu.embed(&embedding.affine(), &ids, self.config.embedding_scale, &states, Output::F32)
+        w.gpu.embed(embedding, &ids, self.config.embedding_scale, &states, Output::F32)
     }
 
     fn run_blocks(&mut self, hidden: &mut Hidden, runs: &[Run]) -> Result<()> {

@@ -12,8 +12,8 @@ use std::arch::x86_64::{
     _mm256_mul_ps as multiply_floats, _mm256_permute2x128_si256, _mm256_set_m128i, _mm256_set1_epi8 as set_8,
     _mm256_set1_epi16, _mm256_set1_epi32 as set_32, _mm256_set1_ps as set_floats, _mm256_setzero_ps as zero_floats,
     _mm256_setzero_si256 as zero, _mm256_shuffle_epi8 as shuffle, _mm256_sign_epi8, _mm256_slli_epi32 as shift_left,
-    _mm256_srli_epi16 as shift_right, _mm256_storeu_ps as store_numbers, _mm256_storeu_si256 as store_bytes,
-    _mm256_sub_epi32 as subtract, _mm256_unpackhi_epi32 as unpack_high_32, _mm256_unpackhi_epi64 as unpack_high_64,
+    _mm256_srli_epi16 as shift_right, _mm256_storeu_ps as store_numbers, _mm256_sub_epi32 as subtract,
+    _mm256_unpackhi_epi32 as unpack_high_32, _mm256_unpackhi_epi64 as unpack_high_64,
     _mm256_unpacklo_epi32 as unpack_low_32, _mm256_unpacklo_epi64 as unpack_low_64, _mm256_xor_si256 as xor,
 };
 

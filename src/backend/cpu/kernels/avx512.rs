@@ -11,8 +11,8 @@ use std::arch::x86_64::{
     _mm512_permutexvar_epi32, _mm512_set_epi32, _mm512_set1_epi8 as set_8, _mm512_set1_epi32 as set_32,
     _mm512_set1_ps as set_floats, _mm512_setzero_ps as zero_floats, _mm512_setzero_si512 as zero,
     _mm512_shuffle_epi8 as shuffle, _mm512_shuffle_i32x4, _mm512_slli_epi32 as shift_left,
-    _mm512_srli_epi16 as shift_right, _mm512_storeu_ps as store_numbers, _mm512_storeu_si512 as store_bytes,
-    _mm512_sub_epi32 as subtract, _mm512_unpackhi_epi32 as unpack_high_32, _mm512_unpackhi_epi64 as unpack_high_64,
+    _mm512_srli_epi16 as shift_right, _mm512_storeu_ps as store_numbers, _mm512_sub_epi32 as subtract,
+    _mm512_unpackhi_epi32 as unpack_high_32, _mm512_unpackhi_epi64 as unpack_high_64,
     _mm512_unpacklo_epi32 as unpack_low_32, _mm512_unpacklo_epi64 as unpack_low_64, _mm512_xor_si512 as xor,
 };
 

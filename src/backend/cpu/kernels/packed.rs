@@ -211,9 +211,8 @@ macro_rules! kernels {
         }
 
         /// Unpacked levels of a span of groups, plus the offset: `[steps][rows][4]` of each.
-        #[repr(align(64))]
         struct Tile {
-            codes: [[[[[u8; BYTES]; BESIDE]; STEPS]; SPAN]; RUNS],
+            codes: [[[[Integers; BESIDE]; STEPS]; SPAN]; RUNS],
             scales: [[[[f32; LANES]; BESIDE]; SPAN]; RUNS],
         }
 
@@ -221,7 +220,7 @@ macro_rules! kernels {
         fn many_of<const KIND: u8>(rows: &[Row; TILE], x: Quantized, totals: &mut [[f32; TILE]]) {
             let tokens = x.tokens();
             let mut tile = Tile {
-                codes: [[[[[0; BYTES]; BESIDE]; STEPS]; SPAN]; RUNS],
+                codes: [[[[zero(); BESIDE]; STEPS]; SPAN]; RUNS],
                 scales: [[[[0.0; LANES]; BESIDE]; SPAN]; RUNS],
             };
             // Parts of a total that more than one span makes.
@@ -282,11 +281,7 @@ macro_rules! kernels {
                 for at in 0..self.groups {
                     let group = self.first + at * PARTS;
                     let mut dots = [[zero(); BESIDE]; N];
-                    for (step, bytes) in self.tile.codes[self.run][at].iter().enumerate() {
-                        let mut codes = [zero(); BESIDE];
-                        for v in 0..BESIDE {
-                            codes[v] = load(&bytes[v]);
-                        }
+                    for (step, &codes) in self.tile.codes[self.run][at].iter().enumerate() {
                         for n in 0..N {
                             let x = set_32(bytemuck::must_cast(x[n][group][step]));
                             for v in 0..BESIDE {
@@ -351,8 +346,8 @@ macro_rules! kernels {
                 }
                 let codes = &mut tile.codes[run][at];
                 for (step, (low, high)) in transpose(lows).into_iter().zip(transpose(highs)).enumerate() {
-                    store(low, &mut codes[step][v]);
-                    store(high, &mut codes[STEPS / 2 + step][v]);
+                    codes[step][v] = low;
+                    codes[STEPS / 2 + step][v] = high;
                 }
                 if KIND != INT8 {
                     for (scale, row) in tile.scales[run][at][v].iter_mut().zip(rows) {
@@ -381,13 +376,6 @@ macro_rules! kernels {
         fn load(bytes: &[u8; BYTES]) -> Integers {
             // SAFETY: a reference to as many bytes; no alignment is asked for.
             unsafe { load_bytes(bytes.as_ptr().cast()) }
-        }
-
-        #[inline]
-        #[target_feature(enable = $features)]
-        fn store(vector: Integers, bytes: &mut [u8; BYTES]) {
-            // SAFETY: a reference to as many bytes; no alignment is asked for.
-            unsafe { store_bytes(bytes.as_mut_ptr().cast(), vector) }
         }
 
         #[inline]

@@ -2,7 +2,7 @@
 
 use super::FEW;
 use super::launch::Argument;
-use super::norm::NormArguments;
+use super::norm;
 use crate::backend::cuda::driver::{Gpu, Region};
 use crate::backend::cuda::modules::{Kernel, TENSOR_CORES};
 use crate::backend::cuda::operands::{Attention, Cache, HALF, Norm, Scratch, WORD, holds};
@@ -68,8 +68,8 @@ impl Gpu {
         ];
         let grid = (shape.tokens, shape.heads + 2 * shape.kv_heads);
         let regions = [query, key, value].map(Argument::Region);
-        let [of_query, of_key] = norms.map(|norm| NormArguments::new(norm, shape.head_dim));
-        let arguments = [&regions[..], &of_query.given(), &of_key.given(), &given(cache), &numbers];
+        let [of_query, of_key] = norms.map(|norm| norm::arguments(norm, shape.head_dim));
+        let arguments = [&regions[..], &of_query, &of_key, &given(cache), &numbers];
         self.launch(Kernel::rotate_and_store, grid, 128, &arguments.concat())
     }
 

@@ -12,15 +12,15 @@ impl Gpu {
     /// `scale` times the rows of a matrix that the u32 in `tokens` name, into f32 or onto it; NaN for one that
     /// names none.
     pub fn embed(&self, affine: &Affine, tokens: &Region, scale: f32, hidden: &Region, output: Output) -> Result<()> {
-        let (matrix, cols) = (affine.weight, affine.cols());
+        let (matrix, cols) = (&affine.weight, affine.cols());
         let count = tokens.len() / size_of::<u32>();
         holds(hidden, [count, cols], WORD);
-        let [codes, sub_scales, scales] = matrix.sections(0);
+        let [codes, sub_scales, scales] = Argument::sections(matrix, 0);
         let arguments = [
             Argument::Region(tokens),
-            Argument::optional(codes.as_ref()),
-            Argument::optional(sub_scales.as_ref()),
-            Argument::optional(scales.as_ref()),
+            codes,
+            sub_scales,
+            scales,
             Argument::storage(matrix.layout.storage),
             Argument::int(matrix.layout.rows),
             Argument::int(cols),
@@ -36,8 +36,8 @@ impl Gpu {
         for region in up.into_iter().chain([gate]) {
             holds(region, [count], HALF);
         }
-        let up = up.map_or(Argument::Null, Argument::Region);
-        let arguments = [Argument::Region(gate), up, Argument::int(count), Argument::activation(Some(activation))];
+        let [gate, up] = [Some(gate), up].map(Argument::optional);
+        let arguments = [gate, up, Argument::int(count), Argument::activation(Some(activation))];
         self.launch(Kernel::activate, (count.div_ceil(256), 1), 256, &arguments)
     }
 

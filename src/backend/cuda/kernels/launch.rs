@@ -2,12 +2,14 @@
 #![expect(unsafe_code, reason = "the driver's interface is C, and cudarc's graph is bound to a thread")]
 
 use std::ffi::c_void;
+use std::ops::Range;
 
 use cudarc::driver::CudaGraph;
 use cudarc::driver::sys::{self, CUgraphInstantiate_flags, CUstreamCaptureMode};
 
 use crate::backend::cuda::driver::{Gpu, Region};
 use crate::backend::cuda::modules::{EARLY, Kernel};
+use crate::backend::cuda::operands::DeviceMatrix;
 use crate::error::{Error, Result};
 use crate::model_config::Activation;
 use crate::pool::lock;
@@ -17,6 +19,8 @@ use crate::quant::{Storage, WeightDtype};
 #[derive(Clone, Copy)]
 pub enum Argument<'a> {
     Region(&'a Region),
+    /// From a byte of a region on.
+    From(&'a Region, u64),
     Null,
     I32(i32),
     F32(f32),
@@ -30,6 +34,24 @@ impl<'a> Argument<'a> {
 
     pub fn optional(region: Option<&'a Region>) -> Self {
         region.map_or(Self::Null, Self::Region)
+    }
+
+    /// Codes, sub-scales and scales of a matrix from `row` on; null for those that its storage has not.
+    pub fn sections(matrix: &'a DeviceMatrix, row: usize) -> [Self; 3] {
+        let DeviceMatrix { layout, region } = matrix;
+        let mut bytes = layout.row_bytes.into_iter();
+        layout.sections(row).map(|at| {
+            assert!(at <= region.len() as u64, "a row beyond its matrix");
+            if bytes.next() == Some(0) { Self::Null } else { Self::From(region, at) }
+        })
+    }
+
+    /// The elements at `range` of a plain vector, and their dtype; null where there is none.
+    pub fn vector(matrix: Option<&'a DeviceMatrix>, range: Range<usize>) -> [Self; 2] {
+        let Some(DeviceMatrix { layout, region }) = matrix else { return [Self::Null, Self::I32(0)] };
+        let Storage::Plain(dtype) = layout.storage else { unreachable!("norms and biases are plain") };
+        assert!(range.end <= layout.rows * layout.cols, "a vector that is too short");
+        [Self::From(region, (range.start * dtype.size()) as u64), Self::dtype(dtype)]
     }
 
     pub fn dtype(dtype: WeightDtype) -> Self {
@@ -87,14 +109,16 @@ impl Gpu {
             .iter()
             .map(|argument| match argument {
                 Argument::Region(region) => region.pointer(),
+                Argument::From(region, at) => region.pointer() + at,
                 Argument::Null => 0,
                 Argument::I32(number) => u64::from(number.cast_unsigned()),
                 Argument::F32(number) => u64::from(number.to_bits()),
             })
             .collect();
         if let Some(captured) = &mut *lock(&self.captured) {
-            let region = |argument: &Argument| {
-                if let Argument::Region(region) = argument { Some((*region).clone()) } else { None }
+            let region = |argument: &Argument| match argument {
+                Argument::Region(region) | Argument::From(region, _) => Some((*region).clone()),
+                Argument::Null | Argument::I32(_) | Argument::F32(_) => None,
             };
             captured.extend(arguments.iter().filter_map(region));
         }

@@ -3,7 +3,7 @@
 
 use super::FEW;
 use super::launch::Argument;
-use super::norm::{NormArguments, Vector};
+use super::norm;
 use crate::backend::cuda::driver::{Gpu, Region};
 use crate::backend::cuda::modules::{Kernel, TENSOR_CORES};
 use crate::backend::cuda::operands::{Affine, Input, Output, Scratch, holds};
@@ -131,22 +131,16 @@ impl Gpu {
             }
             _ => parts.iter().map(|(affine, _)| affine.rows.len().div_ceil(slots)).sum(),
         };
-        let given: Vec<_> = parts
-            .iter()
-            .map(|(affine, y)| {
-                holds(y, [tokens, affine.rows.len()], epilogue.output.size());
-                let sections = affine.weight.sections(affine.rows.start);
-                (sections, affine.rows.len(), Vector::new(affine.bias, affine.rows.clone()), *y)
-            })
-            .collect();
         let mut arguments = Vec::new();
-        for (sections, rows, bias, y) in &given {
-            arguments.extend(sections.each_ref().map(|section| Argument::optional(section.as_ref())));
-            let [bias, bias_dtype] = bias.given();
-            arguments.extend([Argument::int(*rows), bias, bias_dtype, Argument::Region(y)]);
+        for (affine, y) in parts {
+            let rows = affine.rows.len();
+            holds(y, [tokens, rows], epilogue.output.size());
+            let [bias, bias_dtype] = Argument::vector(affine.bias.as_ref(), affine.rows.clone());
+            arguments.extend(Argument::sections(&affine.weight, affine.rows.start));
+            arguments.extend([Argument::int(rows), bias, bias_dtype, Argument::Region(y)]);
         }
         let (null, zero) = (Argument::Null, Argument::I32(0));
-        for _ in given.len()..MATRICES {
+        for _ in parts.len()..MATRICES {
             arguments.extend([null, null, null, zero, null, zero, null]);
         }
         arguments.extend([Argument::int(cols), Argument::Region(states)]);
@@ -168,12 +162,11 @@ impl Gpu {
         if !mma_few {
             return self.launch(few_kernel, (blocks_of(FEW_SLOTS), 1), 256, &arguments);
         }
-        let code_row = parts[0].0.weight.layout.code_row;
+        let [code_row, ..] = parts[0].0.weight.layout.row_bytes;
         let units: usize = blocks_of(MMA_FEW_SLOTS) * code_row.div_ceil(MMA_FEW_BYTES);
         let blocks = units.min(self.blocks_at_once(few_kernel, 256)?).min(CUDA_FEW_BLOCKS);
         scratch.holds(blocks * CUDA_FEW_PARTS, blocks);
-        let norm = NormArguments::new(norm, cols);
-        arguments.extend(norm.given());
+        arguments.extend(norm::arguments(norm, cols));
         arguments.extend([Argument::Region(&scratch.parts), Argument::Region(&scratch.arrivals)]);
         self.launch(few_kernel, (blocks, 1), 256, &arguments)
     }

@@ -27,7 +27,6 @@ impl Gpu {
         assert!(first + rows <= layout.rows, "rows that the matrix has not");
         holds(weights, [rows, layout.cols], dtype.size());
         holds(failed, [1], WORD);
-        let [codes, sub_scales, scales] = matrix.sections(first);
         let head = [
             Argument::Region(weights),
             Argument::dtype(dtype),
@@ -40,7 +39,8 @@ impl Gpu {
             Storage::Nl4 => (Kernel::quantize_nl4, 128),
             Storage::Plain(_) => unreachable!("plain storage is copied, not quantized"),
         };
-        let sections: Vec<_> = [&codes, &sub_scales, &scales].into_iter().flatten().map(Argument::Region).collect();
+        let sections = Argument::sections(matrix, first).into_iter();
+        let sections: Vec<_> = sections.filter(|section| !matches!(section, Argument::Null)).collect();
         self.launch(kernel, (rows, 1), threads, &[&head[..], &sections, &[Argument::Region(failed)]].concat())
     }
 }
