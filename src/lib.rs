@@ -26,7 +26,7 @@
 //! | 4 | `backend`, `engine`, `loader` |
 //! | 3 | `device_map`, `plan` |
 //! | 2 | `quant`, `architecture`, `footprint` |
-//! | 1 | `machine`, `model_config`, `tokenizer`, `checkpoint` |
+//! | 1 | `machine`, `model_config`, `text`, `checkpoint` |
 //! | 0 | `error`, `cancel`, `bytes`, `device`, `module_path`, `name`, `random`, `json`, `fs`, `source`, `simd`, `pool` |
 
 #![warn(clippy::unwrap_used)]
@@ -47,7 +47,7 @@ macro_rules! rooms {
 
 rooms! {
     architecture backend bytes cancel checkpoint device device_map engine error export footprint fs generate json
-    loader machine model_config module_path name plan pool quant random simd source tokenizer
+    loader machine model_config module_path name plan pool quant random simd source text
 }
 #[cfg(feature = "hub")]
 pub mod hub;
@@ -63,8 +63,8 @@ pub use export::{DEFAULT_SHARD_SIZE, SaveFormat, SaveOptions, SaveReport, save_q
 pub use footprint::{Allocation, Placed, Purpose};
 pub use fs::{SCRATCH_DIRECTORY, read_capped, write_atomic};
 pub use generate::{
-    ChatTemplate, Comparison, DEFAULT_WINDOW, Divergence, Finish, GenerateOptions, GenerateReport, Generation, Message,
-    Perplexity, Piece, Predictions, Sampling, TooLong, Windows,
+    Comparison, DEFAULT_WINDOW, Divergence, Finish, GenerateOptions, GenerateReport, Generation, Perplexity, Piece,
+    Predictions, Sampling, TooLong, Windows,
 };
 pub use loader::{LoadEvent, LoadOptions, LoadReport, LoadTimes, MeasuredDevice, Model, WeightError};
 pub use machine::{Bandwidth, Device, Inventory};
@@ -75,4 +75,4 @@ pub use plan::{
 };
 pub use pool::Pool;
 pub use quant::{KvDtype, QuantizeError, QuantizeRules, Scheme};
-pub use tokenizer::Tokenizer;
+pub use text::{ChatTemplate, Message, Sandbox, Tokenizer, serve as serve_sandbox};

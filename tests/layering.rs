@@ -25,7 +25,7 @@ const ROOMS: &[(u8, &str)] = &[
     (0, "pool"),
     (1, "machine"),
     (1, "model_config"),
-    (1, "tokenizer"),
+    (1, "text"),
     (1, "checkpoint"),
     (2, "quant"),
     (2, "architecture"),

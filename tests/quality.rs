@@ -8,11 +8,11 @@ mod weights;
 use std::path::Path;
 
 use evenkeel::Cancel;
+use evenkeel::Tokenizer;
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::generate::{Comparison, Perplexity, Predictions, Windows};
 use evenkeel::plan::{Plan, PlanOptions, Quantize};
 use evenkeel::quant::{QuantizeRules, Scheme, Storage};
-use evenkeel::tokenizer::Tokenizer;
 use support::{fixture, load_plan, roomy};
 
 #[test]

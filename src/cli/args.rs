@@ -40,12 +40,15 @@ pub enum Command {
     Plan(Box<PlanArguments>),
     /// Write a checkpoint whose weights are quantized, which loads faster.
     Quantize(Box<QuantizeArguments>),
+    /// Run a tokenizer or a template for another process, on standard input and output.
+    #[command(hide = true)]
+    Sandbox,
 }
 
 impl Command {
     pub fn threads(&self) -> Option<NonZeroUsize> {
         match self {
-            Self::Devices(_) | Self::Plan(_) => None,
+            Self::Devices(_) | Self::Plan(_) | Self::Sandbox => None,
             Self::Generate(arguments) => arguments.threads.threads,
             Self::Perplexity(arguments) => arguments.threads.threads,
             Self::Quantize(arguments) => arguments.threads.threads,

@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::args::{Format, GenerateArguments, OnShortfall, PromptArguments, SamplingArguments};
 use super::model::{self, Need};
 use super::printer::Printer;
-use super::{Exit, Process, signal};
+use super::{Exit, Process, sandbox, signal};
 
 /// New tokens where neither the user nor the context sets a limit.
 const DEFAULT_NEW_TOKENS: usize = 256;
@@ -24,11 +24,16 @@ pub fn run(arguments: &GenerateArguments, process: &Process) -> Result<Exit> {
     sampling.check()?;
     let prompt = read_prompt(&arguments.prompt)?;
     let options = arguments.placement.options(None, process)?;
-    let load_options = arguments.placement.load_options(cancel.clone(), process);
+    let load_options = arguments.placement.load_options(cancel.clone(), process)?;
     let checkpoint = model::open(&arguments.model, Need::Weights, process)?;
     // Before anything is loaded.
-    let open_template = || checkpoint.local_directory().and_then(ChatTemplate::open);
-    let template = arguments.prompt.chat.then(open_template).transpose()?;
+    let prompt = if arguments.prompt.chat {
+        let template = ChatTemplate::open(checkpoint.local_directory()?)?;
+        let sandbox = sandbox::of_this_program(cancel.clone())?;
+        sandbox.render(&template, &messages(&arguments.prompt, prompt))?
+    } else {
+        prompt
+    };
     let load = || model::load(&checkpoint, &options, &load_options, process);
     let mut model = match load() {
         Err(error) if error.kind() == ErrorKind::Shortfall && arguments.on_shortfall == OnShortfall::Replan => {
@@ -38,13 +43,8 @@ pub fn run(arguments: &GenerateArguments, process: &Process) -> Result<Exit> {
         loaded => loaded?,
     };
 
-    let tokens = match template {
-        Some(template) => {
-            let prompt = template.render(&messages(&arguments.prompt, prompt))?;
-            model.tokenizer.encode(&prompt, false)?
-        }
-        None => model.tokenizer.encode(&prompt, true)?,
-    };
+    // A template has put the special tokens there itself.
+    let tokens = model.tokenizer.encode(&prompt, !arguments.prompt.chat)?;
     let usual = model.plan.context.saturating_sub(tokens.len()).min(DEFAULT_NEW_TOKENS);
     let options = GenerateOptions {
         sampling,
@@ -151,10 +151,11 @@ impl Printer {
         self.note(&format!(
             "load      {read} in {seconds:.2} s, {gigabytes:.2} GB/s; {past_cache} past the page cache"
         ));
-        let LoadTimes { read, pack, gpus } = loaded.times;
+        let LoadTimes { read, pack, gpus, tokenizer } = loaded.times;
         self.note(&format!(
             "          waited {read:.2} s for reading, {gpus:.2} s for GPUs; packed or copied for {pack:.2} s on the CPU"
         ));
+        self.note(&format!("          tokenizer read beside it in {tokenizer:.2} s"));
         let (prompt, new) = (generated.prompt_tokens, generated.generated_tokens);
         self.note(&format!("prefill   {prompt} tokens, {:.1} tok/s", rate(prompt, generated.prefill_seconds)));
         // The first token comes with the prefill.

@@ -14,6 +14,7 @@ mod plan;
 mod printer;
 mod progress;
 mod quantize;
+mod sandbox;
 mod signal;
 
 use std::process::ExitCode;
@@ -79,6 +80,7 @@ pub fn run() -> ExitCode {
         Command::Perplexity(arguments) => perplexity::run(&arguments, &process),
         Command::Plan(arguments) => plan::run(&arguments, &process),
         Command::Quantize(arguments) => quantize::run(&arguments, &process),
+        Command::Sandbox => sandbox::run(),
     };
     let code = match outcome {
         Ok(exit) => exit as u8,

@@ -8,10 +8,10 @@ use evenkeel::{
 };
 use indicatif::ProgressBar;
 
-use super::Process;
 use super::args::{ModelArguments, PlacementArguments};
 use super::printer::Printer;
 use super::progress::{self, BYTES};
+use super::{Process, sandbox};
 
 /// How much of a model a command needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,9 +109,16 @@ pub fn show(event: &LoadEvent, what: &'static str, bar: &mut Option<ProgressBar>
 
 impl PlacementArguments {
     /// The options of a load that `cancel` stops.
-    pub fn load_options(&self, cancel: Cancel, process: &Process) -> LoadOptions {
+    pub fn load_options(&self, cancel: Cancel, process: &Process) -> Result<LoadOptions> {
         let offload_directory = process.environment.offload_directory(self.offload_dir.as_deref());
-        LoadOptions { offload_directory, cancel, pool: Arc::clone(&process.pool), ..LoadOptions::default() }
+        let sandbox = Some(sandbox::of_this_program(cancel.clone())?);
+        Ok(LoadOptions {
+            offload_directory,
+            cancel,
+            pool: Arc::clone(&process.pool),
+            sandbox,
+            ..LoadOptions::default()
+        })
     }
 
     /// The options of a plan that `process` makes, with the map in `map` or that of `--device-map`.

@@ -43,7 +43,9 @@ pub fn run(arguments: &PerplexityArguments, process: &Process) -> Result<Exit> {
     options.context = Some(window);
     let stride = arguments.stride.unwrap_or(window);
     let windows = Windows::new(window, stride)?;
-    let tokenizer = Tokenizer::open(checkpoint.local_directory()?, checkpoint.config.vocab_size)?;
+    let load = arguments.placement.load_options(cancel, process)?;
+    let tokenizer =
+        Tokenizer::begin(checkpoint.local_directory()?, checkpoint.config.vocab_size, load.sandbox.as_ref())?.wait()?;
     let mut tokens = tokenizer.encode(&text, false)?;
     tokens.truncate(arguments.max_tokens.unwrap_or(usize::MAX));
     let scored = windows.scored(tokens.len());
@@ -52,7 +54,6 @@ pub fn run(arguments: &PerplexityArguments, process: &Process) -> Result<Exit> {
         return Err(Error::input(format!("`{text}` has {} tokens; 2 is the least to score", tokens.len())));
     }
 
-    let load = arguments.placement.load_options(cancel, process);
     let measurement = Measurement { checkpoint: &checkpoint, load, tokens, windows, process };
     let rows = if arguments.compare.is_empty() {
         vec![measurement.row(&options, Comparison::Alone)?]

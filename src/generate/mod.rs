@@ -1,8 +1,6 @@
 //! Prompt to text, and how well a text is predicted.
 
-mod chat;
 mod perplexity;
-mod stream;
 
 use std::time::Instant;
 
@@ -12,10 +10,9 @@ use crate::cancel::Cancel;
 use crate::engine::Sequence;
 use crate::error::{Error, Hint, Result, Setting};
 use crate::loader::Model;
-use stream::TextStream;
+use crate::text::TextStream;
 
 pub use crate::engine::Sampling;
-pub use chat::{ChatTemplate, Message};
 pub use perplexity::{Comparison, DEFAULT_WINDOW, Divergence, Perplexity, Predictions, Windows};
 
 /// How to generate.
@@ -135,7 +132,7 @@ impl Model {
             },
             next,
             since: Instant::now(),
-            stream: TextStream::new(options.stop.clone()),
+            stream: TextStream::new(prompt, options.stop.clone()),
             model: self,
             sequence,
             options,

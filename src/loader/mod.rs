@@ -27,7 +27,7 @@ use crate::error::Result;
 use crate::fs;
 use crate::plan::Plan;
 use crate::pool::Pool;
-use crate::tokenizer::Tokenizer;
+use crate::text::{Sandbox, Tokenizer};
 use arenas::Arenas;
 
 pub use fill::WeightError;
@@ -62,6 +62,8 @@ pub struct LoadOptions {
     pub cancel: Cancel,
     /// The threads that pack weights, and then compute the stages of the CPU.
     pub pool: Arc<Pool>,
+    /// Where the tokenizer runs; in this process, unlimited, where there is none.
+    pub sandbox: Option<Sandbox>,
     /// Whether every buffer on a GPU is an allocation of its own, so that reading or writing
     /// beyond one is noticed; for tests.
     pub separate_buffers: bool,
@@ -73,6 +75,7 @@ impl Default for LoadOptions {
             offload_directory: fs::SCRATCH_DIRECTORY.into(),
             cancel: Cancel::new(),
             pool: Arc::default(),
+            sandbox: None,
             separate_buffers: false,
         }
     }
@@ -103,6 +106,8 @@ pub struct LoadTimes {
     pub pack: f64,
     /// Waiting for GPUs to copy and to pack.
     pub gpus: f64,
+    /// Reading the tokenizer, which is done beside all else.
+    pub tokenizer: f64,
 }
 
 /// Planned and measured bytes of a device.
@@ -142,13 +147,16 @@ impl Plan {
         }
         let start = Instant::now();
         let checkpoint = self.checkpoint();
-        let tokenizer = Tokenizer::open(checkpoint.local_directory()?, checkpoint.config.vocab_size)?;
+        let vocab_size = checkpoint.config.vocab_size;
+        let tokenizer = Tokenizer::begin(checkpoint.local_directory()?, vocab_size, options.sandbox.as_ref())?;
         let read: Bytes = self.weights.iter().map(|placed| placed.weight.tensor.size()).sum();
         let mut arenas = Arenas::take(self, options)?;
         on_event(LoadEvent::Started { bytes: read });
-        let (staged, past_cache, times) = fill::fill(self, &mut arenas, options, &mut on_event)?;
+        let (staged, past_cache, mut times) = fill::fill(self, &mut arenas, options, &mut on_event)?;
         let (pipeline, mut measured) = build::build(self, arenas, options)?;
         *measured.entry(DeviceId::Cpu).or_default() += staged;
+        let tokenizer = tokenizer.wait()?;
+        times.tokenizer = tokenizer.seconds();
         let report = LoadReport {
             read,
             past_cache,

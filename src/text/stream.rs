@@ -1,11 +1,13 @@
 //! Tokens to text as they come: whole characters, and nothing that may yet
 //! turn out to be a stop text.
 
+use super::tokenizer::Tokenizer;
 use crate::error::Result;
-use crate::tokenizer::Tokenizer;
 
 /// Tokens that are decoded together at most while a character stays incomplete.
 const LONGEST_CHARACTER: usize = 16;
+/// Tokens of one byte each that are waited for at most.
+const MOST_BYTES: usize = 1024;
 
 /// The text of a sequence of tokens, given out piece by piece.
 pub struct TextStream {
@@ -21,12 +23,14 @@ pub struct TextStream {
 }
 
 impl TextStream {
-    /// An empty stream that ends before any of the texts in `stop`.
-    pub fn new(stop: Vec<String>) -> Self {
+    /// An empty stream behind `prompt`, which ends before any of the texts in `stop`.
+    pub fn new(prompt: &[u32], stop: Vec<String>) -> Self {
+        // What a word begins with depends on whether one stands before it.
+        let tokens = prompt[prompt.len().saturating_sub(LONGEST_CHARACTER)..].to_vec();
         Self {
-            tokens: Vec::new(),
             prefix: 0,
-            read: 0,
+            read: tokens.len(),
+            tokens,
             held: String::new(),
             stop: stop.into_iter().filter(|text| !text.is_empty()).collect(),
             stopped: false,
@@ -48,14 +52,18 @@ impl TextStream {
 
     /// Decodes what is new and takes it over if its characters are whole, or if it is `all`.
     fn advance(&mut self, tokenizer: &Tokenizer, all: bool) -> Result<()> {
-        if self.stopped || self.read == self.tokens.len() {
+        let new = self.tokens.len() - self.read;
+        // Bytes are characters or broken all together, which the next token decides.
+        let is_open = self.tokens.last().is_some_and(|token| tokenizer.is_byte(*token)) && new <= MOST_BYTES;
+        if self.stopped || new == 0 || is_open && !all {
             return Ok(());
         }
         // A token's text can depend on those before it, so it is what a few more tokens add to a few.
-        let before = tokenizer.decode(&self.tokens[self.prefix..self.read])?;
-        let with = tokenizer.decode(&self.tokens[self.prefix..])?;
-        if all || !with.ends_with('\u{fffd}') || self.tokens.len() - self.read > LONGEST_CHARACTER {
-            self.held.push_str(with.strip_prefix(&before).unwrap_or_default());
+        let parts = [&self.tokens[self.prefix..self.read], &self.tokens[self.prefix..]];
+        let [before, with] = tokenizer.decode_each(parts)?;
+        if all || !with.ends_with('\u{fffd}') || new > LONGEST_CHARACTER {
+            let same = before.chars().zip(with.chars()).take_while(|(before, with)| before == with);
+            self.held.push_str(&with[same.map(|(both, _)| both.len_utf8()).sum()..]);
             (self.prefix, self.read) = (self.read, self.tokens.len());
         }
         Ok(())
@@ -90,7 +98,7 @@ mod tests {
 
     fn pieces(text: &str, stop: &[&str]) -> (Vec<String>, bool) {
         let tokenizer = tokenizer();
-        let mut stream = TextStream::new(stop.iter().map(|s| (*s).to_owned()).collect());
+        let mut stream = TextStream::new(&[], stop.iter().map(|s| (*s).to_owned()).collect());
         let mut pieces = Vec::new();
         for token in tokenizer.encode(text, false).unwrap() {
             let (piece, stopped) = stream.push(token, &tokenizer).unwrap();
@@ -133,7 +141,7 @@ mod tests {
     #[test]
     fn an_incomplete_character_comes_out_at_the_end() {
         let tokenizer = tokenizer();
-        let mut stream = TextStream::new(Vec::new());
+        let mut stream = TextStream::new(&[], Vec::new());
         let crab = tokenizer.encode("🦀", false).unwrap();
         assert!(crab.len() > 1);
         assert_eq!(stream.push(crab[0], &tokenizer).unwrap().0, "");

@@ -1,0 +1,16 @@
+//! Text to tokens and back: tokenizers, chat templates, and text as it comes.
+//!
+//! A tokenizer and a template are programs of strangers. A [`Sandbox`] runs them in a process of their
+//! own, with limits on memory, time and output; without one they run here, where only their panics are caught.
+
+mod chat;
+mod jinja;
+mod sandbox;
+mod special;
+mod stream;
+mod tokenizer;
+
+pub use chat::{ChatTemplate, Message};
+pub use sandbox::{Sandbox, serve};
+pub use stream::TextStream;
+pub use tokenizer::{FILE, Opening, Tokenizer};
