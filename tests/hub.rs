@@ -8,6 +8,10 @@
 
 #[path = "support/fake_hub.rs"]
 mod fake_hub;
+#[path = "hub/hostile.rs"]
+mod hostile;
+#[path = "hub/resume.rs"]
+mod resume;
 #[path = "support/shapes.rs"]
 mod shapes;
 
@@ -85,8 +89,19 @@ impl Scene {
         self.open()?.download(&mut |_| {})
     }
 
+    fn blobs(&self) -> PathBuf {
+        self.cache.path().join("models--org--name/blobs")
+    }
+
     fn snapshot(&self) -> PathBuf {
         self.cache.path().join("models--org--name/snapshots").join(COMMIT)
+    }
+}
+
+impl Drop for Scene {
+    fn drop(&mut self) {
+        let strange = self.hub.strange_requests();
+        assert!(thread::panicking() || strange.is_empty(), "{strange:?}");
     }
 }
 
@@ -189,7 +204,7 @@ fn offline_what_is_missing_is_named() {
 #[test]
 fn every_fault_has_its_own_message() {
     use Fault::{Cut, Page, RateLimit, Short, Status};
-    use Part::{Api, Get, Head};
+    use Part::{Api, Get};
     let token = "hf_secret";
     let page = "/org/name";
     let cases: [(Part, Fault, Option<&str>, &[&str]); 19] = [
@@ -203,18 +218,18 @@ fn every_fault_has_its_own_message() {
         ),
         (Api, Status(401, "GatedRepo"), None, &["`org/name` is gated", "request access at http://", page, "HF_TOKEN"]),
         (Api, Status(403, "GatedRepo"), Some(token), &["`org/name` is gated", "request access at http://"]),
-        (Head, Status(403, "GatedRepo"), Some(token), &["`org/name` is gated"]),
+        (Get, Status(403, "GatedRepo"), Some(token), &["`org/name` is gated"]),
         (Api, Status(403, ""), Some(token), &["denies access to `org/name@main`"]),
         (Api, Status(404, "RepoNotFound"), None, &["repository `org/name` is not at", "check the name"]),
         (Api, Status(404, "RevisionNotFound"), None, &["has no revision `main`", "/tree/main"]),
         (Api, Status(404, ""), None, &["`org/name@main` is not at http://"]),
-        (Head, Status(404, "EntryNotFound"), None, &["of `org/name@main` is not there", "/tree/main"]),
+        (Get, Status(404, "EntryNotFound"), None, &["of `org/name@main` is not there", "/tree/main"]),
         (Api, RateLimit(None), None, &["too many requests", "set HF_TOKEN"]),
         (Api, RateLimit(Some(100)), Some(token), &["too many requests", "the next one in 100 s"]),
         (Api, Status(503, ""), None, &["failed, asked for `org/name@main`", "503", "status.huggingface.co"]),
-        (Head, Status(500, ""), None, &["failed, asked for", "500"]),
+        (Get, Status(500, ""), None, &["failed, asked for", "500"]),
         (Api, Page, None, &["did not send `org/name@main` as the Hub sends it", "login page"]),
-        (Head, Page, None, &["as the Hub sends it", "login page"]),
+        (Get, Page, None, &["as the Hub sends it", "login page"]),
         (Get, Cut, None, &["the connection to http://", "broke while it sent"]),
         (Get, Short, None, &["came as ", " bytes instead of "]),
     ];
@@ -231,8 +246,7 @@ fn every_fault_has_its_own_message() {
                 let error = result.expect_err(&case);
                 if let Some((status, code)) = answered {
                     let refusal = error.cause::<Refusal>().unwrap();
-                    // Of a file that is missing hf-hub keeps no code.
-                    let code = (code != "EntryNotFound").then_some(code);
+                    let code = Some(code).filter(|code| !code.is_empty());
                     assert_eq!((refusal.status, refusal.code.as_deref()), (status, code), "{case}");
                 }
                 let text = text(&error);
@@ -260,7 +274,7 @@ fn what_may_pass_is_tried_again() {
     for (part, fault) in [
         (Part::Api, Fault::Status(502, "")),
         (Part::Api, Fault::RateLimit(Some(0))),
-        (Part::Head, Fault::RateLimit(Some(1))),
+        (Part::Get, Fault::RateLimit(Some(1))),
         (Part::Get, Fault::Status(500, "")),
         (Part::Get, Fault::Cut),
         (Part::Get, Fault::Short),
@@ -277,7 +291,7 @@ fn a_rate_limit_is_announced() {
     let scene = Scene::new();
     let repository = scene.open().unwrap();
     repository.read(INDEX, Bytes(MIB)).unwrap();
-    scene.hub.fail(Part::Head, Fault::RateLimit(Some(1)), 1);
+    scene.hub.fail(Part::Get, Fault::RateLimit(Some(1)), 1);
     let mut announced = 0;
     repository.download(&mut |event| announced += usize::from(matches!(event, HubEvent::RateLimited(_)))).unwrap();
     assert!(announced > 0);
@@ -480,10 +494,16 @@ fn a_server_without_ranges_is_not_read_to_the_end() {
 fn a_size_beyond_all_bounds_is_not_believed() {
     let scene = Scene::new();
     let repository = scene.open().unwrap();
-    scene.hub.fail(Part::Head, Fault::Announce(u64::MAX), usize::MAX);
-    assert_says(repository.read(INDEX, Bytes(MIB)), &["sent more of"]);
     scene.hub.fail(Part::Get, Fault::Announce(u64::MAX), usize::MAX);
-    assert_says(repository.read_range(SHARDS[0], 0, 8), &["sent more of"]);
+    assert_eq!(repository.read(INDEX, Bytes(MIB)).unwrap(), files()[INDEX]);
+    assert_eq!(repository.read_range(SHARDS[0], 0, 8).unwrap(), files()[SHARDS[0]][..8]);
+
+    let mirror = Scene::new();
+    mirror.hub.forget_paths_info(404);
+    mirror.hub.fail(Part::Head, Fault::Announce(u64::MAX), usize::MAX);
+    assert_says(mirror.open().unwrap().read(INDEX, Bytes(MIB)), &["at most 1.0 MiB is read of such a file"]);
+    mirror.hub.fail(Part::Head, Fault::Announce(u64::MAX), 3);
+    assert_says(mirror.download(), &["at most"]);
 }
 
 #[test]
@@ -533,10 +553,12 @@ fn an_unreachable_hub_says_what_the_cache_has() {
 }
 
 #[test]
-fn a_silent_hub_is_given_up() {
+fn silence_is_tried_again_and_given_up_at_last() {
     let scene = Scene::new();
-    scene.hub.fail(Part::Api, Fault::Silence(Duration::from_millis(900)), 1);
     let options = HubOptions { timeout: Duration::from_millis(100), ..scene.options() };
+    scene.hub.fail(Part::Api, Fault::Silence(Duration::from_millis(900)), 1);
+    open(options.clone(), "main").unwrap();
+    scene.hub.fail(Part::Api, Fault::Silence(Duration::from_millis(900)), usize::MAX);
     assert_says(open(options, "main"), &["sent nothing for", "asked for `org/name@main`"]);
 }
 

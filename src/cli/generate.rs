@@ -25,7 +25,7 @@ pub fn run(arguments: &GenerateArguments, process: &Process) -> Result<Exit> {
     let prompt = read_prompt(&arguments.prompt)?;
     let options = arguments.placement.options(None, process)?;
     let load_options = arguments.placement.load_options(cancel.clone(), process);
-    let checkpoint = model::open(&arguments.model, Need::Weights, process)?;
+    let checkpoint = model::open(&arguments.model, Need::Weights, &cancel, process)?;
     // Before anything is loaded.
     let open_template = || checkpoint.local_directory().and_then(ChatTemplate::open);
     let template = arguments.prompt.chat.then(open_template).transpose()?;
