@@ -77,7 +77,7 @@ fn a_plan_by_name_downloads_no_weights() {
 #[test]
 fn an_interrupt_ends_a_download_at_once_and_the_next_run_goes_on() {
     let (hub, home) = (hub(), tempfile::tempdir().unwrap());
-    hub.fail(Part::Weights, Fault::Stall(Duration::from_secs(60)), usize::MAX);
+    hub.fail(Part::Weights, Fault::Stall(Duration::from_mins(1)), usize::MAX);
     let mut command = evenkeel(&GENERATE);
     command.env("HF_ENDPOINT", hub.endpoint()).env("HF_HOME", home.path()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();

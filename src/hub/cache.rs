@@ -7,7 +7,7 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use hf_hub::{Cache, Repo};
+use hf_hub::{Cache, CacheRepo, Repo};
 use sha2::{Digest, Sha256};
 use tempfile::{NamedTempFile, TempPath};
 use ureq::http::HeaderValue;
@@ -31,25 +31,24 @@ pub(super) struct Home {
     pub locks: PathBuf,
     /// Where headers of shards are kept, by commit.
     headers: PathBuf,
-    cache: Cache,
-    id: RepoId,
+    repository: CacheRepo,
 }
 
 impl Home {
     pub fn new(options: &HubOptions, id: &RepoId) -> Self {
-        let (cache, folder) = (&options.cache, Repo::model(id.0.clone()).folder_name());
+        let (cache, repository) = (&options.cache, Repo::model(id.0.clone()));
+        let folder = repository.folder_name();
         Self {
             directory: cache.join(&folder),
             locks: cache.join(".locks").join(&folder),
             headers: cache.join(".evenkeel").join(folder),
-            cache: Cache::new(cache.clone()),
-            id: id.clone(),
+            repository: Cache::new(cache.clone()).repo(repository),
         }
     }
 
     /// The commit's directory; it may lack files, or be missing.
     pub fn snapshot(&self, commit: &Commit) -> PathBuf {
-        self.cache.model(self.id.0.clone()).pointer_path(commit.as_str())
+        self.repository.pointer_path(commit.as_str())
     }
 
     pub fn headers(&self, commit: &Commit) -> PathBuf {

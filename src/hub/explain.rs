@@ -26,10 +26,10 @@ impl Link {
             Failure::Broken(source) => {
                 Error::input(format!("the connection to {endpoint} broke while it sent {place}"))
                     .hint("run the command again; it goes on where this one ended")
-                    .caused_by(source)
+                    .caused_by(printable(&source.to_string()))
             }
             Failure::Refused(refusal, wait) => self.explain_refusal(refusal, wait, &place, file),
-            Failure::NotJson(source) => broken().caused_by(source),
+            Failure::NotJson(source) => broken().caused_by(printable(&source.to_string())),
             Failure::Local(error) => error,
             Failure::Silent(silence) => {
                 let seconds = silence.as_secs_f64();
@@ -54,7 +54,7 @@ impl Link {
             Failure::WrongRange => Error::input(format!("{endpoint} sent another part of {place} than was asked for"))
                 .hint("a proxy or a mirror may not know range requests"),
             Failure::WrongContent => {
-                Error::input(format!("{place} came twice with other bytes than its SHA-256 says"))
+                Error::input(format!("{place} came with other bytes than its SHA-256 says"))
                     .hint("a proxy or a mirror may have changed it; HF_ENDPOINT names another")
             }
             Failure::OtherCommit => {

@@ -180,7 +180,7 @@ impl Link {
             }
             if from == 0 {
                 partial.restart()?;
-                transfer.from_beginning();
+                transfer.begin_anew();
             }
             partial.validator = head.validator;
             remote.oid = remote.oid.take().or(head.oid);

@@ -28,7 +28,8 @@ impl Oid {
     }
 
     pub fn of_sha256(digest: &[u8]) -> Self {
-        Self(digest.iter().map(|byte| format!("{byte:02x}")).collect())
+        let digits = digest.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+        Self(digits.filter_map(|digit| char::from_digit(digit.into(), 16)).collect())
     }
 
     pub fn is_sha256(&self) -> bool {

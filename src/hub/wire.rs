@@ -342,7 +342,7 @@ impl Transfer {
     }
 
     /// Starts to count again: the file is sent from its beginning.
-    pub fn from_beginning(&mut self) {
+    pub fn begin_anew(&mut self) {
         self.at = 0;
     }
 

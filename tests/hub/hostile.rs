@@ -4,6 +4,8 @@ use std::time::Instant;
 
 use super::*;
 
+const NONE: [PathBuf; 0] = [];
+
 /// What lies around, and must be as it was.
 struct Victim(tempfile::TempDir);
 
@@ -62,7 +64,7 @@ fn an_etag_is_no_path() {
                 scene.hub.forget_paths_info(404);
             }
             scene.hub.fail(part, Fault::Header(header, format!("\"{tag}\"")), usize::MAX);
-            if tag == &file {
+            if tag == file {
                 assert_same(&scene.download().unwrap(), &files(), &["config.json", INDEX, SHARDS[0], SHARDS[1]]);
             } else {
                 assert_eq!(scene.open().unwrap().read("config.json", Bytes(MIB)).unwrap(), b"{}", "{tag}");
@@ -87,15 +89,15 @@ fn a_commit_is_no_path_and_only_the_one_asked_for() {
         scene.hub.fail(Part::Get, Fault::Header("X-Repo-Commit", commit.to_owned()), usize::MAX);
         assert_says(scene.download(), &["from another commit"]);
         victim.assert_unharmed(commit);
-        assert_eq!(tree(&scene.snapshot()), [PathBuf::new(); 0], "{commit}");
-        assert_eq!(tree(&scene.blobs()), [PathBuf::new(); 0], "{commit}");
+        assert_eq!(tree(&scene.snapshot()), NONE, "{commit}");
+        assert_eq!(tree(&scene.blobs()), NONE, "{commit}");
     }
     let scene = Scene::new();
     let repository = scene.open().unwrap();
     scene.hub.fail(Part::Get, Fault::Missing(victim.names()[0].clone()), usize::MAX);
     assert_says(repository.read("config.json", Bytes(MIB)), &["`config.json` of `org/name@main` is not there"]);
     victim.assert_unharmed("a 404");
-    assert_eq!(tree(&scene.cache.path().join("models--org--name")), [PathBuf::new(); 0]);
+    assert_eq!(tree(&scene.cache.path().join("models--org--name")), NONE);
 }
 
 #[test]
@@ -197,7 +199,7 @@ fn an_answer_without_an_end_is_not_read_to_it() {
     scene.hub.fail(Part::Get, Fault::Endless(200), usize::MAX);
     assert_says(scene.download(), &["sent more of"]);
     assert!(scene.hub.sent() < 50 * MIB, "{} bytes", scene.hub.sent());
-    assert_eq!(tree(&scene.blobs()), [PathBuf::new(); 0]);
+    assert_eq!(tree(&scene.blobs()), NONE);
 }
 
 #[test]
@@ -231,8 +233,14 @@ fn wrong_bytes_are_fetched_once_more_and_do_not_stay() {
         assert_says(repository.download(&mut |_| {}), &["other bytes than its SHA-256 says", "HF_ENDPOINT"]);
         let asked = SHARDS.map(|shard| scene.hub.gets(shard));
         assert!(asked.contains(&2) && asked.iter().all(|asked| *asked <= 2), "{asked:?}");
-        let wrong = |path: &PathBuf| std::fs::metadata(path).is_ok_and(|m| m.len() > MIB);
-        assert_eq!(tree(scene.cache.path()).into_iter().filter(wrong).collect::<Vec<_>>(), [PathBuf::new(); 0]);
+        // The other shard may have been on its way, and waits for a run that fetches the rest.
+        let large = |path: &PathBuf| std::fs::metadata(path).is_ok_and(|m| m.len() > MIB);
+        let (parts, whole): (Vec<_>, Vec<_>) = tree(scene.cache.path())
+            .into_iter()
+            .filter(large)
+            .partition(|path| path.extension().is_some_and(|extension| extension == "evenkeel"));
+        assert_eq!(whole, NONE);
+        assert!(parts.len() <= asked.iter().filter(|asked| **asked < 2).count(), "{parts:?} {asked:?}");
     }
 }
 

@@ -284,12 +284,13 @@ impl State {
             self.sent.fetch_add(piece.len() as u64, Ordering::SeqCst);
             thread::sleep(pause);
         }
-        while matches!(answer.manner, Manner::Endless) {
-            stream.write_all(&[b' '; 1 << 16])?;
-            self.sent.fetch_add(1 << 16, Ordering::SeqCst);
-        }
-        if let Manner::Stall(long) = answer.manner {
-            thread::sleep(long);
+        match answer.manner {
+            Manner::Endless => loop {
+                stream.write_all(&[b' '; 1 << 12])?;
+                self.sent.fetch_add(1 << 12, Ordering::SeqCst);
+            },
+            Manner::Stall(long) => thread::sleep(long),
+            Manner::Whole | Manner::Trickle(_) => {}
         }
         Ok(())
     }
@@ -466,7 +467,9 @@ fn is_lfs(file: &str) -> bool {
 
 /// The SHA-256 of a file in LFS; for others something that looks like git's SHA-1.
 pub fn oid(file: &str, body: &[u8]) -> String {
-    let mut oid: String = Sha256::digest(body).iter().map(|byte| format!("{byte:02x}")).collect();
+    let digest = Sha256::digest(body);
+    let digits = digest.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+    let mut oid: String = digits.filter_map(|digit| char::from_digit(digit.into(), 16)).collect();
     oid.truncate(if is_lfs(file) { 64 } else { 40 });
     oid
 }
