@@ -103,7 +103,7 @@ impl HubOptions {
     }
 }
 
-/// What [`Repository::download`] tells while it works.
+/// What [`Repository::download`](super::Repository::download) tells while it works.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum HubEvent {

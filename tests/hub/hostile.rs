@@ -49,13 +49,7 @@ fn an_etag_is_no_path() {
     let victim = Victim::new();
     let [directory, file] = victim.names();
     let relative = format!("../../../..{file}");
-    let ways = [
-        (false, Part::Get, "ETag"),
-        (false, Part::Get, "X-Linked-ETag"),
-        (true, Part::Get, "ETag"),
-        (true, Part::Head, "ETag"),
-        (true, Part::Head, "X-Linked-ETag"),
-    ];
+    let ways = [(false, Part::Get, "ETag"), (true, Part::Head, "ETag"), (true, Part::Get, "X-Linked-ETag")];
     let long = "a".repeat(300);
     for tag in [&file, &directory, &relative, "../x", "a/b", ".", "..", "", "a.lock", &long, "W/\"..\""] {
         for (mirror, part, header) in ways {

@@ -47,7 +47,7 @@ fn a_new_run_goes_on_where_the_last_one_ended() {
         // Whole, but not in its place yet.
         (&shard[..], None),
         // Longer than the file.
-        (&[0; SHARD_DATA + 4096][..], None),
+        (&vec![0; SHARD_DATA + 4096], None),
     ] {
         std::fs::remove_file(&blob).unwrap();
         std::fs::write(&partial, left).unwrap();
@@ -132,7 +132,7 @@ fn a_mirror_that_knows_no_sizes_is_asked_for_each() {
         );
         let heads: Vec<_> = scene.hub.requests().into_iter().filter(|r| r.method == "HEAD").map(|r| r.path).collect();
         assert_eq!(heads.len(), 5, "{heads:?}");
-        assert!(!heads.iter().any(|path| path.ends_with(".bin")));
+        assert!(!heads.iter().any(|path| path.contains(".bin")));
         let cdn = FakeHub::start("org/name", COMMIT, files());
         let redirected = Scene::new();
         redirected.hub.forget_paths_info(status);
