@@ -8,6 +8,12 @@
 
 #[path = "support/fake_hub.rs"]
 mod fake_hub;
+#[path = "hub/faults.rs"]
+mod faults;
+#[path = "hub/hostile.rs"]
+mod hostile;
+#[path = "hub/resume.rs"]
+mod resume;
 #[path = "support/shapes.rs"]
 mod shapes;
 
@@ -85,8 +91,19 @@ impl Scene {
         self.open()?.download(&mut |_| {})
     }
 
+    fn blobs(&self) -> PathBuf {
+        self.cache.path().join("models--org--name/blobs")
+    }
+
     fn snapshot(&self) -> PathBuf {
         self.cache.path().join("models--org--name/snapshots").join(COMMIT)
+    }
+}
+
+impl Drop for Scene {
+    fn drop(&mut self) {
+        let strange = self.hub.strange_requests();
+        assert!(thread::panicking() || strange.is_empty(), "{strange:?}");
     }
 }
 
@@ -184,103 +201,6 @@ fn offline_what_is_missing_is_named() {
     assert_says(repository.download(&mut |_| {}), &[&message, hint]);
     assert_says(repository.read_range(SHARDS[1], 0, 8), &[&message, hint]);
     assert_says(repository.size(SHARDS[1]), &[&message, hint]);
-}
-
-#[test]
-fn every_fault_has_its_own_message() {
-    use Fault::{Cut, Page, RateLimit, Short, Status};
-    use Part::{Api, Get, Head};
-    let token = "hf_secret";
-    let page = "/org/name";
-    let cases: [(Part, Fault, Option<&str>, &[&str]); 19] = [
-        (Api, Status(401, ""), Some(token), &["refused the token", "hf auth login", "401", "the fake Hub says no"]),
-        (Api, Status(401, ""), None, &["may not be read without a token", "HF_TOKEN", page]),
-        (
-            Api,
-            Status(401, "RepoNotFound"),
-            None,
-            &["repository `org/name` is not at http://", "or is private", "HF_TOKEN"],
-        ),
-        (Api, Status(401, "GatedRepo"), None, &["`org/name` is gated", "request access at http://", page, "HF_TOKEN"]),
-        (Api, Status(403, "GatedRepo"), Some(token), &["`org/name` is gated", "request access at http://"]),
-        (Head, Status(403, "GatedRepo"), Some(token), &["`org/name` is gated"]),
-        (Api, Status(403, ""), Some(token), &["denies access to `org/name@main`"]),
-        (Api, Status(404, "RepoNotFound"), None, &["repository `org/name` is not at", "check the name"]),
-        (Api, Status(404, "RevisionNotFound"), None, &["has no revision `main`", "/tree/main"]),
-        (Api, Status(404, ""), None, &["`org/name@main` is not at http://"]),
-        (Head, Status(404, "EntryNotFound"), None, &["of `org/name@main` is not there", "/tree/main"]),
-        (Api, RateLimit(None), None, &["too many requests", "set HF_TOKEN"]),
-        (Api, RateLimit(Some(100)), Some(token), &["too many requests", "the next one in 100 s"]),
-        (Api, Status(503, ""), None, &["failed, asked for `org/name@main`", "503", "status.huggingface.co"]),
-        (Head, Status(500, ""), None, &["failed, asked for", "500"]),
-        (Api, Page, None, &["did not send `org/name@main` as the Hub sends it", "login page"]),
-        (Head, Page, None, &["as the Hub sends it", "login page"]),
-        (Get, Cut, None, &["the connection to http://", "broke while it sent"]),
-        (Get, Short, None, &["came as ", " bytes instead of "]),
-    ];
-    thread::scope(|scope| {
-        for (part, fault, token, all) in cases {
-            scope.spawn(move || {
-                let scene = Scene::new();
-                let case = format!("{part:?} {fault:?}");
-                let answered = if let Status(status, code) = fault { Some((status, code)) } else { None };
-                scene.hub.fail(part, fault, usize::MAX);
-                let token = token.map(|token| Token::new(token).unwrap());
-                let options = HubOptions { token, ..scene.options() };
-                let result = open(options, "main").and_then(|repository| repository.download(&mut |_| {}));
-                let error = result.expect_err(&case);
-                if let Some((status, code)) = answered {
-                    let refusal = error.cause::<Refusal>().unwrap();
-                    // Of a file that is missing hf-hub keeps no code.
-                    let code = (code != "EntryNotFound").then_some(code);
-                    assert_eq!((refusal.status, refusal.code.as_deref()), (status, code), "{case}");
-                }
-                let text = text(&error);
-                for part in all {
-                    assert!(text.contains(part), "{case}: {part:?} is not said in:\n{text}");
-                }
-                assert!(!text.contains("hf_secret"), "{text}");
-            });
-        }
-    });
-}
-
-#[test]
-fn a_wrong_file_does_not_stay_in_the_cache() {
-    let scene = Scene::new();
-    scene.hub.fail(Part::Get, Fault::Short, usize::MAX);
-    assert!(scene.download().is_err());
-    let left = std::fs::read_dir(scene.snapshot()).map_or(0, Iterator::count);
-    let blobs = std::fs::read_dir(scene.cache.path().join("models--org--name/blobs")).unwrap().count();
-    assert_eq!((left, blobs), (0, 0));
-}
-
-#[test]
-fn what_may_pass_is_tried_again() {
-    for (part, fault) in [
-        (Part::Api, Fault::Status(502, "")),
-        (Part::Api, Fault::RateLimit(Some(0))),
-        (Part::Head, Fault::RateLimit(Some(1))),
-        (Part::Get, Fault::Status(500, "")),
-        (Part::Get, Fault::Cut),
-        (Part::Get, Fault::Short),
-    ] {
-        let scene = Scene::new();
-        scene.hub.fail(part, fault.clone(), 1);
-        let directory = scene.download().unwrap_or_else(|e| panic!("{part:?} {fault:?}: {}", text(&e)));
-        assert_same(&directory, &files(), &["config.json", INDEX, SHARDS[0], SHARDS[1]]);
-    }
-}
-
-#[test]
-fn a_rate_limit_is_announced() {
-    let scene = Scene::new();
-    let repository = scene.open().unwrap();
-    repository.read(INDEX, Bytes(MIB)).unwrap();
-    scene.hub.fail(Part::Head, Fault::RateLimit(Some(1)), 1);
-    let mut announced = 0;
-    repository.download(&mut |event| announced += usize::from(matches!(event, HubEvent::RateLimited(_)))).unwrap();
-    assert!(announced > 0);
 }
 
 #[test]
@@ -467,26 +387,6 @@ fn a_70b_checkpoint_costs_few_bytes_once() {
 }
 
 #[test]
-fn a_server_without_ranges_is_not_read_to_the_end() {
-    let scene = Scene::new();
-    let repository = scene.open().unwrap();
-    scene.hub.fail(Part::Get, Fault::NoRanges, usize::MAX);
-    let hint = "hf download org/name --revision main";
-    assert_says(repository.read_range(SHARDS[0], 0, 8), &["sent more of", "131072 bytes", hint]);
-    assert_says(repository.read_range(SHARDS[0], 2_000_000, 8), &["sent more of", hint]);
-}
-
-#[test]
-fn a_size_beyond_all_bounds_is_not_believed() {
-    let scene = Scene::new();
-    let repository = scene.open().unwrap();
-    scene.hub.fail(Part::Head, Fault::Announce(u64::MAX), usize::MAX);
-    assert_says(repository.read(INDEX, Bytes(MIB)), &["sent more of"]);
-    scene.hub.fail(Part::Get, Fault::Announce(u64::MAX), usize::MAX);
-    assert_says(repository.read_range(SHARDS[0], 0, 8), &["sent more of"]);
-}
-
-#[test]
 fn two_downloads_at_once_share_the_work() {
     let scene = Scene::new();
     thread::scope(|scope| {
@@ -517,27 +417,6 @@ fn a_held_lock_is_announced_and_waited_for() {
         })
         .unwrap();
     assert_eq!(announced, 1);
-}
-
-#[test]
-fn an_unreachable_hub_says_what_the_cache_has() {
-    let scene = Scene::new();
-    scene.download().unwrap();
-    let gone = HubOptions { endpoint: "http://127.0.0.1:9".to_owned(), ..scene.options() };
-    let result = open(gone.clone(), "main");
-    let cached = format!("commit {COMMIT} of `org/name` is in the cache: HF_HUB_OFFLINE=1 uses it");
-    assert_says(result, &["cannot reach http://127.0.0.1:9", "HF_ENDPOINT", &cached]);
-    let empty = tempfile::tempdir().unwrap();
-    let error = open(HubOptions { cache: empty.path().to_owned(), ..gone }, "main").unwrap_err();
-    assert!(!text(&error).contains("commit"), "{}", text(&error));
-}
-
-#[test]
-fn a_silent_hub_is_given_up() {
-    let scene = Scene::new();
-    scene.hub.fail(Part::Api, Fault::Silence(Duration::from_millis(900)), 1);
-    let options = HubOptions { timeout: Duration::from_millis(100), ..scene.options() };
-    assert_says(open(options, "main"), &["sent nothing for", "asked for `org/name@main`"]);
 }
 
 #[test]

@@ -8,7 +8,9 @@ mod fake_hub;
 
 use std::fs;
 use std::path::Path;
-use std::process::Output;
+use std::process::{Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use command::{evenkeel, run, run_with, stderr, stdout};
 use fake_hub::{FakeHub, Fault, Files, Part};
@@ -70,6 +72,33 @@ fn a_plan_by_name_downloads_no_weights() {
     // Each shard is read for its first MiB at most, once.
     assert_eq!(hub.gets(".safetensors"), 3);
     assert!(hub.sent() < 4 << 20, "{} bytes", hub.sent());
+}
+
+#[test]
+fn an_interrupt_ends_a_download_at_once_and_the_next_run_goes_on() {
+    let (hub, home) = (hub(), tempfile::tempdir().unwrap());
+    hub.fail(Part::Weights, Fault::Stall(Duration::from_mins(1)), usize::MAX);
+    let mut command = evenkeel(&GENERATE);
+    command.env("HF_ENDPOINT", hub.endpoint()).env("HF_HOME", home.path()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    while hub.gets(".safetensors") == 0 {
+        thread::sleep(Duration::from_millis(20));
+    }
+    thread::sleep(Duration::from_millis(500));
+    let begun = Instant::now();
+    let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status();
+    assert!(killed.unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+
+    hub.fail(Part::Api, Fault::Cut, 0);
+    hub.forget();
+    let whole =
+        ferris().into_iter().filter(|(name, _)| name.ends_with(".safetensors")).map(|(_, file)| file.len() as u64);
+    let again = with_hub(&GENERATE, &hub, home.path(), &[]);
+    assert_eq!(again.status.code(), Some(0), "{}", stderr(&again));
+    assert!(hub.requests().iter().any(|request| request.range.is_some()), "nothing was gone on with");
+    assert!(hub.sent() < whole.sum::<u64>(), "{} bytes", hub.sent());
 }
 
 #[test]

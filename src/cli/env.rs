@@ -1,12 +1,13 @@
-//! Every environment variable that has an effect.
+//! Every environment variable that has an effect, but those of proxies and of
+//! certificates, which the HTTP client reads.
 //!
 //! | variable | effect |
 //! | --- | --- |
 //! | `HF_HOME`, `HF_HUB_CACHE`, `HUGGINGFACE_HUB_CACHE`, `XDG_CACHE_HOME` | where the Hub's cache is |
 //! | `XDG_CACHE_HOME` | where measured errors are kept |
-//! | `HF_TOKEN`, `HF_TOKEN_PATH`, `HF_HUB_DISABLE_IMPLICIT_TOKEN` | the token for the Hub |
+//! | `HF_TOKEN`, `HUGGING_FACE_HUB_TOKEN`, `HF_TOKEN_PATH`, `HF_HUB_DISABLE_IMPLICIT_TOKEN` | the token for the Hub |
 //! | `HF_ENDPOINT` | the Hub's address |
-//! | `HF_HUB_OFFLINE` | only the cache is used |
+//! | `HF_HUB_OFFLINE`, `TRANSFORMERS_OFFLINE` | only the cache is used |
 //! | `HF_HUB_DISABLE_PROGRESS_BARS` | no bars |
 //! | `CUDA_VISIBLE_DEVICES` | the GPUs that the driver shows; `devices` names it |
 //! | `NO_COLOR`, `CLICOLOR_FORCE`, `TERM` | colour |
@@ -93,7 +94,7 @@ mod hub {
             Ok(HubOptions {
                 endpoint: endpoint.to_owned(),
                 token: self.token(&home)?,
-                offline: self.is_on("HF_HUB_OFFLINE"),
+                offline: self.is_on("HF_HUB_OFFLINE") || self.is_on("TRANSFORMERS_OFFLINE"),
                 ..HubOptions::new(cache.unwrap_or_else(|| home.join("hub")))
             })
         }
@@ -102,7 +103,7 @@ mod hub {
             if self.is_on("HF_HUB_DISABLE_IMPLICIT_TOKEN") {
                 return Ok(None);
             }
-            if let Some(token) = self.text("HF_TOKEN") {
+            if let Some(token) = self.text("HF_TOKEN").or_else(|| self.text("HUGGING_FACE_HUB_TOKEN")) {
                 return Token::new(token.trim()).map(Some);
             }
             let path = self.path("HF_TOKEN_PATH").unwrap_or_else(|| home.join("token"));
@@ -167,11 +168,16 @@ mod tests {
     #[cfg(feature = "hub")]
     #[test]
     fn switches_and_tokens() {
+        use evenkeel::hub::Token;
         let hub = |variables: &[(&str, &str)]| environment(variables).hub().unwrap();
         assert!(hub(&[("HF_HUB_OFFLINE", "yes")]).offline);
         assert!(!hub(&[("HF_HUB_OFFLINE", "0")]).offline);
         assert_eq!(hub(&[("HF_ENDPOINT", "http://127.0.0.1:1/")]).endpoint, "http://127.0.0.1:1");
+        assert!(hub(&[("TRANSFORMERS_OFFLINE", "1")]).offline);
         assert!(hub(&[("HF_TOKEN", "hf_x")]).token.is_some());
+        let both = hub(&[("HF_TOKEN", "hf_x"), ("HUGGING_FACE_HUB_TOKEN", "hf_z")]);
+        assert!(both.token == Token::new("hf_x").ok());
+        assert!(hub(&[("HUGGING_FACE_HUB_TOKEN", "hf_z")]).token == Token::new("hf_z").ok());
         assert!(hub(&[("HF_TOKEN", "hf_x"), ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")]).token.is_none());
         let directory = tempfile::tempdir().unwrap();
         std::fs::write(directory.path().join("token"), "hf_y\n").unwrap();

@@ -25,7 +25,7 @@ pub fn run(arguments: &GenerateArguments, process: &Process) -> Result<Exit> {
     let prompt = read_prompt(&arguments.prompt)?;
     let options = arguments.placement.options(None, process)?;
     let load_options = arguments.placement.load_options(cancel.clone(), process)?;
-    let checkpoint = model::open(&arguments.model, Need::Weights, process)?;
+    let checkpoint = model::open(&arguments.model, Need::Weights, &cancel, process)?;
     // Before anything is loaded.
     let prompt = if arguments.prompt.chat {
         let template = ChatTemplate::open(checkpoint.local_directory()?)?;

@@ -22,7 +22,8 @@ pub enum Need {
     Weights,
 }
 
-pub fn open(arguments: &ModelArguments, need: Need, process: &Process) -> Result<Checkpoint> {
+/// The checkpoint that the arguments name; `cancel` stops a download.
+pub fn open(arguments: &ModelArguments, need: Need, cancel: &Cancel, process: &Process) -> Result<Checkpoint> {
     let model = arguments.model();
     let path = Path::new(model);
     let checkpoint = if path.exists() {
@@ -32,7 +33,7 @@ pub fn open(arguments: &ModelArguments, need: Need, process: &Process) -> Result
         return Err(Error::input(format!("there is no directory `{model}`"))
             .hint("name a directory that holds a checkpoint, or a repository on the Hub as `ORG/NAME`"));
     } else {
-        from_hub(arguments, need, process)?
+        from_hub(arguments, need, cancel, process)?
     };
     if checkpoint.unlisted > 0 {
         process.printer.note(&format!(
@@ -44,15 +45,16 @@ pub fn open(arguments: &ModelArguments, need: Need, process: &Process) -> Result
 }
 
 #[cfg(feature = "hub")]
-fn from_hub(arguments: &ModelArguments, need: Need, process: &Process) -> Result<Checkpoint> {
+fn from_hub(arguments: &ModelArguments, need: Need, cancel: &Cancel, process: &Process) -> Result<Checkpoint> {
     use evenkeel::Source;
-    use evenkeel::hub::{Hub, HubEvent, RepoId};
+    use evenkeel::hub::{Hub, HubEvent, HubOptions, RepoId};
 
     let (model, printer) = (arguments.model(), &process.printer);
     let id: RepoId = model.parse().map_err(|e| {
         Error::input(format!("`{model}` is neither a directory nor a repository on the Hub")).caused_by(e)
     })?;
-    let repository = Hub::new(process.environment.hub()?)?.repository(&id, &arguments.revision)?;
+    let options = HubOptions { cancel: cancel.clone(), ..process.environment.hub()? };
+    let repository = Hub::new(options)?.repository(&id, &arguments.revision)?;
     if need == Need::Headers {
         return Checkpoint::read(model, &repository, &process.pool);
     }
@@ -76,7 +78,7 @@ fn from_hub(arguments: &ModelArguments, need: Need, process: &Process) -> Result
 }
 
 #[cfg(not(feature = "hub"))]
-fn from_hub(arguments: &ModelArguments, _: Need, _: &Process) -> Result<Checkpoint> {
+fn from_hub(arguments: &ModelArguments, _: Need, _: &Cancel, _: &Process) -> Result<Checkpoint> {
     Err(Error::input(format!("there is no directory `{}`", arguments.model()))
         .hint("this build cannot reach the Hub: it was made without the feature `hub`"))
 }

@@ -37,7 +37,7 @@ pub fn run(arguments: &PerplexityArguments, process: &Process) -> Result<Exit> {
     let cancel = signal::cancel_by_interrupt()?;
     let text = String::from_utf8(read_capped(&arguments.text, TEXT_CAP)?)
         .map_err(|e| Error::input(format!("`{}` is not UTF-8", arguments.text.display())).caused_by(e))?;
-    let checkpoint = model::open(&arguments.model, Need::Weights, process)?;
+    let checkpoint = model::open(&arguments.model, Need::Weights, &cancel, process)?;
     let mut options = arguments.placement.options(None, process)?;
     let window = options.context.unwrap_or(DEFAULT_WINDOW.min(checkpoint.config.max_position_embeddings));
     options.context = Some(window);

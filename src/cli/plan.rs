@@ -4,7 +4,7 @@ use super::args::{PlanArguments, PlanFormat};
 use super::command_line::CommandLine;
 use super::model::{self, Need};
 use super::{Exit, Process};
-use evenkeel::{Inventory, Plan, Result, write_atomic};
+use evenkeel::{Cancel, Inventory, Plan, Result, write_atomic};
 
 pub fn run(arguments: &PlanArguments, process: &Process) -> Result<Exit> {
     let printer = &process.printer;
@@ -20,7 +20,7 @@ pub fn run(arguments: &PlanArguments, process: &Process) -> Result<Exit> {
     } else {
         Inventory::described(&arguments.device.join(","))?
     };
-    let checkpoint = model::open(&arguments.model, Need::Headers, process)?;
+    let checkpoint = model::open(&arguments.model, Need::Headers, &Cancel::new(), process)?;
     // Where no size fits the usual one stays, and the plan says what would.
     if arguments.max_context {
         options.context = Plan::longest_context(&checkpoint, &inventory, &options)?.or(options.context);

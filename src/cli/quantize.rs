@@ -11,7 +11,7 @@ use super::{Exit, Process, signal};
 pub fn run(arguments: &QuantizeArguments, process: &Process) -> Result<Exit> {
     let printer = &process.printer;
     let cancel = signal::cancel_by_interrupt()?;
-    let checkpoint = model::open(&arguments.model, Need::Weights, process)?;
+    let checkpoint = model::open(&arguments.model, Need::Weights, &cancel, process)?;
     let options = SaveOptions {
         scheme: arguments.quantize,
         format: match arguments.format {

@@ -1,11 +1,11 @@
 //! What went wrong between here and the Hub, in words that help.
 
 use std::path::Path;
+use std::time::Duration;
 
-use hf_hub::HFError;
-
-use super::HubOptions;
-use super::link::{Failure, Link, is_json_error};
+use super::link::Link;
+use super::options::HubOptions;
+use super::wire::{Failure, Refusal};
 use crate::error::{Error, printable};
 
 impl Link {
@@ -13,35 +13,36 @@ impl Link {
     pub(super) fn explain(&self, failure: Failure, file: Option<&str>) -> Error {
         const NETWORK: &str = "check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 uses what is in the cache";
         const PORTAL: &str = "a login page of the network or a proxy may have answered; open the address in a browser";
-        let Self { options: HubOptions { endpoint, cache, .. }, id, revision, .. } = self;
+        let Self { options: HubOptions { endpoint, .. }, id, revision, .. } = self;
         let place = match file {
             Some(file) => format!("`{}` of `{id}@{revision}`", printable(file)),
             None => format!("`{id}@{revision}`"),
         };
         let broken = || Error::input(format!("{endpoint} did not send {place} as the Hub sends it")).hint(PORTAL);
         match failure {
-            Failure::Hub(HFError::Request { source, .. }) => if is_json_error(&source) {
-                broken()
-            } else if source.is_connect() || source.is_timeout() {
-                Error::input(format!("cannot reach {endpoint}")).hint(NETWORK)
-            } else {
-                Error::input(format!("the connection to {endpoint} broke while it sent {place}"))
-                    .hint("run the command again; files that are whole are not downloaded again")
+            Failure::Unreachable(source) => {
+                Error::input(format!("cannot reach {endpoint}")).hint(NETWORK).caused_by(printable(&source.to_string()))
             }
-            .caused_by(source.without_url()),
-            Failure::Hub(HFError::MalformedResponse { what, .. }) => broken().caused_by(printable(&what)),
-            Failure::Hub(HFError::Io(source)) => Error::io("write to the cache", cache, source),
-            Failure::Hub(HFError::CacheLockTimeout { path }) => lock_held(&path),
-            Failure::Hub(error) => match answer(&error) {
-                Some(answer) => self.explain_answer(answer, &place, file, &error),
-                None => Error::input(format!("cannot read {place}")).caused_by(printable(&error.to_string())),
-            },
-            Failure::Crashed => Error::input(format!("cannot read {place}")).caused_by("the Hub client failed"),
+            Failure::Broken(source) => {
+                Error::input(format!("the connection to {endpoint} broke while it sent {place}"))
+                    .hint("run the command again; it goes on where this one ended")
+                    .caused_by(printable(&source.to_string()))
+            }
+            Failure::Refused(refusal, wait) => self.explain_refusal(refusal, wait, &place, file),
+            Failure::NotJson(source) => broken().caused_by(printable(&source.to_string())),
+            Failure::Local(error) => error,
             Failure::Silent(silence) => {
                 let seconds = silence.as_secs_f64();
                 Error::input(format!("{endpoint} sent nothing for {seconds:.0} s, asked for {place}")).hint(NETWORK)
             }
+            Failure::Slow(window) => {
+                let seconds = window.as_secs_f64();
+                Error::input(format!("{endpoint} sent {place} at less than 1 KiB/s for {seconds:.0} s")).hint(NETWORK)
+            }
             Failure::Stopped => Error::interrupted(),
+            Failure::Redirect(why) => Error::input(format!("{endpoint} sends us elsewhere for {place}, which is not followed"))
+                .caused_by(why)
+                .hint("check HF_ENDPOINT"),
             Failure::TooMuch(limit) => Error::input(format!(
                 "{endpoint} sent more of {place} than the {limit} bytes asked for"
             ))
@@ -50,6 +51,12 @@ impl Link {
             )),
             Failure::WrongSize { got, size } => Error::input(format!("{place} came as {got} bytes instead of {size}"))
                 .hint("a proxy or a mirror may have changed or cut it; run the command again"),
+            Failure::WrongRange => Error::input(format!("{endpoint} sent another part of {place} than was asked for"))
+                .hint("a proxy or a mirror may not know range requests"),
+            Failure::WrongContent => {
+                Error::input(format!("{place} came with other bytes than its SHA-256 says"))
+                    .hint("a proxy or a mirror may have changed it; HF_ENDPOINT names another")
+            }
             Failure::OtherCommit => {
                 Error::input(format!("{endpoint} sent {place} from another commit")).hint("run the command again")
             }
@@ -57,7 +64,7 @@ impl Link {
         }
     }
 
-    fn explain_answer(&self, answer: Refusal, place: &str, file: Option<&str>, error: &HFError) -> Error {
+    fn explain_refusal(&self, answer: Refusal, wait: Option<Duration>, place: &str, file: Option<&str>) -> Error {
         const TOKEN: &str = "set HF_TOKEN to the token of an account that may read it";
         let Self { options: HubOptions { endpoint, token, .. }, id, revision, .. } = self;
         let page = format!("{endpoint}/{id}");
@@ -86,7 +93,7 @@ impl Link {
             (404, _) => Error::input(format!("{place} is not at {endpoint}")).hint(format!("check the name at {page}")),
             (429, _) => {
                 let mut limited = Error::input(format!("{endpoint} has had too many requests, asked for {place}"));
-                if let HFError::RateLimited { retry_after: Some(wait), .. } = error {
+                if let Some(wait) = wait {
                     limited = limited.hint(format!("it takes the next one in {} s", wait.as_secs()));
                 }
                 without_token(limited, "set HF_TOKEN: an account may ask more often than a stranger")
@@ -97,38 +104,6 @@ impl Link {
         };
         error.caused_by(answer)
     }
-}
-
-/// What the Hub answered instead of what was asked for.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the Hub answered {shown}")]
-pub struct Refusal {
-    /// The status of the answer, such as 404.
-    pub status: u16,
-    /// The Hub's own word for the reason, such as `GatedRepo`.
-    pub code: Option<String>,
-    /// Status and message.
-    shown: String,
-}
-
-fn answer(error: &HFError) -> Option<Refusal> {
-    let context = match error {
-        HFError::AuthRequired { context }
-        | HFError::Forbidden { context }
-        | HFError::Conflict { context }
-        | HFError::RateLimited { context, .. }
-        | HFError::Http { context } => Some(context),
-        HFError::RepoNotFound { context, .. }
-        | HFError::RevisionNotFound { context, .. }
-        | HFError::EntryNotFound { context, .. } => context.as_ref(),
-        _ => return None,
-    };
-    let Some(context) = context else {
-        return Some(Refusal { status: 404, code: None, shown: "404 Not Found".to_owned() });
-    };
-    let message = context.server_message.as_ref().map_or(String::new(), |message| format!(": {}", printable(message)));
-    let (status, code) = (context.status, context.error_code.clone());
-    Some(Refusal { status: status.as_u16(), code, shown: format!("{status}{message}") })
 }
 
 pub(super) fn lock_held(path: &Path) -> Error {

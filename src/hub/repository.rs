@@ -1,6 +1,6 @@
 //! One repository at one commit: what of it is in the cache, and the rest.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fs::{File, TryLockError};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -9,12 +9,13 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use hf_hub::{HFError, split_id};
-
+use super::cache::Home;
 use super::explain::lock_held;
-use super::link::{Failure, Limits, Link, Note, QUIET_WAIT, is_commit, quiet};
-use super::{Hub, HubEvent, LOCK_WAIT, RATE_LIMIT_WAIT, RepoId};
-use crate::bytes::{Bytes, KIB};
+use super::link::{Files, Link, QUIET_WAIT, Remote};
+use super::names::Commit;
+use super::options::{HubEvent, HubOptions, LOCK_WAIT, RATE_LIMIT_WAIT, RepoId};
+use super::wire::{Client, Failure, Note, TICK};
+use crate::bytes::{Bytes, KIB, MIB};
 use crate::checkpoint::{Index, SINGLE_FILE, index};
 use crate::error::{Error, Result, printable};
 use crate::source::{LocalDirectory, Origin, Source};
@@ -22,8 +23,6 @@ use crate::{fs, model_config};
 
 /// How often a wait for the lock is announced.
 const HEARTBEAT: Duration = Duration::from_secs(10);
-/// How long hf-hub waits for its own lock of a file, and is silent meanwhile.
-const FILE_LOCK_WAIT: Duration = Duration::from_secs(10);
 /// Files downloaded at a time.
 const WORKERS: usize = 4;
 /// What is fetched of a shard at its first read: nearly every header is shorter.
@@ -37,28 +36,39 @@ const SMALL_FILES: [&str; 5] = [
     "special_tokens_map.json",
 ];
 
+/// The Hub, or its cache alone.
+#[derive(Debug)]
+pub struct Hub {
+    options: HubOptions,
+    client: Option<Client>,
+}
+
 /// A repository at one commit. As a [`Source`] it reads from the cache what is
 /// there; other small files it downloads whole, and shards by ranges.
 #[derive(Debug)]
 pub struct Repository {
     id: RepoId,
     revision: String,
-    commit: String,
+    commit: Commit,
     /// The repository's directory in the cache.
-    home: PathBuf,
+    home: Home,
     /// The commit's directory in the cache; it may lack files, or be missing.
     snapshot: PathBuf,
-    locks: PathBuf,
-    /// Where the headers of this commit are kept.
-    headers: PathBuf,
-    /// Sizes of the files that matter, as the Hub has them; none offline.
-    files: BTreeMap<String, u64>,
+    /// The files that matter, as the Hub has them; none offline.
+    files: Files,
     link: Option<Link>,
     /// The first bytes of shards that are not in the cache.
     heads: Mutex<HashMap<String, Arc<Vec<u8>>>>,
 }
 
 impl Hub {
+    /// The Hub as `options` say.
+    pub fn new(mut options: HubOptions) -> Result<Self> {
+        options.endpoint.truncate(options.endpoint.trim_end_matches('/').len());
+        let client = if options.offline { None } else { Some(Client::new(&options)?) };
+        Ok(Self { options, client })
+    }
+
     /// Opens a repository at a branch, a tag or a commit. The commit is found
     /// out now, and all files are read from it.
     ///
@@ -74,22 +84,17 @@ impl Hub {
             return Err(Error::usage(format!("`{}` is not a revision", printable(revision)))
                 .hint("name a branch, a tag or a commit"));
         }
-        let folder = format!("models--{}", id.0.replace('/', "--"));
-        let home = self.options.cache.join(&folder);
-        let cached = cached_commit(&home, revision);
+        let home = Home::new(&self.options, id);
+        let cached = home.commit(revision);
         let (commit, files, link) = if let Some(client) = &self.client {
-            let (owner, name) = split_id(&id.0);
-            let link = Link {
-                repository: client.model(owner, name),
-                options: self.options.clone(),
-                id: id.clone(),
-                revision: revision.to_owned(),
-            };
+            let (options, revision) = (self.options.clone(), revision.to_owned());
+            let link = Link { client: client.clone(), options, id: id.clone(), revision };
             let (commit, files) = link.open().map_err(|failure| {
                 let unreachable = failure.is_unreachable();
                 let error = link.explain(failure, None);
                 match cached {
                     Some(commit) if unreachable => {
+                        let commit = commit.as_str();
                         error.hint(format!("commit {commit} of `{id}` is in the cache: HF_HUB_OFFLINE=1 uses it"))
                     }
                     _ => error,
@@ -98,14 +103,12 @@ impl Hub {
             (commit, files, Some(link))
         } else {
             let commit = cached.ok_or_else(|| not_cached("the commit", id, revision))?;
-            (commit, BTreeMap::new(), None)
+            (commit, Files::new(), None)
         };
         Ok(Repository {
             id: id.clone(),
             revision: revision.to_owned(),
-            snapshot: home.join("snapshots").join(&commit),
-            locks: self.options.cache.join(".locks").join(&folder),
-            headers: self.options.cache.join(".evenkeel").join(folder).join(&commit),
+            snapshot: home.snapshot(&commit),
             home,
             commit,
             files,
@@ -118,33 +121,37 @@ impl Hub {
 impl Repository {
     /// The commit that all files are read from.
     pub fn commit(&self) -> &str {
-        &self.commit
+        self.commit.as_str()
     }
 
     /// Downloads into the cache what a load needs: the configuration, the
     /// tokenizer's files, and the weights in safetensors format; pickles never.
     /// Returns the directory that holds them. What is there already in its full
-    /// size is not downloaded again; offline, everything must be there.
+    /// size is not downloaded again, and what has come of a file of known
+    /// content is gone on with; offline, everything must be there.
     ///
     /// # Errors
     /// A file is missing or may not be read, the connection fails or is silent
-    /// for too long, a file arrives in another size than the Hub gives, the
-    /// disk has no room, or another process holds the lock for longer than
-    /// [`LOCK_WAIT`].
+    /// or slow for too long, a file arrives in another size or with other bytes
+    /// than the Hub says, the disk has no room, another process holds the lock
+    /// for longer than [`LOCK_WAIT`], or the options' `cancel` was asked to stop.
     pub fn download(&self, on_event: &mut dyn FnMut(HubEvent)) -> Result<PathBuf> {
         let wanted = self.wanted()?;
         if let Some(link) = &self.link
             && !self.missing(&wanted)?.is_empty()
         {
-            let _lock = self.lock(on_event)?;
+            let _lock = self.lock(link, on_event)?;
             let missing = self.missing(&wanted)?;
-            let bytes = missing.iter().map(|(_, size)| Bytes(*size)).sum();
+            let bytes = total(missing.iter().map(|(_, remote)| remote.size));
             on_event(HubEvent::Total { bytes, files: missing.len() });
+            self.home.sweep();
+            let there = |remote: &Remote| remote.oid.as_ref().map_or(0, |oid| self.home.arrived(oid, remote.size));
+            let needed = total(missing.iter().map(|(_, remote)| remote.size - there(remote)));
             let free = fs::free_space(&link.options.cache)?;
-            if bytes > free {
+            if needed > free {
                 let cache = link.options.cache.display();
                 return Err(Error::does_not_fit(format!(
-                    "{bytes} must be downloaded, and `{cache}` has room for {free}"
+                    "{needed} must be downloaded, and `{cache}` has room for {free}"
                 ))
                 .hint("HF_HUB_CACHE names another directory for the cache"));
             }
@@ -171,57 +178,50 @@ impl Repository {
         Ok(wanted)
     }
 
-    /// Those of `wanted` that are not in the cache, with their sizes.
-    fn missing(&self, wanted: &[String]) -> Result<Vec<(String, u64)>> {
-        let with_size = |file: &String| Ok((file.clone(), self.size_on_hub(file)?));
-        wanted.iter().filter(|file| !self.is_cached(file)).map(with_size).collect()
+    /// Those of `wanted` that are not in the cache, as the Hub describes them.
+    fn missing(&self, wanted: &[String]) -> Result<Vec<(String, Remote)>> {
+        let described = |file: &String| Ok((file.clone(), self.remote(file)?.1));
+        wanted.iter().filter(|file| !self.is_cached(file)).map(described).collect()
     }
 
+    /// Whether the file is there in the size that the Hub gives, as far as that is known.
     fn is_cached(&self, file: &str) -> bool {
+        let size = self.files.get(file).and_then(|file| file.get()).map(|remote| remote.size);
         let metadata = std::fs::metadata(self.snapshot.join(file));
-        metadata.is_ok_and(|m| m.is_file() && self.files.get(file).is_none_or(|size| *size == m.len()))
-    }
-
-    fn size_on_hub(&self, file: &str) -> Result<u64> {
-        let missing = || {
-            Error::input(format!("`{}` is not in `{}@{}`", printable(file), self.id, self.revision))
-                .hint("the repository must hold a checkpoint in safetensors format, as Transformers saves it")
-        };
-        self.files.get(file).copied().ok_or_else(missing)
+        metadata.is_ok_and(|m| m.is_file() && size.is_none_or(|size| size == m.len()))
     }
 
     fn offline(&self, file: &str) -> Error {
         not_cached(&printable(file), &self.id, &self.revision)
     }
 
-    /// The link to the Hub and the size there of a file that is not in the cache.
-    fn remote(&self, file: &str) -> Result<(&Link, u64)> {
+    /// The link to the Hub and what that says of a file that is not in the cache.
+    fn remote(&self, file: &str) -> Result<(&Link, Remote)> {
         let link = self.link.as_ref().ok_or_else(|| self.offline(file))?;
-        Ok((link, self.size_on_hub(file)?))
+        let known = self.files.get(file).ok_or_else(|| {
+            Error::input(format!("`{}` is not in `{}@{}`", printable(file), self.id, self.revision))
+                .hint("the repository must hold a checkpoint in safetensors format, as Transformers saves it")
+        })?;
+        if let Some(remote) = known.get() {
+            return Ok((link, remote.clone()));
+        }
+        let remote = link.describe(&self.commit, file).map_err(|failure| link.explain(failure, Some(file)))?;
+        Ok((link, known.get_or_init(|| remote).clone()))
     }
 
     fn local(&self) -> Result<LocalDirectory> {
         LocalDirectory::new(&self.snapshot)
     }
 
-    /// Writes down in the cache which commit the revision is, for offline use.
     fn remember(&self) -> Result<()> {
-        if self.link.is_none()
-            || is_commit(&self.revision)
-            || cached_commit(&self.home, &self.revision).as_ref() == Some(&self.commit)
-        {
-            return Ok(());
-        }
-        let path = self.home.join("refs").join(&self.revision);
-        let parent = path.parent().unwrap_or(&self.home);
-        std::fs::create_dir_all(parent).map_err(|e| Error::io("create", parent, e))?;
-        fs::write_atomic(&path, self.commit.as_bytes(), true)
+        if self.link.is_none() { Ok(()) } else { self.home.remember(&self.revision, &self.commit) }
     }
 
     /// Takes the repository's lock; it is free again when the file is closed.
-    fn lock(&self, on_event: &mut dyn FnMut(HubEvent)) -> Result<File> {
-        std::fs::create_dir_all(&self.locks).map_err(|e| Error::io("create", &self.locks, e))?;
-        let path = self.locks.join("evenkeel.lock");
+    fn lock(&self, link: &Link, on_event: &mut dyn FnMut(HubEvent)) -> Result<File> {
+        let locks = &self.home.locks;
+        std::fs::create_dir_all(locks).map_err(|e| Error::io("create", locks, e))?;
+        let path = locks.join("evenkeel.lock");
         let file = File::options().create(true).append(true).open(&path).map_err(|e| Error::io("open", &path, e))?;
         let begun = Instant::now();
         let mut announced = 0;
@@ -233,7 +233,8 @@ impl Repository {
                         announced += 1;
                         on_event(HubEvent::LockHeld(path.clone()));
                     }
-                    thread::sleep(Duration::from_millis(50));
+                    link.options.cancel.check()?;
+                    thread::sleep(TICK);
                 }
                 Err(TryLockError::WouldBlock) => return Err(lock_held(&path)),
                 Err(TryLockError::Error(e)) => return Err(Error::io("lock", &path, e)),
@@ -241,91 +242,93 @@ impl Repository {
         }
     }
 
-    fn fetch_all(&self, link: &Link, files: &[(String, u64)], on_event: &mut dyn FnMut(HubEvent)) -> Result<()> {
+    fn fetch_all(&self, link: &Link, files: &[(String, Remote)], on_event: &mut dyn FnMut(HubEvent)) -> Result<()> {
         let (next, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
         let (sender, receiver) = mpsc::channel();
+        let work = |sender: mpsc::Sender<(usize, Result<HubEvent, Failure>)>| {
+            let is_stopped = || stop.load(Ordering::Relaxed) || link.options.cancel.is_cancelled();
+            while let at = next.fetch_add(1, Ordering::Relaxed)
+                && let Some((file, remote)) = files.get(at).filter(|_| !is_stopped())
+            {
+                let mut note = |event| match sender.send((at, Ok(event))) {
+                    Ok(()) if !is_stopped() => ControlFlow::Continue(()),
+                    _ => ControlFlow::Break(()),
+                };
+                if let Err(failure) = self.fetch(link, file, remote, Some(RATE_LIMIT_WAIT), &mut note) {
+                    // First the cause, then what others make of the stop. Only a
+                    // caller that has panicked no longer listens.
+                    let _ = sender.send((at, Err(failure)));
+                    stop.store(true, Ordering::Relaxed);
+                }
+            }
+        };
         thread::scope(|scope| {
             for _ in 0..WORKERS.min(files.len()) {
-                let (sender, next, stop) = (sender.clone(), &next, &stop);
-                scope.spawn(move || {
-                    loop {
-                        let at = next.fetch_add(1, Ordering::Relaxed);
-                        let Some((file, size)) = files.get(at).filter(|_| !stop.load(Ordering::Relaxed)) else {
-                            break;
-                        };
-                        let mut note = |event| match sender.send((at, Ok(event))) {
-                            Ok(()) if !stop.load(Ordering::Relaxed) => ControlFlow::Continue(()),
-                            _ => ControlFlow::Break(()),
-                        };
-                        if let Err(failure) = self.fetch(link, file, *size, RATE_LIMIT_WAIT, &mut note) {
-                            // First the cause, then what others make of the stop. Only a
-                            // caller that has panicked no longer listens.
-                            let _ = sender.send((at, Err(failure)));
-                            stop.store(true, Ordering::Relaxed);
-                        }
-                    }
-                });
+                let (work, sender) = (&work, sender.clone());
+                thread::Builder::new().spawn_scoped(scope, move || work(sender)).map_err(|e| {
+                    stop.store(true, Ordering::Relaxed);
+                    Error::input("cannot start a thread").caused_by(e)
+                })?;
             }
             drop(sender);
-            let mut arrived = vec![Bytes::ZERO; files.len()];
+            let mut arrived = vec![0; files.len()];
             let mut failed = None;
             for (at, note) in receiver {
                 match note {
                     Ok(HubEvent::Downloaded(bytes)) => {
-                        arrived[at] = bytes;
-                        on_event(HubEvent::Downloaded(arrived.iter().copied().sum()));
+                        arrived[at] = bytes.0;
+                        on_event(HubEvent::Downloaded(total(arrived.iter().copied())));
                     }
                     Ok(event) => on_event(event),
                     Err(failure) => failed = failed.or_else(|| Some(link.explain(failure, Some(&files[at].0)))),
                 }
             }
+            link.options.cancel.check()?;
             failed.map_or(Ok(()), Err)
         })
     }
 
-    /// Downloads one file into the cache and checks its size.
-    fn fetch(&self, link: &Link, file: &str, size: u64, patience: Duration, note: Note) -> Result<(), Failure> {
-        let path = self.snapshot.join(file);
-        link.retry(patience, note, |note| {
-            // A link to nothing or to a file of another size is no download.
-            let replace = path.symlink_metadata().is_ok();
-            let (name, commit) = (file.to_owned(), self.commit.clone());
-            let silence = link.options.timeout + FILE_LOCK_WAIT;
-            let placed =
-                link.call(silence, Limits { declared: size, arriving: size }, note, move |repository, progress| {
-                    let download = repository.download_file().filename(name).revision(commit);
-                    download.force_download(replace).progress(progress).send()
-                })?;
-            if placed != path {
-                return Err(Failure::OtherCommit);
+    /// Fetches one file into the cache. The lock is held where there is
+    /// `patience` with rate limits; else nothing is kept of a try that fails.
+    fn fetch(
+        &self,
+        link: &Link,
+        file: &str,
+        remote: &Remote,
+        patience: Option<Duration>,
+        note: Note,
+    ) -> Result<(), Failure> {
+        let mut remote = remote.clone();
+        if remote.oid.as_ref().is_none_or(|oid| !self.home.has_blob(oid, remote.size)) {
+            let known = remote.oid.clone().filter(|oid| oid.is_sha256() && patience.is_some());
+            let mut partial = self.home.begin(known.as_ref(), note)?;
+            let filled = link.retry(patience.unwrap_or(QUIET_WAIT), note, |note| {
+                loop {
+                    let before = partial.len;
+                    match link.fill(&mut partial, &self.commit, file, &mut remote, note) {
+                        // As long as it gets on, a broken connection is no failed attempt.
+                        Err(failure) if failure.is_broken() && partial.len >= before.saturating_add(MIB) => {}
+                        filled => return filled,
+                    }
+                }
+            });
+            if let Err(failure) = filled {
+                partial.give_up();
+                return Err(failure);
             }
-            let got = std::fs::metadata(&path).map_err(|e| Failure::Hub(HFError::Io(e)))?.len();
-            if got != size {
-                // What cannot be removed is found again by its size.
-                let _ = path.canonicalize().and_then(std::fs::remove_file);
-                let _ = std::fs::remove_file(&path);
-                return Err(Failure::WrongSize { got, size });
-            }
-            // Whether to go on is asked before the next file.
-            let _ = note(HubEvent::Downloaded(Bytes(size)));
-            Ok(())
-        })
+            let oid = remote.oid.get_or_insert_with(|| partial.sha256());
+            self.home.keep(partial, oid)?;
+        }
+        if let Some(oid) = &remote.oid {
+            self.home.link(&self.commit, file, oid)?;
+        }
+        // Whether to go on is asked before the next file.
+        let _ = note(HubEvent::Downloaded(Bytes(remote.size)));
+        Ok(())
     }
 
-    fn range(&self, link: &Link, file: &str, size: u64, offset: u64, len: u64) -> Result<Vec<u8>> {
-        let bytes = link.retry(QUIET_WAIT, &mut quiet, |note| {
-            let (name, commit) = (file.to_owned(), self.commit.clone());
-            let limits = Limits { declared: size, arriving: len };
-            let bytes = link.call(link.options.timeout, limits, note, move |repository, progress| {
-                let download = repository.download_file_to_bytes().filename(name).revision(commit);
-                download.range(offset..offset + len).progress(progress).send()
-            })?;
-            match bytes.len() as u64 {
-                got if got == len => Ok(bytes),
-                got => Err(Failure::WrongSize { got, size: len }),
-            }
-        });
-        bytes.map(Vec::from).map_err(|failure| link.explain(failure, Some(file)))
+    fn range(&self, link: &Link, file: &str, offset: u64, len: u64) -> Result<Vec<u8>> {
+        link.range(&self.commit, file, offset, len).map_err(|failure| link.explain(failure, Some(file)))
     }
 
     /// The first bytes of a shard: its header, where that is within
@@ -335,15 +338,16 @@ impl Repository {
         if let Some(head) = heads().get(file) {
             return Ok(head.clone());
         }
-        let kept = self.headers.join(file);
+        let headers = self.home.headers(&self.commit);
+        let kept = headers.join(file);
         let head = match fs::read_capped(&kept, Bytes(FIRST_READ)) {
             Ok(head) if head_end(&head) == Some(head.len()) => head,
             _ => {
-                let mut head = self.range(link, file, size, 0, size.min(FIRST_READ))?;
+                let mut head = self.range(link, file, 0, size.min(FIRST_READ))?;
                 head.truncate(head_end(&head).unwrap_or(usize::MAX));
                 head.shrink_to_fit();
                 // What cannot be kept is fetched again.
-                let _ = std::fs::create_dir_all(&self.headers).map(|()| fs::write_atomic(&kept, &head, true));
+                let _ = std::fs::create_dir_all(&headers).map(|()| fs::write_atomic(&kept, &head, true));
                 head
             }
         };
@@ -368,12 +372,12 @@ impl Source for Repository {
     fn read(&self, file: &str, cap: Bytes) -> Result<Vec<u8>> {
         check_name(file)?;
         if !self.is_cached(file) {
-            let (link, size) = self.remote(file)?;
-            if size > cap.0 {
-                let (size, shown) = (Bytes(size), self.display(file));
+            let (link, remote) = self.remote(file)?;
+            if remote.size > cap.0 {
+                let (size, shown) = (Bytes(remote.size), self.display(file));
                 return Err(Error::input(format!("`{shown}` is {size}, and at most {cap} is read of such a file")));
             }
-            self.fetch(link, file, size, QUIET_WAIT, &mut quiet)
+            self.fetch(link, file, &remote, None, &mut link.quiet())
                 .map_err(|failure| link.explain(failure, Some(file)))?;
             self.remember()?;
         }
@@ -385,7 +389,7 @@ impl Source for Repository {
         if self.is_cached(file) {
             return self.local()?.size(file);
         }
-        self.remote(file).map(|(_, size)| Bytes(size))
+        self.remote(file).map(|(_, remote)| Bytes(remote.size))
     }
 
     fn read_range(&self, file: &str, offset: u64, len: usize) -> Result<Vec<u8>> {
@@ -393,7 +397,7 @@ impl Source for Repository {
         if self.is_cached(file) {
             return self.local()?.read_range(file, offset, len);
         }
-        let (link, size) = self.remote(file)?;
+        let (link, Remote { size, .. }) = self.remote(file)?;
         let len = size.saturating_sub(offset).min(len as u64);
         if len == 0 {
             return Ok(Vec::new());
@@ -406,7 +410,7 @@ impl Source for Repository {
                 return Ok(part.to_vec());
             }
         }
-        self.range(link, file, size, offset, len)
+        self.range(link, file, offset, len)
     }
 
     fn display(&self, file: &str) -> String {
@@ -418,7 +422,7 @@ impl Source for Repository {
     }
 
     fn origin(&self) -> Origin {
-        Origin::Repository { repository: self.id.to_string(), commit: self.commit.clone() }
+        Origin::Repository { repository: self.id.to_string(), commit: self.commit.as_str().to_owned() }
     }
 }
 
@@ -427,16 +431,8 @@ fn not_cached(what: &str, id: &RepoId, revision: &str) -> Error {
         .hint(format!("hf download {id} --revision {revision}"))
 }
 
-/// The commit that a revision is according to the cache, where its directory is there.
-fn cached_commit(home: &Path, revision: &str) -> Option<String> {
-    const CAP: Bytes = Bytes(100);
-    let commit = if is_commit(revision) {
-        revision.to_owned()
-    } else {
-        let text = fs::read_capped(&home.join("refs").join(revision), CAP).ok()?;
-        String::from_utf8(text).ok()?.trim().to_owned()
-    };
-    (is_commit(&commit) && home.join("snapshots").join(&commit).is_dir()).then_some(commit)
+fn total(sizes: impl Iterator<Item = u64>) -> Bytes {
+    Bytes(sizes.fold(0, u64::saturating_add))
 }
 
 /// Names come from the checkpoint, and become parts of paths and URLs.

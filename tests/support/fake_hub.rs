@@ -2,18 +2,20 @@
 //! with faults on demand and a record of what was asked.
 //!
 //! Knows the four requests that a load makes: a revision's commit and files, the
-//! sizes of paths, and `HEAD` and `GET` (with ranges) of a file.
+//! sizes of paths, and `HEAD` and `GET` (with ranges) of a file. Weights are in
+//! LFS, so that their SHA-256 is told.
 
 #![allow(dead_code, reason = "each test crate uses its part")]
 
 use std::collections::HashMap;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
+
+use sha2::{Digest, Sha256};
 
 /// A repository's files by name.
 pub type Files = HashMap<String, Vec<u8>>;
@@ -27,6 +29,20 @@ pub enum Part {
     Head,
     /// `GET` of a file.
     Get,
+    /// `GET` of weights.
+    Weights,
+}
+
+impl Part {
+    fn has(self, request: &Request) -> bool {
+        let is_file = !request.path.starts_with("/api/");
+        match self {
+            Self::Api => !is_file,
+            Self::Head => is_file && request.method == "HEAD",
+            Self::Get => is_file && request.method == "GET",
+            Self::Weights => Self::Get.has(request) && is_lfs(&request.path),
+        }
+    }
 }
 
 /// What goes wrong.
@@ -48,6 +64,20 @@ pub enum Fault {
     Announce(u64),
     /// No answer for so long.
     Silence(Duration),
+    /// Half the body, then nothing for so long, and the connection is closed.
+    Stall(Duration),
+    /// A byte of the body after each such pause.
+    Trickle(Duration),
+    /// A body without an end.
+    Endless(u16),
+    /// The body with one byte changed.
+    WrongByte,
+    /// This header instead of the usual one.
+    Header(&'static str, String),
+    /// 404, of a file of this commit.
+    Missing(String),
+    /// This status, with the header Location.
+    Redirect(u16, String),
 }
 
 /// A request as it came.
@@ -61,6 +91,8 @@ pub struct Request {
     pub authorization: Option<String>,
     /// The header Range: first and last byte.
     pub range: Option<(usize, usize)>,
+    /// The header If-Range.
+    pub if_range: Option<String>,
     body: Vec<u8>,
 }
 
@@ -82,6 +114,8 @@ struct State {
     sizes: Mutex<HashMap<String, usize>>,
     /// Where requests for weights are sent, as the Hub sends them to its CDN.
     cdn: Mutex<Option<String>>,
+    /// The status that answers a question for sizes, of a mirror that does not know it.
+    no_paths_info: AtomicU16,
     requests: Mutex<Vec<Request>>,
     sent: AtomicU64,
     stopped: AtomicBool,
@@ -135,6 +169,21 @@ impl FakeHub {
         *self.state.cdn.lock().unwrap() = Some(endpoint.to_owned());
     }
 
+    /// Answers questions for sizes with `status`, as a mirror that does not know them.
+    pub fn forget_paths_info(&self, status: u16) {
+        self.state.no_paths_info.store(status, Ordering::SeqCst);
+    }
+
+    /// The requests that no load has to make.
+    pub fn strange_requests(&self) -> Vec<Request> {
+        let usual = |request: &Request| match request.method.as_str() {
+            "GET" | "HEAD" => true,
+            "POST" => request.path.contains("/paths-info/"),
+            _ => false,
+        };
+        self.requests().into_iter().filter(|request| !usual(request)).collect()
+    }
+
     /// The requests since the start or since [`FakeHub::forget`].
     pub fn requests(&self) -> Vec<Request> {
         self.state.requests.lock().unwrap().clone()
@@ -173,16 +222,36 @@ struct Answer {
     body: Vec<u8>,
     /// The Content-Length, where it is not the body's.
     length: Option<usize>,
+    manner: Manner,
+}
+
+/// How a body is sent.
+#[derive(Clone, Copy, Default)]
+enum Manner {
+    #[default]
+    Whole,
+    Trickle(Duration),
+    Endless,
+    /// The connection is closed so long after the body's last byte.
+    Stall(Duration),
 }
 
 impl Answer {
     fn status(status: u16, code: &str) -> Self {
         let headers = vec![("X-Error-Code", code.to_owned()), ("X-Error-Message", "the fake Hub says no".to_owned())];
-        Self { status, headers, body: Vec::new(), length: None }
+        Self { status, headers, body: Vec::new(), length: None, manner: Manner::Whole }
+    }
+
+    /// Half the body of what this long is announced of.
+    fn cut(mut self) -> Self {
+        self.length = Some(self.body.len());
+        self.body.truncate(self.body.len() / 2);
+        self
     }
 
     fn json(value: &serde_json::Value) -> Self {
-        Self { status: 200, headers: Vec::new(), body: value.to_string().into_bytes(), length: None }
+        let (headers, body) = (Vec::new(), value.to_string().into_bytes());
+        Self { status: 200, headers, body, length: None, manner: Manner::Whole }
     }
 }
 
@@ -198,25 +267,36 @@ impl State {
             head += &[name, ": ", value, "\r\n"].concat();
         }
         let length = answer.length.unwrap_or(answer.body.len());
-        head += &["Content-Length: ", &length.to_string(), "\r\n\r\n"].concat();
-        let mut stream = stream;
-        stream.write_all(head.as_bytes())?;
-        if request.method != "HEAD" {
-            for piece in answer.body.chunks(1 << 16) {
-                stream.write_all(piece)?;
-                self.sent.fetch_add(piece.len() as u64, Ordering::SeqCst);
-            }
+        if !matches!(answer.manner, Manner::Endless) {
+            head += &["Content-Length: ", &length.to_string(), "\r\n"].concat();
         }
-        stream.flush()
+        let mut stream = stream;
+        stream.write_all((head + "\r\n").as_bytes())?;
+        if request.method == "HEAD" {
+            return Ok(());
+        }
+        let (size, pause) = match answer.manner {
+            Manner::Trickle(pause) => (1, pause),
+            _ => (1 << 16, Duration::ZERO),
+        };
+        for piece in answer.body.chunks(size) {
+            stream.write_all(piece)?;
+            self.sent.fetch_add(piece.len() as u64, Ordering::SeqCst);
+            thread::sleep(pause);
+        }
+        match answer.manner {
+            Manner::Endless => loop {
+                stream.write_all(&[b' '; 1 << 12])?;
+                self.sent.fetch_add(1 << 12, Ordering::SeqCst);
+            },
+            Manner::Stall(long) => thread::sleep(long),
+            Manner::Whole | Manner::Trickle(_) => {}
+        }
+        Ok(())
     }
 
     fn answer(&self, request: &Request) -> Answer {
-        let part = match request.method.as_str() {
-            _ if request.path.starts_with("/api/") => Part::Api,
-            "HEAD" => Part::Head,
-            _ => Part::Get,
-        };
-        match self.fault(part) {
+        match self.fault(request) {
             Some(Fault::Status(status, code)) => Answer::status(status, code),
             Some(Fault::RateLimit(seconds)) => {
                 let mut answer = Answer::status(429, "");
@@ -228,11 +308,35 @@ impl State {
                 headers: vec![("Content-Type", "text/html".to_owned())],
                 body: b"<html>Welcome to the airport's network</html>".to_vec(),
                 length: None,
+                manner: Manner::Whole,
             },
-            Some(Fault::Cut) => {
+            Some(Fault::Cut) => self.good_answer(request, true).cut(),
+            Some(Fault::Stall(long)) => Answer { manner: Manner::Stall(long), ..self.good_answer(request, true).cut() },
+            Some(Fault::Trickle(pause)) => Answer { manner: Manner::Trickle(pause), ..self.good_answer(request, true) },
+            Some(Fault::Endless(status)) => {
+                Answer { status, manner: Manner::Endless, ..self.good_answer(request, true) }
+            }
+            Some(Fault::WrongByte) => {
                 let mut answer = self.good_answer(request, true);
-                answer.length = Some(answer.body.len());
-                answer.body.truncate(answer.body.len() / 2);
+                if let Some(byte) = answer.body.last_mut() {
+                    *byte ^= 1;
+                }
+                answer
+            }
+            Some(Fault::Header(name, value)) => {
+                let mut answer = self.good_answer(request, true);
+                answer.headers.retain(|(usual, _)| *usual != name);
+                answer.headers.push((name, value));
+                answer
+            }
+            Some(Fault::Missing(commit)) => {
+                let mut answer = Answer::status(404, "EntryNotFound");
+                answer.headers.push(("X-Repo-Commit", commit));
+                answer
+            }
+            Some(Fault::Redirect(status, location)) => {
+                let mut answer = Answer::status(status, "");
+                answer.headers.push(("Location", location));
                 answer
             }
             Some(Fault::Short) => {
@@ -255,10 +359,10 @@ impl State {
         }
     }
 
-    fn fault(&self, part: Part) -> Option<Fault> {
+    fn fault(&self, request: &Request) -> Option<Fault> {
         let mut fault = self.fault.lock().unwrap();
         let (struck, what, times) = fault.as_mut()?;
-        if *struck != part || *times == 0 {
+        if !struck.has(request) || *times == 0 {
             return None;
         }
         *times -= 1;
@@ -275,7 +379,9 @@ impl State {
             return self.paths_info(revision, &request.body);
         }
         match request.path.strip_prefix(&files).and_then(|rest| rest.split_once('/')) {
-            Some((revision, file)) => self.file(revision, file, request.range.filter(|_| ranges)),
+            Some((revision, file)) => {
+                self.file(revision, file, request.range.filter(|_| ranges), request.if_range.as_deref())
+            }
             None => Answer::status(404, "RepoNotFound"),
         }
     }
@@ -298,12 +404,21 @@ impl State {
         let Some((_, files)) = self.find(revision) else {
             return Answer::status(404, "RevisionNotFound");
         };
+        match self.no_paths_info.load(Ordering::SeqCst) {
+            0 => {}
+            status => return Answer::status(status, ""),
+        }
         let body: serde_json::Value = serde_json::from_slice(body).unwrap_or_default();
         let asked = body["paths"].as_array().cloned().unwrap_or_default();
         let entries = asked.iter().filter_map(|path| {
             let path = path.as_str()?;
-            let size = self.size(path, files.get(path)?);
-            Some(serde_json::json!({ "type": "file", "oid": "1", "size": size, "path": path }))
+            let (oid, size) = (oid(path, files.get(path)?), self.size(path, files.get(path)?));
+            let mut entry = serde_json::json!({ "type": "file", "oid": oid, "size": size, "path": path });
+            if is_lfs(path) {
+                entry["oid"] = serde_json::json!("0".repeat(40));
+                entry["lfs"] = serde_json::json!({ "oid": oid, "size": size, "pointerSize": 132 });
+            }
+            Some(entry)
         });
         Answer::json(&entries.collect())
     }
@@ -312,7 +427,7 @@ impl State {
         self.sizes.lock().unwrap().get(file).copied().unwrap_or(body.len())
     }
 
-    fn file(&self, revision: &str, file: &str, range: Option<(usize, usize)>) -> Answer {
+    fn file(&self, revision: &str, file: &str, range: Option<(usize, usize)>, if_range: Option<&str>) -> Answer {
         let Some((commit, files)) = self.find(revision) else {
             return Answer::status(404, "RevisionNotFound");
         };
@@ -321,30 +436,42 @@ impl State {
             answer.headers.push(("X-Repo-Commit", commit));
             return answer;
         };
-        let mut hasher = DefaultHasher::new();
-        body.hash(&mut hasher);
-        let etag = format!("\"{:016x}\"", hasher.finish());
+        let etag = format!("\"{}\"", oid(file, body));
         let mut headers = vec![("X-Repo-Commit", commit)];
         if let Some(cdn) = self.cdn.lock().unwrap().as_ref().filter(|_| file.ends_with(".safetensors")) {
             headers.push(("Location", format!("{cdn}/{}/resolve/{revision}/{file}", self.repository)));
             headers.push(("X-Linked-Size", self.size(file, body).to_string()));
             headers.push(("X-Linked-ETag", etag));
-            return Answer { status: 302, headers, body: Vec::new(), length: None };
+            return Answer { headers, ..Answer::status(302, "") };
         }
+        let is_same = if_range.is_none_or(|wanted| wanted == etag);
         headers.push(("ETag", etag));
         let size = self.size(file, body);
-        match range {
+        match range.filter(|_| is_same) {
             Some((first, last)) if first < size => {
                 let last = last.min(size - 1);
                 headers.push(("Content-Range", format!("bytes {first}-{last}/{size}")));
                 let mut part = body[first.min(body.len())..(last + 1).min(body.len())].to_vec();
                 part.resize(last + 1 - first, 0);
-                Answer { status: 206, headers, body: part, length: None }
+                Answer { status: 206, headers, body: part, length: None, manner: Manner::Whole }
             }
             Some(_) => Answer::status(416, ""),
-            None => Answer { status: 200, headers, body: body.clone(), length: None },
+            None => Answer { status: 200, headers, body: body.clone(), length: None, manner: Manner::Whole },
         }
     }
+}
+
+fn is_lfs(file: &str) -> bool {
+    file.ends_with(".safetensors")
+}
+
+/// The SHA-256 of a file in LFS; for others something that looks like git's SHA-1.
+pub fn oid(file: &str, body: &[u8]) -> String {
+    let digest = Sha256::digest(body);
+    let digits = digest.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+    let mut oid: String = digits.filter_map(|digit| char::from_digit(digit.into(), 16)).collect();
+    oid.truncate(if is_lfs(file) { 64 } else { 40 });
+    oid
 }
 
 fn read_request(stream: &TcpStream) -> std::io::Result<Option<Request>> {
@@ -360,6 +487,7 @@ fn read_request(stream: &TcpStream) -> std::io::Result<Option<Request>> {
         path: target.split('?').next().unwrap_or_default().to_owned(),
         authorization: None,
         range: None,
+        if_range: None,
         body: Vec::new(),
     };
     let mut length = 0;
@@ -372,10 +500,12 @@ fn read_request(stream: &TcpStream) -> std::io::Result<Option<Request>> {
         let value = value.trim();
         match name.to_ascii_lowercase().as_str() {
             "authorization" => request.authorization = Some(value.to_owned()),
+            "if-range" => request.if_range = Some(value.to_owned()),
             "content-length" => length = value.parse().unwrap_or(0),
             "range" => {
                 let range = value.strip_prefix("bytes=").and_then(|range| range.split_once('-'));
-                request.range = range.and_then(|(first, last)| Some((first.parse().ok()?, last.parse().ok()?)));
+                request.range =
+                    range.and_then(|(first, last)| Some((first.parse().ok()?, last.parse().unwrap_or(usize::MAX))));
             }
             _ => {}
         }
