@@ -182,6 +182,32 @@ mod tests {
     }
 
     #[test]
+    fn templates_are_found_where_transformers_finds_them() {
+        for files in [
+            &[
+                ("chat_template.jinja", "{{ bos_token }}x"),
+                ("tokenizer_config.json", r#"{"chat_template": "y", "bos_token": "<s>"}"#),
+            ][..],
+            &[
+                ("additional_chat_templates/default.jinja", "{{ bos_token }}x"),
+                ("special_tokens_map.json", r#"{"bos_token": "<s>"}"#),
+            ],
+            &[
+                ("chat_template.json", r#"{"chat_template": "{{ bos_token }}x"}"#),
+                ("tokenizer_config.json", r#"{"tokenizer_class": "LlamaTokenizer"}"#),
+            ],
+        ] {
+            let directory = tempfile::tempdir().unwrap();
+            for (file, content) in files {
+                let path = directory.path().join(file);
+                std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+                std::fs::write(path, content).unwrap();
+            }
+            assert_eq!(ChatTemplate::open(directory.path()).unwrap().render(&hello()).unwrap(), "<s>x", "{files:?}");
+        }
+    }
+
+    #[test]
     fn a_template_that_fails_or_does_not_end_is_an_error() {
         for (source, cause) in [
             ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),

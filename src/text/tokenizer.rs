@@ -267,3 +267,99 @@ where
     let result = catch_unwind(AssertUnwindSafe(run)).map_err(|_| failed())?;
     result.map_err(|e| failed().caused_by(e))
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::text::TextStream;
+
+    /// A directory with a tokenizer of single characters and some more tokens, and other files.
+    fn directory(tokens: &[&str], parts: Value, files: &[(&str, Value)]) -> tempfile::TempDir {
+        let directory = tempfile::tempdir().unwrap();
+        let letters = ('a'..='z').chain("▁ <|>_".chars()).map(String::from);
+        let tokens = letters.chain(tokens.iter().map(ToString::to_string));
+        let vocab: serde_json::Map<_, _> = tokens.enumerate().map(|(id, token)| (token, json!(id))).collect();
+        let mut tokenizer = json!({"version": "1.0", "model": {"type": "BPE", "vocab": vocab, "merges": []}});
+        for (name, part) in parts.as_object().unwrap() {
+            tokenizer[name] = part.clone();
+        }
+        for (name, content) in [(FILE, tokenizer)].iter().chain(files) {
+            std::fs::write(directory.path().join(name), content.to_string()).unwrap();
+        }
+        directory
+    }
+
+    fn encoded(directory: &tempfile::TempDir, text: &str) -> Vec<u32> {
+        Tokenizer::open(directory.path(), 64).unwrap().encode(text, false).unwrap()
+    }
+
+    #[test]
+    fn a_text_is_neither_cut_nor_filled() {
+        let truncation = json!({"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0});
+        let padding = json!({"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0, "pad_type_id": 0, "pad_token": "a"});
+        let directory = directory(&[], json!({"truncation": truncation, "padding": padding}), &[]);
+        assert_eq!(encoded(&directory, "abcd"), [0, 1, 2, 3]);
+    }
+
+    #[test]
+    fn tokens_that_other_files_add_count() {
+        let token = |content: &str| json!({"content": content, "lstrip": false, "rstrip": false, "normalized": false, "single_word": false, "special": true});
+        for files in [
+            &[("tokenizer_config.json", json!({"added_tokens_decoder": {"33": token("<|b|>"), "32": token("<|a|>")}}))]
+                [..],
+            &[("added_tokens.json", json!({"<|b|>": 33, "<|a|>": 32}))],
+            &[("special_tokens_map.json", json!({"bos_token": "<|a|>", "eos_token": token("<|b|>")}))],
+            &[("special_tokens_map.json", json!({"additional_special_tokens": ["<|a|>", token("<|b|>")]}))],
+            &[("tokenizer_config.json", json!({"bos_token": "<|a|>", "unk_token": null, "eos_token": "<|b|>"}))],
+        ] {
+            assert_eq!(encoded(&directory(&[], json!({}), files), "<|a|>c<|b|>"), [32, 2, 33], "{files:?}");
+        }
+    }
+
+    #[test]
+    fn other_tokenizers_are_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let error = || Tokenizer::begin(directory.path(), 64, None).map(|_| ()).unwrap_err();
+        assert!(error().to_string().starts_with("cannot open"), "{}", error());
+        std::fs::write(directory.path().join("tokenizer.model"), "").unwrap();
+        assert!(error().to_string().contains("has `tokenizer.model`, and no tokenizer.json"), "{}", error());
+        assert!(error().hints()[0].to_string().contains("save_pretrained"));
+    }
+
+    #[test]
+    fn nothing_is_lost_of_bytes_and_spaces() {
+        let metaspace = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true});
+        let decoder = json!({"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ]});
+        let bytes = ["<0xE4>", "<0xBD>", "<0xA0>", "<0xFF>", "<0xC3>", "<0xA9>", "▁h"];
+        let directory = directory(&bytes, json!({"pre_tokenizer": metaspace, "decoder": decoder}), &[]);
+        let tokenizer = Tokenizer::open(directory.path(), 64).unwrap();
+        let id = |token: &str| match &tokenizer.runs {
+            Runs::Here(parsed) => parsed.0.token_to_id(token).unwrap(),
+            Runs::Apart(_) => unreachable!(),
+        };
+        for (prompt, tokens, text) in [
+            (&["a"][..], &["<0xE4>", "<0xBD>", "<0xA0>", "<0xFF>", "b", "c"][..], "����bc"),
+            (&["a"], &["<0xE4>", "<0xBD>", "<0xA0>", "▁h", "i"], "你 hi"),
+            (&["a"], &["<0xC3>", "<0xA9>", "<0xFF>", "▁h", "i"], "��� hi"),
+            (&["a"], &["<0xC3>", "<0xA9>"], "é"),
+            (&["a"], &["▁h", "i"], " hi"),
+            (&[], &["▁h", "i"], "hi"),
+        ] {
+            let prompt: Vec<_> = prompt.iter().map(|token| id(token)).collect();
+            let mut stream = TextStream::new(&prompt, Vec::new());
+            let mut streamed = String::new();
+            for token in tokens {
+                streamed += &stream.push(id(token), &tokenizer).unwrap().0;
+            }
+            streamed += &stream.finish(&tokenizer).unwrap();
+            assert_eq!(streamed, text, "{tokens:?}");
+        }
+    }
+}
