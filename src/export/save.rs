@@ -32,22 +32,13 @@ use crate::loader::{LoadEvent, broken_weight};
 use crate::model_config::{self, PACKED_METHOD, PACKED_VERSION};
 use crate::pool::Pool;
 use crate::quant::{PACKED_ROW, PackedRows, QuantizeRules, Scheme, Storage, quantize_rows};
+use crate::text;
 
 /// The largest shard, unless told otherwise; Transformers' own limit.
 pub const DEFAULT_SHARD_SIZE: Bytes = Bytes(5_000_000_000);
 
-/// Files that are copied beside the weights, where there are any.
-const COPIED: [&str; 9] = [
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-];
+/// Files that are copied beside the weights and what texts need, where there are any.
+const COPIED: [&str; 4] = ["generation_config.json", "merges.txt", "tokenizer.model", "vocab.json"];
 const COPY_CAP: Bytes = Bytes(256 * MIB);
 
 /// How packed weights are written.
@@ -275,7 +266,9 @@ fn write_small_files(
     let Value::Object(mut config) = config else { return Err(changed()) };
     config.insert("quantization_config".to_owned(), quantization);
     output.write(model_config::FILE, format!("{:#}\n", Value::Object(config)).as_bytes())?;
-    for name in COPIED {
+    // Those in directories have other places beside the weights.
+    let names = COPIED.into_iter().chain(text::FILES).filter(|name| !name.contains('/'));
+    for name in names {
         if std::fs::symlink_metadata(directory.join(name)).is_ok() {
             output.write(name, &read(name)?)?;
         }

@@ -18,7 +18,7 @@ use super::options::{HubEvent, HubOptions, RepoId};
 use super::wire::{Client, Failure, Head, Note, Refusal, TICK, Transfer};
 use crate::bytes::MIB;
 use crate::error::Error;
-use crate::fs;
+use crate::{fs, text};
 
 /// The longest wait for a rate limit where nobody can be told of it.
 pub(super) const QUIET_WAIT: Duration = Duration::from_secs(10);
@@ -91,7 +91,8 @@ impl Link {
         let info: Info = self.json(info, Vec::new())?;
         let commit = info.sha.and_then(|sha| Commit::parse(&sha)).ok_or(Failure::Lacks("the commit"))?;
         let names = info.siblings.ok_or(Failure::Lacks("the list of files"))?.into_iter().map(|file| file.rfilename);
-        let matters = |name: &String| !name.contains('/') || name.ends_with(".safetensors");
+        let matters =
+            |name: &String| !name.contains('/') || name.ends_with(".safetensors") || text::FILES.contains(&&**name);
         let names: Vec<String> = names.filter(|name| matters(name) && fs::is_plain_name(name)).collect();
         let files: Files = names.iter().map(|name| (name.clone(), OnceLock::new())).collect();
         let url = self.url(&format!("/api/models/{}/paths-info/{}", self.id, commit.as_str()));

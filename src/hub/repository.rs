@@ -19,7 +19,7 @@ use crate::bytes::{Bytes, KIB, MIB};
 use crate::checkpoint::{Index, SINGLE_FILE, index};
 use crate::error::{Error, Result, printable};
 use crate::source::{LocalDirectory, Origin, Source};
-use crate::{fs, model_config};
+use crate::{fs, model_config, text};
 
 /// How often a wait for the lock is announced.
 const HEARTBEAT: Duration = Duration::from_secs(10);
@@ -27,14 +27,8 @@ const HEARTBEAT: Duration = Duration::from_secs(10);
 const WORKERS: usize = 4;
 /// What is fetched of a shard at its first read: nearly every header is shorter.
 const FIRST_READ: u64 = 128 * KIB;
-/// What a load reads besides the configuration and the weights, where it exists.
-const SMALL_FILES: [&str; 5] = [
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-];
+/// What a load reads beside the configuration, the weights, and what texts need, where it exists.
+const GENERATION_CONFIG: &str = "generation_config.json";
 
 /// The Hub, or its cache alone.
 #[derive(Debug)]
@@ -168,7 +162,8 @@ impl Repository {
 
     fn wanted(&self) -> Result<Vec<String>> {
         let mut wanted = vec![model_config::FILE.to_owned()];
-        wanted.extend(SMALL_FILES.into_iter().filter(|file| self.has(file)).map(str::to_owned));
+        let small = text::FILES.into_iter().chain([GENERATION_CONFIG]);
+        wanted.extend(small.filter(|file| self.has(file)).map(str::to_owned));
         if self.has(index::FILE) {
             wanted.push(index::FILE.to_owned());
             wanted.extend(Index::read(self)?.shards);

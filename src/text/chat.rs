@@ -15,8 +15,8 @@ use crate::fs;
 use crate::json::Node;
 
 /// Files that are a template, and files that have one, in the order in which they are looked for.
-const TEMPLATE_FILES: [&str; 2] = ["chat_template.jinja", "additional_chat_templates/default.jinja"];
-const JSON_FILES: [&str; 2] = [CONFIG_FILE, "chat_template.json"];
+pub(super) const TEMPLATE_FILES: [&str; 2] = ["chat_template.jinja", "additional_chat_templates/default.jinja"];
+pub(super) const JSON_FILES: [&str; 2] = [CONFIG_FILE, "chat_template.json"];
 /// The longest template.
 const MAX_TEMPLATE: Bytes = Bytes(MIB);
 

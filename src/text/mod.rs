@@ -14,3 +14,14 @@ pub use chat::{ChatTemplate, Message};
 pub use sandbox::{Sandbox, serve};
 pub use stream::TextStream;
 pub use tokenizer::{FILE, Opening, Tokenizer};
+
+/// The files of a checkpoint that a tokenizer or a chat template may be read from.
+pub const FILES: [&str; 7] = [
+    FILE,
+    special::CONFIG_FILE,
+    special::MAP_FILE,
+    special::ADDED_FILE,
+    chat::TEMPLATE_FILES[0],
+    chat::TEMPLATE_FILES[1],
+    chat::JSON_FILES[1],
+];

@@ -14,8 +14,8 @@ use crate::fs;
 use crate::json::{Document, Node};
 
 pub const CONFIG_FILE: &str = "tokenizer_config.json";
-const MAP_FILE: &str = "special_tokens_map.json";
-const ADDED_FILE: &str = "added_tokens.json";
+pub const MAP_FILE: &str = "special_tokens_map.json";
+pub const ADDED_FILE: &str = "added_tokens.json";
 const CAP: Bytes = Bytes(16 * MIB);
 const NAMES: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 /// Named tokens of classes of Transformers, where no file gives them.
