@@ -110,7 +110,7 @@ fn generate_shows_stats_on_standard_error() {
     let output = generate(&["--prompt", "A trait object", "--max-new-tokens", "5", "--stats", "--quantize", "int8"]);
     let stats = stderr(&output);
     let names: Vec<_> = stats.lines().filter_map(|line| line.split_whitespace().next()).collect();
-    assert_eq!(names, ["load", "waited", "prefill", "decode", "cpu"], "{stats}");
+    assert_eq!(names, ["load", "waited", "tokenizer", "prefill", "decode", "cpu"], "{stats}");
 }
 
 #[test]
