@@ -145,14 +145,28 @@ impl Plan {
         if !self.fits() {
             return Err(self.does_not_fit());
         }
+        options.cancel.check()?;
         let start = Instant::now();
         let checkpoint = self.checkpoint();
         let vocab_size = checkpoint.config.vocab_size;
-        let tokenizer = Tokenizer::begin(checkpoint.local_directory()?, vocab_size, options.sandbox.as_ref())?;
+        let mut tokenizer = Tokenizer::begin(checkpoint.local_directory()?, vocab_size, options.sandbox.as_ref())?;
         let read: Bytes = self.weights.iter().map(|placed| placed.weight.tensor.size()).sum();
         let mut arenas = Arenas::take(self, options)?;
         on_event(LoadEvent::Started { bytes: read });
-        let (staged, past_cache, mut times) = fill::fill(self, &mut arenas, options, &mut on_event)?;
+        // What cannot be talked to is not worth a long load.
+        let stop = Cancel::new();
+        let filling = LoadOptions { cancel: stop.clone(), ..options.clone() };
+        let filled = fill::fill(self, &mut arenas, &filling, &mut |event| {
+            on_event(event);
+            if options.cancel.is_cancelled() || tokenizer.has_failed() {
+                stop.cancel();
+            }
+        });
+        let (staged, past_cache, mut times) = match filled {
+            Ok(filled) => filled,
+            Err(error) if options.cancel.is_cancelled() => return Err(error),
+            Err(error) => return tokenizer.wait().and(Err(error)),
+        };
         let (pipeline, mut measured) = build::build(self, arenas, options)?;
         *measured.entry(DeviceId::Cpu).or_default() += staged;
         let tokenizer = tokenizer.wait()?;

@@ -7,8 +7,8 @@ use minijinja::{Value, context};
 use serde::{Deserialize, Serialize};
 
 use super::jinja::{environment, translate};
+use super::parsed::caught;
 use super::special::{CONFIG_FILE, Special, document};
-use super::tokenizer::caught;
 use crate::bytes::{Bytes, MIB};
 use crate::error::{Error, Hint, Result, Setting};
 use crate::fs;
@@ -77,7 +77,7 @@ impl ChatTemplate {
     }
 
     /// The prompt of a conversation, up to where the assistant is to speak. The template runs in this
-    /// process, and only its steps are limited; [`Sandbox::render`](super::Sandbox::render) limits all that it does.
+    /// process, and only its steps are limited; `Sandbox::render` limits all that it does.
     ///
     /// # Errors
     /// The template fails, raises an exception, or takes too many steps.

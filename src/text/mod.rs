@@ -5,15 +5,17 @@
 
 mod chat;
 mod jinja;
+mod parsed;
 mod sandbox;
 mod special;
 mod stream;
 mod tokenizer;
 
 pub use chat::{ChatTemplate, Message};
+pub use parsed::FILE;
 pub use sandbox::{Sandbox, serve};
 pub use stream::TextStream;
-pub use tokenizer::{FILE, Opening, Tokenizer};
+pub use tokenizer::{Opening, Tokenizer};
 
 /// The files of a checkpoint that a tokenizer or a chat template may be read from.
 pub const FILES: [&str; 7] = [

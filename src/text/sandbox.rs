@@ -17,7 +17,7 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 use serde::{Deserialize, Serialize};
 
 use super::chat::{ChatTemplate, Message};
-use super::tokenizer::Parsed;
+use super::parsed::Parsed;
 use crate::bytes::{Bytes, GIB, MIB};
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
@@ -107,6 +107,8 @@ pub(super) struct Cell {
     child: Child,
     requests: Sender<Vec<u8>>,
     replies: Receiver<io::Result<Vec<u8>>>,
+    /// The answer, where it came before it was waited for.
+    ready: Option<io::Result<Vec<u8>>>,
     cancel: Cancel,
     /// What is said where it breaks a limit.
     beyond: String,
@@ -144,7 +146,8 @@ impl Cell {
             }
         };
         let carrier = thread::Builder::new().name("evenkeel-sandbox".to_owned()).spawn(carry);
-        let cell = Self { child, requests, replies, cancel: sandbox.cancel.clone(), beyond, patience: PATIENCE };
+        let cell =
+            Self { child, requests, replies, ready: None, cancel: sandbox.cancel.clone(), beyond, patience: PATIENCE };
         carrier.map(|_| cell).map_err(|e| Error::device("no thread can be started").caused_by(e))
     }
 
@@ -158,11 +161,17 @@ impl Cell {
         Ok(())
     }
 
+    /// Whether the answer is there.
+    pub(super) fn is_ready(&mut self) -> bool {
+        self.ready = self.ready.take().or_else(|| self.replies.try_recv().ok());
+        self.ready.is_some()
+    }
+
     /// The answer to what was asked for last.
     pub(super) fn receive(&mut self) -> Result<Answer> {
         let begun = Instant::now();
         let line = loop {
-            match self.replies.recv_timeout(TICK) {
+            match self.ready.take().map_or_else(|| self.replies.recv_timeout(TICK), Ok) {
                 Ok(Ok(line)) => break line,
                 Err(RecvTimeoutError::Timeout) if begun.elapsed() < self.patience => self.cancel.check()?,
                 _ => {

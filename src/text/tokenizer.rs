@@ -1,35 +1,15 @@
 //! tokenizer.json: text to token ids and back.
 
 use std::borrow::Cow;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Mutex;
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
-use serde::Deserialize;
-use serde::de::Error as _;
-use serde_json::value::RawValue;
-use tokenizers::models::bpe::BPE;
-use tokenizers::models::unigram::Unigram;
-use tokenizers::models::wordlevel::WordLevel;
-use tokenizers::models::wordpiece::WordPiece;
-use tokenizers::{
-    AddedToken, DecoderWrapper, ModelWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper,
-};
-
+use super::parsed::{Parsed, file};
 use super::sandbox::{Answer, Cell, Request, Sandbox, unexpected};
-use super::special::Special;
-use crate::bytes::{Bytes, MIB};
 use crate::error::{Error, Result};
-use crate::fs;
 use crate::pool::lock;
-
-/// The tokenizer's file name.
-pub const FILE: &str = "tokenizer.json";
-const CAP: Bytes = Bytes(256 * MIB);
-/// What people have in place of a tokenizer.json.
-const OTHER_FILES: [&str; 4] = ["tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"];
 
 /// A tokenizer whose ids are those of a model.
 pub struct Tokenizer {
@@ -51,6 +31,7 @@ pub struct Opening(Begun);
 enum Begun {
     Here(JoinHandle<Result<Tokenizer>>),
     Apart(Cell, usize),
+    Done(Result<Tokenizer>),
 }
 
 impl Tokenizer {
@@ -143,6 +124,20 @@ impl Tokenizer {
 }
 
 impl Opening {
+    /// Whether it is known by now that there will be no tokenizer; [`Opening::wait`] says why.
+    pub fn has_failed(&mut self) -> bool {
+        let is_over = match &mut self.0 {
+            Begun::Here(thread) => thread.is_finished(),
+            Begun::Apart(cell, _) => cell.is_ready(),
+            Begun::Done(_) => false,
+        };
+        if is_over {
+            let begun = std::mem::replace(&mut self.0, Begun::Done(Err(unexpected())));
+            self.0 = Begun::Done(Self(begun).wait());
+        }
+        matches!(self.0, Begun::Done(Err(_)))
+    }
+
     /// The tokenizer, once it is read.
     ///
     /// # Errors
@@ -156,116 +151,9 @@ impl Opening {
                 }
                 _ => Err(unexpected()),
             },
+            Begun::Done(result) => result,
         }
     }
-}
-
-/// The path of the tokenizer's file; where there is none, an error that says how it is made.
-fn file(directory: &Path) -> Result<std::path::PathBuf> {
-    let there = OTHER_FILES.into_iter().find(|file| directory.join(file).exists());
-    if let Some(other) = there
-        && !directory.join(FILE).exists()
-    {
-        return Err(Error::input(format!("`{}` has `{other}`, and no {FILE}, which is what is read", directory.display()))
-            .hint(format!(
-                "Transformers makes it: python -c \"from transformers import AutoTokenizer as A; A.from_pretrained('{0}').save_pretrained('{0}')\"",
-                directory.display()
-            )));
-    }
-    fs::confined(directory, FILE)
-}
-
-/// tokenizer.json, but for truncation and padding: a text is taken whole, and nothing is added to it.
-#[derive(Deserialize)]
-struct File<'a> {
-    version: Option<Cow<'a, str>>,
-    #[serde(borrow)]
-    model: &'a RawValue,
-    #[serde(default)]
-    added_tokens: Vec<AddedToken>,
-    normalizer: Option<NormalizerWrapper>,
-    pre_tokenizer: Option<PreTokenizerWrapper>,
-    post_processor: Option<PostProcessorWrapper>,
-    decoder: Option<DecoderWrapper>,
-}
-
-impl File<'_> {
-    fn tokenizer(self, special: Special) -> tokenizers::Result<tokenizers::Tokenizer> {
-        if self.version.as_ref().is_some_and(|version| version != "1.0") {
-            return Err("its version is not 1.0".into());
-        }
-        let mut tokenizer = tokenizers::Tokenizer::new(model(self.model)?);
-        tokenizer
-            .with_normalizer(self.normalizer)?
-            .with_pre_tokenizer(self.pre_tokenizer)
-            .with_post_processor(self.post_processor)
-            .with_decoder(self.decoder);
-        tokenizer.add_tokens(self.added_tokens)?;
-        tokenizer.add_tokens(special.added)?;
-        Ok(tokenizer)
-    }
-}
-
-/// Each model as its own type at once: by way of the crate's choice among them all, a vocabulary is held thrice.
-fn model(raw: &RawValue) -> serde_json::Result<ModelWrapper> {
-    #[derive(Deserialize)]
-    struct Tag<'a> {
-        #[serde(borrow, rename = "type")]
-        name: Option<Cow<'a, str>>,
-    }
-    let text = raw.get();
-    match serde_json::from_str::<Tag>(text)?.name.as_deref() {
-        Some("BPE") => serde_json::from_str::<BPE>(text).map(Into::into),
-        Some("Unigram") => serde_json::from_str::<Unigram>(text).map(Into::into),
-        Some("WordLevel") => serde_json::from_str::<WordLevel>(text).map(Into::into),
-        Some("WordPiece") => serde_json::from_str::<WordPiece>(text).map(Into::into),
-        Some(other) => Err(serde_json::Error::custom(format!("`{}` is no model", crate::error::printable(other)))),
-        None => serde_json::from_str(text),
-    }
-}
-
-/// A tokenizer in this process.
-pub(super) struct Parsed(tokenizers::Tokenizer);
-
-impl Parsed {
-    pub(super) fn open(directory: &Path) -> Result<Self> {
-        let path = file(directory)?;
-        let bytes = fs::read_capped(&path, CAP)?;
-        let special = Special::read(directory)?;
-        let parse = || {
-            let text = std::str::from_utf8(&bytes)?;
-            serde_json::from_str::<File>(text)?.tokenizer(special)
-        };
-        caught(parse, || Error::input(format!("`{}` is no tokenizer that can be read", path.display()))).map(Self)
-    }
-
-    pub(super) fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
-        let encode = || self.0.encode_fast(text, special).map(|encoding| encoding.get_ids().to_vec());
-        caught(encode, || Error::input("the text cannot be tokenized"))
-    }
-
-    pub(super) fn decode(&self, ids: &[u32]) -> Result<String> {
-        caught(|| self.0.decode(ids, true), || Error::input("the tokens cannot be decoded"))
-    }
-
-    /// The tokens `<0x00>` to `<0xFF>`, where the decoder takes them for bytes.
-    pub(super) fn byte_ids(&self) -> Vec<u32> {
-        let is_fallback = serde_json::to_string(&self.0.get_decoder()).is_ok_and(|json| json.contains("ByteFallback"));
-        let tokens =
-            (0..=255).filter(|_| is_fallback).filter_map(|byte| self.0.token_to_id(&format!("<0x{byte:02X}>")));
-        let mut ids: Vec<_> = tokens.collect();
-        ids.sort_unstable();
-        ids
-    }
-}
-
-/// What `run` gives. It can fail, and on what was made to, panic: both are the fault of a file.
-pub(super) fn caught<T, E>(run: impl FnOnce() -> std::result::Result<T, E>, failed: impl Fn() -> Error) -> Result<T>
-where
-    E: Into<Box<dyn std::error::Error + Send + Sync>>,
-{
-    let result = catch_unwind(AssertUnwindSafe(run)).map_err(|_| failed())?;
-    result.map_err(|e| failed().caused_by(e))
 }
 
 #[cfg(test)]
@@ -274,6 +162,7 @@ mod tests {
 
     use super::*;
     use crate::text::TextStream;
+    use crate::text::parsed::FILE;
 
     /// A directory with a tokenizer of single characters and some more tokens, and other files.
     fn directory(tokens: &[&str], parts: Value, files: &[(&str, Value)]) -> tempfile::TempDir {
