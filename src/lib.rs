@@ -55,7 +55,7 @@ pub mod hub;
 pub use backend::cuda::{GpuInfo, Installation};
 pub use bytes::{Bytes, GIB, KIB, MIB};
 pub use cancel::Cancel;
-pub use checkpoint::{Checkpoint, Origin, Source, Tensor};
+pub use checkpoint::{Checkpoint, Note, Origin, Source, Tensor};
 pub use device::{DeviceError, DeviceId};
 pub use device_map::{DeviceMap, MaxMemory};
 pub use error::{Error, ErrorKind, Hint, ParseError, Result, Setting};

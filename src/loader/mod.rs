@@ -147,6 +147,7 @@ impl Plan {
         }
         let start = Instant::now();
         let checkpoint = self.checkpoint();
+        checkpoint.confirm_head()?;
         let vocab_size = checkpoint.config.vocab_size;
         let tokenizer = Tokenizer::begin(checkpoint.local_directory()?, vocab_size, options.sandbox.as_ref())?;
         let read: Bytes = self.weights.iter().map(|placed| placed.weight.tensor.size()).sum();

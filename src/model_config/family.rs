@@ -1,6 +1,11 @@
 //! What a family of models is: the names of its modules and tensors, and what
 //! its configuration means.
 
+/// The module of the output head.
+pub const HEAD: &str = "lm_head";
+/// The head's tensor.
+pub const HEAD_WEIGHT: &str = "lm_head.weight";
+
 /// What a parameter is to its module; a backend asks for parameters by this.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
@@ -182,6 +187,12 @@ impl Family {
     /// The parameters of a block.
     pub fn block(&self) -> impl Iterator<Item = BlockPart> {
         self.block.iter().copied().flatten().copied()
+    }
+
+    /// The embedding's tensor: its name, and that without [`Family::base`].
+    pub fn embedding_weights(&self) -> [String; 2] {
+        let bare = format!("{}.weight", self.embedding);
+        [format!("{}.{bare}", self.base), bare]
     }
 
     /// Its name for a key that Llama calls `key`.

@@ -5,7 +5,7 @@ use std::fmt;
 use crate::error::{Error, Result};
 use crate::json::{Member, Node};
 
-/// The members of an object; a member that is `null` counts as absent.
+/// The members of an object, some of which are read; a member that is `null` counts as absent.
 pub struct Fields<'a> {
     object: Node<'a>,
     members: Vec<Member<'a>>,
@@ -13,7 +13,7 @@ pub struct Fields<'a> {
 
 impl<'a> Fields<'a> {
     pub fn of(object: Node<'a>) -> Result<Self> {
-        Ok(Self { object, members: object.members()? })
+        Ok(Self { object, members: object.members_to_read()? })
     }
 
     pub fn optional(&self, key: &str) -> Option<Node<'a>> {

@@ -14,7 +14,7 @@ use family::{Windowed, Windows};
 use fields::Fields;
 
 pub use families::{FAMILIES, table};
-pub use family::{Activation, Family, NormKind, Role};
+pub use family::{Activation, Family, HEAD, HEAD_WEIGHT, NormKind, Role};
 pub use rope::Rope;
 
 /// The configuration's file name.
@@ -92,7 +92,7 @@ pub struct ModelConfig {
     pub logit_softcap: Option<f32>,
     /// The experts of the blocks that have some.
     pub experts: Option<Experts>,
-    /// Whether the head is the embedding.
+    /// Whether the head is the embedding; [`Checkpoint`](crate::Checkpoint) holds it against what is stored.
     pub tie_word_embeddings: bool,
     /// The tokens that end a text; generation_config.json's if it names any.
     pub eos_token_ids: Vec<u32>,

@@ -1,6 +1,7 @@
 //! What several tests need: the fixtures, and models loaded from them.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub mod bent;
 pub mod broken;
 pub mod models;
 pub mod published;
