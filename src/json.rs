@@ -59,28 +59,49 @@ pub fn without_infinities(text: &str, put: impl Fn(&str) -> String) -> Cow<'_, s
     if !NOT_FINITE.iter().any(|number| text.contains(number)) {
         return text.into();
     }
-    let (mut out, mut rest, mut in_text, mut last) = (String::with_capacity(text.len()), text, false, ' ');
-    while let Some(next) = rest.chars().next() {
-        // Nothing but a value stands behind these.
-        let number = NOT_FINITE.into_iter().filter(|_| !in_text && ":,[".contains(last)).find(|number| {
-            let behind = rest.strip_prefix(number).map(str::trim_start);
-            behind.is_some_and(|behind| behind.starts_with([',', ']', '}']))
-        });
-        if let Some(number) = number {
-            out += &put(number);
-            (rest, last) = (&rest[number.len()..], '0');
-            continue;
+    let bytes = text.as_bytes();
+    let (mut out, mut copied, mut at, mut last) = (String::with_capacity(text.len()), 0, 0, b' ');
+    while let Some(byte) = bytes.get(at) {
+        match byte {
+            b'"' => {
+                (at, last) = (behind_text(bytes, at), b'"');
+                continue;
+            }
+            // Nothing but a value stands behind these, and before those.
+            b'N' | b'I' | b'-' if b":,[".contains(&last) => {
+                let ends = |behind: &str| behind.trim_start().starts_with([',', ']', '}']);
+                if let Some(number) =
+                    NOT_FINITE.iter().find(|number| text[at..].strip_prefix(**number).is_some_and(ends))
+                {
+                    out += &text[copied..at];
+                    out += &put(number);
+                    at += number.len();
+                    (copied, last) = (at, b'0');
+                    continue;
+                }
+            }
+            _ => {}
         }
-        let len =
-            if in_text && next == '\\' { rest.chars().take(2).map(char::len_utf8).sum() } else { next.len_utf8() };
-        in_text ^= next == '"';
-        if !next.is_whitespace() {
-            last = next;
+        if !byte.is_ascii_whitespace() {
+            last = *byte;
         }
-        out += &rest[..len];
-        rest = &rest[len..];
+        at += 1;
     }
+    out += &text[copied..];
     out.into()
+}
+
+/// Where the text that begins at `start` has ended, if it does.
+fn behind_text(bytes: &[u8], start: usize) -> usize {
+    let mut at = start + 1;
+    loop {
+        match bytes.get(at) {
+            Some(b'\\') => at += 2,
+            Some(b'"') => return at + 1,
+            Some(_) => at += 1,
+            None => return at,
+        }
+    }
 }
 
 /// A value in a [`Document`].

@@ -68,7 +68,7 @@ pub use generate::{
 };
 pub use loader::{LoadEvent, LoadOptions, LoadReport, LoadTimes, MeasuredDevice, Model, WeightError};
 pub use machine::{Bandwidth, Device, Inventory};
-pub use model_config::ModelConfig;
+pub use model_config::{GenerationDefaults, ModelConfig};
 pub use plan::{
     Change, DEFAULT_CHUNK, DEFAULT_CONTEXT, DEFAULT_RESERVE, DevicePlan, DoesNotFit, KindReport, Outline, Plan,
     PlanOptions, PlannedModule, Quantize, Remedy, Speed, Strategy,

@@ -1,5 +1,7 @@
 //! Checkpoints as people have them: what Transformers 5.24 makes of each, on the CPU in f32, and what is said of it.
 
+#[path = "support/command.rs"]
+mod command;
 mod support;
 
 use safetensors::Dtype;
@@ -178,9 +180,9 @@ fn names_with_what_wrappers_put_before_them() {
 
 #[test]
 fn weights_of_f64() {
-    for (name, tokens) in [(LLAMA, Some(PLAIN))] {
+    for (name, tokens) in [(LLAMA, Some(PLAIN)), ("parity/gpt2", None)] {
         let (plain, bent) = (Bent::of(name), Bent::of(name));
-        plain.change_tensors(|_| ());
+        plain.change_tensors(|tensors| tensors.retain(|name, _| !name.ends_with("masked_bias")));
         let mut tensors = bent.tensors();
         bent.without_weights();
         // What only f64 can tell from what f32 has.
@@ -216,4 +218,302 @@ fn save(scheme: evenkeel::Scheme) -> evenkeel::SaveOptions {
         pool: std::sync::Arc::default(),
         cancel: evenkeel::Cancel::new(),
     }
+}
+
+/// 40 tokens.
+const LONG: [u32; 40] = [
+    133, 186, 274, 17, 241, 130, 29, 83, 60, 193, 243, 129, 197, 281, 55, 296, 130, 9, 113, 211, 146, 96, 202, 84, 39,
+    74, 230, 67, 70, 3, 5, 110, 113, 87, 88, 151, 163, 104, 279, 107,
+];
+
+#[test]
+fn the_model_type_counts() {
+    let types = json!(["full_attention", "sliding_attention", "sliding_attention"]);
+    let read = "read as `MinistralForCausalLM`, as its `model_type` says; `architectures` has `MistralForCausalLM`";
+    for (what, types, tokens) in [
+        ("mixed", Some(types.clone()), [16, 6, 0, 6, 288, 157]),
+        ("full", Some(json!(["full_attention", "full_attention", "full_attention"])), [16, 6, 170, 152, 153, 2]),
+        ("not said", None, [210, 15, 15, 53, 252, 153]),
+    ] {
+        let bent = Bent::of("parity/mistral");
+        bent.configure(&json!({"model_type": "ministral", "sliding_window": 8, "layer_types": types}));
+        assert_eq!(bent.notes(), [read], "{what}");
+        assert_eq!(bent.greedy(&LONG, 6, None), tokens, "{what}");
+    }
+    let bent = Bent::of(LLAMA);
+    bent.configure(&json!({"model_type": "mistral", "sliding_window": 8}));
+    assert_eq!(bent.greedy(&LONG, 6, None), [160, 76, 161, 34, 252, 151]);
+    let bent = Bent::of(LLAMA);
+    bent.configure(&json!({"architectures": ["LlamaForSequenceClassification"]}));
+    let read =
+        "read as `LlamaForCausalLM`, as its `model_type` says; `architectures` has `LlamaForSequenceClassification`";
+    assert_says("another head's name", &bent, PLAIN, &[read]);
+
+    let refusal = |name: &str, keys: serde_json::Value| {
+        let bent = Bent::of(name);
+        bent.configure(&keys);
+        bent.open().unwrap_err().to_string()
+    };
+    let unknown = refusal(LLAMA, json!({"model_type": "warp"}));
+    assert!(unknown.contains(": model type `warp` is not supported; supported: "), "{unknown}");
+    assert!(unknown.ends_with("; it counts, not the architecture `LlamaForCausalLM` beside it"), "{unknown}");
+    for name in ["parity/mistral", LLAMA] {
+        let several = refusal(name, json!({"layer_types": types}));
+        assert!(several.contains(": blocks of several types are not supported in `"), "{several}");
+    }
+    let bent = Bent::of(LLAMA);
+    bent.configure(&json!({"layer_types": ["full_attention", "full_attention", "full_attention"]}));
+    assert_says("all of one type", &bent, PLAIN, &[]);
+}
+
+#[test]
+fn names_of_activations() {
+    let gelu = [120, 256, 10, 181, 223, 157, 225, 1];
+    for (names, tokens) in [
+        (&["silu", "swish"][..], PLAIN),
+        (&["gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "quick_gelu"], gelu),
+        (&["relu"], [120, 7, 10, 100, 33, 25, 72, 167]),
+    ] {
+        for name in names {
+            let bent = Bent::of(LLAMA);
+            bent.configure(&json!({"hidden_act": name}));
+            assert_says(name, &bent, tokens, &[]);
+        }
+    }
+}
+
+#[test]
+fn configurations_that_say_more_or_less() {
+    for (what, keys) in [
+        ("no end of text", json!({"eos_token_id": -1})),
+        ("a part of a head, which Llama does not know", json!({"partial_rotary_factor": 0.5})),
+        (
+            "the same in the newer form",
+            json!({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+        ),
+    ] {
+        let bent = Bent::of(LLAMA);
+        bent.configure(&keys);
+        assert_says(what, &bent, PLAIN, &[]);
+    }
+    let bent = Bent::of(LLAMA);
+    bent.configure(&json!({"eos_token_id": [-1, 7]}));
+    assert_eq!(bent.open().unwrap().config.eos_token_ids, [7]);
+    let config = bent.read("config.json");
+    for (key, value) in
+        [("some_limit", "[0.0, Infinity, -Infinity]"), ("some_limit", "NaN"), ("some_limit", "1, \"some_limit\": 2")]
+    {
+        bent.write("config.json", config.replacen('{', &format!("{{\"{key}\": {value}, "), 1));
+        assert_says(value, &bent, PLAIN, &[]);
+    }
+    // What is for neither kind of attention counts for nothing.
+    let last = |keys: serde_json::Value| {
+        let bent = Bent::of("parity/gemma3");
+        bent.configure(&keys);
+        let mut last = Vec::new();
+        bent.load(None)
+            .score(&support::numbers::<u32>(&support::expected("parity/gemma3")["input_ids"]), |_, logits| {
+                last = logits[..4].to_vec();
+            })
+            .unwrap();
+        last
+    };
+    let flat = [0.026, 0.203, 0.6989, -1.0834];
+    for (keys, logits) in [
+        (json!({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}), flat),
+        (json!({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 50.0}}), flat),
+        (
+            json!({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 50.0}}}),
+            [0.2459, 0.0678, 0.5121, -1.285],
+        ),
+    ] {
+        for (ours, theirs) in last(keys.clone()).iter().zip(logits) {
+            assert!((ours - theirs).abs() < 1e-3, "{keys}: {ours} {theirs}");
+        }
+    }
+}
+
+/// What Transformers gives with a cache: keys stay as they were rotated when their token was the last, but where a
+/// Phi-3 comes to its long factors.
+#[test]
+fn frequencies_follow_the_length_of_the_sequence() {
+    let factors = |by: f64, from: f64| (0..8).map(|at| from + by * f64::from(at)).collect::<Vec<_>>();
+    let longrope = |original: usize| {
+        json!({
+            "original_max_position_embeddings": original,
+            "rope_scaling": {"type": "longrope", "short_factor": factors(0.1, 1.0), "long_factor": factors(0.5, 2.0)},
+        })
+    };
+    let in_llama = |original: usize| {
+        let mut keys = longrope(original);
+        keys["rope_scaling"]["factor"] = 4.0.into();
+        keys["rope_scaling"]["original_max_position_embeddings"] = keys["original_max_position_embeddings"].take();
+        keys
+    };
+    let dynamic = |longest: usize| json!({"max_position_embeddings": longest, "rope_scaling": {"type": "dynamic", "factor": 2.0}});
+    for (name, keys, tokens) in [
+        ("parity/phi3", longrope(64), &[218, 137, 272, 125, 196, 174][..]),
+        ("parity/phi3", longrope(44), &[218, 53, 193, 151, 317, 39, 201, 97, 110, 226, 11, 36]),
+        ("parity/phi3", longrope(32), &[45, 54, 110, 226, 162, 242]),
+        (LLAMA, in_llama(44), &[103, 130, 48, 160, 30, 145, 189, 30, 26, 243, 192, 90]),
+        (LLAMA, in_llama(32), &[103, 130, 239, 24, 143, 311, 68, 100, 47, 312, 299, 191]),
+        (LLAMA, dynamic(256), &[]),
+        (LLAMA, dynamic(44), &[192, 298, 148, 8, 264, 105, 267, 30, 187, 100, 192, 192]),
+        (LLAMA, dynamic(32), &[264, 280, 128, 30, 298, 168, 163, 1, 160, 195, 16, 90]),
+    ] {
+        let bent = Bent::of(name);
+        bent.configure(&keys);
+        if tokens.is_empty() {
+            assert_eq!(bent.greedy(&PROMPT, 8, None), PLAIN);
+            continue;
+        }
+        for chunk in [512, 7] {
+            let mut model = bent.load(None);
+            model.limit_prefill_chunk(chunk);
+            assert_eq!(support::bent::greedy(&mut model, &LONG, tokens.len()), tokens, "{name} in {chunk}s: {keys}");
+        }
+    }
+}
+
+#[test]
+fn sampling_as_the_checkpoint_asks_for() {
+    let sampling = |json: &str| {
+        let bent = Bent::of(LLAMA);
+        bent.write("generation_config.json", json);
+        let config = bent.open().unwrap().config;
+        (evenkeel::Sampling::of_model(&config), config.generation.undone.clone())
+    };
+    let greedy = evenkeel::Sampling::greedy();
+    let all = r#"{"do_sample": true, "temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.1,
+        "repetition_penalty": 1.5, "num_beams": 1, "suppress_tokens": [], "transformers_version": "5"}"#;
+    let wanted = evenkeel::Sampling {
+        temperature: 0.6,
+        top_k: Some(20),
+        top_p: Some(0.9),
+        min_p: Some(0.1),
+        repetition_penalty: 1.5,
+        seed: 0,
+    };
+    for (json, wanted, undone) in [
+        (all, wanted, &[][..]),
+        (r#"{"temperature": 0.6, "top_k": 20, "top_p": 7}"#, greedy.clone(), &[]),
+        (r#"{"do_sample": false, "repetition_penalty": 3}"#, greedy.clone(), &[]),
+        (r#"{"do_sample": true, "top_k": 0}"#, evenkeel::Sampling { temperature: 1.0, ..greedy.clone() }, &[]),
+        (
+            r#"{"do_sample": true, "num_beams": 4, "suppress_tokens": [120], "bad_words_ids": [[3]]}"#,
+            evenkeel::Sampling { temperature: 1.0, top_k: Some(50), ..greedy.clone() },
+            &["bad_words_ids", "num_beams", "suppress_tokens"],
+        ),
+    ] {
+        let (ours, said) = sampling(json);
+        let penalty = if json.contains("penalty\": 3") { 3.0 } else { wanted.repetition_penalty };
+        assert_eq!((ours, &said[..]), (evenkeel::Sampling { repetition_penalty: penalty, ..wanted }, undone), "{json}");
+    }
+    // Of Transformers, greedy, with a penalty.
+    let bent = Bent::of("parity/gemma3");
+    bent.write("generation_config.json", r#"{"repetition_penalty": 3.0}"#);
+    let prompt: Vec<u32> = support::numbers(&support::expected("parity/gemma3")["input_ids"]);
+    let sampling = evenkeel::Sampling::of_model(&bent.open().unwrap().config);
+    let options = evenkeel::GenerateOptions {
+        sampling,
+        max_new_tokens: Some(8),
+        ignore_eos: true,
+        ..evenkeel::GenerateOptions::default()
+    };
+    let mut model = bent.load(None);
+    let tokens: Vec<u32> =
+        model.generate_from(&prompt, options).unwrap().filter_map(|piece| piece.unwrap().token).collect();
+    assert_eq!(tokens, [87, 140, 262, 181, 248, 53, 60, 112]);
+}
+
+#[test]
+fn what_is_no_checkpoint_is_named() {
+    let refusal = |files: &[(&str, &str)]| {
+        let directory = tempfile::tempdir().unwrap();
+        for (file, text) in files {
+            let path = directory.path().join(file);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        }
+        let error = evenkeel::Checkpoint::open(directory.path()).unwrap_err();
+        let hints: Vec<_> = error.hints().iter().map(ToString::to_string).collect();
+        format!("{error}; {}", hints.join("; ")).replace(directory.path().to_str().unwrap(), "DIR")
+    };
+    let adapter = ("adapter_config.json", r#"{"peft_type": "LORA", "base_model_name_or_path": "org/base"}"#);
+    let config = Bent::of(LLAMA).read("config.json");
+    let config = ("config.json", config.as_str());
+    let merge = "merge it into its base and name the result: `python -c 'from peft import AutoPeftModelForCausalLM as M; \
+                 M.from_pretrained(\"DIR\").merge_and_unload().save_pretrained(\"DIR-merged\")'`";
+    let is_adapter = format!("`DIR` is an adapter (LORA) of `org/base`, not a whole model; {merge}");
+    let converted = |more: &str| {
+        format!(
+            "Transformers makes safetensors of it: `python -c 'from transformers import AutoModelForCausalLM as M; \
+             M.from_pretrained(\"DIR\"{more}).save_pretrained(\"DIR-safetensors\")'`"
+        )
+    };
+    let gguf = format!(
+        "`DIR` holds weights in GGUF (`m-q4.GGUF`), which are not read; {}",
+        converted(", gguf_file=\"m-q4.GGUF\"")
+    );
+    let pickle = format!(
+        "`DIR/model.safetensors` is missing, and so is `model.safetensors.index.json`; `pytorch_model.bin` is a Python \
+         pickle, which can run code and is never read; {}",
+        converted("")
+    );
+    let cached =
+        "`DIR` is a repository in a Hugging Face cache, whose snapshots are checkpoints; name `DIR/snapshots/b0`";
+    for (files, wanted) in [
+        (&[adapter][..], is_adapter.as_str()),
+        (&[adapter, config], &is_adapter),
+        (&[("m-q4.GGUF", "GGUF")], &gguf),
+        (&[("m-q4.GGUF", "GGUF"), config], &gguf),
+        (&[("pytorch_model.bin", ""), config], &pickle),
+        (&[("refs/main", "b0"), ("snapshots/a0/x", ""), ("snapshots/b0/x", "")], cached),
+    ] {
+        assert_eq!(refusal(files), wanted);
+    }
+    let file = tempfile::Builder::new().suffix(".gguf").tempfile().unwrap();
+    let error = evenkeel::Checkpoint::open(file.path()).unwrap_err().to_string();
+    assert!(error.ends_with("` is in GGUF, which is not read"), "{error}");
+}
+
+#[test]
+fn weights_that_another_tool_has_quantized_are_named() {
+    for (file, json, form) in [
+        ("quantize_config.json", r#"{"bits": 4, "quant_method": "gptq"}"#, "GPTQ, `gptq`"),
+        ("quantize_config.json", r#"{"bits": 4}"#, "GPTQ"),
+        ("hf_quant_config.json", r#"{"quantization": {"quant_algo": "NVFP4"}}"#, "ModelOpt, `NVFP4`"),
+    ] {
+        let bent = Bent::of(LLAMA);
+        bent.write(file, json);
+        assert_says("weights that are not", &bent, PLAIN, &[]);
+        let mut tensors = bent.tensors();
+        bent.without_weights();
+        tensors.retain(|name, _| name.ends_with("q_proj.weight"));
+        let bytes = |tensor: &Tensor| vec![0; 4 * tensor.values.len()];
+        bent.save_as(SINGLE, Dtype::I32, &tensors, bytes);
+        let error = bent.open().unwrap_err().to_string();
+        assert!(
+            error.contains(&format!("is already quantized in the form of {form}, which is not supported; `")),
+            "{error}"
+        );
+        assert!(error.ends_with(&format!("{file}` says so")), "{error}");
+    }
+}
+
+#[test]
+fn the_command_says_it_once() {
+    let bent = Bent::of(LLAMA);
+    bent.configure(&json!({"tie_word_embeddings": true}));
+    bent.write("generation_config.json", r#"{"suppress_tokens": [120], "do_sample": true, "top_k": 1}"#);
+    let (path, prompt) = (bent.path().to_str().unwrap(), PROMPT.map(|id| format!("t{id}")).join(" "));
+    let arguments = ["generate", path, "--prompt", &prompt, "--max-new-tokens", "8", "--ignore-eos"];
+    let output = command::run(&arguments);
+    let warnings = "`lm_head.weight` differs from the embedding and is used, though config.json has \
+                    `tie_word_embeddings: true`\nwarning: generation_config.json has what is not done: `suppress_tokens`\n";
+    let stderr = command::stderr(&output);
+    assert!(stderr.starts_with("warning: `") && stderr.ends_with(&format!("`: {warnings}")), "{stderr}");
+    assert_eq!(stderr.lines().count(), 2, "{stderr}");
+    let text = PLAIN.map(|id| format!("t{id}")).join(" ");
+    assert_eq!(command::stdout(&output).trim(), text);
 }

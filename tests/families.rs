@@ -17,7 +17,7 @@ use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
 use support::{expected, fixture, load_plan, numbers, published, roomy, shapes};
 
-const FIXTURES: [(&str, &str); 13] = [
+const FIXTURES: [(&str, &str); 14] = [
     ("parity/llama", "LlamaForCausalLM"),
     ("parity/mistral", "MistralForCausalLM"),
     ("parity/mixtral", "MixtralForCausalLM"),
@@ -31,6 +31,7 @@ const FIXTURES: [(&str, &str); 13] = [
     ("parity/olmo2", "Olmo2ForCausalLM"),
     ("parity/granite", "GraniteForCausalLM"),
     ("parity/smollm3", "SmolLM3ForCausalLM"),
+    ("parity/ministral", "MinistralForCausalLM"),
 ];
 
 #[test]

@@ -4,6 +4,7 @@
 mod header;
 pub mod index;
 mod note;
+mod others;
 mod wrapped;
 
 use std::collections::BTreeMap;
@@ -89,15 +90,18 @@ impl Checkpoint {
     /// # Errors
     /// A file is missing, is not as its format has it, or contradicts another.
     pub fn read(name: impl Into<String>, source: &dyn Source, pool: &Pool) -> Result<Self> {
+        others::check_configuration(source)?;
         let config = ModelConfig::read(source)?;
         let has_index = source.has(index::FILE);
         // As in Transformers the whole file comes first, so that an index may be left of shards that are gone.
         let index = match (source.has(SINGLE_FILE), has_index) {
             (true, _) => None,
             (false, true) => Some(Index::read(source)?),
-            (false, false) => return Err(no_weights(source)),
+            (false, false) => return Err(others::no_weights(source)),
         };
-        let mut notes = Vec::new();
+        let read = config.family.architecture;
+        let other = config.other_architectures.clone().map(|said| Note::OtherArchitecture { said, read });
+        let mut notes: Vec<_> = other.into_iter().collect();
         notes.extend((index.is_none() && has_index).then_some(Note::SingleFile));
         let shards = index.as_ref().map_or_else(|| vec![SINGLE_FILE.to_owned()], |index| index.shards.clone());
         check_presence(source, &shards)?;
@@ -124,6 +128,7 @@ impl Checkpoint {
             is_head_sampled: false,
             notes,
         };
+        others::check_quantized(source, &checkpoint)?;
         checkpoint.tell_head_from_embedding(source, true)?;
         Ok(checkpoint)
     }
@@ -201,17 +206,6 @@ impl Checkpoint {
 
 /// Headers that are asked for at a time where they are not in a local directory.
 const REQUESTS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(7);
-
-fn no_weights(source: &dyn Source) -> Error {
-    let error = Error::input(format!("`{}` is missing, and so is `{}`", source.display(SINGLE_FILE), index::FILE));
-    let pickles = ["pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth"];
-    match pickles.iter().find(|file| source.has(file)) {
-        Some(file) => error.hint(format!(
-            "`{file}` is a Python pickle, which can run code and is never read; convert the checkpoint to safetensors"
-        )),
-        None => error.hint("the directory must hold a checkpoint in safetensors format, as Transformers saves it"),
-    }
-}
 
 /// Refuses a local directory that lacks shards; the Hub says so itself, of each file.
 fn check_presence(source: &dyn Source, shards: &[String]) -> Result<()> {

@@ -14,6 +14,13 @@ pub enum Note {
     Displaced(Vec<String>),
     /// Whether the head that is stored is the embedding is not known, as no weights are at hand.
     HeadUnread,
+    /// The model is read by its `model_type`, which `architectures` contradicts.
+    OtherArchitecture {
+        /// What `architectures` says.
+        said: String,
+        /// The architecture that it is read as.
+        read: &'static str,
+    },
     /// The configuration says that the head is the embedding; another one is stored.
     OwnHead,
     /// The single file is read, with an index beside it.
@@ -37,6 +44,9 @@ impl fmt::Display for Note {
                 write!(f, "{} {what}: {}", tensors(names), shown(names))
             }
             Self::HeadUnread => write!(f, "`{HEAD_WEIGHT}` is stored beside the embedding, and taken for the same"),
+            Self::OtherArchitecture { said, read } => {
+                write!(f, "read as `{read}`, as its `model_type` says; `architectures` has {said}")
+            }
             Self::OwnHead => write!(
                 f,
                 "`{HEAD_WEIGHT}` differs from the embedding and is used, though config.json has \

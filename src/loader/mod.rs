@@ -178,7 +178,7 @@ impl Plan {
             tokenizer,
             eos_token_ids: checkpoint.config.eos_token_ids.clone(),
             report,
-            engine: Engine::new(pipeline, self.context),
+            engine: Engine::new(pipeline, self.context, checkpoint.config.restart_beyond()),
         })
     }
 }

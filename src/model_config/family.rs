@@ -81,8 +81,29 @@ pub enum Activation {
     Gelu,
     /// GELU with tanh in the place of the error function.
     GeluTanh,
+    /// `x · sigmoid(1.702 x)`.
+    QuickGelu,
+    /// `max(x, 0)`.
+    Relu,
     /// `x · sigmoid(x)`.
     Silu,
+}
+
+impl Activation {
+    /// What configurations call them.
+    pub(super) const NAMES: &[(&'static str, Self)] = &[
+        ("silu", Self::Silu),
+        ("swish", Self::Silu),
+        ("gelu", Self::Gelu),
+        ("gelu_python", Self::Gelu),
+        ("gelu_new", Self::GeluTanh),
+        ("gelu_fast", Self::GeluTanh),
+        ("gelu_accurate", Self::GeluTanh),
+        ("gelu_pytorch_tanh", Self::GeluTanh),
+        ("gelu_python_tanh", Self::GeluTanh),
+        ("quick_gelu", Self::QuickGelu),
+        ("relu", Self::Relu),
+    ];
 }
 
 /// How a norm is computed.
@@ -106,10 +127,13 @@ pub(super) struct Windows {
     pub blocks: Windowed,
 }
 
-/// Which blocks see a window; where these are not all, `layer_types` may name others.
+/// Which blocks see a window; where these are not [`Windowed::All`], `layer_types` may name others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Windowed {
+    /// All, whatever `layer_types` says.
     All,
+    /// All unless `layer_types` says otherwise.
+    AllOrTypes,
     /// All but every n-th.
     AllButEvery(usize),
     /// Those from `max_window_layers` on.
@@ -166,8 +190,10 @@ pub struct Family {
     /// The base of RoPE unless told otherwise, and that of blocks with a window where it is another.
     pub(super) rope_theta: f64,
     pub(super) local_rope_theta: Option<f64>,
-    /// Whether `yarn` and `su` are older names of `longrope`.
-    pub(super) is_yarn_longrope: bool,
+    /// Whether LongRoPE is its own: `yarn` and `su` are older names of it, and a sequence that becomes long is run again.
+    pub(super) has_longrope: bool,
+    /// Whether `partial_rotary_factor` counts.
+    pub(super) is_partly_rotated: bool,
     /// Every n-th block has no RoPE, unless `no_rope_layers` says otherwise.
     pub(super) no_rope_interval: Option<usize>,
     pub(super) head_dim: Option<usize>,

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::generate::GenerateOptions;
+use evenkeel::loader::Model;
 use evenkeel::plan::{Plan, PlanOptions};
-use evenkeel::quant::KvDtype;
+use evenkeel::quant::{KvDtype, WeightDtype};
 use evenkeel::{Note, Result};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
@@ -54,14 +55,14 @@ impl Bent {
         files.filter(|path| path.extension().is_some_and(|extension| extension == "safetensors")).collect()
     }
 
-    /// All tensors, which are f32.
+    /// All tensors, as f32.
     pub fn tensors(&self) -> Tensors {
         let mut all = Tensors::new();
         for file in self.weights() {
             let bytes = std::fs::read(file).unwrap();
             for (name, view) in SafeTensors::deserialize(&bytes).unwrap().iter() {
-                assert_eq!(view.dtype(), Dtype::F32);
-                let values = view.data().as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+                let mut values = vec![0.0; view.shape().iter().product()];
+                WeightDtype::of(view.dtype()).unwrap().decode(view.data(), &mut values);
                 all.insert(name.to_owned(), Tensor { shape: view.shape().to_vec(), values });
             }
         }
@@ -117,13 +118,20 @@ impl Bent {
         checkpoint.notes.iter().chain(&unused).map(ToString::to_string).collect()
     }
 
+    /// Loads it, with a KV cache of f32.
+    pub fn load(&self, context: Option<usize>) -> Model {
+        let options = PlanOptions { kv_cache: Some(KvDtype::F32), context, ..PlanOptions::default() };
+        load_plan(&Plan::new(&self.open().unwrap(), &roomy(), options).unwrap()).unwrap()
+    }
+
     /// The tokens behind a prompt.
     pub fn greedy(&self, prompt: &[u32], count: usize, context: Option<usize>) -> Vec<u32> {
-        let options = PlanOptions { kv_cache: Some(KvDtype::F32), context, ..PlanOptions::default() };
-        let plan = Plan::new(&self.open().unwrap(), &roomy(), options).unwrap();
-        let mut model = load_plan(&plan).unwrap();
-        let options = GenerateOptions { max_new_tokens: Some(count), ignore_eos: true, ..GenerateOptions::default() };
-        let generation = model.generate_from(prompt, options).unwrap();
-        generation.filter_map(|piece| piece.unwrap().token).collect()
+        greedy(&mut self.load(context), prompt, count)
     }
+}
+
+/// The tokens behind a prompt.
+pub fn greedy(model: &mut Model, prompt: &[u32], count: usize) -> Vec<u32> {
+    let options = GenerateOptions { max_new_tokens: Some(count), ignore_eos: true, ..GenerateOptions::default() };
+    model.generate_from(prompt, options).unwrap().filter_map(|piece| piece.unwrap().token).collect()
 }

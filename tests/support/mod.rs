@@ -25,6 +25,7 @@ pub const CHECKPOINTS: &[&str] = &[
     "parity/llama",
     "parity/llama31",
     "parity/llama_bf16",
+    "parity/ministral",
     "parity/mistral",
     "parity/mixtral",
     "parity/olmo2",
