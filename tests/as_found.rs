@@ -193,8 +193,9 @@ fn weights_of_f64() {
         tensors.retain(|name, _| !name.ends_with("masked_bias"));
         bent.save_as(SINGLE, Dtype::F64, &tensors, f64s);
         let options = evenkeel::PlanOptions::default();
-        let plan = |bent: &Bent| evenkeel::Plan::new(&bent.open().unwrap(), &support::roomy(), &options).unwrap();
-        assert_eq!(plan(&bent).modules, plan(&plain).modules, "{name}");
+        let planned =
+            |bent: &Bent| evenkeel::Plan::new(&bent.open().unwrap(), &support::roomy(), &options).unwrap().modules;
+        assert_eq!(planned(&bent), planned(&plain), "{name}");
         let theirs = tokens.map_or_else(|| plain.greedy(&PROMPT, 8, None), |tokens| tokens.to_vec());
         assert_eq!(bent.greedy(&PROMPT, 8, None), theirs, "{name}");
         for scheme in [evenkeel::Scheme::Int8, evenkeel::Scheme::Int4] {
