@@ -20,7 +20,7 @@ const PROMPT_CAP: Bytes = Bytes(64 * MIB);
 pub fn run(arguments: &GenerateArguments, process: &Process) -> Result<Exit> {
     let printer = &process.printer;
     let cancel = signal::cancel_by_interrupt()?;
-    arguments.sampling.over(Sampling::greedy()).check()?;
+    arguments.sampling.over(&Sampling::greedy()).check()?;
     let prompt = read_prompt(&arguments.prompt)?;
     let options = arguments.placement.options(None, process)?;
     let load_options = arguments.placement.load_options(cancel.clone(), process)?;
@@ -52,7 +52,7 @@ pub fn run(arguments: &GenerateArguments, process: &Process) -> Result<Exit> {
     let usual =
         model.plan.context.saturating_sub(tokens.len()).min(defaults.max_new_tokens.unwrap_or(DEFAULT_NEW_TOKENS));
     let options = GenerateOptions {
-        sampling: arguments.sampling.over(Sampling::of_model(&checkpoint.config)),
+        sampling: arguments.sampling.over(&Sampling::of_model(&checkpoint.config)),
         max_new_tokens: Some(arguments.sampling.max_new_tokens.unwrap_or(usual)),
         stop: arguments.sampling.stop.clone(),
         ignore_eos: arguments.sampling.ignore_eos,
@@ -137,7 +137,7 @@ fn messages(arguments: &PromptArguments, prompt: String) -> Vec<Message> {
 
 impl SamplingArguments {
     /// What the user says, and of the rest what `other` has.
-    fn over(&self, other: Sampling) -> Sampling {
+    fn over(&self, other: &Sampling) -> Sampling {
         Sampling {
             temperature: self.temperature.unwrap_or(other.temperature),
             top_k: self.top_k.or(other.top_k),
