@@ -7,7 +7,7 @@ use safetensors::Dtype;
 
 use crate::checkpoint::{Checkpoint, Tensor};
 use crate::error::{Error, Result, first_five, printable};
-use crate::model_config::{ModelConfig, NormKind};
+use crate::model_config::{HEAD, HEAD_WEIGHT, ModelConfig, NormKind};
 use crate::quant::{MatrixLayout, QuantizeRules, Storage, WeightDtype};
 
 pub use crate::model_config::Role;
@@ -98,7 +98,7 @@ impl ModuleTree {
         modules.extend(family.positions.map(|name| module(in_base(name), ModuleKind::Positions, Role::Positions)));
         modules.extend((0..config.num_hidden_layers).map(|index| block(config, &blocks, index)));
         modules.push(module(in_base(family.norm), ModuleKind::Norm, Role::OutputNorm));
-        let mut head = module("lm_head".to_owned(), ModuleKind::Head, Role::Head);
+        let mut head = module(HEAD.to_owned(), ModuleKind::Head, Role::Head);
         if config.tie_word_embeddings {
             head.parameters.clear();
         }
@@ -135,18 +135,13 @@ impl ModuleTree {
     /// parameter with its tensor, in the order of [`ModuleTree::parameters`].
     ///
     /// # Errors
-    /// Tensors are missing, of another shape or size, of a dtype that weights do not
-    /// have, or there that the model has no place for.
+    /// Tensors are missing, of another shape or size, or of a dtype that weights do not have.
     pub fn resolve(&self, checkpoint: &Checkpoint) -> Result<Vec<Weight>> {
         let (mut weights, mut missing, mut mismatched) = (Vec::new(), Vec::new(), Vec::new());
-        let mut used = HashSet::new();
         let rules = QuantizeRules::of_checkpoint(&checkpoint.config)?;
         for (module, parameter) in self.parameters() {
             let wanted = parameter.tensor();
-            // Files that were saved from the base model leave its name out.
-            let bare = || wanted.strip_prefix(self.base)?.strip_prefix('.');
-            let find = |name: &str| checkpoint.catalog.get_key_value(name);
-            let Some((name, tensor)) = find(&wanted).or_else(|| find(bare()?)) else {
+            let Some((name, tensor)) = self.find(checkpoint, parameter) else {
                 missing.push(wanted);
                 continue;
             };
@@ -166,31 +161,64 @@ impl ModuleTree {
             } else if let Some(data) = data {
                 weights.push(Weight { module, parameter: parameter.clone(), tensor: tensor.clone(), data });
             } else {
-                let dtypes = if packed.is_some() { "U8" } else { "BF16, F16 or F32" };
+                let dtypes = if packed.is_some() { "U8" } else { "BF16, F16, F32 or F64" };
                 mismatched.push(format!("{name} has dtype {:?}, not {dtypes}", tensor.dtype));
             }
-            used.insert(name);
         }
-        let is_placeless = |name: &&String| !used.contains(name) && !self.is_redundant(name);
-        let placeless = checkpoint.catalog.keys().filter(is_placeless).map(|name| printable(name)).collect();
-        for (found, before, behind) in [
-            (missing, "lacks", " that its config.json calls for"),
-            (mismatched, "contradicts its config.json in", ""),
-            (placeless, "holds", " that the model has no place for, so its config.json is not the whole truth"),
-        ] {
-            if !found.is_empty() {
-                let count = if found.len() == 1 { "1 tensor".to_owned() } else { format!("{} tensors", found.len()) };
-                let names = first_five(&found);
-                return Err(Error::input(format!("`{}` {before} {count}{behind}: {names}", checkpoint.name)));
-            }
+        if !missing.is_empty() {
+            let error = refusal(checkpoint, "lacks", &missing, " that its config.json calls for");
+            let others = checkpoint.unused_tensors();
+            return Err(if others.is_empty() { error } else { error.hint(in_their_place(checkpoint, &others)) });
         }
-        Ok(weights)
+        if mismatched.is_empty() {
+            Ok(weights)
+        } else {
+            Err(refusal(checkpoint, "contradicts its config.json in", &mismatched, ""))
+        }
     }
 
-    /// Whether a tensor may stand in a checkpoint though nothing reads it: what
-    /// old files carry beside the weights, or a tied head's copy of the embedding.
-    fn is_redundant(&self, tensor: &str) -> bool {
-        self.unread.iter().any(|end| tensor.ends_with(end)) || (self.tied && tensor == "lm_head.weight")
+    /// The tensor that a parameter is read from, and its name.
+    fn find<'a>(&self, checkpoint: &'a Checkpoint, parameter: &Parameter) -> Option<(&'a String, &'a Tensor)> {
+        let (wanted, find) = (parameter.tensor(), |name: &str| checkpoint.catalog.get_key_value(name));
+        // Files that were saved from the base model leave its name out.
+        let bare = || wanted.strip_prefix(self.base)?.strip_prefix('.');
+        // Of a pair that is one tensor either name may have been kept.
+        let tied = || find(HEAD_WEIGHT).filter(|_| self.tied && parameter.role == Role::Embedding);
+        find(&wanted).or_else(|| find(bare()?)).or_else(tied)
+    }
+}
+
+impl Checkpoint {
+    /// The names of tensors that the model has no place for, such as heads for other tasks; nothing reads them.
+    pub fn unused_tensors(&self) -> Vec<String> {
+        let tree = ModuleTree::new(&self.config);
+        let used: HashSet<_> = tree.parameters().filter_map(|(_, p)| Some(tree.find(self, p)?.0)).collect();
+        // What old files carry beside the weights, and a tied head's copy of the embedding, do not count.
+        let is_usual =
+            |tensor: &str| tree.unread.iter().any(|end| tensor.ends_with(end)) || (tree.tied && tensor == HEAD_WEIGHT);
+        self.catalog.keys().filter(|name| !used.contains(name) && !is_usual(name)).cloned().collect()
+    }
+}
+
+fn refusal(checkpoint: &Checkpoint, before: &str, found: &[String], behind: &str) -> Error {
+    let count = if found.len() == 1 { "1 tensor".to_owned() } else { format!("{} tensors", found.len()) };
+    Error::input(format!("`{}` {before} {count}{behind}: {}", checkpoint.name, first_five(found)))
+}
+
+/// What a checkpoint has that lacks the model's own tensors.
+fn in_their_place(checkpoint: &Checkpoint, others: &[String]) -> String {
+    let shared = |a: &str, b: &str| a.bytes().zip(b.bytes()).take_while(|(a, b)| a == b).count();
+    let (Some((first, _)), Some((last, _))) =
+        (checkpoint.catalog.first_key_value(), checkpoint.catalog.last_key_value())
+    else {
+        return String::new();
+    };
+    // Names are sorted, so what the first and the last begin with all do.
+    match first.as_bytes()[..shared(first, last)].iter().rposition(|byte| *byte == b'.') {
+        Some(end) if others.len() == checkpoint.catalog.len() => {
+            format!("the names of all its tensors begin with `{}`", printable(&first[..=end]))
+        }
+        _ => format!("it holds others: {}", first_five(others.iter().map(|name| printable(name)))),
     }
 }
 
@@ -295,6 +323,16 @@ impl Weight {
     /// Bytes of a row of its data; see [`Storage::stored_row`].
     pub fn row_bytes(&self) -> usize {
         self.data.stored_row(self.parameter.cols)
+    }
+
+    /// Whether its shard has it in f64, which becomes f32 as it is read.
+    pub fn is_narrowed(&self) -> bool {
+        self.tensor.dtype == Dtype::F64
+    }
+
+    /// Bytes of a row in its shard.
+    pub fn shard_row_bytes(&self) -> usize {
+        self.row_bytes() * if self.is_narrowed() { 2 } else { 1 }
     }
 
     /// Number of rows of its data.

@@ -69,9 +69,9 @@ pub fn is_plain_name(name: &str) -> bool {
 
 /// The path of `name`, a file name taken from a file, inside `directory`.
 ///
-/// Only plain relative names pass, and what they lead to must lie in
-/// `directory`; in a Hugging Face cache a symbolic link may also lead into the
-/// `blobs` folder of the same repository.
+/// Only plain relative names pass. A directory is its user's own, who may have put links into it that lead
+/// anywhere; but what lies in a snapshot of a Hugging Face cache came from a Hub, and may lead nowhere but into
+/// the `blobs` folder of the same repository, wherever that lies.
 pub fn confined(directory: &Path, name: &str) -> Result<PathBuf> {
     if !is_plain_name(name) {
         return Err(Error::input(format!("`{}` is no file name inside `{}`", printable(name), directory.display())));
@@ -79,15 +79,21 @@ pub fn confined(directory: &Path, name: &str) -> Result<PathBuf> {
     let path = directory.join(name);
     let canonical = |path: &Path| path.canonicalize().map_err(|e| Error::io("open", path, e));
     let (real, home) = (canonical(&path)?, canonical(directory)?);
-    let in_blobs = || {
-        let snapshots = home.parent().filter(|p| p.file_name().is_some_and(|n| n == "snapshots"))?;
-        Some(real.starts_with(snapshots.parent()?.join("blobs")))
-    };
-    if real.starts_with(&home) || in_blobs() == Some(true) {
+    let Some(repository) = repository(&home) else { return Ok(path) };
+    let in_blobs = || repository.join("blobs").canonicalize().is_ok_and(|blobs| real.starts_with(blobs));
+    if real.starts_with(&home) || in_blobs() {
         Ok(path)
     } else {
-        Err(Error::input(format!("`{}` is a link to a file outside its directory", path.display())))
+        Err(Error::input(format!("`{}` is a link to a file outside its repository", path.display()))
+            .hint("a snapshot of a Hugging Face cache holds links into its own `blobs` only; download it again"))
     }
+}
+
+/// The directory of the repository in a Hugging Face cache that `snapshot` is one of.
+fn repository(snapshot: &Path) -> Option<&Path> {
+    let snapshots = snapshot.parent().filter(|parent| parent.file_name().is_some_and(|name| name == "snapshots"))?;
+    let repository = snapshots.parent()?;
+    repository.file_name()?.to_string_lossy().starts_with("models--").then_some(repository)
 }
 
 /// Writes `bytes` to `path` whole or not at all: a temporary file beside it,
@@ -219,19 +225,13 @@ mod tests {
         std::fs::write(root.path().join("secret.safetensors"), "x").unwrap();
         std::fs::write(home.join("own.safetensors"), "x").unwrap();
         std::os::unix::fs::symlink("../secret.safetensors", home.join("link.safetensors")).unwrap();
-        assert!(confined(&home, "own.safetensors").is_ok());
-        for name in [
-            "../secret.safetensors",
-            "/etc/passwd",
-            "C:\\x",
-            "a\\..\\b",
-            ".",
-            "..",
-            "",
-            "x\0",
-            "link.safetensors",
-            "./own.safetensors/..",
-        ] {
+        // The second is a link that the directory's owner has made.
+        for name in ["own.safetensors", "link.safetensors"] {
+            assert!(confined(&home, name).is_ok(), "{name}");
+        }
+        for name in
+            ["../secret.safetensors", "/etc/passwd", "C:\\x", "a\\..\\b", ".", "..", "", "x\0", "./own.safetensors/.."]
+        {
             assert!(confined(&home, name).is_err(), "{name:?}");
         }
     }

@@ -1,11 +1,13 @@
 //! Strict JSON from outside: duplicate keys are refused, and every complaint
-//! names the file, the line and the column.
+//! names the file, the line and the column. What nobody reads may be as Python has it: numbers that are
+//! not finite, and names that stand twice.
 //!
 //! [`Document`] owns the text; a [`Node`] is a value in it that has not been
 //! looked into yet. Rooms that read JSON walk nodes into checked types of
 //! their own.
 
-use std::collections::HashSet;
+use std::borrow::Cow;
+use std::collections::HashMap;
 use std::fmt;
 use std::str::FromStr;
 
@@ -16,6 +18,10 @@ use crate::error::{Error, Result, printable};
 
 /// The most members of an object that are looked into.
 const MAX_MEMBERS: usize = 1 << 20;
+/// The numbers that Python writes and JSON does not have.
+const NOT_FINITE: [&str; 3] = ["NaN", "Infinity", "-Infinity"];
+/// What a text begins with, as long as it was, that stands for such a number here.
+const MARK: &str = "\"\u{7f}";
 
 /// A syntactically correct JSON text and the name it goes by in messages.
 pub struct Document {
@@ -35,6 +41,8 @@ impl Document {
             let kind = if rest.trim_start().starts_with(['{', '[']) { "JSON" } else { "it" };
             return Err(Error::input(format!("`{name}` starts with a byte order mark; {kind} must not")));
         }
+        let marked = |number: &str| format!("\"{}\"", "\u{7f}".repeat(number.len() - 2));
+        let text = without_infinities(&text, marked).into_owned();
         serde_json::from_str::<IgnoredAny>(&text)
             .map_err(|e| Error::input(format!("`{name}` is not JSON")).caused_by(e))?;
         Ok(Self { name, text })
@@ -42,7 +50,57 @@ impl Document {
 
     /// The outermost value.
     pub fn root(&self) -> Node<'_> {
-        Node { document: self, raw: self.text.trim() }
+        Node { document: self, raw: self.text.trim(), again: None }
+    }
+}
+
+/// `text` with other text in the place of numbers that are not finite.
+pub fn without_infinities(text: &str, put: impl Fn(&str) -> String) -> Cow<'_, str> {
+    if !NOT_FINITE.iter().any(|number| text.contains(number)) {
+        return text.into();
+    }
+    let bytes = text.as_bytes();
+    let (mut out, mut copied, mut at, mut last) = (String::with_capacity(text.len()), 0, 0, b' ');
+    while let Some(byte) = bytes.get(at) {
+        match byte {
+            b'"' => {
+                (at, last) = (behind_text(bytes, at), b'"');
+                continue;
+            }
+            // Nothing but a value stands behind these, and before those.
+            b'N' | b'I' | b'-' if b":,[".contains(&last) => {
+                let ends = |behind: &str| behind.trim_start().starts_with([',', ']', '}']);
+                if let Some(number) =
+                    NOT_FINITE.iter().find(|number| text[at..].strip_prefix(**number).is_some_and(ends))
+                {
+                    out += &text[copied..at];
+                    out += &put(number);
+                    at += number.len();
+                    (copied, last) = (at, b'0');
+                    continue;
+                }
+            }
+            _ => {}
+        }
+        if !byte.is_ascii_whitespace() {
+            last = *byte;
+        }
+        at += 1;
+    }
+    out += &text[copied..];
+    out.into()
+}
+
+/// Where the text that begins at `start` has ended, if it does.
+fn behind_text(bytes: &[u8], start: usize) -> usize {
+    let mut at = start + 1;
+    loop {
+        match bytes.get(at) {
+            Some(b'\\') => at += 2,
+            Some(b'"') => return at + 1,
+            Some(_) => at += 1,
+            None => return at,
+        }
     }
 }
 
@@ -51,6 +109,8 @@ impl Document {
 pub struct Node<'a> {
     document: &'a Document,
     raw: &'a str,
+    /// Where its name stands a second time; it is then in doubt, and not read.
+    again: Option<&'a str>,
 }
 
 /// A member of an object: its name, where the name stands, and its value.
@@ -79,7 +139,9 @@ impl<'a> Node<'a> {
     }
 
     fn wrong(&self, wanted: &str) -> Error {
+        let is_number = self.raw.starts_with(MARK);
         let found = match self.raw.as_bytes().first() {
+            Some(_) if is_number => NOT_FINITE.iter().find(|number| number.len() == self.raw.len()).unwrap_or(&"NaN"),
             Some(b'{') => "an object",
             Some(b'[') => "a list",
             Some(b'"') => "a text",
@@ -91,12 +153,19 @@ impl<'a> Node<'a> {
     }
 
     fn child(&self, raw: &'a RawValue) -> Self {
-        Self { document: self.document, raw: raw.get() }
+        Self { document: self.document, raw: raw.get(), again: None }
+    }
+
+    /// The value's text.
+    fn json(&self) -> Result<&'a str> {
+        let Some(again) = self.again else { return Ok(self.raw) };
+        let key = Self { document: self.document, raw: again, again: None };
+        Err(key.error(format!("`{}` stands twice in this object", printable(&key.text()?))))
     }
 
     /// Whether the value is `null`.
     pub fn is_null(&self) -> bool {
-        self.raw == "null"
+        self.raw == "null" && self.again.is_none()
     }
 
     /// Whether the value is an object.
@@ -114,37 +183,46 @@ impl<'a> Node<'a> {
         self.raw.starts_with('"')
     }
 
-    /// The members of an object in their order.
+    /// The members of an object in their order; none stands twice.
     pub fn members(&self) -> Result<Vec<Member<'a>>> {
-        let pairs = serde_json::Deserializer::from_str(self.raw).deserialize_map(Pairs).map_err(|_| {
+        let members = self.members_to_read()?;
+        members.iter().try_for_each(|member| member.value.json().map(drop))?;
+        Ok(members)
+    }
+
+    /// As [`Node::members`], for one who reads some of them: a value whose name stands twice cannot be read.
+    pub fn members_to_read(&self) -> Result<Vec<Member<'a>>> {
+        let pairs = serde_json::Deserializer::from_str(self.json()?).deserialize_map(Pairs).map_err(|_| {
             if self.is_object() {
                 self.error(format!("an object of more than {MAX_MEMBERS} members is not read"))
             } else {
                 self.wrong("an object")
             }
         })?;
-        let mut seen = HashSet::with_capacity(pairs.len());
-        let mut members = Vec::with_capacity(pairs.len());
+        let mut places = HashMap::with_capacity(pairs.len());
+        let mut members: Vec<Member> = Vec::with_capacity(pairs.len());
         for (key, value) in pairs {
             let key = self.child(key);
             let name = key.text()?;
-            if !seen.insert(name.clone()) {
-                return Err(key.error(format!("`{}` stands twice in this object", printable(&name))));
+            if let Some(at) = places.insert(name.clone(), members.len()) {
+                members[at].value.again.get_or_insert(key.raw);
+                places.insert(name, at);
+            } else {
+                members.push(Member { name, key, value: self.child(value) });
             }
-            members.push(Member { name, key, value: self.child(value) });
         }
         Ok(members)
     }
 
     /// The elements of a list.
     pub fn elements(&self) -> Result<Vec<Self>> {
-        let raws: Vec<&RawValue> = serde_json::from_str(self.raw).map_err(|_| self.wrong("a list"))?;
+        let raws: Vec<&RawValue> = serde_json::from_str(self.json()?).map_err(|_| self.wrong("a list"))?;
         Ok(raws.into_iter().map(|raw| self.child(raw)).collect())
     }
 
     /// The value as a type that serde reads.
     pub fn parse<T: serde::Deserialize<'a>>(&self) -> Result<T> {
-        serde_json::from_str(self.raw).map_err(|e| {
+        serde_json::from_str(self.json()?).map_err(|e| {
             // The value's own place is told instead; serde counts from its start.
             let (text, place) = (e.to_string(), format!(" at line {} column {}", e.line(), e.column()));
             self.error(printable(text.strip_suffix(&place).unwrap_or(&text)))
@@ -153,12 +231,13 @@ impl<'a> Node<'a> {
 
     /// A text.
     pub fn text(&self) -> Result<String> {
-        serde_json::from_str(self.raw).map_err(|_| self.wrong("a text"))
+        let text = serde_json::from_str(self.json()?).ok().filter(|_| !self.raw.starts_with(MARK));
+        text.ok_or_else(|| self.wrong("a text"))
     }
 
     /// A whole number that is not negative.
     pub fn whole(&self) -> Result<u64> {
-        serde_json::from_str(self.raw).map_err(|_| self.wrong("a whole number, 0 or more,"))
+        serde_json::from_str(self.json()?).map_err(|_| self.wrong("a whole number, 0 or more,"))
     }
 
     /// The value of `key`: a whole number from 1 to `max`.
@@ -177,7 +256,7 @@ impl<'a> Node<'a> {
 
     /// A finite number.
     pub fn number(&self) -> Result<f64> {
-        serde_json::from_str(self.raw)
+        serde_json::from_str(self.json()?)
             .ok()
             .filter(|number: &f64| number.is_finite())
             .ok_or_else(|| self.wrong("a number"))
@@ -185,7 +264,7 @@ impl<'a> Node<'a> {
 
     /// `true` or `false`.
     pub fn truth(&self) -> Result<bool> {
-        serde_json::from_str(self.raw).map_err(|_| self.wrong("`true` or `false`"))
+        serde_json::from_str(self.json()?).map_err(|_| self.wrong("`true` or `false`"))
     }
 }
 
@@ -247,6 +326,28 @@ mod tests {
                 Err(error) => error,
             };
             assert_eq!(error.to_string(), message);
+        }
+    }
+
+    #[test]
+    fn what_nobody_reads_may_be_as_python_has_it() {
+        let text = "{\"a\": [NaN, -Infinity],\n \"é\": Infinity , \"t\": \"\\\": NaN,\", \"n\": 1, \"n\": NaN}";
+        let document = document(text).unwrap();
+        let members = document.root().members_to_read().unwrap();
+        let value = |name: &str| members.iter().find(|member| member.name == name).unwrap().value;
+        let error = |result: Result<f64>| result.unwrap_err().to_string();
+        assert_eq!(value("t").text().unwrap(), "\": NaN,");
+        for (message, found) in [
+            ("line 1, column 8: a number is wanted here, not NaN", value("a").elements().unwrap()[0].number()),
+            ("line 1, column 13: a number is wanted here, not -Infinity", value("a").elements().unwrap()[1].number()),
+            ("line 2, column 7: a number is wanted here, not Infinity", value("é").number()),
+            ("line 2, column 43: `n` stands twice in this object", value("n").number()),
+        ] {
+            assert_eq!(error(found), format!("`x.json`, {message}"));
+        }
+        assert!(value("é").text().is_err() && document.root().members().is_err());
+        for wrong in ["{NaN: 1}", "{\"a\": 1, NaN: 1}", "[NaNa]", "[-NaN]", "NaN", "[1 NaN]"] {
+            assert!(super::Document::parse("x.json", wrong.into()).is_err(), "{wrong}");
         }
     }
 

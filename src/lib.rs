@@ -55,7 +55,7 @@ pub mod hub;
 pub use backend::cuda::{GpuInfo, Installation};
 pub use bytes::{Bytes, GIB, KIB, MIB};
 pub use cancel::Cancel;
-pub use checkpoint::{Checkpoint, Origin, Source, Tensor};
+pub use checkpoint::{Checkpoint, Note, Origin, Source, Tensor};
 pub use device::{DeviceError, DeviceId};
 pub use device_map::{DeviceMap, MaxMemory};
 pub use error::{Error, ErrorKind, Hint, ParseError, Result, Setting};
@@ -68,7 +68,7 @@ pub use generate::{
 };
 pub use loader::{LoadEvent, LoadOptions, LoadReport, LoadTimes, MeasuredDevice, Model, WeightError};
 pub use machine::{Bandwidth, Device, Inventory};
-pub use model_config::ModelConfig;
+pub use model_config::{GenerationDefaults, ModelConfig};
 pub use plan::{
     Change, DEFAULT_CHUNK, DEFAULT_CONTEXT, DEFAULT_RESERVE, DevicePlan, DoesNotFit, KindReport, Outline, Plan,
     PlanOptions, PlannedModule, Quantize, Remedy, Speed, Strategy,

@@ -64,6 +64,9 @@ impl LocalDirectory {
         let metadata = std::fs::metadata(&path).map_err(|e| Error::io("open", &path, e))?;
         if metadata.is_dir() {
             Ok(Self(path))
+        } else if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
+            Err(Error::input(format!("`{}` is in GGUF, which is not read", path.display()))
+                .hint("name the directory of the checkpoint in safetensors that it was made from"))
         } else {
             Err(Error::input(format!("`{}` is not a directory", path.display()))
                 .hint("name the directory that holds the checkpoint's config.json"))

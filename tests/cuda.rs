@@ -8,7 +8,7 @@ mod support;
 use std::sync::Arc;
 
 use evenkeel::backend::cuda::{Gpu, Output};
-use evenkeel::backend::{Chooser, Draws};
+use evenkeel::backend::{Chooser, Draws, Run};
 use evenkeel::bytes::Bytes;
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device::{DeviceError, DeviceId};
@@ -23,9 +23,11 @@ use evenkeel::{Cancel, ErrorKind};
 use fake_cuda::FakeCuda;
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
+use serde_json::json;
+use support::bent::{Bent, greedy};
 use support::broken::Broken;
 use support::models::{
-    LOGITS, assert_all_near, assert_is_transformers, difference, load, logits, machine, map, options, plan,
+    LOGITS, assert_all_near, assert_is_transformers, assert_near, difference, load, logits, machine, map, options, plan,
 };
 use support::{CHECKPOINTS, expected, fixture, numbers};
 
@@ -607,5 +609,38 @@ fn a_seed_gives_the_same_tokens_on_a_gpu_and_on_the_cpu() {
             (0..16).map(token).collect::<Vec<_>>()
         });
         assert_eq!(gpu, cpu, "{sampling:?}");
+    }
+}
+
+/// On the CPU the tokens are those of Transformers; see tests/as_found.rs.
+#[test]
+fn frequencies_follow_the_length_of_a_sequence() {
+    let Some((_, _turn)) = fake_cuda::load(GPUS) else { return };
+    let factors = |by: f64, from: f64| (0..8).map(|at| from + by * f64::from(at)).collect::<Vec<_>>();
+    let longrope = json!({"original_max_position_embeddings": 16, "rope_scaling": {
+        "type": "longrope", "short_factor": factors(0.1, 1.0), "long_factor": factors(0.5, 2.0)}});
+    let dynamic = json!({"max_position_embeddings": 16, "rope_scaling": {"type": "dynamic", "factor": 4.0}});
+    for (name, keys) in [("parity/phi3", longrope), ("parity/llama", dynamic)] {
+        let bent = Bent::of(name);
+        bent.configure(&keys);
+        let tokens: Vec<u32> = (0..40).map(|at| 3 + at * 7 % 300).collect();
+        let (checkpoint, mut exact) = (bent.open().unwrap(), bent.load(None));
+        let plan = plan(&checkpoint, Scheme::None, r#"{"": "cuda:0"}"#, None);
+        let mut model = load(&plan, false).unwrap();
+        // A prompt that is short, the steps over the border, and a short prompt again.
+        for _ in 0..2 {
+            for (start, end) in [(0, 10), (10, 11), (11, 12), (12, 16), (16, 17), (17, 18), (18, 19), (19, 40)] {
+                let run = Run { slot: 0, position: start, tokens: end - start, length: end };
+                let logits = |model: &mut Model| {
+                    let pipeline = model.engine().pipeline();
+                    pipeline.run(&tokens[start..end], &[run]).unwrap();
+                    pipeline.logits(end - start - 1).unwrap().to_vec()
+                };
+                assert_near(&format!("{name}, {end} tokens"), &logits(&mut model), &logits(&mut exact));
+            }
+        }
+        // Steps that run ahead stop at the border.
+        let prompt = &tokens[..10];
+        assert_eq!(greedy(&mut model, prompt, 12), greedy(&mut exact, prompt, 12), "{name}");
     }
 }

@@ -92,7 +92,7 @@ fn a_ring_on_a_gpu_gives_what_transformers_gives() {
                 let (mut model, _) = windowed(name, *chunk, options, &machine());
                 let pipeline = model.engine().pipeline();
                 for (at, piece) in tokens.chunks(*chunk).enumerate() {
-                    let run = Run { slot: 0, position: at * chunk, tokens: piece.len() };
+                    let run = Run { slot: 0, position: at * chunk, tokens: piece.len(), length: tokens.len() };
                     pipeline.run(piece, &[run]).unwrap();
                 }
                 let ours = pipeline.logits((tokens.len() - 1) % chunk).unwrap();
@@ -108,7 +108,7 @@ fn a_ring_on_a_gpu_gives_what_transformers_gives() {
 /// and the same of each alone.
 fn together_and_alone(model: &mut Model, [a, b]: [&[u32]; 2]) -> [Vec<Vec<f32>>; 2] {
     let pipeline = model.engine().pipeline();
-    let run = |slot, position, tokens| Run { slot, position, tokens };
+    let run = |slot, position, tokens| Run { slot, position, tokens, length: position + tokens };
     let mut together = Vec::new();
     pipeline.run(&a[..5], &[run(0, 0, 5)]).unwrap();
     let (rest, first) = (a.len() - 5, b.len() - 4);

@@ -26,6 +26,8 @@ pub struct Run {
     pub position: usize,
     /// Number of tokens.
     pub tokens: usize,
+    /// Tokens of the sequence once all are run that are known by now, those of later steps too.
+    pub length: usize,
 }
 
 /// A contiguous run of modules on one device.

@@ -27,7 +27,7 @@ impl Index {
     pub fn read(source: &dyn Source) -> Result<Self> {
         let document = Document::parse(source.display(FILE), source.read(FILE, CAP)?)?;
         let root = document.root();
-        let members = root.members()?;
+        let members = root.members_to_read()?;
         let Some(map) = members.iter().find(|member| member.name == "weight_map") else {
             return Err(root.error("the index has no `weight_map`"));
         };

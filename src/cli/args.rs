@@ -217,12 +217,13 @@ pub struct ThreadsArguments {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Sampling")]
 pub struct SamplingArguments {
-    /// The most tokens to generate [default: 256, or what the context leaves].
+    /// The most tokens to generate [default: the model's own, or 256, or what the context leaves].
     #[arg(long, value_name = "TOKENS")]
     pub max_new_tokens: Option<usize>,
-    /// 0 always takes the likeliest token.
-    #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
-    pub temperature: f64,
+    /// 0 always takes the likeliest token [default for this and the next four: as generation_config.json says where
+    /// it has `do_sample`, or 0].
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    pub temperature: Option<f64>,
     /// Choose among the K likeliest tokens.
     #[arg(long, value_name = "K")]
     pub top_k: Option<usize>,
@@ -233,8 +234,8 @@ pub struct SamplingArguments {
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub min_p: Option<f64>,
     /// Divide the logits of tokens that occurred by this.
-    #[arg(long, value_name = "X", default_value_t = 1.0, allow_negative_numbers = true)]
-    pub repetition_penalty: f32,
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub repetition_penalty: Option<f32>,
     /// The same seed gives the same text on the same devices.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,

@@ -3,8 +3,8 @@
 use std::io::{IsTerminal, Read, stdin};
 
 use evenkeel::{
-    Bytes, ChatTemplate, Error, ErrorKind, Finish, GenerateOptions, GenerateReport, LoadReport, LoadTimes, MIB,
-    Message, Result, Sampling, read_capped,
+    Bytes, ChatTemplate, Error, ErrorKind, Finish, GenerateOptions, GenerateReport, GenerationDefaults, LoadReport,
+    LoadTimes, MIB, Message, Result, Sampling, read_capped,
 };
 use serde::Serialize;
 
@@ -20,12 +20,16 @@ const PROMPT_CAP: Bytes = Bytes(64 * MIB);
 pub fn run(arguments: &GenerateArguments, process: &Process) -> Result<Exit> {
     let printer = &process.printer;
     let cancel = signal::cancel_by_interrupt()?;
-    let sampling = arguments.sampling.sampling();
-    sampling.check()?;
+    arguments.sampling.over(&Sampling::greedy()).check()?;
     let prompt = read_prompt(&arguments.prompt)?;
     let options = arguments.placement.options(None, process)?;
     let load_options = arguments.placement.load_options(cancel.clone(), process)?;
     let checkpoint = model::open(&arguments.model, Need::Weights, &cancel, process)?;
+    let defaults = &checkpoint.config.generation;
+    if !defaults.undone.is_empty() {
+        let keys: Vec<_> = defaults.undone.iter().map(|key| format!("`{key}`")).collect();
+        printer.note(&format!("warning: {} has what is not done: {}", GenerationDefaults::FILE, keys.join(", ")));
+    }
     // Before anything is loaded.
     let prompt = if arguments.prompt.chat {
         let template = ChatTemplate::open(checkpoint.local_directory()?)?;
@@ -45,9 +49,10 @@ pub fn run(arguments: &GenerateArguments, process: &Process) -> Result<Exit> {
 
     // A template has put the special tokens there itself.
     let tokens = model.tokenizer.encode(&prompt, !arguments.prompt.chat)?;
-    let usual = model.plan.context.saturating_sub(tokens.len()).min(DEFAULT_NEW_TOKENS);
+    let usual =
+        model.plan.context.saturating_sub(tokens.len()).min(defaults.max_new_tokens.unwrap_or(DEFAULT_NEW_TOKENS));
     let options = GenerateOptions {
-        sampling,
+        sampling: arguments.sampling.over(&Sampling::of_model(&checkpoint.config)),
         max_new_tokens: Some(arguments.sampling.max_new_tokens.unwrap_or(usual)),
         stop: arguments.sampling.stop.clone(),
         ignore_eos: arguments.sampling.ignore_eos,
@@ -131,13 +136,14 @@ fn messages(arguments: &PromptArguments, prompt: String) -> Vec<Message> {
 }
 
 impl SamplingArguments {
-    fn sampling(&self) -> Sampling {
+    /// What the user says, and of the rest what `other` has.
+    fn over(&self, other: &Sampling) -> Sampling {
         Sampling {
-            temperature: self.temperature,
-            top_k: self.top_k,
-            top_p: self.top_p,
-            min_p: self.min_p,
-            repetition_penalty: self.repetition_penalty,
+            temperature: self.temperature.unwrap_or(other.temperature),
+            top_k: self.top_k.or(other.top_k),
+            top_p: self.top_p.or(other.top_p),
+            min_p: self.min_p.or(other.min_p),
+            repetition_penalty: self.repetition_penalty.unwrap_or(other.repetition_penalty),
             seed: self.seed,
         }
     }

@@ -4,7 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use evenkeel::{
-    Cancel, Checkpoint, DeviceMap, Error, Inventory, LoadEvent, LoadOptions, Model, Plan, PlanOptions, Result, Strategy,
+    Cancel, Checkpoint, DeviceMap, Error, Inventory, LoadEvent, LoadOptions, Model, Note, Plan, PlanOptions, Result,
+    Strategy,
 };
 use indicatif::ProgressBar;
 
@@ -26,7 +27,7 @@ pub enum Need {
 pub fn open(arguments: &ModelArguments, need: Need, cancel: &Cancel, process: &Process) -> Result<Checkpoint> {
     let model = arguments.model();
     let path = Path::new(model);
-    let checkpoint = if path.exists() {
+    let mut checkpoint = if path.exists() {
         Checkpoint::open_on(path, &process.pool)?
     } else if model.starts_with(['.', '/', '~']) || model.matches('/').count() > 1 || model.ends_with('/') {
         // No repository has such a name.
@@ -35,11 +36,13 @@ pub fn open(arguments: &ModelArguments, need: Need, cancel: &Cancel, process: &P
     } else {
         from_hub(arguments, need, cancel, process)?
     };
-    if checkpoint.unlisted > 0 {
-        process.printer.note(&format!(
-            "warning: tensors in the shards of `{}` that its index does not name are not read: {}",
-            checkpoint.name, checkpoint.unlisted
-        ));
+    if need == Need::Weights {
+        checkpoint.compare_head()?;
+    }
+    let unused = checkpoint.unused_tensors();
+    let unused = (!unused.is_empty()).then_some(Note::Unused(unused));
+    for note in checkpoint.notes.iter().chain(&unused) {
+        process.printer.note(&format!("warning: `{}`: {note}", checkpoint.name));
     }
     Ok(checkpoint)
 }

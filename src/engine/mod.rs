@@ -32,8 +32,8 @@ impl Sequence {
         self.position == self.tokens.len()
     }
 
-    fn run(&self, tokens: usize) -> Run {
-        Run { slot: self.slot, position: self.position, tokens }
+    fn run(&self, tokens: usize, length: usize) -> Run {
+        Run { slot: self.slot, position: self.position, tokens, length }
     }
 }
 
@@ -42,13 +42,20 @@ pub struct Engine {
     pipeline: Pipeline,
     context: usize,
     chunk: usize,
+    restart_beyond: Option<usize>,
 }
 
 impl Engine {
-    /// An engine for sequences of at most `context` tokens.
-    pub fn new(pipeline: Pipeline, context: usize) -> Self {
+    /// An engine for sequences of at most `context` tokens, which are run again from their beginning once they are
+    /// longer than `restart_beyond`.
+    pub fn new(pipeline: Pipeline, context: usize, restart_beyond: Option<usize>) -> Self {
         let chunk = pipeline.largest_chunk();
-        Self { pipeline, context, chunk }
+        Self { pipeline, context, chunk, restart_beyond }
+    }
+
+    /// Whether a sequence of which so many tokens have been run begins again at so many.
+    fn restarts(&self, position: usize, length: usize) -> bool {
+        self.restart_beyond.is_some_and(|border| (1..=border).contains(&position) && length > border)
     }
 
     /// The stages.
@@ -93,7 +100,7 @@ impl Engine {
         let seen = sequence.position;
         let mut chosen = sequence.chosen.take();
         if chosen.is_none() {
-            if more && seen < self.context && self.does_whole_steps() {
+            if more && seen < self.context && !self.restarts(seen, seen + 1) && self.does_whole_steps() {
                 self.step(sequence, None)?;
             }
             chosen = self.pipeline.chooser().map(DeviceChooser::chosen).transpose()?;
@@ -109,6 +116,9 @@ impl Engine {
 
     /// Runs the tokens that have not been run yet, and has the one behind them chosen.
     fn advance(&mut self, sequence: &mut Sequence, mut each_chunk: impl FnMut() -> Result<()>) -> Result<()> {
+        if self.restarts(sequence.position, sequence.tokens.len()) {
+            sequence.position = 0;
+        }
         let new = sequence.position..sequence.tokens.len();
         if new.end > self.context {
             return Err(self.too_long(new.end));
@@ -120,7 +130,7 @@ impl Engine {
         for start in new.clone().step_by(self.chunk) {
             each_chunk()?;
             let chunk = start..new.end.min(start + self.chunk);
-            self.pipeline.run(&sequence.tokens[chunk.clone()], &[sequence.run(chunk.len())])?;
+            self.pipeline.run(&sequence.tokens[chunk.clone()], &[sequence.run(chunk.len(), new.end)])?;
             sequence.position = chunk.end;
             last = chunk.len() - 1;
         }
@@ -138,7 +148,7 @@ impl Engine {
 
     /// Has a device run one token, `token` or that which was chosen last, and choose the one behind it.
     fn step(&mut self, sequence: &mut Sequence, token: Option<u32>) -> Result<()> {
-        let run = sequence.run(1);
+        let run = sequence.run(1, sequence.position + 1);
         if let Some(chooser) = self.pipeline.chooser() {
             chooser.step(token, run, sequence.draws.draw())?;
         }
@@ -154,7 +164,7 @@ impl Engine {
         self.check(tokens)?;
         for (at, chunk) in tokens.chunks(self.chunk).enumerate() {
             let position = at * self.chunk;
-            self.pipeline.run(chunk, &[Run { slot: 0, position, tokens: chunk.len() }])?;
+            self.pipeline.run(chunk, &[Run { slot: 0, position, tokens: chunk.len(), length: tokens.len() }])?;
             for row in 0..chunk.len() {
                 let logits = self.pipeline.logits(row)?;
                 if !logits.iter().all(|logit| logit.is_finite()) {

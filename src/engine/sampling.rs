@@ -2,6 +2,7 @@
 
 use crate::backend::Choice;
 use crate::error::{Error, Result};
+use crate::model_config::{GenerationDefaults, ModelConfig};
 
 /// How a token is chosen: the logits are penalized, divided by the temperature and made
 /// probabilities, and of the tokens that `min_p`, `top_k` and `top_p` all leave, one is drawn.
@@ -31,6 +32,14 @@ impl Sampling {
     /// Always the likeliest token.
     pub fn greedy() -> Self {
         Self { temperature: 0.0, top_k: None, top_p: None, min_p: None, repetition_penalty: 1.0, seed: 0 }
+    }
+
+    /// As a model's generation_config.json asks for; greedy where it does not.
+    pub fn of_model(config: &ModelConfig) -> Self {
+        let GenerationDefaults { temperature, top_k, top_p, min_p, repetition_penalty, .. } = config.generation;
+        #[expect(clippy::cast_possible_truncation, reason = "divides logits, which are f32")]
+        let repetition_penalty = repetition_penalty.unwrap_or(1.0) as f32;
+        Self { temperature: temperature.unwrap_or(0.0), top_k, top_p, min_p, repetition_penalty, seed: 0 }
     }
 
     /// Fails where a number is out of its range.

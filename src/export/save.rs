@@ -22,11 +22,12 @@ use super::compressed_tensors::{self, Rows};
 use crate::architecture::ModuleTree;
 use crate::bytes::{Bytes, MIB};
 use crate::cancel::Cancel;
-use crate::checkpoint::{Checkpoint, SINGLE_FILE, index};
+use crate::checkpoint::{Checkpoint, Note, SINGLE_FILE, index};
 use crate::device::DeviceId;
 use crate::error::{Error, Hint, Result, Setting};
 use crate::footprint::{HostStaging, Placed, STAGING_SLABS, lay_out};
 use crate::fs::{self, NewDirectory};
+use crate::json::without_infinities;
 use crate::loader::reader::{self, SlabBuffer};
 use crate::loader::{LoadEvent, broken_weight};
 use crate::model_config::{self, PACKED_METHOD, PACKED_VERSION};
@@ -93,6 +94,7 @@ pub fn save_quantized(
 ) -> Result<SaveReport> {
     let start = Instant::now();
     let directory = checkpoint.local_directory()?;
+    checkpoint.confirm_head()?;
     if checkpoint.config.packed.is_some() {
         return Err(Error::input(format!("`{}` is quantized already", checkpoint.name))
             .hint("name the checkpoint that it was made from"));
@@ -176,7 +178,8 @@ type Place = (Arc<File>, u64);
 fn tensors(target: &Placed, format: SaveFormat) -> Vec<Stored> {
     let (weight, name) = (&target.weight, target.weight.parameter.tensor());
     if target.layout.storage == weight.data {
-        return vec![Stored::new(name, weight.tensor.dtype, weight.tensor.shape.clone())];
+        let dtype = if weight.is_narrowed() { Dtype::F32 } else { weight.tensor.dtype };
+        return vec![Stored::new(name, dtype, weight.tensor.shape.clone())];
     }
     match format {
         SaveFormat::Evenkeel => vec![Stored::new(name, Dtype::U8, vec![target.layout.size().0])],
@@ -262,9 +265,14 @@ fn write_small_files(
 ) -> Result<()> {
     let read = |name: &str| fs::read_capped(&fs::confined(directory, name)?, COPY_CAP);
     let changed = || Error::input(format!("config.json of `{}` has changed", checkpoint.name));
-    let config = serde_json::from_slice(&read(model_config::FILE)?).map_err(|e| changed().caused_by(e))?;
+    let text = String::from_utf8(read(model_config::FILE)?).map_err(|e| changed().caused_by(e))?;
+    let text = without_infinities(&text, |_| "null".to_owned());
+    let config = serde_json::from_str(&text).map_err(|e| changed().caused_by(e))?;
     let Value::Object(mut config) = config else { return Err(changed()) };
     config.insert("quantization_config".to_owned(), quantization);
+    if checkpoint.notes.contains(&Note::OwnHead) {
+        config.insert("tie_word_embeddings".to_owned(), false.into());
+    }
     output.write(model_config::FILE, format!("{:#}\n", Value::Object(config)).as_bytes())?;
     // Those in directories have other places beside the weights.
     let names = COPIED.into_iter().chain(text::FILES).filter(|name| !name.contains('/'));

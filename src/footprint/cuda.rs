@@ -132,8 +132,8 @@ buffers! {
     logits: bytes(config.vocab_size * WORD),
     /// Tokens, with room for what is chosen.
     tokens: bytes((tokens * WORD).max(CudaChoice::CHOSEN)),
-    /// The frequencies of all ropes.
-    frequencies: bytes(rotated * WORD),
+    /// The frequencies of all ropes for each sequence, which follow its length.
+    frequencies: bytes(extent.sequences * rotated * WORD),
     /// What those leave that share attention or a product.
     parts: bytes(parts.max(CUDA_FEW_BLOCKS * CUDA_FEW_PARTS * WORD)),
     /// How many of them are done; zeros between launches.

@@ -29,14 +29,14 @@ impl HostStaging {
     /// A ring for `weights`: slabs of 2 MiB, or of the units of the disk around the longest row, or of half the
     /// largest tensor where that is less.
     pub fn new(weights: &[Weight], rules: &QuantizeRules) -> Self {
-        let longest_row = weights.iter().map(Weight::row_bytes).max().unwrap_or(0);
+        let longest_row = weights.iter().map(Weight::shard_row_bytes).max().unwrap_or(0);
         let largest = weights.iter().map(|weight| weight.tensor.size().0).max().unwrap_or(0);
         let slab = usize::try_from(SLAB.min(largest.div_ceil(2))).unwrap_or(usize::MAX).max(longest_row + SLAB_MARGIN);
         let packed = weights
             .iter()
             .filter_map(|weight| {
                 let layout = layout(weight, rules)?;
-                let rows = ((slab - SLAB_MARGIN) / weight.row_bytes().max(1)).min(layout.rows);
+                let rows = ((slab - SLAB_MARGIN) / weight.shard_row_bytes().max(1)).min(layout.rows);
                 (layout.storage != weight.data).then_some(rows * layout.row_bytes.iter().sum::<usize>())
             })
             .max()

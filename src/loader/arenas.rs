@@ -77,7 +77,7 @@ impl GpuArenas {
         Ok(Self {
             matrices: here.iter().zip(weights).map(matrix).collect(),
             caches,
-            workspace: Arc::new(Workspace::take(&gpu, config, plan.context, &workspace, separate)?),
+            workspace: Arc::new(Workspace::take(&gpu, config, plan.batch, &workspace, separate)?),
             upload: Some(Upload::take(&gpu, plan.staging()?.slab, separate)?),
             gpu,
         })

@@ -65,7 +65,7 @@ pub fn build(plan: &Plan, arenas: Arenas, options: &LoadOptions) -> Result<(Pipe
             taken += caches.iter().map(KvCache::bytes).sum();
             let parts = (modules(plan, range, |key| on_host.remove(&key))?, caches);
             let (workspace, pool) = (Arc::clone(&workspace), Arc::clone(&options.pool));
-            stages.push(Box::new(CpuStage::new(config, plan.context, parts, workspace, pool)));
+            stages.push(Box::new(CpuStage::new(config, parts, workspace, pool)));
         }
     }
     let pipeline = Pipeline::new(stages, config, plan.chunk);

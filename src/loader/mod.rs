@@ -148,6 +148,7 @@ impl Plan {
         options.cancel.check()?;
         let start = Instant::now();
         let checkpoint = self.checkpoint();
+        checkpoint.confirm_head()?;
         let vocab_size = checkpoint.config.vocab_size;
         let mut tokenizer = Tokenizer::begin(checkpoint.local_directory()?, vocab_size, options.sandbox.as_ref())?;
         let read: Bytes = self.weights.iter().map(|placed| placed.weight.tensor.size()).sum();
@@ -191,7 +192,7 @@ impl Plan {
             tokenizer,
             eos_token_ids: checkpoint.config.eos_token_ids.clone(),
             report,
-            engine: Engine::new(pipeline, self.context),
+            engine: Engine::new(pipeline, self.context, checkpoint.config.restart_beyond()),
         })
     }
 }

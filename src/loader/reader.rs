@@ -19,6 +19,7 @@ use crate::device::DeviceId;
 use crate::error::Result;
 use crate::footprint::{HostStaging, Placed, SLAB_MARGIN};
 use crate::pool::lock;
+use crate::quant::narrow;
 
 /// The most threads that read: a copy from the page cache takes the time of several.
 const READERS: usize = 4;
@@ -60,12 +61,12 @@ impl DerefMut for SlabBuffer {
     }
 }
 
-/// Whole rows of a weight, as the shard has them.
+/// Whole rows of a weight.
 pub struct Slab<B = SlabBuffer> {
     /// Position of the weight in the list that is read.
     pub weight: usize,
     pub row: usize,
-    /// Where in the buffer they are.
+    /// Where in the buffer they are, in their weight's dtype.
     pub range: Range<usize>,
     /// Goes back to the reader when the rows are no longer needed.
     pub buffer: B,
@@ -155,7 +156,7 @@ fn jobs(placed: &[Placed], slab: usize) -> Vec<Job> {
     let mut ends = BTreeMap::<DeviceId, u64>::new();
     let mut jobs = Vec::new();
     for (weight, target) in placed.iter().enumerate() {
-        let (row_bytes, all_rows) = (target.weight.row_bytes(), target.weight.data_rows());
+        let (row_bytes, all_rows) = (target.weight.shard_row_bytes(), target.weight.data_rows());
         let end = ends.entry(target.device).or_default();
         for row in (0..all_rows).step_by((slab / row_bytes).max(1)) {
             let rows = (slab / row_bytes).min(all_rows - row);
@@ -226,14 +227,17 @@ impl Reader<'_> {
 
     fn fill(&self, job: &Job, mut buffer: SlabBuffer, shard: &Shard) -> Result<Slab> {
         let (weight, row) = (&self.placed[job.weight].weight, job.row);
-        let len = job.rows * weight.row_bytes();
-        let range = if weight.is_transposed() {
+        let len = job.rows * weight.shard_row_bytes();
+        let mut range = if weight.is_transposed() {
             shard.read_transposed(&mut buffer[..len], weight, row, &mut lock(&self.gathered)[..len])?;
             0..len
         } else {
-            let offset = weight.tensor.range.start + (row * weight.row_bytes()) as u64;
+            let offset = weight.tensor.range.start + (row * weight.shard_row_bytes()) as u64;
             shard.read_slab(&mut buffer, offset, len, &self.past_cache)?
         };
+        if weight.is_narrowed() {
+            range.end = range.start + narrow(&mut buffer[range.clone()]);
+        }
         Ok(Slab { weight: job.weight, row, range, buffer })
     }
 }

@@ -112,7 +112,7 @@ impl Shard {
     /// their part of each stored row is read into `gathered`, which is as long.
     pub fn read_transposed(&self, buffer: &mut [u8], weight: &Weight, row: usize, gathered: &mut [u8]) -> Result<()> {
         let cols = weight.parameter.cols;
-        let element = weight.row_bytes() / cols;
+        let element = weight.shard_row_bytes() / cols;
         let stored = weight.parameter.rows * element;
         let rows = buffer.len() / (cols * element);
         for (col, part) in gathered.chunks_mut(rows * element).enumerate() {
@@ -120,6 +120,7 @@ impl Shard {
         }
         match element {
             2 => transpose::<2>(gathered, rows, buffer),
+            8 => transpose::<8>(gathered, rows, buffer),
             _ => transpose::<4>(gathered, rows, buffer),
         }
         Ok(())

@@ -44,7 +44,8 @@ const LLAMA: Family = Family {
     windows: None,
     rope_theta: 10_000.0,
     local_rope_theta: None,
-    is_yarn_longrope: false,
+    has_longrope: false,
+    is_partly_rotated: false,
     no_rope_interval: None,
     head_dim: None,
     is_tied: false,
@@ -61,6 +62,15 @@ const MISTRAL: Family = Family {
     model_type: "mistral",
     features: "sliding window",
     windows: Some(Windows { is_switched: false, usual: Some(4096), blocks: Windowed::All }),
+    ..LLAMA
+};
+
+const MINISTRAL: Family = Family {
+    models: "Ministral",
+    architecture: "MinistralForCausalLM",
+    model_type: "ministral",
+    features: "sliding window in the blocks that `layer_types` names",
+    windows: Some(Windows { is_switched: false, usual: Some(4096), blocks: Windowed::AllOrTypes }),
     ..LLAMA
 };
 
@@ -196,7 +206,8 @@ const PHI3: Family = Family {
     weightless: &["rotary_emb", "embed_dropout"],
     norm_eps: 1e-5,
     windows: Some(Windows { is_switched: false, usual: None, blocks: Windowed::All }),
-    is_yarn_longrope: true,
+    has_longrope: true,
+    is_partly_rotated: true,
     ..LLAMA
 };
 
@@ -272,7 +283,7 @@ const SMOLLM3: Family = Family {
 
 /// All families.
 pub static FAMILIES: &[Family] =
-    &[LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA2, GEMMA3, PHI3, GPT2, OLMO2, GRANITE, SMOLLM3];
+    &[LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA2, GEMMA3, PHI3, GPT2, OLMO2, GRANITE, SMOLLM3, MINISTRAL];
 
 /// The names of all architectures, as a list in a message.
 pub(super) fn supported() -> String {

@@ -1,6 +1,11 @@
 //! What a family of models is: the names of its modules and tensors, and what
 //! its configuration means.
 
+/// The module of the output head.
+pub const HEAD: &str = "lm_head";
+/// The head's tensor.
+pub const HEAD_WEIGHT: &str = "lm_head.weight";
+
 /// What a parameter is to its module; a backend asks for parameters by this.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
@@ -76,8 +81,29 @@ pub enum Activation {
     Gelu,
     /// GELU with tanh in the place of the error function.
     GeluTanh,
+    /// `x · sigmoid(1.702 x)`.
+    QuickGelu,
+    /// `max(x, 0)`.
+    Relu,
     /// `x · sigmoid(x)`.
     Silu,
+}
+
+impl Activation {
+    /// What configurations call them.
+    pub(super) const NAMES: &[(&'static str, Self)] = &[
+        ("silu", Self::Silu),
+        ("swish", Self::Silu),
+        ("gelu", Self::Gelu),
+        ("gelu_python", Self::Gelu),
+        ("gelu_new", Self::GeluTanh),
+        ("gelu_fast", Self::GeluTanh),
+        ("gelu_accurate", Self::GeluTanh),
+        ("gelu_pytorch_tanh", Self::GeluTanh),
+        ("gelu_python_tanh", Self::GeluTanh),
+        ("quick_gelu", Self::QuickGelu),
+        ("relu", Self::Relu),
+    ];
 }
 
 /// How a norm is computed.
@@ -101,10 +127,13 @@ pub(super) struct Windows {
     pub blocks: Windowed,
 }
 
-/// Which blocks see a window; where these are not all, `layer_types` may name others.
+/// Which blocks see a window; where these are not [`Windowed::All`], `layer_types` may name others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Windowed {
+    /// All, whatever `layer_types` says.
     All,
+    /// All unless `layer_types` says otherwise.
+    AllOrTypes,
     /// All but every n-th.
     AllButEvery(usize),
     /// Those from `max_window_layers` on.
@@ -161,8 +190,10 @@ pub struct Family {
     /// The base of RoPE unless told otherwise, and that of blocks with a window where it is another.
     pub(super) rope_theta: f64,
     pub(super) local_rope_theta: Option<f64>,
-    /// Whether `yarn` and `su` are older names of `longrope`.
-    pub(super) is_yarn_longrope: bool,
+    /// Whether LongRoPE is its own: `yarn` and `su` are older names of it, and a sequence that becomes long is run again.
+    pub(super) has_longrope: bool,
+    /// Whether `partial_rotary_factor` counts.
+    pub(super) is_partly_rotated: bool,
     /// Every n-th block has no RoPE, unless `no_rope_layers` says otherwise.
     pub(super) no_rope_interval: Option<usize>,
     pub(super) head_dim: Option<usize>,
@@ -182,6 +213,12 @@ impl Family {
     /// The parameters of a block.
     pub fn block(&self) -> impl Iterator<Item = BlockPart> {
         self.block.iter().copied().flatten().copied()
+    }
+
+    /// The embedding's tensor: its name, and that without [`Family::base`].
+    pub fn embedding_weights(&self) -> [String; 2] {
+        let bare = format!("{}.weight", self.embedding);
+        [format!("{}.{bare}", self.base), bare]
     }
 
     /// Its name for a key that Llama calls `key`.

@@ -5,7 +5,7 @@ use std::fmt;
 use crate::error::{Error, Result};
 use crate::json::{Member, Node};
 
-/// The members of an object; a member that is `null` counts as absent.
+/// The members of an object, some of which are read; a member that is `null` counts as absent.
 pub struct Fields<'a> {
     object: Node<'a>,
     members: Vec<Member<'a>>,
@@ -13,7 +13,7 @@ pub struct Fields<'a> {
 
 impl<'a> Fields<'a> {
     pub fn of(object: Node<'a>) -> Result<Self> {
-        Ok(Self { object, members: object.members()? })
+        Ok(Self { object, members: object.members_to_read()? })
     }
 
     pub fn optional(&self, key: &str) -> Option<Node<'a>> {
@@ -67,17 +67,21 @@ impl<'a> Fields<'a> {
         keys.iter().find_map(|key| self.optional(key)).map(|node| node.text()).transpose()
     }
 
-    /// A token id or a list of them; none where `key` is absent.
+    /// A token id or a list of them; none where `key` is absent, and none for a number below 0, which stands for none.
     pub fn token_ids(&self, key: &str) -> Result<Vec<u32>> {
         let id = |node: &Node| {
+            if node.number().is_ok_and(|number| number < 0.0) {
+                return Ok(None);
+            }
             let number = node.whole()?;
-            u32::try_from(number).map_err(|_| node.error(format!("{number} is no token id")))
+            u32::try_from(number).map(Some).map_err(|_| node.error(format!("{number} is no token id")))
         };
-        match self.optional(key) {
-            None => Ok(Vec::new()),
-            Some(node) if node.is_list() => node.elements()?.iter().map(id).collect(),
-            Some(node) => Ok(vec![id(&node)?]),
-        }
+        let nodes = match self.optional(key) {
+            None => Vec::new(),
+            Some(node) if node.is_list() => node.elements()?,
+            Some(node) => vec![node],
+        };
+        nodes.iter().filter_map(|node| id(node).transpose()).collect()
     }
 }
 

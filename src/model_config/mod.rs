@@ -4,7 +4,10 @@
 mod families;
 mod family;
 mod fields;
+mod generation;
 mod rope;
+
+use std::collections::HashSet;
 
 use crate::bytes::{Bytes, MIB};
 use crate::error::{Hint, Result, Setting, first_five, printable};
@@ -14,7 +17,8 @@ use family::{Windowed, Windows};
 use fields::Fields;
 
 pub use families::{FAMILIES, table};
-pub use family::{Activation, Family, NormKind, Role};
+pub use family::{Activation, Family, HEAD, HEAD_WEIGHT, NormKind, Role};
+pub use generation::GenerationDefaults;
 pub use rope::Rope;
 
 /// The configuration's file name.
@@ -44,6 +48,8 @@ const MAX_SCALE: f64 = 1e6;
 pub struct ModelConfig {
     /// The architecture, as data.
     pub family: &'static Family,
+    /// What `architectures` names, where that is another one than `model_type`, which counts.
+    pub other_architectures: Option<String>,
     /// Module paths and the names of the schemes that their weights are packed in already; `None` where none are.
     pub packed: Option<Vec<(String, String)>>,
     /// The dtype that the configuration declares, for display; each tensor's own dtype counts.
@@ -92,10 +98,12 @@ pub struct ModelConfig {
     pub logit_softcap: Option<f32>,
     /// The experts of the blocks that have some.
     pub experts: Option<Experts>,
-    /// Whether the head is the embedding.
+    /// Whether the head is the embedding; [`Checkpoint`](crate::Checkpoint) holds it against what is stored.
     pub tie_word_embeddings: bool,
     /// The tokens that end a text; generation_config.json's if it names any.
     pub eos_token_ids: Vec<u32>,
+    /// How it is sampled unless its user says otherwise.
+    pub generation: GenerationDefaults,
 }
 
 /// What may differ from block to block.
@@ -123,7 +131,7 @@ pub struct Experts {
 }
 
 impl ModelConfig {
-    /// Reads and checks config.json, and the end-of-text tokens of
+    /// Reads and checks config.json, and the end-of-text tokens and the sampling of
     /// generation_config.json where there is one. Unknown keys have no effect,
     /// and code that `auto_map` names is never read.
     ///
@@ -134,10 +142,12 @@ impl ModelConfig {
         let mut config = Self::parse(&source.display(FILE), source.read(FILE, CAP)?)?;
         if source.has(GENERATION_FILE) {
             let document = Document::parse(source.display(GENERATION_FILE), source.read(GENERATION_FILE, CAP)?)?;
-            let ids = Fields::of(document.root())?.token_ids("eos_token_id")?;
+            let fields = Fields::of(document.root())?;
+            let ids = fields.token_ids("eos_token_id")?;
             if !ids.is_empty() {
                 config.eos_token_ids = ids;
             }
+            config.generation = GenerationDefaults::read(&fields)?;
         }
         Ok(config)
     }
@@ -172,6 +182,8 @@ impl ModelConfig {
             Some(_) => Vec::new(),
             None => rope::read(&fields, family, head_dim, max_position_embeddings)?,
         };
+        let max_position_embeddings =
+            ropes.iter().map(|rope| rope.longest(max_position_embeddings)).max().unwrap_or(max_position_embeddings);
         let num_hidden_layers = fields.size(family.key("num_hidden_layers"), MAX_BLOCKS)?;
         let experts = experts(&fields, family, num_hidden_layers)?;
         let intermediate_size = match family.positions {
@@ -191,6 +203,7 @@ impl ModelConfig {
         #[expect(clippy::cast_possible_truncation, reason = "used in f32")]
         Ok(Self {
             family,
+            other_architectures: other_architectures(&fields, family)?,
             packed,
             dtype: fields.text_or_none(["dtype", "torch_dtype"])?.map(|dtype| printable(&dtype)),
             hidden_size,
@@ -221,7 +234,13 @@ impl ModelConfig {
             experts,
             tie_word_embeddings: fields.truth_or("tie_word_embeddings", family.is_tied)?,
             eos_token_ids: fields.token_ids("eos_token_id")?,
+            generation: GenerationDefaults::default(),
         })
+    }
+
+    /// The length beyond which all tokens of a sequence are run again, once, for frequencies of another list.
+    pub fn restart_beyond(&self) -> Option<usize> {
+        self.ropes.iter().find_map(Rope::border).filter(|_| self.family.has_longrope)
     }
 
     /// Width of all queries of a token.
@@ -275,15 +294,11 @@ fn activation(fields: &Fields, family: &Family) -> Result<Activation> {
     let Some(node) = fields.optional(family.key("hidden_act")) else {
         return Ok(family.activation);
     };
-    match node.text()?.as_str() {
-        "silu" | "swish" => Ok(Activation::Silu),
-        "gelu" => Ok(Activation::Gelu),
-        "gelu_new" | "gelu_pytorch_tanh" => Ok(Activation::GeluTanh),
-        other => Err(node.error(format!(
-            "activation `{}` is not supported; `silu`, `gelu`, `gelu_new` and `gelu_pytorch_tanh` are",
-            printable(other)
-        ))),
-    }
+    let name = node.text()?;
+    Activation::NAMES.iter().find(|(known, _)| *known == name).map(|(_, activation)| *activation).ok_or_else(|| {
+        let known: Vec<_> = Activation::NAMES.iter().map(|(name, _)| format!("`{name}`")).collect();
+        node.error(format!("activation `{}` is not supported; {} are", printable(&name), known.join(", ")))
+    })
 }
 
 fn attention_scale(fields: &Fields, family: &Family, head_dim: usize) -> Result<f64> {
@@ -371,6 +386,14 @@ fn layers(fields: &Fields, family: &Family, count: usize, has_experts: bool) -> 
 /// The window of each block.
 fn windowed(fields: &Fields, family: &Family, rotated: &[bool]) -> Result<Vec<Option<usize>>> {
     let count = rotated.len();
+    let types = fields.optional("layer_types");
+    if let (Some(node), None | Some(Windows { blocks: Windowed::All, .. })) = (types, family.windows) {
+        let kinds = node.elements()?.iter().map(Node::text).collect::<Result<HashSet<_>>>()?;
+        if kinds.len() > 1 {
+            let family = family.architecture;
+            return Err(node.error(format!("blocks of several types are not supported in `{family}`, which has one")));
+        }
+    }
     let Some(Windows { is_switched, usual, blocks }) = family.windows else {
         return Ok(vec![None; count]);
     };
@@ -390,8 +413,8 @@ fn windowed(fields: &Fields, family: &Family, rotated: &[bool]) -> Result<Vec<Op
             )))
         }
     };
-    let slides = match (blocks, fields.optional("layer_types")) {
-        (Windowed::All, _) => vec![true; count],
+    let slides = match (blocks, types) {
+        (Windowed::All, _) | (Windowed::AllOrTypes, None) => vec![true; count],
         (_, Some(node)) => one_each(node, count, slides_by_type)?,
         (Windowed::AllButEvery(n), None) => {
             all_but_every(fields.size_or("sliding_window_pattern", MAX_BLOCKS, n)?, count)
@@ -419,18 +442,45 @@ fn one_each<T>(list: Node, count: usize, read: impl Fn(&Node) -> Result<T>) -> R
     elements.iter().map(read).collect()
 }
 
+/// The family by `model_type`, as Transformers goes by it, or where there is none by `architectures`.
 fn family(fields: &Fields) -> Result<&'static Family> {
-    let (node, what, names, of): (_, _, _, fn(&Family) -> &str) = if let Some(node) = fields.optional("architectures") {
-        let names = node.elements()?.iter().map(Node::text).collect::<Result<Vec<_>>>()?;
-        (node, "architecture", names, |family| family.architecture)
-    } else {
-        let node = fields.required("model_type")?;
-        (node, "model type", vec![node.text()?], |family| family.model_type)
+    let names = match fields.optional("architectures") {
+        Some(node) => node.elements()?.iter().map(Node::text).collect::<Result<Vec<_>>>()?,
+        None => Vec::new(),
     };
-    FAMILIES.iter().find(|family| names.iter().any(|name| name == of(family))).ok_or_else(|| {
-        let names = first_five(names.iter().map(|name| printable(name)));
-        node.error(format!("{what} {names} is not supported; supported: {}", families::supported()))
+    let by_name = FAMILIES.iter().find(|family| names.iter().any(|name| name == family.architecture));
+    let supported = || format!("is not supported; supported: {}", families::supported());
+    let Some(node) = fields.optional("model_type") else {
+        return by_name.ok_or_else(|| match fields.optional("architectures") {
+            Some(node) => node.error(format!("architecture {} {}", shown(&names), supported())),
+            None => fields.error("model_type", "`model_type` is missing"),
+        });
+    };
+    let model_type = node.text()?;
+    FAMILIES.iter().find(|family| family.model_type == model_type).ok_or_else(|| {
+        let model_type = printable(&model_type);
+        match (by_name, fields.optional("architectures")) {
+            (Some(family), _) => node.error(format!(
+                "model type `{model_type}` {}; it counts, not the architecture `{}` beside it",
+                supported(),
+                family.architecture
+            )),
+            (None, Some(node)) => node.error(format!("architecture {} {}", shown(&names), supported())),
+            (None, None) => node.error(format!("model type `{model_type}` {}", supported())),
+        }
     })
+}
+
+/// The architectures where none of them is that of `family`.
+fn other_architectures(fields: &Fields, family: &Family) -> Result<Option<String>> {
+    let Some(node) = fields.optional("architectures") else { return Ok(None) };
+    let names = node.elements()?.iter().map(Node::text).collect::<Result<Vec<_>>>()?;
+    let is_other = !names.is_empty() && names.iter().all(|name| name != family.architecture);
+    Ok(is_other.then(|| shown(&names)))
+}
+
+fn shown(names: &[String]) -> String {
+    first_five(names.iter().map(|name| printable(name)))
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! Rotary position embedding: its configuration in both dialects, and the
 //! frequencies that follow from it.
 
+use std::borrow::Cow;
 use std::f64::consts::TAU;
 
 use super::fields::Fields;
@@ -18,22 +19,61 @@ pub struct Rope {
     pub rotary_dim: usize,
     /// Factor of cosines and sines.
     pub attention_factor: f64,
-    /// The angular frequency of each pair.
+    /// The angular frequency of each pair, for a sequence that is not long.
     usual: Vec<f32>,
-    /// LongRoPE has other frequencies for contexts longer than so many tokens.
-    long: Option<(usize, Vec<f32>)>,
+    long: Option<Long>,
+}
+
+/// The frequencies of sequences of more than so many tokens.
+#[derive(Clone, Debug, PartialEq)]
+enum Long {
+    /// These, whatever the length.
+    Fixed(usize, Vec<f32>),
+    /// Those of a base that grows with the length, by a factor.
+    Growing { original: usize, theta: f64, factor: f64 },
 }
 
 impl Rope {
-    /// The angular frequency of each pair, for sequences of at most `context`
-    /// tokens: `rotary_dim / 2` of them.
-    ///
-    /// LongRoPE's follow the planned context. Transformers chooses
-    /// them by the text's length so far, which is the same wherever the plan's
-    /// context is at most the original one, or the prompt is longer than that.
-    pub fn frequencies(&self, context: usize) -> Vec<f32> {
-        let long = self.long.as_ref().filter(|(original, _)| context > *original);
-        long.map_or(&self.usual, |(_, long)| long).clone()
+    /// The angular frequency of each pair, `rotary_dim / 2` of them, for the tokens that a sequence of `length` tokens
+    /// ends with. Those before them were rotated by what was right for the sequence then, as in Transformers.
+    pub fn frequencies(&self, length: usize) -> Cow<'_, [f32]> {
+        match &self.long {
+            Some(Long::Fixed(original, long)) if length > *original => long.into(),
+            Some(Long::Growing { original, theta, factor }) if length > *original => {
+                let (pairs, grown) =
+                    (self.rotary_dim as f64, factor * length as f64 / *original as f64 - (factor - 1.0));
+                frequencies(theta * grown.powf(pairs / (pairs - 2.0)), self.rotary_dim, |_, f| f).into()
+            }
+            _ => (&self.usual).into(),
+        }
+    }
+
+    /// The shortest length that has the frequencies of `length`.
+    pub fn shortest_alike(&self, length: usize) -> usize {
+        match &self.long {
+            Some(Long::Fixed(original, _)) if length > *original => original + 1,
+            Some(Long::Growing { original, .. }) if length > *original => length,
+            _ => 0,
+        }
+    }
+
+    /// The length beyond which a sequence has frequencies of another list.
+    pub fn border(&self) -> Option<usize> {
+        match &self.long {
+            Some(Long::Fixed(original, _)) => Some(*original),
+            _ => None,
+        }
+    }
+
+    /// The longest sequence that the frequencies are meant for, where that of the model is `longest`.
+    pub fn longest(&self, longest: usize) -> usize {
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "positive, and cut to a limit")]
+        match &self.long {
+            Some(Long::Growing { factor, .. }) => {
+                ((longest as f64 * factor).min(MAX_CONTEXT as f64) as usize).max(longest)
+            }
+            _ => longest,
+        }
     }
 }
 
@@ -46,13 +86,9 @@ pub fn read(fields: &Fields, family: &Family, head_dim: usize, longest: usize) -
     let Some(local_theta) = family.local_rope_theta else {
         return Ok(vec![one(newer.or_else(|| fields.optional("rope_scaling")), theta)?]);
     };
+    // What is for no kind of attention counts for nothing.
     let nested = newer.map(Fields::of).transpose()?;
     let of_kind = |kind| nested.as_ref().and_then(|nested| nested.optional(kind));
-    if let (Some(node), true) = (newer, of_kind("full_attention").or(of_kind("sliding_attention")).is_none()) {
-        return Err(
-            node.error("RoPE has no `full_attention` and no `sliding_attention`, which this architecture wants")
-        );
-    }
     let local_theta = fields.positive_or("rope_local_base_freq", MAX_THETA, local_theta)?;
     let full = of_kind("full_attention").or_else(|| fields.optional("rope_scaling"));
     Ok(vec![one(full, theta)?, one(of_kind("sliding_attention"), local_theta)?])
@@ -66,9 +102,12 @@ fn one(
     head_dim: usize,
     longest: usize,
 ) -> Result<Rope> {
-    let share = fields.positive_or("partial_rotary_factor", 1.0, 1.0)?;
+    let share = |fields: &Fields, outer| {
+        if family.is_partly_rotated { fields.positive_or("partial_rotary_factor", 1.0, outer) } else { Ok(1.0) }
+    };
+    let outer_share = share(fields, 1.0)?;
     let Some(node) = node else {
-        let rotary_dim = rotary_dim(fields, share, head_dim)?;
+        let rotary_dim = rotary_dim(fields, outer_share, head_dim)?;
         return Ok(Rope {
             rotary_dim,
             attention_factor: 1.0,
@@ -78,10 +117,10 @@ fn one(
     };
     let rope = Fields::of(node)?;
     let theta = rope.positive_or("rope_theta", MAX_THETA, theta)?;
-    let rotary_dim = rotary_dim(&rope, rope.positive_or("partial_rotary_factor", 1.0, share)?, head_dim)?;
+    let rotary_dim = rotary_dim(&rope, share(&rope, outer_share)?, head_dim)?;
     let kind = rope.text_or_none(["rope_type", "type"])?;
     let kind = match kind.as_deref().unwrap_or("default") {
-        "su" | "yarn" if family.is_yarn_longrope => "longrope",
+        "su" | "yarn" if family.has_longrope => "longrope",
         kind => kind,
     };
     // Phi-3 has it beside the parameters, not among them.
@@ -99,6 +138,14 @@ fn one(
         "linear" => {
             let factor = rope.positive("factor", MAX_FACTOR)?;
             scaled(&|_, frequency| frequency / factor)
+        }
+        "dynamic" => {
+            let factor = rope.positive("factor", MAX_FACTOR)?;
+            if rotary_dim <= 2 {
+                return Err(node.error("RoPE of type `dynamic` needs heads of more than 2 rotated elements"));
+            }
+            long = Some(Long::Growing { original: longest, theta, factor });
+            scaled(&|_, frequency| frequency)
         }
         // Low frequencies are divided, high ones kept, those between blended.
         "llama3" => {
@@ -133,7 +180,7 @@ fn one(
                 }
             };
             let short = divided("short_factor")?;
-            long = Some((original, divided("long_factor")?));
+            long = Some(Long::Fixed(original, divided("long_factor")?));
             short
         }
         // Divided but for the first few, with a ramp between.
@@ -149,7 +196,7 @@ fn one(
         other => {
             let other = printable(other);
             return Err(node.error(format!(
-                "RoPE of type `{other}` is not supported; `default`, `linear`, `llama3`, `longrope` and `yarn` are"
+                "RoPE of type `{other}` is not supported; `default`, `dynamic`, `linear`, `llama3`, `longrope` and `yarn` are"
             )));
         }
     };

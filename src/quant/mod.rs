@@ -67,12 +67,12 @@ pub enum WeightDtype {
 }
 
 impl WeightDtype {
-    /// The dtype as one of those that weights may have.
+    /// What weights that a checkpoint stores as `dtype` are taken as: f64 becomes f32.
     pub fn of(dtype: Dtype) -> Option<Self> {
         match dtype {
             Dtype::BF16 => Some(Self::Bf16),
             Dtype::F16 => Some(Self::F16),
-            Dtype::F32 => Some(Self::F32),
+            Dtype::F32 | Dtype::F64 => Some(Self::F32),
             _ => None,
         }
     }
@@ -108,6 +108,20 @@ impl WeightDtype {
             }
         }
     }
+}
+
+/// Turns the f64 in `bytes`, little-endian, into f32 at their beginning. Returns their bytes.
+pub fn narrow(bytes: &mut [u8]) -> usize {
+    const WIDE: usize = size_of::<f64>();
+    const NARROW: usize = size_of::<f32>();
+    let count = bytes.len() / WIDE;
+    for at in 0..count {
+        let Some(wide) = bytes[at * WIDE..].first_chunk::<WIDE>() else { break };
+        #[expect(clippy::cast_possible_truncation, reason = "rounded on purpose, as PyTorch does")]
+        let value = f64::from_le_bytes(*wide) as f32;
+        bytes[at * NARROW..][..NARROW].copy_from_slice(&value.to_le_bytes());
+    }
+    count * NARROW
 }
 
 /// The value of an f16 by its bits, in steps that are the same for every value: the exponent

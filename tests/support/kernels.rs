@@ -276,8 +276,11 @@ pub fn activations_equal_the_reference(gpu: &Arc<Gpu>) {
             0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3))).tanh())
         }
         Activation::Gelu => 0.5 * x * (1.0 + erf(x / 2f64.sqrt())),
+        Activation::QuickGelu => x / (1.0 + (-1.702 * x).exp()),
+        Activation::Relu => x.max(0.0),
     };
-    for activation in [Activation::Silu, Activation::GeluTanh, Activation::Gelu] {
+    let all = [Activation::Silu, Activation::GeluTanh, Activation::Gelu, Activation::QuickGelu, Activation::Relu];
+    for activation in all {
         for count in [1, 255, 600] {
             let gate: Vec<f32> = rounded(&random(count, 21).iter().map(|v| v * 4.0).collect::<Vec<_>>());
             let up = rounded(&random(count, 22));

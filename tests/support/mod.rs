@@ -1,6 +1,7 @@
 //! What several tests need: the fixtures, and models loaded from them.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub mod bent;
 pub mod broken;
 pub mod models;
 pub mod published;
@@ -24,6 +25,7 @@ pub const CHECKPOINTS: &[&str] = &[
     "parity/llama",
     "parity/llama31",
     "parity/llama_bf16",
+    "parity/ministral",
     "parity/mistral",
     "parity/mixtral",
     "parity/olmo2",

@@ -56,7 +56,7 @@ impl Setup {
         workspace: &mut Workspace,
         runs: &[Run],
     ) {
-        let Self { config, pool, .. } = self;
+        let Self { config, pool } = self;
         let Workspace { normed, query, key, value, attended, words, cos, sin, .. } = workspace;
         let tokens: usize = runs.iter().map(|run| run.tokens).sum();
         let (queries, keys) = (config.queries(), config.keys());
@@ -70,8 +70,8 @@ impl Setup {
         self.normalize(attention.query_norm.as_ref(), query);
         self.normalize(attention.key_norm.as_ref(), key);
         if let Some(rope) = layer.rope {
-            let half = self.frequencies[rope].len();
-            let start: usize = self.frequencies[..rope].iter().map(|frequencies| tokens * frequencies.len()).sum();
+            let half = config.ropes[rope].rotary_dim / 2;
+            let start: usize = config.ropes[..rope].iter().map(|rope| tokens * (rope.rotary_dim / 2)).sum();
             let table = start..start + tokens * half;
             let (cos, sin) = (&cos[table.clone()], &sin[table]);
             ops::rotate(pool, query, config.head_dim, half, cos, sin);
@@ -142,7 +142,7 @@ impl Setup {
 
     /// `x = down(activation(gate(x)) · up(x))`, or without a gate `x = down(activation(up(x)))`.
     fn feed_forward(&self, dense: &Dense<Parameter>, x: &mut [f32], [gated, other, words]: [&mut Vec<f32>; 3]) {
-        let Self { config, pool, .. } = self;
+        let Self { config, pool } = self;
         let (gate, up, down) = (dense.gate.as_ref().map(Linear::affine), dense.up.affine(), dense.down.affine());
         let len = x.len() / config.hidden_size * up.rows.len();
         let (gated, other) = (&mut gated[..len], &mut other[..len]);

@@ -69,8 +69,6 @@ impl Linear<Parameter> {
 struct Setup {
     config: Arc<ModelConfig>,
     pool: Arc<Pool>,
-    /// The angular frequencies of each of the model's ropes.
-    frequencies: Vec<Vec<f32>>,
 }
 
 /// The buffers of a step, shared by all CPU stages of a model: they run in turn.
@@ -86,21 +84,14 @@ pub struct CpuStage {
 }
 
 impl CpuStage {
-    /// A stage of `modules`, whose blocks keep what they see in `caches`, for sequences of at most `context`
-    /// tokens; `pool` computes it.
+    /// A stage of `modules`, whose blocks keep what they see in `caches`; `pool` computes it.
     pub fn new(
         config: &Arc<ModelConfig>,
-        context: usize,
         (modules, caches): (Modules<Parameter>, Vec<KvCache>),
         workspace: Arc<Mutex<Workspace>>,
         pool: Arc<Pool>,
     ) -> Self {
-        let setup = Setup {
-            pool,
-            frequencies: config.ropes.iter().map(|rope| rope.frequencies(context)).collect(),
-            config: Arc::clone(config),
-        };
-        Self { setup, workspace, modules, caches }
+        Self { setup: Setup { pool, config: Arc::clone(config) }, workspace, modules, caches }
     }
 }
 
@@ -125,7 +116,7 @@ impl Stage for CpuStage {
         }
         let hidden = hidden.on_host()?;
         let mut workspace = lock(&self.workspace);
-        let Setup { config, frequencies, pool, .. } = &self.setup;
+        let Setup { config, pool } = &self.setup;
         let Workspace { cos, sin, normed, .. } = &mut *workspace;
         if let Some(positions) = positions {
             let (positions, row) = (positions.affine(), &mut normed[..config.hidden_size]);
@@ -136,13 +127,14 @@ impl Stage for CpuStage {
             }
         }
         let (mut cos, mut sin) = (&mut cos[..], &mut sin[..]);
-        for (rope, frequencies) in config.ropes.iter().zip(frequencies) {
+        for rope in &config.ropes {
             for run in runs {
+                let frequencies = rope.frequencies(run.length);
                 let (table_cos, table_sin);
                 (table_cos, cos) = cos.split_at_mut(run.tokens * frequencies.len());
                 (table_sin, sin) = sin.split_at_mut(run.tokens * frequencies.len());
                 #[expect(clippy::cast_possible_truncation, reason = "angles are f32")]
-                ops::rope_table(frequencies, rope.attention_factor as f32, run.position, table_cos, table_sin);
+                ops::rope_table(&frequencies, rope.attention_factor as f32, run.position, table_cos, table_sin);
             }
         }
         for (block, cache) in blocks.iter().zip(&mut self.caches) {
@@ -162,7 +154,7 @@ impl Stage for CpuStage {
         if let Some(head) = &self.modules.head {
             let head = head.affine();
             let mut workspace = lock(&self.workspace);
-            let Setup { config, pool, .. } = &self.setup;
+            let Setup { config, pool } = &self.setup;
             matmul(pool, hidden.on_host()?, &mut workspace.words, [(&head, &mut *logits)]);
             ops::cap(pool, logits, config.logit_scale, config.logit_softcap);
         }

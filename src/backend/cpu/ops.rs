@@ -135,6 +135,8 @@ pub fn activate(pool: &Pool, activation: Activation, x: &mut [f32], up: Option<&
         match activation {
             Activation::Gelu => map(pool.isa(), gelu, x, up),
             Activation::GeluTanh => map(pool.isa(), gelu_tanh, x, up),
+            Activation::QuickGelu => map(pool.isa(), quick_gelu, x, up),
+            Activation::Relu => map(pool.isa(), relu, x, up),
             Activation::Silu => map(pool.isa(), silu, x, up),
         }
     });
@@ -162,6 +164,17 @@ fn gelu(x: f32) -> f32 {
 #[inline(always)]
 fn gelu_tanh(x: f32) -> f32 {
     x / (1.0 + exp(-2.0 * SQRT_FRAC_2_PI * (x + 0.044_715 * x * x * x)))
+}
+
+#[inline(always)]
+fn quick_gelu(x: f32) -> f32 {
+    x / (1.0 + exp(-1.702 * x))
+}
+
+/// What is not a number stays so.
+#[inline(always)]
+fn relu(x: f32) -> f32 {
+    if x <= 0.0 { 0.0 } else { x }
 }
 
 #[inline(always)]
@@ -225,6 +238,10 @@ mod tests {
             (Activation::Gelu, -0.5, -0.154_268_77),
             (Activation::GeluTanh, 1.0, 0.841_192),
             (Activation::GeluTanh, -0.5, -0.154_286),
+            (Activation::QuickGelu, 1.0, 0.845_795_77),
+            (Activation::QuickGelu, -0.5, -0.149_611_56),
+            (Activation::Relu, 1.5, 1.5),
+            (Activation::Relu, -0.5, 0.0),
         ] {
             for isa in Isa::available() {
                 let pool = Pool::new(NonZeroUsize::MIN).with_isa(isa);
@@ -242,7 +259,9 @@ mod tests {
     #[test]
     fn activations_at_the_ends() {
         let pool = Pool::new(NonZeroUsize::MIN);
-        for activation in [Activation::Silu, Activation::Gelu, Activation::GeluTanh] {
+        for activation in
+            [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::QuickGelu, Activation::Relu]
+        {
             let mut x = [-1e30, 1e30, f32::NAN, 0.0];
             activate(&pool, activation, &mut x, None);
             assert!(x[2].is_nan());

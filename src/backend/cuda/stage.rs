@@ -97,8 +97,6 @@ impl CudaStage {
         });
         let norms = [query_norm?, key_norm?];
         let norms = norms.each_ref().map(Option::as_ref);
-        #[expect(clippy::cast_possible_truncation, reason = "angles are f32")]
-        let rope = layer.rope.map(|rope| (&w.frequencies[rope], config.ropes[rope].attention_factor as f32));
         let mut start = 0;
         for (at, run) in runs.iter().enumerate() {
             let cache = &caches[run.slot];
@@ -115,7 +113,10 @@ impl CudaStage {
                 scale: config.attention_scale,
                 softcap: config.attention_softcap.unwrap_or(0.0),
             };
-            let position = w.position(at);
+            let (position, frequencies) = (w.position(at), layer.rope.map(|rope| w.frequencies(at, rope)));
+            #[expect(clippy::cast_possible_truncation, reason = "angles are f32")]
+            let factor = layer.rope.map_or(1.0, |rope| config.ropes[rope].attention_factor as f32);
+            let rope = frequencies.as_ref().map(|frequencies| (frequencies, factor));
             gpu.rotate_and_store(&shape, [&query, &key, &value], norms, cache, &position, rope)?;
             gpu.attend(&shape, &query, cache, &attended, &position, &w.scratch)?;
             start += run.tokens;
@@ -189,7 +190,7 @@ impl CudaStage {
     }
 
     /// Puts the random number of the next choice where it is looked for.
-    fn place(&self, draw: u32) -> Result<()> {
+    fn place_draw(&self, draw: u32) -> Result<()> {
         if self.choice.is_greedy() { Ok(()) } else { self.workspace.chosen().part(2 * WORD, WORD).fill(draw) }
     }
 
@@ -242,7 +243,9 @@ impl CudaStage {
         queued
     }
 
-    fn place_positions(&self, runs: &[Run]) -> Result<()> {
+    /// Puts positions and frequencies where kernels look for them.
+    fn place(&self, runs: &[Run]) -> Result<()> {
+        self.workspace.place_frequencies(&self.config.ropes, runs)?;
         let mut positions = runs.iter().enumerate().map(|(at, run)| (self.workspace.position(at), row(run.position)));
         positions.try_for_each(|(region, position)| region.fill(position))
     }
@@ -304,7 +307,7 @@ impl Stage for CudaStage {
             return Ok(());
         }
         let states = hidden.on_gpu(&self.workspace.hidden)?;
-        self.place_positions(runs)?;
+        self.place(runs)?;
         match runs {
             [run] if run.tokens == 1 && !self.has_experts() => self.repeat(*run, None, &states),
             _ => self.through(&states, runs),
@@ -357,7 +360,7 @@ impl DeviceChooser for CudaStage {
         if let Some(head) = &self.modules.head {
             self.head_of(head, &hidden.on_gpu(&self.workspace.hidden)?, None)?;
         }
-        self.place(draw)?;
+        self.place_draw(draw)?;
         self.choose_one()?;
         self.workspace.answers().send(&self.workspace.chosen())
     }
@@ -371,8 +374,8 @@ impl DeviceChooser for CudaStage {
         if let Some(token) = token {
             w.chosen().part(0, WORD).fill(token)?;
         }
-        self.place_positions(&[run])?;
-        self.place(draw)?;
+        self.place(&[run])?;
+        self.place_draw(draw)?;
         let states = w.hidden.part(0, self.config.hidden_size * WORD);
         self.repeat(run, Some(self.choice), &states)?;
         w.answers().send(&w.chosen())

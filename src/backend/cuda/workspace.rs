@@ -6,18 +6,19 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use super::answers::Answers;
 use super::operands::WORD;
 use super::{Gpu, MAX_HEAD_DIM, Region, Scratch, arena};
+use crate::backend::Run;
 use crate::bytes::Bytes;
 use crate::error::{Error, Result};
 use crate::footprint::{CudaBuffers, CudaChoice};
-use crate::model_config::ModelConfig;
+use crate::model_config::{ModelConfig, Rope};
 use crate::pool::lock;
 
 /// The buffers of a step on one GPU, shared by all its stages: they run in turn.
 pub struct Workspace {
     pub(super) gpu: Arc<Gpu>,
     buffers: CudaBuffers<Region>,
-    /// The frequencies of each rope.
-    pub(super) frequencies: Vec<Region>,
+    /// The frequencies of each rope for each run of a step, and the least length that they are right for.
+    frequencies: Mutex<Vec<Vec<(Region, usize)>>>,
     pub(super) scratch: Scratch,
     answers: Mutex<Answers>,
 }
@@ -31,11 +32,11 @@ impl Deref for Workspace {
 }
 
 impl Workspace {
-    /// Takes buffers of `sizes`, those of [`CudaBuffers::sizes`], for sequences of at most `context` tokens.
+    /// Takes buffers of `sizes`, those of [`CudaBuffers::sizes`], for so many sequences.
     pub fn take(
         gpu: &Arc<Gpu>,
         config: &ModelConfig,
-        context: usize,
+        sequences: usize,
         sizes: &CudaBuffers<Bytes>,
         separate: bool,
     ) -> Result<Self> {
@@ -53,19 +54,39 @@ impl Workspace {
         buffers.arrivals.clear()?;
         buffers.choice.clear()?;
         let mut end = 0;
-        let frequencies = config.ropes.iter().map(|rope| {
-            let frequencies = rope.frequencies(context);
+        let mut place = |rope: &Rope| {
+            let frequencies = rope.frequencies(0);
             let region = buffers.frequencies.part(end, frequencies.len() * WORD);
             end += region.len();
-            region.write(bytemuck::must_cast_slice(&frequencies)).map(|()| region)
-        });
+            region.write(bytemuck::must_cast_slice(&frequencies)).map(|()| (region, 0))
+        };
+        let of_run = |_| config.ropes.iter().map(&mut place).collect();
         Ok(Self {
-            frequencies: frequencies.collect::<Result<_>>()?,
+            frequencies: Mutex::new((0..sequences).map(of_run).collect::<Result<_>>()?),
             answers: Mutex::new(Answers::take(gpu)?),
             gpu: Arc::clone(gpu),
             scratch: Scratch { parts: buffers.parts.clone(), arrivals: buffers.arrivals.clone() },
             buffers,
         })
+    }
+
+    /// Makes the frequencies of each run those of its length.
+    pub(super) fn place_frequencies(&self, ropes: &[Rope], runs: &[Run]) -> Result<()> {
+        for (placed, run) in lock(&self.frequencies).iter_mut().zip(runs) {
+            for (rope, (region, length)) in ropes.iter().zip(placed) {
+                let wanted = rope.shortest_alike(run.length);
+                if wanted != *length {
+                    region.write(bytemuck::must_cast_slice(&rope.frequencies(run.length)))?;
+                    *length = wanted;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The frequencies of a rope for a run, by its place among those of a step.
+    pub(super) fn frequencies(&self, run: usize, rope: usize) -> Region {
+        lock(&self.frequencies)[run][rope].0.clone()
     }
 
     pub(super) fn answers(&self) -> MutexGuard<'_, Answers> {

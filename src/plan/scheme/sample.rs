@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::fs;
 use crate::plan::PlanOptions;
 use crate::pool::Pool;
-use crate::quant::{Scheme, Storage, squared_error};
+use crate::quant::{Scheme, Storage, narrow, squared_error};
 use crate::random::{self, Draws};
 
 /// What is read of a file that keeps what was measured.
@@ -143,8 +143,9 @@ fn measure(shards: &[File], group: &Group, pool: &Pool) -> Result<Option<Loss>> 
                 // Experts of another dtype are not compared.
                 if weight.dtype() == Some(dtype) {
                     let start = bytes.len();
-                    bytes.resize(start + weight.row_bytes(), 0);
-                    read(shards, weight, row * weight.row_bytes(), &mut bytes[start..])?;
+                    bytes.resize(start + weight.shard_row_bytes(), 0);
+                    read(shards, weight, row * weight.shard_row_bytes(), &mut bytes[start..])?;
+                    keep(weight, start, &mut bytes);
                 }
             }
         }
@@ -163,7 +164,7 @@ fn measure(shards: &[File], group: &Group, pool: &Pool) -> Result<Option<Loss>> 
 /// Appends rows of a matrix that is stored as `[cols, rows]`: neighbours, so that a read of each column has all of them.
 fn read_columns(shards: &[File], weight: &Weight, rows: usize, random: &mut Draws, bytes: &mut Vec<u8>) -> Result<()> {
     let cols = weight.parameter.cols;
-    let element = weight.row_bytes() / cols;
+    let element = weight.shard_row_bytes() / cols;
     let first = random.below(weight.parameter.rows - rows + 1);
     let mut column = vec![0; rows * element];
     bytes.resize(rows * cols * element, 0);
@@ -173,7 +174,16 @@ fn read_columns(shards: &[File], weight: &Weight, rows: usize, random: &mut Draw
             bytes[(row * cols + col) * element..][..element].copy_from_slice(value);
         }
     }
+    keep(weight, 0, bytes);
     Ok(())
+}
+
+/// Keeps what was read from `start` on in the weight's own dtype.
+fn keep(weight: &Weight, start: usize, bytes: &mut Vec<u8>) {
+    if weight.is_narrowed() {
+        let len = narrow(&mut bytes[start..]);
+        bytes.truncate(start + len);
+    }
 }
 
 fn read(shards: &[File], weight: &Weight, offset: usize, bytes: &mut [u8]) -> Result<()> {

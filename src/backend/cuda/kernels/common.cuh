@@ -86,13 +86,16 @@ __device__ __forceinline__ unsigned nl4_levels(unsigned codes) {
 #define NL4_ZERO 128
 #define NL4_UNIT 0.0625f
 
-enum { NO_ACTIVATION = -1, SILU = 0, GELU_TANH = 1, GELU = 2 };
+enum { NO_ACTIVATION = -1, SILU = 0, GELU_TANH = 1, GELU = 2, QUICK_GELU = 3, RELU = 4 };
 
 //   SILU: x / (1 + exp(-x))   GELU: x * (1 + erf(x / sqrt(2))) / 2
 //   GELU_TANH: x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2
+//   QUICK_GELU: x / (1 + exp(-1.702 x))   RELU: x, or 0 where it is less
 __device__ __forceinline__ float activated(int kind, float x) {
     if (kind == SILU) return x / (1.0f + expf(-x));
     if (kind == GELU_TANH) return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+    if (kind == QUICK_GELU) return x / (1.0f + expf(-1.702f * x));
+    if (kind == RELU) return x <= 0.0f ? 0.0f : x;
     return 0.5f * x * (1.0f + erff(x * 0.70710678f));
 }
 

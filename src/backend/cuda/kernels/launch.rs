@@ -75,6 +75,8 @@ impl<'a> Argument<'a> {
             Some(Activation::Silu) => 0,
             Some(Activation::GeluTanh) => 1,
             Some(Activation::Gelu) => 2,
+            Some(Activation::QuickGelu) => 3,
+            Some(Activation::Relu) => 4,
         })
     }
 }
