@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
 use evenkeel::backend::cpu::{Affine, GROUP_WORDS, matmul};
+use evenkeel::backend::{Choice, Chooser, Draws};
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::generate::GenerateOptions;
 use evenkeel::loader::{LoadOptions, Model};
@@ -180,5 +181,31 @@ fn model(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, products, model);
+/// The choice of a token of a large vocabulary, among logits that are spread as a model's.
+fn choosing(criterion: &mut Criterion) {
+    let count: u16 = if is_test() { 1000 } else { u16::MAX };
+    // Four times as many, in an order of no meaning; few are near the largest.
+    let logit = |at: u32| -12.0 * (1.0 + f32::from((at.wrapping_mul(40_503) >> 2) as u16)).ln().abs() / 4.0;
+    let logits: Vec<f32> = (0..4 * u32::from(count)).map(logit).collect();
+    let drawn = Choice { temperature: 0.8, ..Choice::GREEDY };
+    let mut group = criterion.benchmark_group("choose");
+    group.throughput(Throughput::Elements(logits.len() as u64));
+    for (name, choice) in [
+        ("greedy", Choice::GREEDY),
+        ("temperature", drawn),
+        ("top-p", Choice { top_p: 0.95, ..drawn }),
+        ("top-k", Choice { top_k: 64, ..drawn }),
+    ] {
+        let (mut chooser, mut draws, mut scratch) = (Chooser::new(choice, &[]), Draws::new(1), logits.clone());
+        group.bench_function(name, |bencher| {
+            bencher.iter(|| {
+                scratch.copy_from_slice(&logits);
+                chooser.choose(black_box(&mut scratch), draws.draw())
+            });
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, products, choosing, model);
 criterion_main!(benches);
