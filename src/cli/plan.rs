@@ -36,16 +36,16 @@ pub fn run(arguments: &PlanArguments, process: &Process) -> Result<Exit> {
         write_atomic(file, plan.device_map().as_bytes(), arguments.force)?;
         printer.note(&format!("wrote `{}`", file.display()));
     }
-    printer.result(&match arguments.format {
+    match arguments.format {
         PlanFormat::Text => {
             let list = if arguments.verbose { plan.allocation_table() } else { String::new() };
-            printer.plan(&plan) + &list + &remedies(&plan, &process.command_line)
+            printer.plan(&plan, &(list + &remedies(&plan, &process.command_line)))?;
         }
-        PlanFormat::Json => plan.to_json(),
-        PlanFormat::Hf => plan.hugging_face_map(),
-        PlanFormat::Svg => plan.to_svg(),
-        PlanFormat::Html => plan.to_html(),
-    })?;
+        PlanFormat::Json => printer.json(&plan.to_json())?,
+        PlanFormat::Hf => printer.json(&plan.hugging_face_map())?,
+        PlanFormat::Svg => printer.result(&plan.to_svg())?,
+        PlanFormat::Html => printer.result(&plan.to_html())?,
+    }
     Ok(if plan.fits() { Exit::Done } else { Exit::DoesNotFit })
 }
 
