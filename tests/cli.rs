@@ -303,20 +303,39 @@ fn a_closed_pipe_is_no_error() {
 
 #[test]
 fn an_interrupt_keeps_what_was_printed_and_exits_with_130() {
-    let arguments =
-        ["generate", FERRIS, "--prompt", "Ownership is", "--ignore-eos", "--max-new-tokens", "480", "--format", "json"];
-    let mut child =
-        evenkeel(&arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).stdin(Stdio::null()).spawn().unwrap();
-    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    lines.next().unwrap().unwrap();
-    let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
-    assert!(killed.success());
-    let rest: Vec<String> = lines.map(Result::unwrap).collect();
-    let output = child.wait_with_output().unwrap();
-    assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
-    let last = rest.last().unwrap();
-    assert!(last.contains(r#""finish":"interrupted""#), "{last}");
-    assert!(rest.len() < 480, "it went on");
+    for signal in ["-INT", "-TERM", "-HUP"] {
+        let arguments = [
+            "generate",
+            FERRIS,
+            "--prompt",
+            "Ownership is",
+            "--ignore-eos",
+            "--max-new-tokens",
+            "480",
+            "--format",
+            "json",
+        ];
+        let mut child =
+            evenkeel(&arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).stdin(Stdio::null()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        lines.next().unwrap().unwrap();
+        let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+        let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap().trim();
+        if signal == "-HUP" && u64::from_str_radix(ignored, 16).unwrap() & 1 == 1 {
+            // As under `nohup`, the end of a terminal is no reason to stop.
+            child.kill().unwrap();
+            child.wait().unwrap();
+            continue;
+        }
+        let killed = Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
+        assert!(killed.success());
+        let rest: Vec<String> = lines.map(Result::unwrap).collect();
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(130), "{signal}: {}", stderr(&output));
+        let last = rest.last().unwrap();
+        assert!(last.contains(r#""finish":"interrupted""#), "{last}");
+        assert!(rest.len() < 480, "it went on");
+    }
 }
 
 #[test]
@@ -702,4 +721,66 @@ fn an_interrupted_comparison_keeps_what_is_finished() {
     let table = stdout(&run(&small));
     let schemes: Vec<_> = table.lines().skip(3).map(|line| line.split(' ').next().unwrap()).collect();
     assert_eq!(schemes, ["none", "auto"], "{table}");
+}
+
+/// Runs the binary by a shell behind `limit`.
+fn limited(limit: &str, arguments: &[&str]) -> std::process::Output {
+    let mut command = evenkeel(&[]);
+    let program = command.get_program().to_owned();
+    let script = format!("{limit} && exec \"$0\" \"$@\"");
+    let mut shell = Command::new("sh");
+    shell.arg("-c").arg(script).arg(program).args(arguments).current_dir(env!("CARGO_MANIFEST_DIR"));
+    for (name, value) in command.env("NO_COLOR", "1").get_envs() {
+        match value {
+            Some(value) => shell.env(name, value),
+            None => shell.env_remove(name),
+        };
+    }
+    run_with(shell, b"")
+}
+
+#[test]
+fn too_little_memory_is_an_error() {
+    // Less than the first does not hold the program itself.
+    for kib in [55_000, 60_000, 80_000, 120_000, 200_000, 400_000] {
+        for arguments in
+            [&["plan", FERRIS][..], &["generate", FERRIS, "--prompt", "fn", "--max-new-tokens", "1", "--threads", "4"]]
+        {
+            let output = limited(&format!("ulimit -v {kib}"), arguments);
+            let text = stderr(&output);
+            // A few bytes that are not there end the process; what is large, or a thread, is an error.
+            let ends = arguments[0] == "generate" && output.status.code().is_none();
+            assert!(
+                ends || matches!(output.status.code(), Some(0 | 1 | 3)),
+                "{kib} {arguments:?}: {:?} {text}",
+                output.status
+            );
+            assert!(!text.contains("panicked"), "{kib} {arguments:?}: {text}");
+        }
+    }
+}
+
+#[test]
+fn a_file_that_may_not_grow_so_far_is_an_error() {
+    let directory = tempfile::tempdir().unwrap();
+    let packed = directory.path().join("packed");
+    let output =
+        limited("ulimit -f 64", &["quantize", FERRIS, "--quantize", "int8", "--output", packed.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn only_a_regular_file_is_replaced_by_a_map() {
+    let root = tempfile::tempdir().unwrap();
+    let [pipe, directory, device] = ["pipe", "directory", "device"].map(|name| root.path().join(name));
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    fs::create_dir(&directory).unwrap();
+    std::os::unix::fs::symlink("/dev/full", &device).unwrap();
+    for path in [pipe, directory, device] {
+        let output = run(&["plan", FERRIS, "--output", path.to_str().unwrap(), "--force"]);
+        assert_eq!(output.status.code(), Some(2), "{}: {}", path.display(), stderr(&output));
+        assert!(stderr(&output).contains(", not a regular file"), "{}: {}", path.display(), stderr(&output));
+    }
+    assert_eq!(fs::read_dir(root.path()).unwrap().count(), 3);
 }

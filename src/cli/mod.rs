@@ -80,6 +80,7 @@ pub fn run() -> ExitCode {
     let printer = Printer::new(&arguments.output, &environment);
     let pool = Arc::new(arguments.command.threads().map_or_else(Pool::default, Pool::new));
     let process = Process { command_line: CommandLine::new(&matches), environment, printer, pool };
+    signal::survive_size_limits();
     let outcome = match arguments.command {
         Command::Devices(arguments) => devices::run(&arguments, &process),
         Command::Generate(arguments) => generate::run(&arguments, &process),

@@ -3,7 +3,7 @@
 use super::args::{PlanArguments, PlanFormat};
 use super::command_line::CommandLine;
 use super::model::{self, Need};
-use super::{Exit, Process};
+use super::{Exit, Process, signal};
 use evenkeel::{Inventory, Plan, Result, write_atomic};
 
 pub fn run(arguments: &PlanArguments, process: &Process) -> Result<Exit> {
@@ -33,7 +33,12 @@ pub fn run(arguments: &PlanArguments, process: &Process) -> Result<Exit> {
         if !plan.fits() {
             return Err(process.command_line.does_not_fit(&plan));
         }
+        // Once the file is begun, it becomes whole.
+        let cancel = signal::cancel_by_interrupt()?;
         write_atomic(file, plan.device_map().as_bytes(), arguments.force)?;
+        if cancel.is_cancelled() {
+            return Ok(Exit::Interrupted);
+        }
         printer.note(&format!("wrote `{}`", file.display()));
     }
     match arguments.format {
