@@ -36,8 +36,14 @@ impl Chooser {
             let logit = &mut logits[*token as usize];
             *logit = if *logit >= 0.0 { *logit / self.choice.penalty } else { *logit * self.choice.penalty };
         }
-        let most = logits.iter().map(|logit| rank(*logit)).fold(0, u32::max);
-        let first = logits.iter().position(|logit| rank(*logit) == most).unwrap_or_default();
+        let (mut most, mut piece) = (0, 0);
+        for (at, logits) in logits.chunks(PIECE).enumerate() {
+            let here = logits.iter().map(|logit| rank(*logit)).fold(0, u32::max);
+            if here > most {
+                (most, piece) = (here, at * PIECE);
+            }
+        }
+        let first = piece + logits[piece..].iter().position(|logit| rank(*logit) == most).unwrap_or_default();
         let is_finite = most < u32::MAX;
         let is_drawn = is_finite && !self.choice.is_greedy();
         let at = if is_drawn { self.draw(logits, logits[first], uniform) } else { first };
@@ -101,11 +107,13 @@ impl Chooser {
             sum >= limit || count >= rank
         };
         let bound = BOUNDS.into_iter().find(is_enough).unwrap_or_default();
+        let mut likely = Vec::new();
+        gather(self.isa, weights, bound, &mut likely);
         // The bits of the weight, whose order is that of weights, some at a time.
         let (mut key, mut there) = (0, 0);
         for (shift, width) in [(19, 11), (8, 11), (0, 8)] {
             let mut sums = vec![(0, 0); 1 << width];
-            for weight in weights.iter().filter(|weight| **weight >= bound) {
+            for weight in &likely {
                 let bits = weight.to_bits() >> shift;
                 if bits >> width == key {
                     let units = units.of_weight(*weight);
@@ -162,6 +170,16 @@ vectorized! {
     fn weigh(logits: &mut [f32], largest: f32, per_temperature: f32) {
         for logit in logits {
             *logit = exp((*logit - largest) * per_temperature);
+        }
+    }
+
+    /// Appends the weights that are at least `bound` to others.
+    fn gather(weights: &[f32], bound: f32, likely: &mut Vec<f32>) {
+        // Mostly there is none among so many.
+        for weights in weights.chunks(32) {
+            if weights.iter().fold(0.0, |most, weight| if *weight > most { *weight } else { most }) >= bound {
+                likely.extend(weights.iter().filter(|weight| **weight >= bound));
+            }
         }
     }
 

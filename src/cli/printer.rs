@@ -128,11 +128,17 @@ fn escaped_json(json: &str) -> Cow<'_, str> {
     if !json.contains(is_unseen) {
         return json.into();
     }
-    let escape = |c: char| match c {
-        c if is_unseen(c) => c.encode_utf16(&mut [0; 2]).iter().map(|unit| format!("\\u{unit:04x}")).collect(),
-        c => c.to_string(),
-    };
-    json.chars().map(escape).collect::<String>().into()
+    let mut safe = String::with_capacity(json.len());
+    for c in json.chars() {
+        if is_unseen(c) {
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                safe += &format!("\\u{unit:04x}");
+            }
+        } else {
+            safe.push(c);
+        }
+    }
+    safe.into()
 }
 
 #[cfg(test)]

@@ -42,7 +42,7 @@ impl Sampling {
     pub fn check(&self) -> Result<()> {
         let share = |share: f64| (0.0..=1.0).contains(&share);
         let Choice { temperature, top_p, .. } = self.choice();
-        let wrong = if !(self.temperature >= 0.0) {
+        let wrong = if self.temperature < 0.0 || self.temperature.is_nan() {
             format!("a temperature of {} is not 0 or more", self.temperature)
         } else if self.temperature > 0.0 && self.top_k != Some(1) && !temperature.is_normal() {
             format!("a temperature of {:e} is too small or too large to divide by", self.temperature)
