@@ -183,24 +183,26 @@ fn model(criterion: &mut Criterion) {
 
 /// The choice of a token of a large vocabulary, among logits that are spread as a model's.
 fn choosing(criterion: &mut Criterion) {
-    let count: u16 = if is_test() { 1000 } else { u16::MAX };
-    // Four times as many, in an order of no meaning; few are near the largest.
-    let logit = |at: u32| -12.0 * (1.0 + f32::from((at.wrapping_mul(40_503) >> 2) as u16)).ln().abs() / 4.0;
-    let logits: Vec<f32> = (0..4 * u32::from(count)).map(logit).collect();
-    let drawn = Choice { temperature: 0.8, ..Choice::GREEDY };
+    let count = if is_test() { 1000 } else { 262_144 };
+    let mut random = Draws::new(7);
+    // As a model's: a bulk, and a few that are far above it.
+    let mut logit = |at: u32| random.draw() as f32 / 4e8 + if at.is_multiple_of(4001) { 12.0 } else { 0.0 };
+    let logits: Vec<f32> = (0..count).map(&mut logit).collect();
+    let mut scratch = logits.clone();
+    let warm = Choice { temperature: 0.8, ..Choice::GREEDY };
     let mut group = criterion.benchmark_group("choose");
     group.throughput(Throughput::Elements(logits.len() as u64));
     for (name, choice) in [
         ("greedy", Choice::GREEDY),
-        ("temperature", drawn),
-        ("top-p", Choice { top_p: 0.95, ..drawn }),
-        ("top-k", Choice { top_k: 64, ..drawn }),
+        ("temperature", warm),
+        ("top-p", Choice { top_p: 0.95, ..warm }),
+        ("top-k", Choice { top_k: 64, ..warm }),
     ] {
-        let (mut chooser, mut draws, mut scratch) = (Chooser::new(choice, &[]), Draws::new(1), logits.clone());
+        let mut chooser = Chooser::new(choice, &[]);
         group.bench_function(name, |bencher| {
             bencher.iter(|| {
                 scratch.copy_from_slice(&logits);
-                chooser.choose(black_box(&mut scratch), draws.draw())
+                chooser.choose(black_box(&mut scratch), random.draw())
             });
         });
     }

@@ -249,10 +249,11 @@ mod tests {
     }
 
     /// As it is defined: by sorting.
+    #[expect(clippy::cast_sign_loss, reason = "nothing is below 0")]
     fn by_sorting(choice: Choice, logits: &[f32], uniform: u32) -> u32 {
         let largest = logits.iter().copied().fold(f32::MIN, f32::max);
         let per_temperature = choice.temperature.recip().min(f32::MAX);
-        let scale = 2f32.powi(30 + (logits.len() as u32).leading_zeros() as i32);
+        let scale = 2f32.powi(30 + (logits.len() as u32).leading_zeros().cast_signed());
         let weight = |logit: &f32| exp((logit - largest) * per_temperature);
         let all: Vec<(usize, f32, u64)> =
             logits.iter().map(weight).enumerate().map(|(at, weight)| (at, weight, (weight * scale) as u64)).collect();
