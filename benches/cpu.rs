@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
 use evenkeel::backend::cpu::{Affine, GROUP_WORDS, matmul};
+use evenkeel::backend::{Choice, Chooser, Draws};
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::generate::GenerateOptions;
 use evenkeel::loader::{LoadOptions, Model};
@@ -180,5 +181,33 @@ fn model(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, products, model);
+/// The choice of a token of a large vocabulary, among logits that are spread as a model's.
+fn choosing(criterion: &mut Criterion) {
+    let count = if is_test() { 1000 } else { 262_144 };
+    let mut random = Draws::new(7);
+    // As a model's: a bulk, and a few that are far above it.
+    let mut logit = |at: u32| random.draw() as f32 / 4e8 + if at.is_multiple_of(4001) { 12.0 } else { 0.0 };
+    let logits: Vec<f32> = (0..count).map(&mut logit).collect();
+    let mut scratch = logits.clone();
+    let warm = Choice { temperature: 0.8, ..Choice::GREEDY };
+    let mut group = criterion.benchmark_group("choose");
+    group.throughput(Throughput::Elements(logits.len() as u64));
+    for (name, choice) in [
+        ("greedy", Choice::GREEDY),
+        ("temperature", warm),
+        ("top-p", Choice { top_p: 0.95, ..warm }),
+        ("top-k", Choice { top_k: 64, ..warm }),
+    ] {
+        let mut chooser = Chooser::new(choice, &[]);
+        group.bench_function(name, |bencher| {
+            bencher.iter(|| {
+                scratch.copy_from_slice(&logits);
+                chooser.choose(black_box(&mut scratch), random.draw())
+            });
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, products, choosing, model);
 criterion_main!(benches);

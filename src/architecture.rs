@@ -8,6 +8,7 @@ use safetensors::Dtype;
 use crate::checkpoint::{Checkpoint, Tensor};
 use crate::error::{Error, Result, first_five, printable};
 use crate::model_config::{HEAD, HEAD_WEIGHT, ModelConfig, NormKind};
+use crate::module_path::{and_above, contains};
 use crate::quant::{MatrixLayout, QuantizeRules, Storage, WeightDtype};
 
 pub use crate::model_config::Role;
@@ -87,6 +88,28 @@ pub struct ModuleTree {
     unread: &'static [&'static str],
 }
 
+/// The paths of a model's modules, of their parts and of groups of them.
+pub struct Paths<'a> {
+    /// Of what holds weights.
+    weights: HashSet<&'a str>,
+    modules: HashSet<&'a str>,
+    weightless: &'a [String],
+}
+
+impl Paths<'_> {
+    /// Whether `path` names a module, a part of one, a group of them, or one that holds no weights.
+    pub fn have(&self, path: &str) -> bool {
+        self.hold_weights(path)
+            || self.modules.contains(path)
+            || self.weightless.iter().any(|weightless| contains(weightless, path))
+    }
+
+    /// Whether there are weights under `path`.
+    pub fn hold_weights(&self, path: &str) -> bool {
+        self.weights.contains(path)
+    }
+}
+
 impl ModuleTree {
     /// The modules of the model that `config` describes.
     pub fn new(config: &ModelConfig) -> Self {
@@ -123,12 +146,16 @@ impl ModuleTree {
         self.modules.iter().enumerate().flat_map(|(at, module)| module.parameters.iter().map(move |p| (at, p)))
     }
 
-    /// Whether `path` names a module, a part of one, a group of them, or one that holds no weights.
-    pub fn names(&self, path: &str) -> bool {
-        use crate::module_path::contains;
-        self.weightless.iter().any(|weightless| contains(weightless, path))
-            || self.modules.iter().any(|module| contains(path, &module.path))
-            || self.parameters().any(|(_, parameter)| contains(path, &parameter.module))
+    /// All paths that name something of the model.
+    pub fn paths(&self) -> Paths<'_> {
+        let add = |paths: &mut HashSet<_>, path| {
+            // Where one is known, so are all above it.
+            and_above(path).take_while(|path| paths.insert(*path)).for_each(drop);
+        };
+        let (mut weights, mut modules) = (HashSet::new(), HashSet::new());
+        self.parameters().for_each(|(_, parameter)| add(&mut weights, parameter.module.as_str()));
+        self.modules.iter().for_each(|module| add(&mut modules, module.path.as_str()));
+        Paths { weights, modules, weightless: &self.weightless }
     }
 
     /// Holds the catalog of `checkpoint` against the tree and pairs every

@@ -39,13 +39,14 @@ impl fmt::Display for DeviceId {
 impl FromStr for DeviceId {
     type Err = ParseError;
 
-    /// Reads `cuda:1`, `cpu`, `disk`, and an index alone (`1`) as Hugging Face writes it.
+    /// Reads `cuda:1`, `cpu`, `disk`, and an index alone (`1`) or `cuda` for the first GPU, as Hugging Face has them.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         // No sign and no leading zeros.
         let index = |digits: &str| digits.parse().ok().filter(|index: &u32| index.to_string() == digits);
         let device = match text {
             "cpu" => Some(Self::Cpu),
             "disk" => Some(Self::Disk),
+            "cuda" => Some(Self::Cuda(0)),
             _ => index(text.strip_prefix("cuda:").unwrap_or(text)).map(Self::Cuda),
         };
         device.ok_or_else(|| ParseError::new(text, "not a device; devices are `cuda:0`, `cuda:1`, …, `cpu` and `disk`"))
@@ -86,8 +87,16 @@ pub enum DeviceError {
         /// What is free.
         free: Bytes,
     },
+    /// A budget is set for a device that is not among those that can be used.
+    #[error("a budget is set for {device}, which cannot be used; what can be is {}", listed(usable))]
+    Budget {
+        /// The device.
+        device: DeviceId,
+        /// The devices that can be used.
+        usable: Vec<DeviceId>,
+    },
     /// A placement needs devices that are not among those that can be used.
-    #[error("the placement needs {}; what can be used is {}", first_five(devices), usable.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "))]
+    #[error("the placement needs {}; what can be used is {}", first_five(devices), listed(usable))]
     Unusable {
         /// The devices that it needs.
         devices: Vec<DeviceId>,
@@ -96,11 +105,16 @@ pub enum DeviceError {
     },
 }
 
+fn listed(devices: &[DeviceId]) -> String {
+    devices.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}
+
 impl DeviceError {
     /// The devices that it is about.
     pub fn devices(&self) -> &[DeviceId] {
         match self {
             Self::Absent(device)
+            | Self::Budget { device, .. }
             | Self::Failed(device, _)
             | Self::Refused { device, .. }
             | Self::Shortfall { device, .. } => std::slice::from_ref(device),
@@ -131,11 +145,12 @@ mod tests {
             assert_eq!(device.to_string(), text);
         }
         assert_eq!("3".parse(), Ok(DeviceId::Cuda(3)));
+        assert_eq!("cuda".parse(), Ok(DeviceId::Cuda(0)));
     }
 
     #[test]
     fn what_is_no_device_is_refused() {
-        for text in ["", "gpu0", "-1", "1.5", "cuda", "cuda:", "cuda:-1", "cuda:01", "CPU", "cuda:99999999999", "mps"] {
+        for text in ["", "gpu0", "-1", "1.5", "cuda:", "cuda:-1", "cuda:01", "CPU", "cuda:99999999999", "mps"] {
             assert!(text.parse::<DeviceId>().is_err(), "{text}");
         }
     }

@@ -13,6 +13,7 @@
 //! | [`ParseError`] | a text that does not stand for what it should |
 //! | [`std::io::Error`] | what the system said of a file |
 
+use std::borrow::Cow;
 use std::error::Error as StdError;
 use std::{fmt, iter};
 
@@ -90,6 +91,11 @@ impl Error {
         let full = matches!(source.kind(), Io::StorageFull | Io::QuotaExceeded | Io::FileTooLarge);
         let error = if full { Self::does_not_fit(what) } else { Self::input(what) };
         error.caused_by(source)
+    }
+
+    /// The system refuses a thread.
+    pub fn no_thread(source: std::io::Error) -> Self {
+        Self::device("no thread can be started").caused_by(source)
     }
 
     /// Adds the cause.
@@ -256,6 +262,30 @@ pub fn printable(name: &str) -> String {
     escaped
 }
 
+/// Whether a character is not to be seen itself and acts on a terminal or on the text around it: controls but
+/// the end of a line, what turns the direction of writing, what has no width, and what is no character.
+pub fn is_unseen(c: char) -> bool {
+    c.is_control() && c != '\n'
+        || matches!(
+            c,
+            '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
+                | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{fffe}' | '\u{ffff}'
+                | '\u{e0000}'..='\u{e007f}'
+        )
+}
+
+/// `text` with what [`is_unseen`] escaped, so that a stranger's words in it are safe to show; lines stay lines.
+pub fn escaped(text: &str) -> Cow<'_, str> {
+    if !text.contains(is_unseen) {
+        return text.into();
+    }
+    let mut safe = String::with_capacity(text.len() + 8);
+    for c in text.chars() {
+        if is_unseen(c) { safe.extend(c.escape_default()) } else { safe.push(c) }
+    }
+    safe.into()
+}
+
 /// A hint at the candidate nearest to `word` by edit distance, if it is near enough to be meant; else `otherwise`.
 pub fn did_you_mean<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>, otherwise: impl Into<Hint>) -> Hint {
     let limit = (word.chars().count() / 3).max(2);
@@ -297,6 +327,21 @@ mod tests {
     fn printable_escapes_and_cuts() {
         assert_eq!(printable("a\0b\n"), "a\\0b\\n");
         assert_eq!(printable(&"x".repeat(100)).chars().count(), 81);
+    }
+
+    #[test]
+    fn what_is_not_seen_is_escaped() {
+        for (text, safe) in [
+            ("plain, é, 你, 👍\nand a line", "plain, é, 你, 👍\nand a line"),
+            ("\x1b]0;title\x07", "\\u{1b}]0;title\\u{7}"),
+            ("a\rb\tc\x08\x7f\0", "a\\rb\\tc\\u{8}\\u{7f}\\u{0}"),
+            ("\u{9b}2J\u{85}", "\\u{9b}2J\\u{85}"),
+            ("\u{202e}txt\u{2066}\u{200b}\u{feff}", "\\u{202e}txt\\u{2066}\\u{200b}\\u{feff}"),
+            ("\u{fffe}\u{2028}", "\\u{fffe}\\u{2028}"),
+        ] {
+            assert_eq!(escaped(text), safe);
+            assert_eq!(escaped(safe), safe);
+        }
     }
 
     #[test]

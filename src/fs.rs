@@ -1,8 +1,11 @@
 //! Files: opened, read and written in one way only.
 
-use std::fs::File;
+use std::ffi::OsStr;
+use std::fs::{File, Metadata};
 use std::io::{Read, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::bytes::Bytes;
 use crate::error::{Error, Hint, Result, Setting, printable};
@@ -11,10 +14,14 @@ use crate::error::{Error, Hint, Result, Setting, printable};
 pub fn open_regular(path: &Path) -> Result<File> {
     let metadata = std::fs::metadata(path).map_err(|e| Error::io("open", path, e))?;
     if !metadata.is_file() {
-        let kind = if metadata.is_dir() { "a directory" } else { "a pipe or a device" };
-        return Err(Error::input(format!("`{}` is {kind}, not a regular file", path.display())));
+        return Err(Error::input(not_regular(path, &metadata)));
     }
     File::open(path).map_err(|e| Error::io("open", path, e))
+}
+
+fn not_regular(path: &Path, metadata: &Metadata) -> String {
+    let kind = if metadata.is_dir() { "a directory" } else { "a pipe or a device" };
+    format!("`{}` is {kind}, not a regular file", path.display())
 }
 
 /// `file` again, for reads past the page cache: whole blocks of it, into memory that begins on a block.
@@ -22,7 +29,6 @@ pub fn open_regular(path: &Path) -> Result<File> {
 #[cfg(target_os = "linux")]
 pub fn past_cache(file: &File) -> Option<File> {
     use std::os::fd::AsRawFd;
-    use std::os::unix::fs::OpenOptionsExt;
     let direct = rustix::fs::OFlags::DIRECT.bits().cast_signed();
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     File::options().read(true).custom_flags(direct).open(path).ok()
@@ -96,8 +102,45 @@ fn repository(snapshot: &Path) -> Option<&Path> {
     repository.file_name()?.to_string_lossy().starts_with("models--").then_some(repository)
 }
 
+/// What begins the name of an output that is not whole yet; [`SUFFIX`] letters and digits follow.
+const TEMPORARY: &str = ".evenkeel-";
+const SUFFIX: usize = 6;
+/// An output that nobody writes for so long was left by a run that was killed.
+const LEFT: Duration = Duration::from_hours(24);
+
+/// Says to [`sweep`] that an output is in use, on file systems that have locks.
+fn lock(file: &File) {
+    // Without one, its age says so.
+    let _ = file.try_lock();
+}
+
+/// Removes from `directory` what killed runs of this user have left there. What cannot be removed stays.
+fn sweep(directory: &Path) {
+    for entry in directory.read_dir().into_iter().flatten().flatten() {
+        let path = entry.path();
+        if is_temporary(&entry.file_name()) && is_left(&path) == Some(true) {
+            let _ = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+        }
+    }
+}
+
+fn is_temporary(name: &OsStr) -> bool {
+    let suffix = name.to_str().and_then(|name| name.strip_prefix(TEMPORARY));
+    suffix.is_some_and(|suffix| suffix.len() == SUFFIX && suffix.bytes().all(|byte| byte.is_ascii_alphanumeric()))
+}
+
+/// Whether an output is old, of this user, and not in use.
+fn is_left(path: &Path) -> Option<bool> {
+    let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
+    let file = File::options().read(true).custom_flags(flags.bits().cast_signed()).open(path).ok()?;
+    let metadata = file.metadata().ok()?;
+    let is_ours = metadata.uid() == rustix::process::geteuid().as_raw();
+    let age = metadata.modified().ok()?.elapsed().ok()?;
+    Some((metadata.is_file() || metadata.is_dir()) && is_ours && age > LEFT && file.try_lock().is_ok())
+}
+
 /// Writes `bytes` to `path` whole or not at all: a temporary file beside it,
-/// synced, then renamed. An existing file is replaced only with `overwrite`.
+/// synced, then renamed. An existing file is replaced only with `overwrite`, and only where it is a regular one.
 ///
 /// # Errors
 /// Any failure; the file under the final name is then as it was.
@@ -105,11 +148,16 @@ pub fn write_atomic(path: &Path, bytes: &[u8], overwrite: bool) -> Result<()> {
     use std::os::unix::fs::PermissionsExt;
     let failed = |e| Error::io("write", path, e);
     let directory = parent(path);
+    if let Some(metadata) = std::fs::metadata(path).ok().filter(|metadata| overwrite && !metadata.is_file()) {
+        return Err(Error::usage(not_regular(path, &metadata)));
+    }
+    sweep(directory);
     let mut file = tempfile::Builder::new()
-        .prefix(".evenkeel-")
+        .prefix(TEMPORARY)
         .permissions(std::fs::Permissions::from_mode(0o666))
         .tempfile_in(directory)
         .map_err(failed)?;
+    lock(file.as_file());
     file.write_all(bytes).map_err(failed)?;
     file.as_file().sync_all().map_err(failed)?;
     let persisted = if overwrite { file.persist(path) } else { file.persist_noclobber(path) };
@@ -128,6 +176,8 @@ pub fn write_atomic(path: &Path, bytes: &[u8], overwrite: bool) -> Result<()> {
 pub struct NewDirectory {
     temporary: tempfile::TempDir,
     path: PathBuf,
+    /// Held for as long as it is written.
+    _lock: Option<File>,
 }
 
 impl NewDirectory {
@@ -138,12 +188,15 @@ impl NewDirectory {
             return Err(Error::usage(format!("`{}` is there already", path.display()))
                 .hint("name a directory that is not there yet"));
         }
+        sweep(parent(path));
         let temporary = tempfile::Builder::new()
-            .prefix(".evenkeel-")
+            .prefix(TEMPORARY)
             .permissions(std::fs::Permissions::from_mode(0o777))
             .tempdir_in(parent(path))
             .map_err(|e| Error::io("write", path, e))?;
-        Ok(Self { temporary, path: path.to_owned() })
+        let open = File::open(temporary.path()).ok();
+        open.iter().for_each(lock);
+        Ok(Self { temporary, path: path.to_owned(), _lock: open })
     }
 
     /// A new file in it of `len` zeros, whose space is reserved.
@@ -165,7 +218,7 @@ impl NewDirectory {
     /// # Errors
     /// Any failure; there is no such directory then.
     pub fn finish(self) -> Result<()> {
-        let Self { temporary, path } = self;
+        let Self { temporary, path, _lock } = self;
         let finish = || {
             for entry in temporary.path().read_dir()? {
                 File::open(entry?.path())?.sync_all()?;
@@ -258,6 +311,73 @@ mod tests {
         write_atomic(&path, b"two", true).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"two");
         assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 1, "no temporary file stays");
+    }
+
+    #[test]
+    fn only_regular_files_are_replaced() {
+        let root = tempfile::tempdir().unwrap();
+        let (directory, fifo, link) = (root.path().join("a"), root.path().join("b"), root.path().join("c"));
+        std::fs::create_dir(&directory).unwrap();
+        assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+        std::os::unix::fs::symlink(&fifo, &link).unwrap();
+        for (path, kind) in
+            [(directory.as_path(), "a directory"), (&fifo, "a pipe or a device"), (&link, "a pipe or a device")]
+        {
+            let error = write_atomic(path, b"x", true).unwrap_err();
+            assert_eq!(error.kind(), crate::error::ErrorKind::Usage, "{error}");
+            assert_eq!(error.to_string(), format!("`{}` is {kind}, not a regular file", path.display()));
+        }
+        assert_eq!(root.path().read_dir().unwrap().count(), 3);
+    }
+
+    #[test]
+    fn what_killed_runs_left_is_swept() {
+        let root = tempfile::tempdir().unwrap();
+        let old = std::time::SystemTime::now() - 2 * LEFT;
+        for (name, is_old, is_directory) in [
+            (".evenkeel-aB3xyz", true, false),
+            (".evenkeel-aB3xy0", true, true),
+            (".evenkeel-locked", true, true),
+            (".evenkeel-fresh1", false, false),
+            (".evenkeel-config", false, true),
+            (".evenkeel-config.json", true, false),
+            (".evenkeel-a", true, false),
+            ("evenkeel-aB3xyz", true, false),
+        ] {
+            let path = root.path().join(name);
+            if is_directory {
+                std::fs::create_dir(&path).unwrap();
+                std::fs::write(path.join("model.safetensors"), "x").unwrap();
+            } else {
+                std::fs::write(&path, "x").unwrap();
+            }
+            if is_old {
+                File::open(&path).unwrap().set_modified(old).unwrap();
+            }
+        }
+        let outside = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink(outside.path(), root.path().join(".evenkeel-linked")).unwrap();
+        let used = File::open(root.path().join(".evenkeel-locked")).unwrap();
+        used.try_lock().unwrap();
+        write_atomic(&root.path().join("map.json"), b"x", false).unwrap();
+        let mut left: Vec<_> =
+            root.path().read_dir().unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        left.sort();
+        let kept = [
+            ".evenkeel-a",
+            ".evenkeel-config",
+            ".evenkeel-config.json",
+            ".evenkeel-fresh1",
+            ".evenkeel-linked",
+            ".evenkeel-locked",
+            "evenkeel-aB3xyz",
+            "map.json",
+        ];
+        assert_eq!(left, kept);
+        drop(used);
+        drop(NewDirectory::create(&root.path().join("packed")).unwrap());
+        assert!(!root.path().join(".evenkeel-locked").exists());
+        assert!(outside.path().exists());
     }
 
     #[test]

@@ -124,13 +124,35 @@ pub struct Member<'a> {
     pub value: Node<'a>,
 }
 
+/// A place in a text.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Place {
+    offset: usize,
+    line: usize,
+    /// In characters.
+    column: usize,
+}
+
+impl fmt::Display for Place {
+    /// Line and column are counted from 1.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "line {}, column {}", self.line + 1, self.column + 1)
+    }
+}
+
 impl<'a> Node<'a> {
-    /// Where the value starts: the line, and the column in characters, both from 1.
-    pub fn place(&self) -> String {
+    /// Where the value starts.
+    pub fn place(&self) -> Place {
+        self.place_behind(Place::default())
+    }
+
+    /// Where the value starts, counted on from the place of one before it.
+    pub fn place_behind(&self, before: Place) -> Place {
         let offset = self.raw.as_ptr() as usize - self.document.text.as_ptr() as usize;
-        let before = &self.document.text[..offset];
-        let start = before.rfind('\n').map_or(0, |newline| newline + 1);
-        format!("line {}, column {}", before.matches('\n').count() + 1, before[start..].chars().count() + 1)
+        let between = &self.document.text[before.offset..offset];
+        let lines = between.matches('\n').count();
+        let last = between.rsplit('\n').next().unwrap_or_default().chars().count();
+        Place { offset, line: before.line + lines, column: if lines == 0 { before.column + last } else { last } }
     }
 
     /// An error about this value.
@@ -303,12 +325,12 @@ mod tests {
         let members = document.root().members().unwrap();
         assert_eq!(members.len(), 3);
         assert_eq!(members[0].value.whole().unwrap(), 1);
-        assert_eq!(members[0].key.place(), "line 2, column 3");
+        assert_eq!(members[0].key.place().to_string(), "line 2, column 3");
         assert_eq!(members[1].name, "é");
         let list = members[1].value.elements().unwrap();
         assert!(list[0].truth().unwrap());
         assert_eq!(list[1].text().unwrap(), "x");
-        assert_eq!(list[1].place(), "line 3, column 15");
+        assert_eq!(list[1].place().to_string(), "line 3, column 15");
         assert!(members[2].value.is_null());
     }
 

@@ -58,13 +58,13 @@ pub use cancel::Cancel;
 pub use checkpoint::{Checkpoint, Note, Origin, Source, Tensor};
 pub use device::{DeviceError, DeviceId};
 pub use device_map::{DeviceMap, MaxMemory};
-pub use error::{Error, ErrorKind, Hint, ParseError, Result, Setting};
+pub use error::{Error, ErrorKind, Hint, ParseError, Result, Setting, escaped, is_unseen};
 pub use export::{DEFAULT_SHARD_SIZE, SaveFormat, SaveOptions, SaveReport, save_quantized};
 pub use footprint::{Allocation, Placed, Purpose};
 pub use fs::{SCRATCH_DIRECTORY, read_capped, write_atomic};
 pub use generate::{
     Comparison, DEFAULT_WINDOW, Divergence, Finish, GenerateOptions, GenerateReport, Generation, Perplexity, Piece,
-    Predictions, Sampling, TooLong, Windows,
+    Predictions, Sampling, TooLong, Windows, start_tokens,
 };
 pub use loader::{LoadEvent, LoadOptions, LoadReport, LoadTimes, MeasuredDevice, Model, WeightError};
 pub use machine::{Bandwidth, Device, Inventory};

@@ -7,14 +7,12 @@ pub fn contains(prefix: &str, path: &str) -> bool {
     prefix.is_empty() || path.strip_prefix(prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
-/// Of `prefixes`, the index of the longest that contains `path`.
-pub fn longest_prefix<'a>(prefixes: impl IntoIterator<Item = &'a str>, path: &str) -> Option<usize> {
-    prefixes
-        .into_iter()
-        .enumerate()
-        .filter(|(_, prefix)| contains(prefix, path))
-        .max_by_key(|(_, prefix)| prefix.len())
-        .map(|(index, _)| index)
+/// `path` and all that contain it, the longest first, the whole model last.
+pub fn and_above(path: &str) -> impl Iterator<Item = &str> {
+    std::iter::successors(Some(path), |path| {
+        let path: &str = path;
+        (!path.is_empty()).then(|| path.rfind('.').map_or("", |end| &path[..end]))
+    })
 }
 
 /// `model.layers.0-19` as (`model.layers`, 0, 19); `None` where the last name is no such range.
@@ -38,12 +36,11 @@ mod tests {
     }
 
     #[test]
-    fn the_longest_prefix_wins() {
-        let prefixes = ["", "model", "model.layers.1", "model.layers"];
-        assert_eq!(longest_prefix(prefixes, "model.layers.1.mlp"), Some(2));
-        assert_eq!(longest_prefix(prefixes, "model.layers.10"), Some(3));
-        assert_eq!(longest_prefix(prefixes, "lm_head"), Some(0));
-        assert_eq!(longest_prefix(["model"], "lm_head"), None);
+    fn what_is_above_contains_a_path() {
+        let all: Vec<_> = and_above("model.layers.10").collect();
+        assert_eq!(all, ["model.layers.10", "model.layers", "model", ""]);
+        assert!(all.iter().all(|above| contains(above, "model.layers.10")));
+        assert_eq!(and_above("").collect::<Vec<_>>(), [""]);
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod command;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use command::{evenkeel, run, run_with, stderr, stdout, transcript};
 use insta::assert_snapshot;
 
 const FERRIS: &str = "tests/fixtures/ferris-7m";
+const LLAMA: &str = "tests/fixtures/parity/llama";
 
 fn generate(arguments: &[&str]) -> std::process::Output {
     run(&[&["generate", "--model", FERRIS], arguments].concat())
@@ -301,20 +303,39 @@ fn a_closed_pipe_is_no_error() {
 
 #[test]
 fn an_interrupt_keeps_what_was_printed_and_exits_with_130() {
-    let arguments =
-        ["generate", FERRIS, "--prompt", "Ownership is", "--ignore-eos", "--max-new-tokens", "480", "--format", "json"];
-    let mut child =
-        evenkeel(&arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).stdin(Stdio::null()).spawn().unwrap();
-    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    lines.next().unwrap().unwrap();
-    let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
-    assert!(killed.success());
-    let rest: Vec<String> = lines.map(Result::unwrap).collect();
-    let output = child.wait_with_output().unwrap();
-    assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
-    let last = rest.last().unwrap();
-    assert!(last.contains(r#""finish":"interrupted""#), "{last}");
-    assert!(rest.len() < 480, "it went on");
+    for signal in ["-INT", "-TERM", "-HUP"] {
+        let arguments = [
+            "generate",
+            FERRIS,
+            "--prompt",
+            "Ownership is",
+            "--ignore-eos",
+            "--max-new-tokens",
+            "480",
+            "--format",
+            "json",
+        ];
+        let mut child =
+            evenkeel(&arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).stdin(Stdio::null()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        lines.next().unwrap().unwrap();
+        let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+        let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap().trim();
+        if signal == "-HUP" && u64::from_str_radix(ignored, 16).unwrap() & 1 == 1 {
+            // As under `nohup`, the end of a terminal is no reason to stop.
+            child.kill().unwrap();
+            child.wait().unwrap();
+            continue;
+        }
+        let killed = Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
+        assert!(killed.success());
+        let rest: Vec<String> = lines.map(Result::unwrap).collect();
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(130), "{signal}: {}", stderr(&output));
+        let last = rest.last().unwrap();
+        assert!(last.contains(r#""finish":"interrupted""#), "{last}");
+        assert!(rest.len() < 480, "it went on");
+    }
 }
 
 #[test]
@@ -368,4 +389,398 @@ fn perplexity_compares_schemes_on_overlapping_windows() {
         assert_eq!(output.status.code(), Some(code), "{arguments:?}: {}", stderr(&output));
         assert!(stderr(&output).contains(message), "{arguments:?}: {}", stderr(&output));
     }
+}
+
+/// A copy of a small checkpoint, with some files of another content.
+fn altered(name: &str, files: &[(&str, &str)]) -> (tempfile::TempDir, String) {
+    let root = tempfile::tempdir().unwrap();
+    let directory = root.path().join(name);
+    fs::create_dir(&directory).unwrap();
+    for entry in fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(LLAMA)).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, directory.join(path.file_name().unwrap())).unwrap();
+    }
+    for (file, content) in files {
+        fs::write(directory.join(file), content).unwrap();
+    }
+    let directory = directory.to_str().unwrap().to_owned();
+    (root, directory)
+}
+
+/// Whether a character acts on a terminal, or on the text around it, without being seen.
+fn acts(c: char) -> bool {
+    c.is_control() && c != '\n' || "\u{200b}\u{200d}\u{202a}\u{202d}\u{202e}\u{2066}\u{2069}\u{feff}".contains(c)
+}
+
+#[test]
+fn what_strangers_wrote_reaches_no_terminal_raw() {
+    let tokenizer =
+        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(LLAMA).join("tokenizer.json")).unwrap();
+    let tokenizer = tokenizer.replacen("1.0", "\\u001b]0;pwned\\u0007", 1);
+    let title = r"{{ raise_exception('\x1b]0;pwned\x07\u202e\u200b\x9b2J\r') }}";
+    let lines = "{{ raise_exception('a\nerror: b\nhint: c') }}";
+    let chat = ["--chat", "--prompt", "t1", "--max-new-tokens", "1"];
+    let prompt = ["--prompt", "t1", "--max-new-tokens", "1"];
+    for (name, files, arguments, code) in [
+        ("plain", &[("chat_template.jinja", title)][..], &chat[..], 1),
+        ("plain", &[("chat_template.jinja", lines)], &chat, 1),
+        ("plain", &[("tokenizer.json", &tokenizer)], &prompt, 1),
+        ("\u{1b}]0;pwned\u{7}", &[("config.json", "{")], &prompt, 1),
+        ("a\u{9b}2J\u{202e}\u{fffe}", &[], &prompt, 0),
+    ] {
+        let (_root, directory) = altered(name, files);
+        let output = run(&[&["generate", directory.as_str()], arguments].concat());
+        let text = stderr(&output);
+        assert_eq!(output.status.code(), Some(code), "{text}");
+        assert!(!text.contains(acts), "{text:?}");
+        assert!(text.lines().filter(|line| line.starts_with("error:")).count() <= 1, "{text}");
+        assert!(!text.contains("\nhint: c"), "{text}");
+    }
+    let (_root, directory) = altered("a\u{1b}]0;pwned\u{7}\u{9b}2J\u{202e}\u{7f}\u{fffe}\r<&", &[]);
+    for format in ["text", "json", "svg", "html", "hf"] {
+        let output = run(&["plan", &directory, "--format", format, "--max-memory", "cpu=1MiB,disk=1MiB"]);
+        assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+        let text = stdout(&output);
+        assert!(!text.contains(acts) && !text.contains('\u{fffe}'), "{format}: {text:?}");
+        assert!(format == "hf" || format == "json" || text.contains(r"a\u{1b}]0;pwned\u{7}"), "{format}: {text}");
+        if format == "json" {
+            let json: serde_json::Value = serde_json::from_str(&text).unwrap();
+            assert!(json["model"].as_str().unwrap().starts_with("a\u{1b}]0;pwned\u{7}\u{9b}2J\u{202e}"));
+        }
+    }
+    let output = run(&["plan", FERRIS, "--quantize", "\u{1b}]0;pwned"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(!stderr(&output).contains(acts), "{:?}", stderr(&output));
+    for map in [
+        r#"{"schema_version": 1, "model": "\u001b]0;pwned", "device_map": {"": "cpu"}}"#,
+        r#"{"quantize": {"\u001b]0;pwned": "int8"}, "device_map": {"": "cpu"}}"#,
+        r#"{"\u001b]0;pwned": "cpu"}"#,
+        r#"{"": "\u009b2J"}"#,
+    ] {
+        let (root, file) = (tempfile::tempdir().unwrap(), "\u{1b}[2J.json");
+        let file = root.path().join(file);
+        fs::write(&file, map).unwrap();
+        let output = run(&["plan", FERRIS, "--device-map", file.to_str().unwrap()]);
+        assert_eq!(output.status.code(), Some(1), "{map}");
+        assert!(!stderr(&output).contains(acts), "{:?}", stderr(&output));
+    }
+}
+
+#[test]
+fn standard_error_that_cannot_be_written_changes_no_exit_code() {
+    let directory = tempfile::tempdir().unwrap();
+    let packed = directory.path().join("packed");
+    let packed = packed.to_str().unwrap();
+    let map = directory.path().join("map.json");
+    let generate = ["generate", FERRIS, "--prompt", "fn", "--max-new-tokens", "2", "--stats", "--progress", "always"];
+    for (arguments, code) in [
+        (&generate[..], 0),
+        (&["plan", "./nowhere"], 1),
+        (&["plan"], 2),
+        (&["generate", FERRIS, "--prompt", "x", "--temperature", "-1"], 2),
+        (&["generate", FERRIS, "--prompt", "x", "--max-memory", "cpu=1MiB,disk=1MiB"], 3),
+        (&["plan", FERRIS, "--output", map.to_str().unwrap()], 0),
+        (&["quantize", FERRIS, "--quantize", "int8", "--output", packed, "--progress", "always"], 0),
+    ] {
+        let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let output = evenkeel(arguments).stdin(Stdio::null()).stderr(full).output().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}");
+        for left in [map.as_path(), Path::new(packed)] {
+            let _ = fs::remove_file(left).or_else(|_| fs::remove_dir_all(left));
+        }
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = evenkeel(arguments).stdin(Stdio::null()).stderr(writer).output().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}, closed");
+    }
+}
+
+#[test]
+fn numbers_at_their_ends_are_right_or_usage_errors() {
+    const VALUES: [&str; 8] =
+        ["0", "1", "-1", "18446744073709551615", "18446744073709551616", "1e308", "1e-320", "nan"];
+    let directory = tempfile::tempdir().unwrap();
+    let generate = ["generate", FERRIS, "--prompt", "fn", "--max-new-tokens", "1"];
+    let whole = ["generate", FERRIS, "--prompt", "fn"];
+    let plan = ["plan", FERRIS];
+    let gpus = ["plan", FERRIS, "--device", "cuda:0=1GiB@100GB/s", "--device", "cpu=9GiB@9GB/s"];
+    let score = ["perplexity", FERRIS, "--text", "tests/fixtures/ferris-7m/eval.txt", "--max-tokens", "3"];
+    let rows = ["perplexity", FERRIS, "--text", "Cargo.toml", "--context", "16"];
+    let quantize = ["quantize", FERRIS, "--quantize", "int8"];
+    for (command, flag, before) in [
+        (&generate[..], "--temperature", ""),
+        (&generate, "--top-p", ""),
+        (&generate, "--min-p", ""),
+        (&generate, "--top-k", ""),
+        (&generate, "--repetition-penalty", ""),
+        (&generate, "--seed", ""),
+        (&generate, "--context", ""),
+        (&generate, "--threads", ""),
+        (&whole, "--max-new-tokens", ""),
+        (&plan, "--batch", ""),
+        (&plan, "--context", ""),
+        (&plan, "--reserve", ""),
+        (&plan, "--max-memory", "cpu="),
+        (&plan, "--max-memory", "disk="),
+        (&gpus, "--reserve", ""),
+        (&gpus, "--batch", ""),
+        (&gpus, "--max-memory", "cuda:0="),
+        (&gpus, "--max-memory", "cpu="),
+        (&gpus, "--device", "cuda:1="),
+        (&gpus, "--device", "disk="),
+        (&gpus, "--device", "cuda:1=1GiB@"),
+        (&gpus, "--device-map", ""),
+        (&score, "--stride", ""),
+        (&score, "--context", ""),
+        (&rows, "--max-tokens", ""),
+        (&quantize, "--max-shard-size", ""),
+        (&quantize, "--threads", ""),
+    ] {
+        for (at, value) in VALUES.into_iter().enumerate() {
+            let value = format!("{flag}={before}{value}");
+            let out = directory.path().join(format!("{flag}{at}"));
+            let output = if command[0] == "quantize" { vec!["--output", out.to_str().unwrap()] } else { vec![] };
+            // A drawn token needs a temperature, which is not given twice.
+            let drawn = ["--top-p", "--min-p", "--top-k"].contains(&flag).then_some(["--temperature", "1"]);
+            let output = run(&[command, &[&value], &output, drawn.as_ref().map_or(&[], |drawn| &drawn[..])].concat());
+            let text = stderr(&output);
+            let code = output.status.code();
+            assert!(matches!(code, Some(0..=3)), "{command:?} {value}: {code:?} {text}");
+            assert!(!text.contains("panicked"), "{command:?} {value}: {text}");
+            let is_one_of = |flags: &[&str]| flags.contains(&flag);
+            let must_fail = match VALUES[at] {
+                "-1" | "nan" | "18446744073709551616" => {
+                    !is_one_of(&["--temperature", "--repetition-penalty", "--device-map"])
+                }
+                "18446744073709551615" => is_one_of(&["--context", "--max-new-tokens", "--batch", "--threads"]),
+                "1e-320" => is_one_of(&["--temperature", "--top-p"]),
+                "1e308" => is_one_of(&["--temperature", "--top-p", "--min-p", "--repetition-penalty"]),
+                "0" => is_one_of(&["--repetition-penalty", "--top-k", "--threads", "--batch", "--context", "--stride"]),
+                _ => false,
+            };
+            assert!(!must_fail || code != Some(0), "{command:?} {value}: {text}");
+            assert!(
+                code != Some(1) || ["--context", "--max-new-tokens", "--max-tokens", "--device-map"].contains(&flag),
+                "{command:?} {value}: {text}"
+            );
+        }
+    }
+    for (command, wrong, message) in [
+        (&generate[..], "--temperature=1e-320", "a temperature of 1e-320 is too small or too large to divide by"),
+        (&generate, "--repetition-penalty=1e-45", "a repetition penalty of 1e-45 is not from 1e-6 to 1e6"),
+        (&plan, "--batch=65537", "a batch of 65537 is above 65536, which is the most"),
+        (&generate, "--threads=1000000", "4 for each core"),
+    ] {
+        let output = run(&[command, &[wrong]].concat());
+        assert_eq!(output.status.code(), Some(2), "{wrong}: {}", stderr(&output));
+        assert!(stderr(&output).contains(message), "{wrong}: {}", stderr(&output));
+    }
+}
+
+#[test]
+fn devices_and_placements_by_their_names_in_transformers() {
+    let devices =
+        ["--device", "cuda:0=4GiB", "--device", "cuda:1=4GiB", "--device", "cpu=8GiB", "--device", "disk=9GiB"];
+    let used = |arguments: &[&str]| -> Vec<String> {
+        let output = run(&[&["plan", FERRIS, "--format", "json"], &devices[..], arguments].concat());
+        assert!(output.status.success(), "{arguments:?}: {}", stderr(&output));
+        let plan: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
+        let device = |module: &serde_json::Value| module["device"].as_str().unwrap().to_owned();
+        let mut used: Vec<_> = plan["modules"].as_array().unwrap().iter().map(device).collect();
+        used.sort();
+        used.dedup();
+        used
+    };
+    for (name, on) in [
+        ("auto", &["cuda:0", "cuda:1"][..]),
+        ("balanced", &["cuda:0", "cuda:1"]),
+        ("balanced_low_0", &["cuda:1"]),
+        ("sequential", &["cuda:0"]),
+        ("packed", &["cuda:0"]),
+        ("cpu", &["cpu"]),
+        ("disk", &["disk"]),
+        ("cuda", &["cuda:0"]),
+        ("cuda:1", &["cuda:1"]),
+        ("0", &["cuda:0"]),
+        ("1", &["cuda:1"]),
+    ] {
+        assert_eq!(used(&["--device-map", name]), on, "{name}");
+    }
+    // Where both are given, the placement is meant.
+    assert_eq!(used(&["--device-map", "sequential", "--placement", "balanced"]), ["cuda:0", "cuda:1"]);
+    let directory = tempfile::tempdir().unwrap();
+    let map = directory.path().join("map.json");
+    fs::write(&map, r#"{"": "cuda"}"#).unwrap();
+    assert_eq!(used(&["--device-map", map.to_str().unwrap()]), ["cuda:0"]);
+    let no_weights = used(&["--max-memory", "cuda:0=0,cuda:1=0,cpu=0"]);
+    assert_eq!(no_weights, ["disk"]);
+    for (arguments, code, message) in [
+        (&["--device-map", "mps"][..], 1, "a device map is a file, or one of `auto`, `cpu`, `cuda:0`, …"),
+        (&["--device-map", "cuda:7"], 3, "there is no cuda:7; `--device-map auto` uses what is there"),
+        (
+            &["--max-memory", "cuda:3=1GiB"],
+            2,
+            "a budget is set for cuda:3, which cannot be used; what can be is cuda:0, cuda:1, cpu, disk",
+        ),
+        (&["--device-map", "cpu", "--max-memory", "cpu=0"], 3, ""),
+    ] {
+        let output = run(&[&["plan", FERRIS], &devices[..], arguments].concat());
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {}", stderr(&output));
+        assert!(stderr(&output).contains(message), "{arguments:?}: {}", stderr(&output));
+        assert!(!stderr(&output).contains("no NVIDIA driver"), "{arguments:?}: {}", stderr(&output));
+    }
+    let output = generate(&["--prompt", "fn", "--max-new-tokens", "1", "--max-memory", "cpu=0", "--stats"]);
+    assert!(output.status.success() && stderr(&output).contains("\ndisk      planned"), "{}", stderr(&output));
+}
+
+/// A tokenizer of a letter a token that puts `<s>` before a text, and the text of the case.
+fn with_start_token() -> (tempfile::TempDir, String, String) {
+    let mut words: Vec<String> = "▁abcdefghijklmnopqrstuvwxyz,.".chars().map(String::from).collect();
+    words.extend(["▁h", "▁he", "▁w"].map(str::to_owned));
+    let bytes = (0..256).map(|byte| format!("<0x{byte:02X}>"));
+    let specials = ["<unk>", "<s>", "</s>"];
+    let tokens = specials.into_iter().map(str::to_owned).chain(bytes).chain(words);
+    let vocab: serde_json::Map<_, _> = tokens.enumerate().map(|(id, token)| (token, id.into())).collect();
+    let added: Vec<_> = specials
+        .iter()
+        .enumerate()
+        .map(|(id, token)| {
+            serde_json::json!({"id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true})
+        })
+        .collect();
+    let tokenizer = serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": added,
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
+        "pre_tokenizer": null,
+        "post_processor": {"type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}},
+        "decoder": null,
+        "model": {"type": "BPE", "dropout": null, "unk_token": "<unk>", "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
+            "vocab": vocab, "merges": [["▁", "h"], ["▁h", "e"], ["▁", "w"]]},
+    });
+    let (root, directory) = altered("llama", &[("tokenizer.json", &tokenizer.to_string())]);
+    let text = root.path().join("text.txt");
+    fs::write(&text, ["hello world, he was here"; 12].join(" ")).unwrap();
+    let text = text.to_str().unwrap().to_owned();
+    (root, directory, text)
+}
+
+#[test]
+fn a_start_token_stands_before_every_window() {
+    let (_root, directory, text) = with_start_token();
+    let score = |more: &[&str]| -> serde_json::Value {
+        let base = ["perplexity", &directory, "--text", &text, "--kv-cache", "f32", "--format", "json"];
+        let output = run(&[&base[..], more].concat());
+        serde_json::from_str(&stdout(&output)).unwrap_or_else(|e| panic!("{e}: {}", stderr(&output)))
+    };
+    // What Transformers gives in f32 with and without <s>: cases/perplexity_without_bos.py.
+    for (flags, perplexity, tokens) in
+        [(&["--context", "64"][..], 823.81, 204), (&["--context", "64", "--no-start-token"], 757.87, 200)]
+    {
+        let report = score(flags);
+        let row = &report["rows"][0];
+        assert_eq!(row["tokens"], tokens, "{report}");
+        assert!((row["perplexity"].as_f64().unwrap() - perplexity).abs() < 0.01, "{report}");
+        assert_eq!(report["start_tokens"], serde_json::json!([1]));
+        assert_eq!(report["is_behind_start"], flags.len() == 2);
+    }
+    let strided = score(&["--context", "64", "--stride", "32"]);
+    assert_eq!(strided["rows"][0]["tokens"], 204);
+    assert_eq!(score(&["--max-tokens", "1"])["rows"][0]["tokens"], 1);
+    let base = ["perplexity", &directory, "--text", &text, "--context", "64"];
+    for (flag, said) in [
+        (None, "each behind the tokenizer's start token"),
+        (Some("--no-start-token"), "without the tokenizer's start token"),
+    ] {
+        let flags: Vec<_> = base.into_iter().chain(flag).collect();
+        assert!(stdout(&run(&flags)).lines().next().unwrap().ends_with(said), "{said}");
+    }
+}
+
+#[test]
+fn an_interrupted_comparison_keeps_what_is_finished() {
+    let base = ["perplexity", FERRIS, "--text", "tests/fixtures/ferris-7m/eval.txt", "--compare", "int8,nl4,int4"];
+    let arguments = [&base[..], &["--max-tokens", "3000"]].concat();
+    let mut child =
+        evenkeel(&arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).stdin(Stdio::null()).spawn().unwrap();
+    let mut notes = BufReader::new(child.stderr.take().unwrap()).lines();
+    while !notes.next().unwrap().unwrap().starts_with("none: ") {}
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let rest: Vec<_> = notes.map(Result::unwrap).collect();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "{rest:?}");
+    let table = stdout(&output);
+    assert!(table.lines().nth(3).unwrap().starts_with("none "), "{table}");
+    assert!(table.lines().count() < 7, "it went on: {table}");
+    let small = [&base[..5], &["none,auto", "--max-tokens", "20"]].concat();
+    let table = stdout(&run(&small));
+    let schemes: Vec<_> = table.lines().skip(3).map(|line| line.split(' ').next().unwrap()).collect();
+    assert_eq!(schemes, ["none", "auto"], "{table}");
+}
+
+/// Runs the binary by a shell behind `limit`.
+fn limited(limit: &str, arguments: &[&str]) -> std::process::Output {
+    let mut command = evenkeel(&[]);
+    let program = command.get_program().to_owned();
+    let script = format!("{limit} && exec \"$0\" \"$@\"");
+    let mut shell = Command::new("sh");
+    shell.arg("-c").arg(script).arg(program).args(arguments).current_dir(env!("CARGO_MANIFEST_DIR"));
+    for (name, value) in command.env("NO_COLOR", "1").get_envs() {
+        match value {
+            Some(value) => shell.env(name, value),
+            None => shell.env_remove(name),
+        };
+    }
+    run_with(shell, b"")
+}
+
+#[test]
+fn too_little_memory_is_an_error() {
+    // Less than the first does not hold the program itself.
+    for kib in [55_000, 60_000, 80_000, 120_000, 200_000, 400_000] {
+        for arguments in
+            [&["plan", FERRIS][..], &["generate", FERRIS, "--prompt", "fn", "--max-new-tokens", "1", "--threads", "4"]]
+        {
+            let output = limited(&format!("ulimit -v {kib}"), arguments);
+            let text = stderr(&output);
+            // A few bytes that are not there end the process; what is large, or a thread, is an error.
+            let ends = arguments[0] == "generate" && output.status.code().is_none();
+            assert!(
+                ends || matches!(output.status.code(), Some(0 | 1 | 3)),
+                "{kib} {arguments:?}: {:?} {text}",
+                output.status
+            );
+            assert!(!text.contains("panicked"), "{kib} {arguments:?}: {text}");
+        }
+    }
+}
+
+#[test]
+fn a_file_that_may_not_grow_so_far_is_an_error() {
+    let directory = tempfile::tempdir().unwrap();
+    let packed = directory.path().join("packed");
+    let output =
+        limited("ulimit -f 64", &["quantize", FERRIS, "--quantize", "int8", "--output", packed.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn only_a_regular_file_is_replaced_by_a_map() {
+    let root = tempfile::tempdir().unwrap();
+    let [pipe, directory, device] = ["pipe", "directory", "device"].map(|name| root.path().join(name));
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    fs::create_dir(&directory).unwrap();
+    std::os::unix::fs::symlink("/dev/full", &device).unwrap();
+    for path in [pipe, directory, device] {
+        let output = run(&["plan", FERRIS, "--output", path.to_str().unwrap(), "--force"]);
+        assert_eq!(output.status.code(), Some(2), "{}: {}", path.display(), stderr(&output));
+        assert!(stderr(&output).contains(", not a regular file"), "{}: {}", path.display(), stderr(&output));
+    }
+    assert_eq!(fs::read_dir(root.path()).unwrap().count(), 3);
 }

@@ -54,7 +54,7 @@ fn measure(part: impl Fn(Vec<u32>) -> Vec<u32>) -> Vec<(Scheme, Perplexity)> {
             Scheme::None => Comparison::Keep(&mut predictions),
             _ => Comparison::Against(&mut predictions),
         };
-        let measured = model.perplexity(&tokens, windows, comparison, &Cancel::new(), |_| ()).unwrap();
+        let measured = model.perplexity(&tokens, &windows, comparison, &Cancel::new(), |_| ()).unwrap();
         println!("{scheme}: {measured:?}");
         (scheme, measured)
     });

@@ -1,6 +1,6 @@
 //! The inventory of the machine that this runs on.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 use super::cpu::{Affine, GROUP_WORDS, matmul};
@@ -27,7 +27,8 @@ impl Inventory {
         let meminfo = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
         let memory = |key| field(&meminfo, key).ok_or_else(|| Error::input(format!("`/proc/meminfo` has no `{key}`")));
         let (mut free, mut total) = (memory("MemAvailable")?, memory("MemTotal")?);
-        for (limit, used) in control_group_limits(Path::new("/sys/fs/cgroup")) {
+        let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        for (limit, used) in control_group_limits(Path::new("/sys/fs/cgroup"), &groups) {
             total = total.min(limit);
             free = free.min(limit - used);
         }
@@ -60,7 +61,10 @@ const PROBE: (usize, usize) = (4096, 16_384);
 fn host_bandwidth(pool: &Pool) -> Option<Bandwidth> {
     let layout = MatrixLayout::new(Storage::Int8, PROBE.0, PROBE.1)?;
     let bytes = layout.size().as_usize()?;
-    let packed = vec![1; bytes];
+    let mut packed = Vec::new();
+    // Without the room there is no measurement.
+    packed.try_reserve_exact(bytes).ok()?;
+    packed.resize(bytes, 1);
     let affine = Affine::new(Matrix::new(&layout, &packed), None);
     let (x, mut y) = (vec![1.0; PROBE.1], vec![0.0; PROBE.0]);
     let mut words = vec![0.0; PROBE.1 / GROUP_SIZE * GROUP_WORDS];
@@ -79,25 +83,44 @@ fn field(meminfo: &str, key: &str) -> Option<Bytes> {
     kib.checked_mul(KIB).map(Bytes)
 }
 
-/// The limit and the use of this process's control group and of all above it,
-/// where version 2 of control groups sets one. Reclaimable page cache counts as free.
-fn control_group_limits(root: &Path) -> Vec<(Bytes, Bytes)> {
-    let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let Some(path) = own.lines().find_map(|line| line.strip_prefix("0::/")) else {
-        return Vec::new();
-    };
-    let start = root.join(path);
-    let groups = start.ancestors().take_while(|group| group.starts_with(root)).map(PathBuf::from);
-    groups.filter_map(|group| limit(&group)).collect()
+/// What a version of control groups calls the limit, the use, and the page cache that can be reclaimed.
+struct Names {
+    limit: &'static str,
+    used: &'static str,
+    cache: &'static str,
 }
 
-fn limit(group: &Path) -> Option<(Bytes, Bytes)> {
+const VERSION_2: Names = Names { limit: "memory.max", used: "memory.current", cache: "inactive_file " };
+const VERSION_1: Names =
+    Names { limit: "memory.limit_in_bytes", used: "memory.usage_in_bytes", cache: "total_inactive_file " };
+
+/// The limit and the use of this process's control groups under `root`, which `own` lists, and of all above
+/// them. Reclaimable page cache counts as free.
+fn control_group_limits(root: &Path, own: &str) -> Vec<(Bytes, Bytes)> {
+    let mut limits = Vec::new();
+    for line in own.lines() {
+        let Some((controllers, path)) = line.split_once(':').and_then(|(_, rest)| rest.split_once(":/")) else {
+            continue;
+        };
+        let (root, names) = match controllers {
+            "" => (root.to_owned(), VERSION_2),
+            some if some.split(',').any(|name| name == "memory") => (root.join("memory"), VERSION_1),
+            _ => continue,
+        };
+        let group = root.join(path);
+        let groups = group.ancestors().take_while(|group| group.starts_with(&root));
+        limits.extend(groups.filter_map(|group| limit(group, &names)));
+    }
+    limits
+}
+
+fn limit(group: &Path, names: &Names) -> Option<(Bytes, Bytes)> {
     let read = |file: &str| std::fs::read_to_string(group.join(file)).ok();
     let number = |text: String| text.trim().parse().ok().map(Bytes);
-    let limit = number(read("memory.max")?)?;
-    let used = number(read("memory.current")?)?;
+    let limit = number(read(names.limit)?)?;
+    let used = number(read(names.used)?)?;
     let stat = read("memory.stat").unwrap_or_default();
-    let cache = stat.lines().find_map(|line| line.strip_prefix("inactive_file ")).and_then(|n| n.parse().ok());
+    let cache = stat.lines().find_map(|line| line.strip_prefix(names.cache)).and_then(|n| n.parse().ok());
     Some((limit, used - Bytes(cache.unwrap_or(0))))
 }
 
@@ -117,15 +140,29 @@ mod tests {
 
     #[test]
     fn a_control_group_limits_what_is_free() {
-        let group = tempfile::tempdir().unwrap();
-        let write = |file: &str, text: &str| std::fs::write(group.path().join(file), text).unwrap();
-        write("memory.max", "1000\n");
-        write("memory.current", "700\n");
-        assert_eq!(limit(group.path()), Some((Bytes(1000), Bytes(700))));
-        write("memory.stat", "anon 5\ninactive_file 200\n");
-        assert_eq!(limit(group.path()), Some((Bytes(1000), Bytes(500))));
-        write("memory.max", "max\n");
-        assert_eq!(limit(group.path()), None);
+        let root = tempfile::tempdir().unwrap();
+        let write = |file: &str, text: &str| {
+            let path = root.path().join(file);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        };
+        let limits = |own: &str| control_group_limits(root.path(), own);
+        write("a/memory.max", "1000\n");
+        write("a/memory.current", "700\n");
+        assert_eq!(limits("0::/a\n"), [(Bytes(1000), Bytes(700))]);
+        write("a/memory.stat", "anon 5\ninactive_file 200\n");
+        assert_eq!(limits("0::/a/b\n"), [(Bytes(1000), Bytes(500))]);
+        write("a/memory.max", "max\n");
+        assert_eq!(limits("0::/a\n"), []);
+        write("memory/docker/x/memory.limit_in_bytes", "4096\n");
+        write("memory/docker/x/memory.usage_in_bytes", "2048\n");
+        write("memory/docker/x/memory.stat", "inactive_file 1\ntotal_inactive_file 1024\n");
+        let own = "12:cpuset:/docker/x\n5:cpu,memory:/docker/x\n1:name=systemd:/docker/x\n0::/system.slice\n";
+        assert_eq!(limits(own), [(Bytes(4096), Bytes(1024))]);
+        // A container's own view has its group at the root.
+        write("memory/memory.limit_in_bytes", "9223372036854771712\n");
+        write("memory/memory.usage_in_bytes", "1\n");
+        assert_eq!(limits("5:memory:/elsewhere\n"), [(Bytes(9_223_372_036_854_771_712), Bytes(1))]);
     }
 
     #[test]

@@ -18,7 +18,8 @@ use crate::source::Source;
 const LENGTH_FIELD: usize = 8;
 /// The longest header that is read, in bytes (the format's own limit).
 const MAX_HEADER: u64 = 100_000_000;
-const MAX_TENSORS: usize = 1_000_000;
+/// The most tensors of a shard, and of all shards together.
+pub const MAX_TENSORS: usize = 500_000;
 const MAX_RANK: usize = 64;
 /// The longest name of a tensor, in bytes.
 const MAX_NAME: usize = 512;

@@ -12,6 +12,7 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use safetensors::Dtype;
 
@@ -108,7 +109,16 @@ impl Checkpoint {
         // Reading a distant file is waiting, for which there need not be cores.
         let requests = Pool::new(REQUESTS);
         let pool = if source.directory().is_some() { pool } else { &requests };
-        let read = pool.try_map(shards.len(), |at| header::read(source, &shards[at], at))?;
+        let total = AtomicUsize::new(0);
+        let read = pool.try_map(shards.len(), |at| {
+            let read = header::read(source, &shards[at], at)?;
+            let before = total.fetch_add(read.1.len(), Ordering::Relaxed);
+            if before + read.1.len() > header::MAX_TENSORS {
+                let most = header::MAX_TENSORS;
+                return Err(Error::input(format!("the shards name more than {most} tensors, the most that are read")));
+            }
+            Ok(read)
+        })?;
         let (shard_sizes, headers): (Vec<_>, Vec<_>) = read.into_iter().unzip();
         let (catalog, displaced) = match index {
             Some(index) => catalog_by_index(&index, headers)?,

@@ -1,8 +1,10 @@
 //! The arguments, and nothing but the arguments.
 
+use std::convert::Infallible;
 use std::error::Error;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use evenkeel::{Bytes, DeviceId, KvDtype, Quantize, Scheme, Strategy};
@@ -117,18 +119,21 @@ pub struct PlacementArguments {
     /// The type of the KV cache's elements: `f32`, `f16`, `bf16` or `int8` [default: the map's, or f16].
     #[arg(long, value_name = "TYPE")]
     pub kv_cache: Option<KvDtype>,
-    /// `auto`, or a JSON file that says which module goes where.
-    #[arg(long, value_name = "auto|FILE", default_value = "auto")]
-    pub device_map: String,
+    /// A JSON file that says which module goes where; `auto`; a device for the whole model, as `cpu` or `cuda:0`;
+    /// or a placement by its name here or in Transformers.
+    #[arg(long, value_name = "auto|DEVICE|PLACEMENT|FILE", default_value = "auto")]
+    pub device_map: Places,
     /// Use a device map that was made for another model.
     #[arg(long)]
     pub any_model: bool,
     /// How modules are placed under `auto`: `balanced` (the fullest GPU is as little full as can
     /// be), `packed` (the fewest GPUs), `sequential` (each in turn), `fastest` (the least predicted
-    /// time for a token), or as Transformers would place them: `hf-auto`, `hf-sequential`, `hf-balanced_low_0`.
-    #[arg(long, value_name = "PLACEMENT", default_value_t = Strategy::Balanced)]
-    pub placement: Strategy,
-    /// A device's budget, as `cpu=8GiB`; repeat it or separate by commas.
+    /// time for a token), or as Transformers would place them: `hf-auto`, `hf-sequential`, `hf-balanced_low_0`
+    /// [default: balanced].
+    #[arg(long, value_name = "PLACEMENT")]
+    pub placement: Option<Strategy>,
+    /// A device's budget, as `cpu=8GiB`; repeat it or separate by commas. `cpu=0` keeps weights out of host memory,
+    /// which what is computed with still takes.
     #[arg(long, value_name = "DEVICE=SIZE", value_delimiter = ',', value_parser = budget)]
     pub max_memory: Vec<(DeviceId, Bytes)>,
     /// Memory left free on each device.
@@ -140,6 +145,29 @@ pub struct PlacementArguments {
     /// The directory for weights that go on the disk [default: $TMPDIR, or /var/tmp].
     #[arg(long, value_name = "DIRECTORY")]
     pub offload_dir: Option<PathBuf>,
+}
+
+/// What `--device-map` names.
+#[derive(Clone, Debug)]
+pub enum Places {
+    Auto,
+    Device(DeviceId),
+    Strategy(Strategy),
+    File(PathBuf),
+}
+
+impl FromStr for Places {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(match (text, text.parse(), text.parse()) {
+            ("auto", ..) => Self::Auto,
+            ("balanced_low_0", ..) => Self::Strategy(Strategy::HfBalancedLowZero),
+            (_, Ok(device), _) => Self::Device(device),
+            (_, _, Ok(strategy)) => Self::Strategy(strategy),
+            _ => Self::File(text.into()),
+        })
+    }
 }
 
 fn budget(text: &str) -> Result<(DeviceId, Bytes), Box<dyn Error + Send + Sync>> {
@@ -210,8 +238,20 @@ pub struct PromptArguments {
 #[command(next_help_heading = "Threads")]
 pub struct ThreadsArguments {
     /// Threads that compute on the CPU [default: one on each core].
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = threads)]
     pub threads: Option<NonZeroUsize>,
+}
+
+/// The most threads for each core that this process may use.
+const THREADS_PER_CORE: usize = 4;
+
+fn threads(text: &str) -> Result<NonZeroUsize, Box<dyn Error + Send + Sync>> {
+    let most = std::thread::available_parallelism().map_or(1, usize::from).saturating_mul(THREADS_PER_CORE);
+    let threads: NonZeroUsize = text.parse()?;
+    if threads.get() > most {
+        return Err(format!("{most} threads are the most here, {THREADS_PER_CORE} for each core").into());
+    }
+    Ok(threads)
 }
 
 #[derive(Debug, Args)]
@@ -258,10 +298,13 @@ pub struct PerplexityArguments {
     /// context in the second [default: the window, which `--context` sets, or 512].
     #[arg(long, value_name = "TOKENS", help_heading = "Text")]
     pub stride: Option<usize>,
+    /// Leave out the start token that the tokenizer puts before a text, which stands before every window otherwise.
+    #[arg(long, help_heading = "Text")]
+    pub no_start_token: bool,
     /// Score the beginning of the text only.
     #[arg(long, value_name = "TOKENS", help_heading = "Text")]
     pub max_tokens: Option<usize>,
-    /// Load the model unquantized, then in each of these schemes, and compare. What the first
+    /// Load the model unquantized, then in each of these schemes or by `auto`, and compare. What the first
     /// predicts is kept in `--offload-dir`, two bytes for each token of text and vocabulary.
     #[arg(
         long,
@@ -270,7 +313,7 @@ pub struct PerplexityArguments {
         conflicts_with = "quantize",
         help_heading = "Quantization"
     )]
-    pub compare: Vec<Scheme>,
+    pub compare: Vec<Quantize>,
     #[command(flatten)]
     pub placement: PlacementArguments,
     #[command(flatten)]

@@ -50,11 +50,11 @@ pub fn run(arguments: &DevicesArguments, process: &Process) -> Result<Exit> {
         offload_directory: directory.display().to_string(),
         cuda_visible_devices: process.environment.visible_gpus(),
     };
-    printer.result(&match arguments.format {
-        Format::Text => machine.text(),
+    match arguments.format {
+        Format::Text => printer.result(&machine.text())?,
         // Numbers, texts and lists of such cannot fail to serialize.
-        Format::Json => serde_json::to_string_pretty(&machine).unwrap_or_default() + "\n",
-    })?;
+        Format::Json => printer.json(&(serde_json::to_string_pretty(&machine).unwrap_or_default() + "\n"))?,
+    }
     Ok(Exit::Done)
 }
 

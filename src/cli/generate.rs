@@ -63,8 +63,8 @@ pub fn run(arguments: &GenerateArguments, process: &Process) -> Result<Exit> {
     for piece in &mut generation {
         let piece = piece?;
         match arguments.format {
-            Format::Text => printer.result(&piece.text)?,
-            Format::Json => printer.result(&json_line(&Event::Token { token: piece.token, text: &piece.text }))?,
+            Format::Text => printer.generated(&piece.text)?,
+            Format::Json => printer.json(&json_line(&Event::Token { token: piece.token, text: &piece.text }))?,
         }
         if cancel.is_cancelled() {
             break;
@@ -73,7 +73,7 @@ pub fn run(arguments: &GenerateArguments, process: &Process) -> Result<Exit> {
     let generated = generation.report();
     match arguments.format {
         Format::Text => printer.end_of_text()?,
-        Format::Json => printer.result(&json_line(&Event::Done { generated: &generated, loaded: &model.report }))?,
+        Format::Json => printer.json(&json_line(&Event::Done { generated: &generated, loaded: &model.report }))?,
     }
     if arguments.stats {
         printer.stats(&model.report, &generated);

@@ -68,12 +68,19 @@ pub struct Process {
 }
 
 pub fn run() -> ExitCode {
-    let matches = Arguments::command().get_matches();
-    let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    let parsed = Arguments::command().try_get_matches().and_then(|matches| {
+        let arguments = Arguments::from_arg_matches(&matches)?;
+        Ok((matches, arguments))
+    });
+    let (matches, arguments) = match parsed {
+        Ok(parsed) => parsed,
+        Err(error) => return printer::usage(&error),
+    };
     let environment = Environment::of_process();
     let printer = Printer::new(&arguments.output, &environment);
     let pool = Arc::new(arguments.command.threads().map_or_else(Pool::default, Pool::new));
     let process = Process { command_line: CommandLine::new(&matches), environment, printer, pool };
+    signal::survive_size_limits();
     let outcome = match arguments.command {
         Command::Devices(arguments) => devices::run(&arguments, &process),
         Command::Generate(arguments) => generate::run(&arguments, &process),

@@ -9,7 +9,7 @@ use evenkeel::{
 };
 use indicatif::ProgressBar;
 
-use super::args::{ModelArguments, PlacementArguments};
+use super::args::{ModelArguments, PlacementArguments, Places};
 use super::printer::Printer;
 use super::progress::{self, BYTES};
 use super::{Process, sandbox};
@@ -71,7 +71,7 @@ fn from_hub(arguments: &ModelArguments, need: Need, cancel: &Cancel, process: &P
         (HubEvent::LockHeld(path), _) => {
             printer.note(&format!("waiting for another process that downloads `{model}` (`{}`)", path.display()));
         }
-        (HubEvent::RateLimited(left), Some(bar)) => bar.set_message(format!("rate limit, {} s", left.as_secs())),
+        (HubEvent::RateLimited(left), Some(bar)) => progress::say(bar, &format!("rate limit, {} s", left.as_secs())),
         _ => {}
     })?;
     let mut checkpoint = Checkpoint::open_on(directory, &process.pool)?;
@@ -105,11 +105,24 @@ pub fn show(event: &LoadEvent, what: &'static str, bar: &mut Option<ProgressBar>
     match (event, &bar) {
         (LoadEvent::Started { bytes }, _) => *bar = Some(progress::bar(printer, what, bytes.0, BYTES)),
         (LoadEvent::Placed { module, device, bytes }, Some(bar)) => {
-            bar.set_message(format!("{module} to {device}"));
+            progress::say(bar, &format!("{module} to {device}"));
             bar.inc(bytes.0);
         }
         _ => {}
     }
+}
+
+fn open_map(file: &Path) -> Result<DeviceMap> {
+    let opened = DeviceMap::open(file);
+    if file.exists() || file.components().count() > 1 || file.extension().is_some() {
+        return opened;
+    }
+    let placements = Strategy::ALL.map(Strategy::name).join("`, `");
+    opened.map_err(|error| {
+        error.hint(format!(
+            "a device map is a file, or one of `auto`, `cpu`, `cuda:0`, …, `disk`, `balanced_low_0`, `{placements}`"
+        ))
+    })
 }
 
 impl PlacementArguments {
@@ -128,7 +141,13 @@ impl PlacementArguments {
 
     /// The options of a plan that `process` makes, with the map in `map` or that of `--device-map`.
     pub fn options(&self, map: Option<&Path>, process: &Process) -> Result<PlanOptions> {
-        let file = map.or_else(|| (self.device_map != "auto").then(|| Path::new(&self.device_map)));
+        let (device_map, strategy) = match (map, &self.device_map) {
+            (Some(file), _) => (Some(open_map(file)?), None),
+            (None, Places::File(file)) => (Some(open_map(file)?), None),
+            (None, Places::Auto) => (None, None),
+            (None, Places::Device(device)) => (Some(DeviceMap::whole(*device)), None),
+            (None, Places::Strategy(strategy)) => (None, Some(*strategy)),
+        };
         Ok(PlanOptions {
             quantize: self.quantize.clone(),
             context: self.context,
@@ -137,9 +156,9 @@ impl PlacementArguments {
             kv_cache: self.kv_cache,
             reserve: Some(self.reserve),
             max_memory: (!self.max_memory.is_empty()).then(|| self.max_memory.iter().copied().collect()),
-            device_map: file.map(DeviceMap::open).transpose()?,
+            device_map,
             any_model: self.any_model,
-            strategy: self.placement,
+            strategy: self.placement.or(strategy).unwrap_or_default(),
             cache: process.environment.cache_directory(),
             pool: Arc::clone(&process.pool),
             ..PlanOptions::default()

@@ -3,7 +3,7 @@
 use super::args::{PlanArguments, PlanFormat};
 use super::command_line::CommandLine;
 use super::model::{self, Need};
-use super::{Exit, Process};
+use super::{Exit, Process, signal};
 use evenkeel::{Cancel, Inventory, Plan, Result, write_atomic};
 
 pub fn run(arguments: &PlanArguments, process: &Process) -> Result<Exit> {
@@ -33,19 +33,24 @@ pub fn run(arguments: &PlanArguments, process: &Process) -> Result<Exit> {
         if !plan.fits() {
             return Err(process.command_line.does_not_fit(&plan));
         }
+        // Once the file is begun, it becomes whole.
+        let cancel = signal::cancel_by_interrupt()?;
         write_atomic(file, plan.device_map().as_bytes(), arguments.force)?;
+        if cancel.is_cancelled() {
+            return Ok(Exit::Interrupted);
+        }
         printer.note(&format!("wrote `{}`", file.display()));
     }
-    printer.result(&match arguments.format {
+    match arguments.format {
         PlanFormat::Text => {
             let list = if arguments.verbose { plan.allocation_table() } else { String::new() };
-            printer.plan(&plan) + &list + &remedies(&plan, &process.command_line)
+            printer.plan(&plan, &(list + &remedies(&plan, &process.command_line)))?;
         }
-        PlanFormat::Json => plan.to_json(),
-        PlanFormat::Hf => plan.hugging_face_map(),
-        PlanFormat::Svg => plan.to_svg(),
-        PlanFormat::Html => plan.to_html(),
-    })?;
+        PlanFormat::Json => printer.json(&plan.to_json())?,
+        PlanFormat::Hf => printer.json(&plan.hugging_face_map())?,
+        PlanFormat::Svg => printer.result(&plan.to_svg())?,
+        PlanFormat::Html => printer.result(&plan.to_html())?,
+    }
     Ok(if plan.fits() { Exit::Done } else { Exit::DoesNotFit })
 }
 

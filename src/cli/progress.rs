@@ -1,5 +1,6 @@
 //! Bars on standard error.
 
+use evenkeel::escaped;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
 
 use super::printer::Printer;
@@ -23,4 +24,9 @@ pub fn bar(printer: &Printer, what: &'static str, total: u64, counts: &str) -> P
         bar.set_style(style.progress_chars("=> "));
     }
     bar.with_prefix(what).with_finish(ProgressFinish::AndClear)
+}
+
+/// Shows a text behind a bar.
+pub fn say(bar: &ProgressBar, text: &str) {
+    bar.set_message(escaped(text).into_owned());
 }

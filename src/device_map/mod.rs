@@ -16,7 +16,7 @@ use crate::bytes::{Bytes, MIB};
 use crate::device::DeviceId;
 use crate::error::{Error, ParseError, Result, did_you_mean, printable};
 use crate::fs;
-use crate::json::{Document, Member, Node};
+use crate::json::{Document, Member, Node, Place};
 use crate::model_config::MAX_CONTEXT;
 use crate::quant::{KvDtype, QuantizeRules};
 
@@ -55,10 +55,16 @@ pub struct DeviceMap {
 struct Entry {
     path: String,
     device: DeviceId,
-    place: String,
+    place: Place,
 }
 
 impl DeviceMap {
+    /// The map that puts the whole model on a device.
+    pub fn whole(device: DeviceId) -> Self {
+        let entry = Entry { path: String::new(), device, place: Place::default() };
+        Self { origin: device.to_string(), entries: vec![entry], ..Self::default() }
+    }
+
     /// Reads a map from a file.
     pub fn open(path: &Path) -> Result<Self> {
         Self::parse(&path.display().to_string(), fs::read_capped(path, CAP)?)
@@ -127,6 +133,7 @@ fn entries(node: Node) -> Result<Vec<Entry>> {
     if members.is_empty() {
         return Err(node.error("the device map is empty"));
     }
+    let mut place = Place::default();
     let entry = |Member { name, key, value }: Member| {
         let device = if value.is_text() {
             value.spelled()?
@@ -135,7 +142,8 @@ fn entries(node: Node) -> Result<Vec<Entry>> {
             let no_index = |_| value.error(format!("{index} is no index of a GPU"));
             u32::try_from(index).map(DeviceId::Cuda).map_err(no_index)?
         };
-        Ok(Entry { path: name, device, place: key.place() })
+        place = key.place_behind(place);
+        Ok(Entry { path: name, device, place })
     };
     members.into_iter().map(entry).collect()
 }

@@ -1,12 +1,12 @@
 //! A device map held against the modules of a model.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use super::{DeviceMap, Entry};
-use crate::architecture::{ModuleKind, ModuleTree};
+use crate::architecture::{ModuleKind, ModuleTree, Paths};
 use crate::device::DeviceId;
 use crate::error::{Error, Hint, Result, Setting, did_you_mean, first_five, printable};
-use crate::module_path::{block_range, contains, longest_prefix};
+use crate::module_path::{and_above, block_range};
 
 impl DeviceMap {
     /// The device of every module, in the order of `ModuleTree::modules`.
@@ -18,15 +18,17 @@ impl DeviceMap {
     /// has an entry to which longer ones leave nothing, splits a block, or
     /// parts a tied head from its embedding.
     pub fn resolve(&self, tree: &ModuleTree) -> Result<Vec<DeviceId>> {
-        let entries = self.expand(tree)?;
-        let paths = || entries.iter().map(|entry| entry.path.as_str());
+        let paths = tree.paths();
+        let entries = self.expand(tree, &paths)?;
+        let by_path: HashMap<&str, usize> =
+            entries.iter().enumerate().map(|(at, entry)| (entry.path.as_str(), at)).collect();
         let mut used = HashSet::new();
         let mut devices = Vec::with_capacity(tree.modules.len());
         let mut uncovered = Vec::new();
         for module in &tree.modules {
             let mut at: Option<usize> = None;
             for parameter in &module.parameters {
-                let Some(entry) = longest_prefix(paths(), &parameter.module) else {
+                let Some(entry) = and_above(&parameter.module).find_map(|path| by_path.get(path)).copied() else {
                     uncovered.push(parameter.module.as_str());
                     continue;
                 };
@@ -52,8 +54,7 @@ impl DeviceMap {
                 .hint(Hint::naming(what, [Setting::WriteMap])));
         }
         for (at, entry) in entries.iter().enumerate() {
-            let places_weights = tree.parameters().any(|(_, parameter)| contains(&entry.path, &parameter.module));
-            if places_weights && !used.contains(&at) {
+            if paths.hold_weights(&entry.path) && !used.contains(&at) {
                 let what = format!("has an entry `{}` that places nothing", entry.path);
                 return Err(self.wrong(what, entry, "longer paths take all of its modules"));
             }
@@ -78,7 +79,7 @@ impl DeviceMap {
     }
 
     /// The entries with ranges of blocks written out, every path known to the model.
-    fn expand(&self, tree: &ModuleTree) -> Result<Vec<Entry>> {
+    fn expand(&self, tree: &ModuleTree, known: &Paths) -> Result<Vec<Entry>> {
         let mut expanded = Vec::new();
         let mut seen = HashSet::new();
         let blocks = tree.modules.iter().filter(|module| module.is_block()).count();
@@ -95,7 +96,7 @@ impl DeviceMap {
                 _ => vec![entry.path.clone()],
             };
             for path in paths {
-                if !tree.names(&path) {
+                if !known.have(&path) {
                     return Err(self.unknown(&path, entry, tree));
                 }
                 if !seen.insert(path.clone()) {

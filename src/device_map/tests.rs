@@ -176,6 +176,21 @@ fn what_is_wrong_is_named_with_its_place() {
     }
 }
 
+#[test]
+fn many_entries_are_held_against_many_modules_in_time() {
+    let config = r#"{"architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
+        "moe_intermediate_size": 64, "num_hidden_layers": 100, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 16, "vocab_size": 320, "num_experts": 1000, "num_experts_per_tok": 8, "norm_topk_prob": true}"#;
+    let tree = ModuleTree::new(&ModelConfig::parse("config.json", config.into()).unwrap());
+    let experts = (0..40_000).map(|at| format!("\n\"model.layers.{}.mlp.experts.{}\": \"cpu\"", at / 1000, at % 1000));
+    let json = format!("{{\"\": 0, \"model.layers\": \"cpu\",{}}}", experts.collect::<Vec<_>>().join(","));
+    let begun = std::time::Instant::now();
+    let devices = DeviceMap::parse("map.json", json.into_bytes()).unwrap().resolve(&tree).unwrap();
+    assert_eq!((devices[0], devices[50], devices[101]), (DeviceId::Cuda(0), DeviceId::Cpu, DeviceId::Cuda(0)));
+    // Less than one; it was minutes where each entry was held against each module.
+    assert!(begun.elapsed().as_secs() < 5, "{:?}", begun.elapsed());
+}
+
 proptest! {
     #[test]
     fn any_placement_survives_being_written(devices in prop::collection::vec(0u32..5, 15), context in 1usize..9999) {

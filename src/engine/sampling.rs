@@ -1,5 +1,7 @@
 //! How a token is chosen, as users say it.
 
+use std::ops::RangeInclusive;
+
 use crate::backend::Choice;
 use crate::error::{Error, Result};
 use crate::model_config::{GenerationDefaults, ModelConfig};
@@ -22,6 +24,9 @@ pub struct Sampling {
     pub seed: u64,
 }
 
+/// Beyond these, a penalty alone can make a finite logit infinite.
+const PENALTIES: RangeInclusive<f32> = 1e-6..=1e6;
+
 impl Default for Sampling {
     fn default() -> Self {
         Self::greedy()
@@ -42,26 +47,30 @@ impl Sampling {
         Self { temperature: temperature.unwrap_or(0.0), top_k, top_p, min_p, repetition_penalty, seed: 0 }
     }
 
-    /// Fails where a number is out of its range.
+    /// Fails where a number is out of its range, or is not in it as the f32 that a device is told.
     pub fn check(&self) -> Result<()> {
         let share = |share: f64| (0.0..=1.0).contains(&share);
-        let wrong = if !(self.temperature.is_finite() && self.temperature >= 0.0) {
+        let Choice { temperature, top_p, .. } = self.choice();
+        let wrong = if self.temperature < 0.0 || self.temperature.is_nan() {
             format!("a temperature of {} is not 0 or more", self.temperature)
+        } else if self.temperature > 0.0 && self.top_k != Some(1) && !temperature.is_normal() {
+            format!("a temperature of {:e} is too small or too large to divide by", self.temperature)
         } else if self.top_k == Some(0) {
             "a top-k of 0 leaves no token".to_owned()
-        } else if let Some(p) = self.top_p.filter(|p| !share(*p) || *p == 0.0) {
-            format!("a top-p of {p} is not above 0 and at most 1")
+        } else if let Some(p) = self.top_p.filter(|p| !share(*p) || top_p == 0.0) {
+            format!("a top-p of {p:e} is not above 0 and at most 1")
         } else if let Some(p) = self.min_p.filter(|p| !share(*p)) {
             format!("a min-p of {p} is not from 0 to 1")
-        } else if !(self.repetition_penalty.is_finite() && self.repetition_penalty > 0.0) {
-            format!("a repetition penalty of {} is not above 0", self.repetition_penalty)
+        } else if !PENALTIES.contains(&self.repetition_penalty) {
+            let (penalty, least, most) = (self.repetition_penalty, PENALTIES.start(), PENALTIES.end());
+            format!("a repetition penalty of {penalty:e} is not from {least:e} to {most:e}")
         } else {
             return Ok(());
         };
         Err(Error::usage(wrong))
     }
 
-    /// As a device is told, or the host; all numbers are taken to be in their range.
+    /// As a device is told, or the host.
     #[expect(clippy::cast_possible_truncation, reason = "probabilities are f32")]
     pub fn choice(&self) -> Choice {
         Choice {
@@ -90,6 +99,15 @@ mod tests {
             Sampling { top_p: Some(1.5), ..greedy() },
             Sampling { min_p: Some(-0.1), ..greedy() },
             Sampling { repetition_penalty: 0.0, ..greedy() },
+            Sampling { repetition_penalty: 1e-45, ..greedy() },
+            Sampling { repetition_penalty: 1e38, ..greedy() },
+            Sampling { repetition_penalty: f32::NAN, ..greedy() },
+            Sampling { temperature: 1e-320, ..greedy() },
+            Sampling { temperature: 1e-40, ..greedy() },
+            Sampling { temperature: 1e39, ..greedy() },
+            Sampling { temperature: f64::INFINITY, ..greedy() },
+            Sampling { top_p: Some(1e-320), ..greedy() },
+            Sampling { top_p: Some(f64::NAN), ..greedy() },
         ] {
             assert_eq!(sampling.check().unwrap_err().kind(), crate::ErrorKind::Usage, "{sampling:?}");
         }

@@ -13,7 +13,7 @@ use crate::loader::Model;
 use crate::text::TextStream;
 
 pub use crate::engine::Sampling;
-pub use perplexity::{Comparison, DEFAULT_WINDOW, Divergence, Perplexity, Predictions, Windows};
+pub use perplexity::{Comparison, DEFAULT_WINDOW, Divergence, Perplexity, Predictions, Windows, start_tokens};
 
 /// How to generate.
 #[derive(Clone, Debug, Default)]
@@ -113,7 +113,7 @@ impl Model {
             return Err(Error::input("the prompt is empty"));
         }
         let wanted = options.max_new_tokens.unwrap_or(0);
-        if prompt.len() + wanted > context {
+        if prompt.len().checked_add(wanted).is_none_or(|needed| needed > context) {
             return Err(self.too_long(prompt.len(), wanted));
         }
         let start = Instant::now();
@@ -141,8 +141,8 @@ impl Model {
 
     fn too_long(&self, prompt: usize, wanted: usize) -> Error {
         let (context, longest) = (self.plan.context, self.plan.longest_context);
-        let needed = prompt + wanted;
-        Error::input(TooLong { context, prompt, wanted }).hint(if needed <= longest {
+        let needed = prompt.checked_add(wanted).filter(|needed| *needed <= longest);
+        Error::input(TooLong { context, prompt, wanted }).hint(if let Some(needed) = needed {
             Hint::naming("{} makes room", [Setting::Context(needed)])
         } else if prompt < longest {
             Hint::naming("{} is the most that the model has room for", [Setting::MaxNewTokens(longest - prompt)])

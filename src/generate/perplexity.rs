@@ -20,16 +20,18 @@ use crate::cancel::Cancel;
 use crate::error::{Error, Result};
 use crate::fs;
 use crate::loader::Model;
+use crate::text::Tokenizer;
 
 /// Tokens of a window, unless told otherwise.
 pub const DEFAULT_WINDOW: usize = 512;
 
 /// How a text is cut: every window begins with an empty context, and a token
-/// is scored in the first window that holds it, unless it is the window's first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// is scored in the first window that holds it, unless nothing stands before it there.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Windows {
     length: usize,
     stride: usize,
+    start: Vec<u32>,
 }
 
 impl Windows {
@@ -41,24 +43,56 @@ impl Windows {
         if stride == 0 || stride > length {
             return Err(Error::usage(format!("a stride of {stride} is not between 1 and the {length} of a window")));
         }
-        Ok(Self { length, stride })
+        Ok(Self { length, stride, start: Vec::new() })
+    }
+
+    /// The same with `start` before every window, which is not scored; a context as long as a window still holds it.
+    ///
+    /// # Errors
+    /// It leaves no room for a text.
+    pub fn behind(mut self, start: Vec<u32>) -> Result<Self> {
+        if start.is_empty() {
+            return Ok(self);
+        }
+        // Nothing runs behind the last token of a window, so that there is room for one before the first.
+        let length = self.length.saturating_add(1).checked_sub(start.len()).filter(|length| *length > 0);
+        self.length = length.ok_or_else(|| {
+            Error::usage(format!("a window of {} tokens has no room behind {} at its start", self.length, start.len()))
+        })?;
+        self.stride = self.stride.min(self.length);
+        self.start = start;
+        Ok(self)
     }
 
     /// The windows of a text of `count` tokens that have tokens to score, and the first of each that is scored.
-    fn over(self, count: usize) -> impl Iterator<Item = (Range<usize>, usize)> {
+    fn over(&self, count: usize) -> impl Iterator<Item = (Range<usize>, usize)> + use<> {
         let mut reached = 0;
+        let (length, first) = (self.length, usize::from(self.start.is_empty()));
         (0..count).step_by(self.stride).map_while(move |start| {
-            let end = count.min(start + self.length);
-            let scored = reached.max(start + 1);
+            let end = count.min(start.saturating_add(length));
+            let scored = reached.max(start + first);
             reached = end;
             (scored < end).then_some((start..end, scored))
         })
     }
 
     /// Tokens that are scored in a text of `count` tokens.
-    pub fn scored(self, count: usize) -> usize {
+    pub fn scored(&self, count: usize) -> usize {
         self.over(count).map(|(window, scored)| window.end - scored).sum()
     }
+}
+
+/// The tokens that `tokenizer` puts before a text: a start token, or none.
+///
+/// # Errors
+/// The tokenizer fails.
+pub fn start_tokens(tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+    // What it puts behind a text is not meant.
+    const TEXT: &str = "a";
+    let (bare, mut whole) = (tokenizer.encode(TEXT, false)?, tokenizer.encode(TEXT, true)?);
+    let at = (0..=whole.len()).find(|at| whole[*at..].starts_with(&bare)).unwrap_or(0);
+    whole.truncate(at);
+    Ok(whole)
 }
 
 /// What the unquantized model predicted for every scored token.
@@ -148,7 +182,7 @@ impl Model {
     pub fn perplexity(
         &mut self,
         tokens: &[u32],
-        windows: Windows,
+        windows: &Windows,
         mut comparison: Comparison,
         cancel: &Cancel,
         mut on_window: impl FnMut(usize),
@@ -160,12 +194,10 @@ impl Model {
             cancel.check()?;
             let mut outcome = Ok(());
             // Nothing stands behind the last token to score its logits by.
-            let run = window.start..window.end - 1;
-            self.score(&tokens[run], |at, logits| {
-                let next = window.start + at + 1;
-                if next < scored || outcome.is_err() {
-                    return;
-                }
+            let run = [&windows.start, &tokens[window.start..window.end - 1]].concat();
+            self.score(&run, |at, logits| {
+                let next = (window.start + at + 1).checked_sub(windows.start.len()).filter(|next| *next >= scored);
+                let Some(next) = next.filter(|_| outcome.is_ok()) else { return };
                 let likeliest = log_softmax(logits, &mut ours);
                 match &mut comparison {
                     Comparison::Alone => {}
@@ -183,7 +215,7 @@ impl Model {
             on_window(window.end);
         }
         if loss.count == 0 {
-            return Err(Error::input(format!("the text has {} tokens; 2 is the least to score", tokens.len())));
+            return Err(Error::input(format!("the text has {} tokens, none of which can be scored", tokens.len())));
         }
         let perplexity = loss.mean().exp();
         let is_compared = matches!(comparison, Comparison::Against(_));
@@ -264,6 +296,16 @@ mod tests {
         assert_eq!(windows(4, 1, 5), [(0..4, 1), (1..5, 4)]);
         assert_eq!(windows(8, 8, 1), []);
         assert_eq!(Windows::new(4, 3).unwrap().scored(100), 99);
+        let behind = |start, count| -> Vec<(Range<usize>, usize)> {
+            Windows::new(4, 4).unwrap().behind(vec![0; start]).unwrap().over(count).collect()
+        };
+        assert_eq!(behind(0, 9), [(0..4, 1), (4..8, 5)]);
+        assert_eq!(behind(1, 9), [(0..4, 0), (4..8, 4), (8..9, 8)]);
+        assert_eq!(behind(3, 5), [(0..2, 0), (2..4, 2), (4..5, 4)]);
+        assert!(Windows::new(4, 4).unwrap().behind(vec![0; 5]).is_err());
+        let overlapping = Windows::new(4, 2).unwrap().behind(vec![0]).unwrap();
+        assert_eq!(overlapping.over(7).collect::<Vec<_>>(), [(0..4, 0), (2..6, 4), (4..7, 6)]);
+        assert_eq!(Windows::new(usize::MAX, 1).unwrap().scored(100), 99);
         for (length, stride) in [(1, 1), (4, 0), (4, 5)] {
             assert!(Windows::new(length, stride).is_err(), "{length} {stride}");
         }

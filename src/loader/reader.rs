@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use super::shard::{PastCache, Shard};
@@ -16,7 +17,7 @@ use crate::backend::cuda::Pinned;
 use crate::bytes::Bytes;
 use crate::checkpoint::Checkpoint;
 use crate::device::DeviceId;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::footprint::{HostStaging, Placed, SLAB_MARGIN};
 use crate::pool::lock;
 use crate::quant::narrow;
@@ -104,10 +105,16 @@ pub fn read(
     let reader = &Reader { checkpoint, placed, jobs: &jobs, queue, gathered, past_cache };
     // Both ends that the visitor holds are dropped with its closure, so that
     // readers that wait end where the visitor fails.
-    let waited = std::thread::scope(move |scope| {
-        for _ in 0..threads {
+    let waited = thread::scope(move |scope| {
+        for at in 0..threads {
             let filled = filled_out.clone();
-            scope.spawn(move || reader.run(&filled));
+            let name = thread::Builder::new().name(format!("evenkeel-reader-{at}"));
+            match name.spawn_scoped(scope, move || reader.run(&filled)) {
+                Ok(_) => {}
+                Err(e) if at == 0 => return Err(Error::no_thread(e)),
+                // Fewer read all the same.
+                Err(_) => break,
+            }
         }
         drop(filled_out);
         let mut early: BTreeMap<_, _> = BTreeMap::new();

@@ -74,6 +74,17 @@ impl Inventory {
         Ok(Self { devices, idle: Vec::new() })
     }
 
+    /// The names of the devices that can be used.
+    pub fn ids(&self) -> Vec<DeviceId> {
+        self.devices.iter().map(|device| device.id).collect()
+    }
+
+    /// Why a GPU that is there cannot be used.
+    pub fn why_idle(&self, id: DeviceId) -> Option<String> {
+        let is_idle = self.idle.iter().any(|device| device.id == id);
+        is_idle.then(|| format!("{id} is there but cannot be used: {}", needs()))
+    }
+
     /// The device of that name.
     pub fn device(&self, id: DeviceId) -> Option<&Device> {
         self.devices.iter().find(|device| device.id == id)

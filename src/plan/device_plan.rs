@@ -83,8 +83,14 @@ impl DevicePlan {
     /// What `allocations` take of a device, and how many `modules` are on it.
     pub(super) fn new(device: &Device, conditions: &Conditions, allocations: &[Allocation], modules: usize) -> Self {
         let reserve = if device.id == DeviceId::Disk { Bytes::ZERO } else { conditions.reserve };
-        let limit = conditions.max_memory.get(&device.id).copied().unwrap_or(device.free);
         let sum = |purpose| sum(allocations, device.id, purpose);
+        let limit = match conditions.max_memory.get(&device.id) {
+            // No weights go there, as Accelerate means it; the rest is needed wherever they are.
+            Some(&Bytes::ZERO) if device.id == DeviceId::Cpu => {
+                [Purpose::State, Purpose::Workspace, Purpose::Staging].into_iter().map(sum).sum()
+            }
+            limit => limit.copied().unwrap_or(device.free),
+        };
         Self {
             id: device.id,
             name: device.name.clone(),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::bytes::{Bytes, MIB};
 use crate::checkpoint::Checkpoint;
-use crate::device_map::{DeviceMap, MaxMemory};
+use crate::device_map::{DeviceMap, MAX_BATCH, MaxMemory};
 use crate::error::{Error, Hint, ParseError, Result, Setting};
 use crate::footprint::Extent;
 use crate::name::{named, unknown};
@@ -198,6 +198,9 @@ impl Conditions {
         let sequences = options.batch.or_else(|| map?.batch).unwrap_or(1);
         if chunk == 0 || sequences == 0 {
             return Err(Error::usage("context, chunk and batch must be at least 1"));
+        }
+        if sequences > MAX_BATCH {
+            return Err(Error::usage(format!("a batch of {sequences} is above {MAX_BATCH}, which is the most")));
         }
         Ok(Self {
             quantize,

@@ -223,7 +223,7 @@ impl Search<'_> {
         let memory = |free| Change::Memory { device: DeviceId::Cpu, free, missing: free, bandwidth };
         let roomy = self.plan(&[memory(Bytes(1 << 60))]).ok()?;
         let host = roomy.devices.iter().find(|device| device.id == DeviceId::Cpu)?;
-        let needed = (host.total() + host.reserve).0.next_multiple_of(GIB);
+        let needed = (host.total() + host.reserve).0.checked_next_multiple_of(GIB)?;
         self.fitting(vec![memory(Bytes(needed))])
     }
 
@@ -231,13 +231,13 @@ impl Search<'_> {
     fn with_more_memory(&self) -> Option<Remedy> {
         let short = self.plan.devices.iter().filter(|device| !device.fits());
         let change = |device: &DevicePlan| {
-            let needed = Bytes(device.total().0.next_multiple_of(MIB));
-            if needed + device.reserve <= device.free {
-                return Change::Budget { device: device.id, max_memory: needed };
+            let needed = Bytes(device.total().0.checked_next_multiple_of(MIB)?);
+            let free = Bytes(needed.0.checked_add(device.reserve.0)?);
+            if free <= device.free {
+                return Some(Change::Budget { device: device.id, max_memory: needed });
             }
-            let free = needed + device.reserve;
-            Change::Memory { device: device.id, free, missing: free - device.free, bandwidth: None }
+            Some(Change::Memory { device: device.id, free, missing: free - device.free, bandwidth: None })
         };
-        self.fitting(short.map(change).collect())
+        self.fitting(short.map(change).collect::<Option<_>>()?)
     }
 }

@@ -10,7 +10,7 @@ use crate::device::{DeviceError, DeviceId};
 use crate::device_map::{DeviceMap, MaxMemory};
 use crate::error::{Error, Hint, Result, Setting};
 use crate::footprint::{self, HostStaging, MAX_BYTES, State};
-use crate::machine::{self, Device, Inventory};
+use crate::machine::{Device, Inventory};
 use crate::quant::WeightDtype;
 
 /// What is planned, and for what: a checkpoint whose tensors have been found, and a machine.
@@ -37,8 +37,10 @@ impl<'a> Subject<'a> {
         let Self { checkpoint, tree, weights, .. } = self;
         let config = &checkpoint.config;
         check_model(options, checkpoint)?;
+        check_budgets(options, inventory)?;
         let conditions = Conditions::of(checkpoint, tree.embedding(), options)?;
-        if let Some((path, _)) = conditions.quantize.iter().find(|(path, _)| !tree.names(path)) {
+        let paths = tree.paths();
+        if let Some((path, _)) = conditions.quantize.iter().find(|(path, _)| !paths.have(path)) {
             return Err(Error::input(format!("`quantize` names unknown module `{path}`")));
         }
         let mut modules = self.modules(&conditions)?;
@@ -207,6 +209,15 @@ fn check_model(options: &PlanOptions, checkpoint: &Checkpoint) -> Result<()> {
     }
 }
 
+fn check_budgets(options: &PlanOptions, inventory: &Inventory) -> Result<()> {
+    let mut budgets = options.max_memory.iter().flatten();
+    let Some((device, _)) = budgets.find(|(device, _)| inventory.device(**device).is_none()) else {
+        return Ok(());
+    };
+    let error = Error::usage(DeviceError::Budget { device: *device, usable: inventory.ids() });
+    Err(inventory.why_idle(*device).into_iter().fold(error, Error::hint))
+}
+
 fn check_devices(placement: &[DeviceId], inventory: &Inventory) -> Result<()> {
     let mut absent: Vec<_> = placement.iter().copied().filter(|id| inventory.device(*id).is_none()).collect();
     // Blocks on the disk are computed in host memory.
@@ -218,13 +229,17 @@ fn check_devices(placement: &[DeviceId], inventory: &Inventory) -> Result<()> {
     let Some(first) = absent.first() else {
         return Ok(());
     };
-    let usable = inventory.devices.iter().map(|device| device.id).collect();
-    let error = Error::does_not_fit(DeviceError::Unusable { devices: absent.clone(), usable });
-    Err(if inventory.idle.iter().any(|device| device.id == *first) {
-        error.hint(format!("{first} is there but cannot be used: {}", machine::needs()))
+    let error = Error::does_not_fit(DeviceError::Unusable { devices: absent.clone(), usable: inventory.ids() });
+    Err(if let Some(why) = inventory.why_idle(*first) {
+        error.hint(why)
     } else if first.is_gpu() {
-        let what = format!("no NVIDIA driver was found, or it shows no {first}; {{}} uses what is there");
-        error.hint(Hint::naming(what, [Setting::AutomaticPlacement]))
+        let has_gpus = inventory.devices.iter().chain(&inventory.idle).any(|device| device.id.is_gpu());
+        let why = if has_gpus {
+            format!("there is no {first}")
+        } else {
+            format!("no NVIDIA driver was found, or it shows no {first}")
+        };
+        error.hint(Hint::naming(why + "; {} uses what is there", [Setting::AutomaticPlacement]))
     } else {
         error.hint(Hint::naming("{} describes it", [Setting::Device(format!("{first}=SIZE"))]))
     })

@@ -8,6 +8,7 @@ use serde::{Serialize, Serializer};
 use super::Scheme;
 use crate::error::{Error, Result};
 use crate::model_config::ModelConfig;
+use crate::module_path::and_above;
 
 /// Module paths and their schemes; the longest path that contains a module decides.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -81,14 +82,7 @@ impl QuantizeRules {
 
     /// The scheme of the module at `path`; `none` where no rule contains it.
     pub fn scheme(&self, path: &str) -> Scheme {
-        let mut prefix = path;
-        loop {
-            match self.by_path.get(prefix) {
-                Some(scheme) => return *scheme,
-                None if prefix.is_empty() => return Scheme::None,
-                None => prefix = prefix.rfind('.').map_or("", |end| &prefix[..end]),
-            }
-        }
+        and_above(path).find_map(|path| self.by_path.get(path)).copied().unwrap_or(Scheme::None)
     }
 }
 

@@ -17,6 +17,7 @@ mod ops;
 use std::sync::{Arc, Mutex};
 
 pub use arena::{Arena, map, zeroed};
+pub(super) use exp::exp;
 pub use kernels::GROUP_WORDS;
 pub use kv::KvCache;
 pub use matmul::matmul;

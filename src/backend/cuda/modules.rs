@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::panic::resume_unwind;
 use std::sync::Arc;
+use std::thread::ScopedJoinHandle;
 
 use cudarc::driver::CudaFunction;
 use cudarc::nvrtc::Ptx;
@@ -89,8 +90,14 @@ impl Gpu {
         // The driver compiles what it has not compiled before, each file on one processor.
         let load = |module: &Module| context.load_module(Ptx::from_src(ptx_for(module.ptx, capability)));
         let loaded: Vec<_> = std::thread::scope(|scope| {
-            let threads: Vec<_> = wanted.iter().map(|module| scope.spawn(move || load(module))).collect();
-            threads.into_iter().map(|thread| thread.join().unwrap_or_else(|e| resume_unwind(e))).collect()
+            let begin = |module| std::thread::Builder::new().spawn_scoped(scope, move || load(module));
+            let threads: Vec<_> = wanted.iter().map(|module| (*module, begin(*module))).collect();
+            let end = |(module, thread): (_, std::io::Result<ScopedJoinHandle<_>>)| match thread {
+                Ok(thread) => thread.join().unwrap_or_else(|e| resume_unwind(e)),
+                // Without a thread it is done here.
+                Err(_) => load(module),
+            };
+            threads.into_iter().map(end).collect()
         });
         let mut functions = BTreeMap::new();
         for (Module { name, kernels, .. }, module) in wanted.into_iter().zip(loaded) {

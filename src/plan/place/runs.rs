@@ -67,7 +67,7 @@ fn place(
 /// read. The first ones begin with the embedding, of which it reads a row.
 fn off_gpus(modules: &[PlannedModule], gpus: &[Capacity]) -> Range<usize> {
     let count = modules.len();
-    let first = 0..(0..count).find(|end| filled(&modules[*end..], gpus).len() == count - end).unwrap_or(count);
+    let first = 0..first_that(0..count, |end| filled(&modules[end..], gpus).len() == count - end);
     let last = filled(modules, gpus).len()..count;
     let read =
         |range: &Range<usize>| modules[range.clone()].iter().map(|module| module.read + module.kv_cache).sum::<Bytes>();
@@ -91,18 +91,32 @@ fn min_max_share(modules: &[PlannedModule], gpus: &[Capacity], fewest: bool) -> 
     for gpu in gpus {
         let mut next = least.clone();
         let mut start: Vec<_> = (0..=count).collect();
+        let mut lowest = 0;
         for end in 1..=count {
-            for begin in (0..end).rev() {
-                let taken = sums[end] - sums[begin];
-                if taken > gpu.room {
-                    break;
-                }
-                let share = if taken == Bytes::ZERO { 0.0 } else { taken.0 as f64 / gpu.room.0 as f64 };
-                let (used, worst) = least[begin];
-                let with_run = (used.saturating_add(usize::from(fewest)), worst.max(share));
-                if with_run < next[end] {
-                    (next[end], start[end]) = (with_run, begin);
-                }
+            let taken = |begin: usize| sums[end] - sums[begin];
+            while taken(lowest) > gpu.room {
+                lowest += 1;
+            }
+            if lowest == end {
+                continue;
+            }
+            let share =
+                |begin| if taken(begin) == Bytes::ZERO { 0.0 } else { taken(begin).0 as f64 / gpu.room.0 as f64 };
+            // Of a later begin the modules before it take more, and the run less: the best is where the one
+            // overtakes the other, among those behind the fewest GPUs; of equals the last.
+            let used = least[lowest].0;
+            let begins = lowest..first_that(lowest..end, |begin| least[begin].0 > used);
+            let overtaken = first_that(begins.clone(), |begin| least[begin].1 >= share(begin));
+            let is_before =
+                overtaken > lowest && (overtaken == begins.end || share(overtaken - 1) < least[overtaken].1);
+            let begin = if is_before {
+                overtaken - 1
+            } else {
+                first_that(overtaken..begins.end, |begin| least[begin].1 > least[overtaken].1) - 1
+            };
+            let with_run = (used.saturating_add(usize::from(fewest)), least[begin].1.max(share(begin)));
+            if with_run < next[end] {
+                (next[end], start[end]) = (with_run, begin);
             }
         }
         least = next;
@@ -118,6 +132,16 @@ fn min_max_share(modules: &[PlannedModule], gpus: &[Capacity], fewest: bool) -> 
         end = start[end];
     }
     Some(placement)
+}
+
+/// The first of `range` that is meant, as all behind it are; its end where none is.
+fn first_that(range: Range<usize>, is_meant: impl Fn(usize) -> bool) -> usize {
+    let (mut first, mut end) = (range.start, range.end);
+    while first < end {
+        let middle = usize::midpoint(first, end);
+        if is_meant(middle) { end = middle } else { first = middle + 1 }
+    }
+    first
 }
 
 /// Each device filled in turn, and what none holds on the last one.

@@ -4,6 +4,7 @@
 //! more; its parts stand in it by their share.
 
 use crate::bytes::Bytes;
+use crate::error::escaped;
 use crate::plan::{DevicePlan, Plan};
 
 /// A part of a bar.
@@ -156,5 +157,5 @@ fn text(x: usize, y: usize, color: &str, text: &str) -> String {
 }
 
 fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+    escaped(text).replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }

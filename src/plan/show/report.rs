@@ -9,6 +9,7 @@ use crate::architecture::ModuleKind;
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::device_map::SCHEMA_VERSION;
+use crate::error::escaped;
 use crate::footprint::Allocation;
 use crate::machine;
 use crate::plan::{DevicePlan, Plan, PlannedModule, Quantize, Speed, speed};
@@ -90,6 +91,7 @@ impl Plan {
     }
 
     fn write(&self, f: &mut fmt::Formatter<'_>, bars: &str) -> fmt::Result {
+        let mut f = Escaped(f);
         let blocks = self.modules.iter().filter(|module| module.is_block()).count();
         write!(f, "{}: {}, {blocks} blocks, {} parameters", self.model, self.architecture, count(self.parameters))?;
         if let Some(dtype) = &self.dtype {
@@ -121,7 +123,7 @@ impl Plan {
         }));
         f.write_str(&table(&rows))?;
         if !bars.is_empty() {
-            write!(f, "\n{bars}")?;
+            write!(f.0, "\n{bars}")?;
         }
         for device in self.devices.iter().filter(|device| device.name.is_some()) {
             writeln!(f, "{}: {}", device.id, device.name.as_deref().unwrap_or_default())?;
@@ -207,6 +209,15 @@ impl fmt::Display for Plan {
     /// A column a device, then the alternatives and the verdict.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.write(f, "")
+    }
+}
+
+/// Escapes all that is written: names are a stranger's.
+struct Escaped<'a, W>(&'a mut W);
+
+impl<W: Write> Write for Escaped<'_, W> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        self.0.write_str(&escaped(text))
     }
 }
 

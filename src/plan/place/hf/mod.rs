@@ -21,7 +21,7 @@ use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::device_map::MaxMemory;
 use crate::error::Result;
-use crate::module_path::longest_prefix;
+use crate::module_path::and_above;
 use crate::plan::Strategy;
 
 pub use budget::budgets;
@@ -74,8 +74,7 @@ pub struct Placement {
 impl Placement {
     /// The device of the module at `path`: that of the longest key that contains it.
     pub fn device_of(&self, path: &str) -> Option<DeviceId> {
-        let at = longest_prefix(self.device_map.keys().map(String::as_str), path)?;
-        self.device_map.values().nth(at).copied()
+        and_above(path).find_map(|path| self.device_map.get(path)).copied()
     }
 }
 
