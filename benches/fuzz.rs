@@ -5,6 +5,8 @@
 //! A surface fails by a panic, an abort, or a run that takes longer than [`LONGEST`]; the input is then kept. With no
 //! flags each surface is tried for a moment.
 
+#![expect(clippy::print_stdout, reason = "it is run by hand and says what it did")]
+
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -31,8 +33,11 @@ const SHARD: &str = "model.safetensors";
 struct Surface {
     name: &'static str,
     seeds: Vec<Vec<u8>>,
-    run: Box<dyn Fn(&[u8], &Path) -> Result<()> + Sync>,
+    run: Box<Run>,
 }
+
+/// Takes an input, and a directory for files.
+type Run = dyn Fn(&[u8], &Path) -> Result<()> + Sync;
 
 /// A checkpoint in memory.
 #[derive(Clone)]
@@ -264,7 +269,7 @@ fn fuzz(surface: &Surface, runs: u64, until: Instant, seed: u64) -> bool {
                     let start = Instant::now();
                     let result = catch_unwind(AssertUnwindSafe(|| (surface.run)(&bytes, directory.path()).is_ok()));
                     if result.is_err() || start.elapsed() > LONGEST {
-                        let kept = std::env::temp_dir().join(format!("evenkeel-fuzz-{}", surface.name));
+                        let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("fuzz-{}", surface.name));
                         std::fs::write(&kept, &bytes).expect("a file");
                         let how = if result.is_err() { "panicked" } else { "took too long" };
                         println!("{}: {how}; the input is in {}", surface.name, kept.display());

@@ -73,7 +73,7 @@ fn templates_end() {
 }
 
 /// A tokenizer of the words `t0` to `t255`, with some of its parts replaced.
-fn tokenizer(parts: Value) -> String {
+fn tokenizer(parts: &Value) -> String {
     let vocab: serde_json::Map<_, _> = (0..256).map(|id| (format!("t{id}"), json!(id))).collect();
     let mut tokenizer = json!({
         "version": "1.0",
@@ -108,7 +108,7 @@ fn tokenizers_end() {
         ("a token that is not there", template(json!({})), "t1 t2"),
         ("a token of many ids", template(many_tokens), "t1 t2"),
     ] {
-        let (code, said) = generate(&checkpoint("tokenizer.json", &tokenizer(parts)), prompt, &[]);
+        let (code, said) = generate(&checkpoint("tokenizer.json", &tokenizer(&parts)), prompt, &[]);
         assert_eq!(code, Some(1), "{name}: {said}");
         assert!(!said.contains("panicked"), "{name}: {said}");
     }
@@ -122,7 +122,7 @@ fn tokenizers_end() {
             json!({"truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 2}}),
         ),
     ] {
-        let (code, said) = generate(&checkpoint("tokenizer.json", &tokenizer(parts)), "t1 t2", &[]);
+        let (code, said) = generate(&checkpoint("tokenizer.json", &tokenizer(&parts)), "t1 t2", &[]);
         assert_eq!(code, Some(0), "{name}: {said}");
     }
 }

@@ -196,7 +196,7 @@ fn tojson(value: &Value, indent: Option<Value>, options: Kwargs) -> Result<Strin
     let separators = options.get::<Option<Vec<String>>>("separators")?;
     let usual = [if indent.is_some() { "," } else { ", " }, ": "].map(str::to_owned);
     let [item, key] =
-        separators.map_or(Ok(usual), |given| given.try_into()).map_err(|_| invalid("separators are two texts"))?;
+        separators.map_or(Ok(usual), TryInto::try_into).map_err(|_| invalid("separators are two texts"))?;
     let is_ascii = options.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false);
     let is_sorted = options.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
     options.assert_all_used()?;

@@ -165,7 +165,7 @@ mod tests {
     use crate::text::parsed::FILE;
 
     /// A directory with a tokenizer of single characters and some more tokens, and other files.
-    fn directory(tokens: &[&str], parts: Value, files: &[(&str, Value)]) -> tempfile::TempDir {
+    fn directory(tokens: &[&str], parts: &Value, files: &[(&str, Value)]) -> tempfile::TempDir {
         let directory = tempfile::tempdir().unwrap();
         let letters = ('a'..='z').chain("▁ <|>_".chars()).map(String::from);
         let tokens = letters.chain(tokens.iter().map(ToString::to_string));
@@ -188,7 +188,7 @@ mod tests {
     fn a_text_is_neither_cut_nor_filled() {
         let truncation = json!({"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0});
         let padding = json!({"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0, "pad_type_id": 0, "pad_token": "a"});
-        let directory = directory(&[], json!({"truncation": truncation, "padding": padding}), &[]);
+        let directory = directory(&[], &json!({"truncation": truncation, "padding": padding}), &[]);
         assert_eq!(encoded(&directory, "abcd"), [0, 1, 2, 3]);
     }
 
@@ -203,7 +203,7 @@ mod tests {
             &[("special_tokens_map.json", json!({"additional_special_tokens": ["<|a|>", token("<|b|>")]}))],
             &[("tokenizer_config.json", json!({"bos_token": "<|a|>", "unk_token": null, "eos_token": "<|b|>"}))],
         ] {
-            assert_eq!(encoded(&directory(&[], json!({}), files), "<|a|>c<|b|>"), [32, 2, 33], "{files:?}");
+            assert_eq!(encoded(&directory(&[], &json!({}), files), "<|a|>c<|b|>"), [32, 2, 33], "{files:?}");
         }
     }
 
@@ -227,7 +227,7 @@ mod tests {
             {"type": "Strip", "content": " ", "start": 1, "stop": 0},
         ]});
         let bytes = ["<0xE4>", "<0xBD>", "<0xA0>", "<0xFF>", "<0xC3>", "<0xA9>", "▁h"];
-        let directory = directory(&bytes, json!({"pre_tokenizer": metaspace, "decoder": decoder}), &[]);
+        let directory = directory(&bytes, &json!({"pre_tokenizer": metaspace, "decoder": decoder}), &[]);
         let tokenizer = Tokenizer::open(directory.path(), 64).unwrap();
         let id = |token: &str| match &tokenizer.runs {
             Runs::Here(parsed) => parsed.0.token_to_id(token).unwrap(),
