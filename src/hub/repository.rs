@@ -164,7 +164,8 @@ impl Repository {
         let mut wanted = vec![model_config::FILE.to_owned()];
         let small = text::FILES.into_iter().chain([GENERATION_CONFIG]);
         wanted.extend(small.filter(|file| self.has(file)).map(str::to_owned));
-        if self.has(index::FILE) {
+        // Where both are there, the whole file is what a checkpoint is read from.
+        if self.has(index::FILE) && !self.has(SINGLE_FILE) {
             wanted.push(index::FILE.to_owned());
             wanted.extend(Index::read(self)?.shards);
         } else {
