@@ -2,8 +2,8 @@
 //!
 //! `cargo bench --bench fuzz -- [SURFACE ...] [--runs N | --seconds N] [--seed N]`
 //!
-//! A surface fails by a panic, an abort, or a run that takes longer than [`LONGEST`]; the input is then kept. With no
-//! flags each surface is tried for a moment.
+//! A surface fails by a panic of ours, an abort, or a run that takes longer than [`LONGEST`]. Each input is written
+//! down before it is tried, so that the one that failed is still there. With no flags each surface is tried for a moment.
 
 #![expect(clippy::print_stdout, reason = "it is run by hand and says what it did")]
 
@@ -28,6 +28,8 @@ const THREADS: usize = 2;
 const CONFIG: &str = "config.json";
 const INDEX: &str = "model.safetensors.index.json";
 const SHARD: &str = "model.safetensors";
+
+static PANICKED: AtomicBool = AtomicBool::new(false);
 
 /// Where bytes come in, the inputs that are changed, and what is done with them.
 struct Surface {
@@ -260,19 +262,16 @@ fn fuzz(surface: &Surface, runs: u64, until: Instant, seed: u64) -> bool {
             let (done, failed) = (&done, &failed);
             scope.spawn(move || {
                 let directory = tempfile::tempdir().expect("a directory");
+                let input = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("fuzz-{}-{thread}", surface.name));
                 let mut draws = Draws::new(seed.wrapping_mul(THREADS as u64).wrapping_add(thread));
-                while !failed.load(Ordering::Relaxed)
-                    && done.fetch_add(1, Ordering::Relaxed) < runs
-                    && Instant::now() < until
-                {
+                let is_on = || !failed.load(Ordering::Relaxed) && Instant::now() < until;
+                while is_on() && done.fetch_add(1, Ordering::Relaxed) < runs {
                     let bytes = changed(&surface.seeds[draws.below(surface.seeds.len())], &mut draws);
+                    std::fs::write(&input, &bytes).expect("a file");
                     let start = Instant::now();
-                    let result = catch_unwind(AssertUnwindSafe(|| (surface.run)(&bytes, directory.path()).is_ok()));
-                    if result.is_err() || start.elapsed() > LONGEST {
-                        let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("fuzz-{}", surface.name));
-                        std::fs::write(&kept, &bytes).expect("a file");
-                        let how = if result.is_err() { "panicked" } else { "took too long" };
-                        println!("{}: {how}; the input is in {}", surface.name, kept.display());
+                    let result = catch_unwind(AssertUnwindSafe(|| drop((surface.run)(&bytes, directory.path()))));
+                    if result.is_err() || PANICKED.load(Ordering::Relaxed) || start.elapsed() > LONGEST {
+                        println!("{}: failed after {:?} with {}", surface.name, start.elapsed(), input.display());
                         failed.store(true, Ordering::Relaxed);
                     }
                 }
@@ -298,8 +297,13 @@ fn main() -> ExitCode {
             _ => wanted.push(argument),
         }
     }
-    // Parsers of others may panic on what was made to, which is caught.
-    std::panic::set_hook(Box::new(|_| ()));
+    // Parsers of others may panic on what was made to, which is caught; ours may not.
+    std::panic::set_hook(Box::new(|panic| {
+        if panic.location().is_some_and(|place| place.file().starts_with("src/")) {
+            println!("{panic}");
+            PANICKED.store(true, Ordering::Relaxed);
+        }
+    }));
     let seconds = seconds.unwrap_or(if runs.is_some() { 86_400 } else { 1 });
     let mut is_well = true;
     for surface in

@@ -103,8 +103,8 @@ fn repository(snapshot: &Path) -> Option<&Path> {
 }
 
 /// What begins the name of an output that is not whole yet; [`SUFFIX`] letters and digits follow.
-const TEMPORARY: &str = ".evenkeel-";
-const SUFFIX: usize = 6;
+const TEMPORARY: &str = ".evenkeel-unfinished-";
+const SUFFIX: usize = 12;
 /// An output that nobody writes for so long was left by a run that was killed.
 const LEFT: Duration = Duration::from_hours(24);
 
@@ -154,6 +154,7 @@ pub fn write_atomic(path: &Path, bytes: &[u8], overwrite: bool) -> Result<()> {
     sweep(directory);
     let mut file = tempfile::Builder::new()
         .prefix(TEMPORARY)
+        .rand_bytes(SUFFIX)
         .permissions(std::fs::Permissions::from_mode(0o666))
         .tempfile_in(directory)
         .map_err(failed)?;
@@ -191,6 +192,7 @@ impl NewDirectory {
         sweep(parent(path));
         let temporary = tempfile::Builder::new()
             .prefix(TEMPORARY)
+            .rand_bytes(SUFFIX)
             .permissions(std::fs::Permissions::from_mode(0o777))
             .tempdir_in(parent(path))
             .map_err(|e| Error::io("write", path, e))?;
@@ -335,13 +337,13 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let old = std::time::SystemTime::now() - 2 * LEFT;
         for (name, is_old, is_directory) in [
-            (".evenkeel-aB3xyz", true, false),
-            (".evenkeel-aB3xy0", true, true),
-            (".evenkeel-locked", true, true),
-            (".evenkeel-fresh1", false, false),
-            (".evenkeel-config", false, true),
+            (".evenkeel-unfinished-aB3xyzaB3xyz", true, false),
+            (".evenkeel-unfinished-aB3xyzaB3xy0", true, true),
+            (".evenkeel-unfinished-lockedlocked", true, true),
+            (".evenkeel-unfinished-fresh1fresh1", false, false),
+            (".evenkeel-backup", false, true),
             (".evenkeel-config.json", true, false),
-            (".evenkeel-a", true, false),
+            (".evenkeel-unfinished-a", true, false),
             ("evenkeel-aB3xyz", true, false),
         ] {
             let path = root.path().join(name);
@@ -356,27 +358,27 @@ mod tests {
             }
         }
         let outside = tempfile::tempdir().unwrap();
-        std::os::unix::fs::symlink(outside.path(), root.path().join(".evenkeel-linked")).unwrap();
-        let used = File::open(root.path().join(".evenkeel-locked")).unwrap();
+        std::os::unix::fs::symlink(outside.path(), root.path().join(".evenkeel-unfinished-linkedlinked")).unwrap();
+        let used = File::open(root.path().join(".evenkeel-unfinished-lockedlocked")).unwrap();
         used.try_lock().unwrap();
         write_atomic(&root.path().join("map.json"), b"x", false).unwrap();
         let mut left: Vec<_> =
             root.path().read_dir().unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         left.sort();
         let kept = [
-            ".evenkeel-a",
-            ".evenkeel-config",
+            ".evenkeel-unfinished-a",
+            ".evenkeel-backup",
             ".evenkeel-config.json",
-            ".evenkeel-fresh1",
-            ".evenkeel-linked",
-            ".evenkeel-locked",
+            ".evenkeel-unfinished-fresh1fresh1",
+            ".evenkeel-unfinished-linkedlinked",
+            ".evenkeel-unfinished-lockedlocked",
             "evenkeel-aB3xyz",
             "map.json",
         ];
         assert_eq!(left, kept);
         drop(used);
         drop(NewDirectory::create(&root.path().join("packed")).unwrap());
-        assert!(!root.path().join(".evenkeel-locked").exists());
+        assert!(!root.path().join(".evenkeel-unfinished-lockedlocked").exists());
         assert!(outside.path().exists());
     }
 

@@ -5,7 +5,7 @@
 //! held against their SHA-256 where the Hub gives it. The cache is the one that
 //! all Hugging Face tools share. Requests are `GET` and `HEAD`, and one `POST`
 //! that asks for sizes; nothing else is sent. Nothing is read from the
-//! environment, except the proxy variables, which ureq reads.
+//! environment, except what ureq and TLS read: proxies, `SSL_CERT_FILE`, `SSL_CERT_DIR`.
 
 mod cache;
 mod explain;

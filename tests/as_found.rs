@@ -161,6 +161,12 @@ fn names_with_what_wrappers_put_before_them() {
         let note = format!("the names of the tensors are taken without their `{shown}`");
         assert_says(before, &bent, PLAIN, &[&note]);
     }
+    let bent = Bent::of(LLAMA);
+    bent.change_tensors(|tensors| {
+        let inner = |name: String| name.replacen("model.", "model._orig_mod.", 1);
+        *tensors = std::mem::take(tensors).into_iter().map(|(name, t)| (inner(name), t)).collect();
+    });
+    assert_says("inside", &bent, PLAIN, &["the names of the tensors are taken without their `_orig_mod.`"]);
     // A language model within another, whose parts of another kind are not read; and a wrapper within a model.
     let bent = Bent::of(LLAMA);
     bent.change_tensors(|tensors| {

@@ -193,11 +193,14 @@ fn offline_the_cache_suffices() {
 fn offline_what_is_missing_is_named() {
     let scene = Scene::new();
     let hint = "hint: hf download org/name --revision main";
-    assert_says(scene.offline("main"), &["HF_HUB_OFFLINE is set and the commit of org/name@main is not cached", hint]);
+    assert_says(
+        scene.offline("main"),
+        &["the Hub is not asked while offline, and the commit of org/name@main is not cached", hint],
+    );
     scene.download().unwrap();
     std::fs::remove_file(scene.snapshot().join(SHARDS[1])).unwrap();
     let repository = scene.offline("main").unwrap();
-    let message = format!("HF_HUB_OFFLINE is set and {} of org/name@main is not cached", SHARDS[1]);
+    let message = format!("the Hub is not asked while offline, and {} of org/name@main is not cached", SHARDS[1]);
     assert_says(repository.download(&mut |_| {}), &[&message, hint]);
     assert_says(repository.read_range(SHARDS[1], 0, 8), &[&message, hint]);
     assert_says(repository.size(SHARDS[1]), &[&message, hint]);

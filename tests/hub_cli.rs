@@ -106,7 +106,7 @@ fn what_the_hub_refuses_ends_with_1_and_a_hint() {
     let (hub, home) = (hub(), tempfile::tempdir().unwrap());
     let offline = with_hub(&GENERATE, &hub, home.path(), &[("HF_HUB_OFFLINE", "1")]);
     assert_eq!(offline.status.code(), Some(1));
-    assert!(stderr(&offline).starts_with("error: HF_HUB_OFFLINE is set"), "{}", stderr(&offline));
+    assert!(stderr(&offline).starts_with("error: the Hub is not asked while offline"), "{}", stderr(&offline));
     assert!(stderr(&offline).contains("\nhint: "), "{}", stderr(&offline));
 
     hub.fail(Part::Api, Fault::Status(403, "GatedRepo"), 9);

@@ -8,7 +8,7 @@ use super::{Checkpoint, Origin, SINGLE_FILE, Source, index};
 use crate::bytes::{Bytes, MIB};
 use crate::error::{Error, Hint, Result, Setting, printable};
 use crate::json::{Document, Node};
-use crate::model_config;
+use crate::{fs, model_config};
 
 const ADAPTER: &str = "adapter_config.json";
 /// Files that say how weights were quantized, the key that names the method, and whose form it is.
@@ -97,13 +97,18 @@ fn is_gguf(path: &Path) -> bool {
 fn cached(source: &dyn Source) -> Option<Error> {
     let directory = source.directory()?;
     let snapshots = directory.join("snapshots");
-    let main = std::fs::read_to_string(directory.join("refs/main")).ok();
-    let main = main.map(|commit| snapshots.join(commit.trim())).filter(|snapshot| snapshot.is_dir());
+    let main =
+        fs::read_capped(&directory.join("refs/main"), MAX_COMMIT).ok().and_then(|text| String::from_utf8(text).ok());
+    let main = main.as_deref().map(str::trim).filter(|commit| fs::is_plain_name(commit));
+    let main = main.map(|commit| snapshots.join(commit)).filter(|snapshot| snapshot.is_dir());
     let any = || snapshots.read_dir().ok()?.flatten().map(|entry| entry.path()).find(|path| path.is_dir());
     let snapshot = main.or_else(any)?;
     let what = "is a repository in a Hugging Face cache, whose snapshots are checkpoints";
     Some(Error::input(format!("`{}` {what}", shown(source))).hint(format!("name `{}`", snapshot.display())))
 }
+
+/// The longest name of a commit that is read.
+const MAX_COMMIT: Bytes = Bytes(100);
 
 fn converted(name: &str, more: &str) -> String {
     let save = format!("save_pretrained({:?})", format!("{name}-safetensors"));

@@ -11,7 +11,7 @@ const BEFORE: [&str; 4] = ["module.", "base_model.model.", "model.language_model
 /// What stands in the middle of names too.
 const ANYWHERE: [&str; 3] = ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."];
 
-/// The catalog by the model's own names, and what stood before that of the embedding, where it was not its own.
+/// The catalog by the model's own names, and what stood in that of the embedding, where it was not its own.
 pub fn unwrap(catalog: BTreeMap<String, Tensor>, config: &ModelConfig) -> (BTreeMap<String, Tensor>, Option<String>) {
     let mut own = config.family.embedding_weights().to_vec();
     if config.tie_word_embeddings {
@@ -24,10 +24,12 @@ pub fn unwrap(catalog: BTreeMap<String, Tensor>, config: &ModelConfig) -> (BTree
     let Some(wrapped) = catalog.keys().find(|name| is_own(&bare(name))) else {
         return (catalog, None);
     };
-    let prefix = wrapped[..wrapped.len() - bare(wrapped).len()].to_owned();
+    // In the middle it is one of those that may stand there.
+    let inside = || ANYWHERE.into_iter().find(|wrapper| wrapped.contains(wrapper));
+    let wrapper = wrapped.strip_suffix(&bare(wrapped)).or_else(inside).unwrap_or(wrapped).to_owned();
     let unwrapped: BTreeMap<_, _> = catalog.iter().map(|(name, tensor)| (bare(name), tensor.clone())).collect();
     // Two tensors that become one are not the model's.
-    if unwrapped.len() == catalog.len() { (unwrapped, Some(prefix)) } else { (catalog, None) }
+    if unwrapped.len() == catalog.len() { (unwrapped, Some(wrapper)) } else { (catalog, None) }
 }
 
 fn bare(name: &str) -> String {

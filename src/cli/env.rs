@@ -12,6 +12,7 @@
 //! | `CUDA_VISIBLE_DEVICES` | the GPUs that the driver shows; `devices` names it |
 //! | `NO_COLOR`, `CLICOLOR_FORCE`, `TERM` | colour |
 //! | `TMPDIR` | where weights on the disk go |
+//! | `TZ` | the zone of a chat template's `strftime_now` |
 
 use std::collections::HashMap;
 use std::ffi::OsString;

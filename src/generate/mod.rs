@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::cancel::Cancel;
 use crate::engine::Sequence;
-use crate::error::{Error, Hint, Result, Setting};
+use crate::error::{Error, ErrorKind, Hint, Result, Setting};
 use crate::loader::Model;
 use crate::text::TextStream;
 
@@ -210,7 +210,10 @@ impl Generation<'_> {
         } else {
             let start = if self.sequence.is_ahead() { self.since } else { Instant::now() };
             let more = self.options.max_new_tokens.is_none_or(|most| self.report.generated_tokens + 1 < most);
-            self.next = Some(self.model.engine.next(&mut self.sequence, more, || Ok(()))?);
+            match self.model.engine.next(&mut self.sequence, more, || self.options.cancel.check()) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => self.report.finish = Finish::Interrupted,
+                next => self.next = Some(next?),
+            }
             self.since = Instant::now();
             self.report.decode_seconds += (self.since - start).as_secs_f64();
         }

@@ -241,11 +241,19 @@ impl Repository {
     fn fetch_all(&self, link: &Link, files: &[(String, Remote)], on_event: &mut dyn FnMut(HubEvent)) -> Result<()> {
         let (next, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
         let (sender, receiver) = mpsc::channel();
+        // Files of the same content are one blob, which one worker fetches.
+        let is_again = |at: usize| {
+            let oid = files[at].1.oid.as_ref();
+            oid.is_some() && files[..at].iter().any(|(_, before)| before.oid.as_ref() == oid)
+        };
         let work = |sender: mpsc::Sender<(usize, Result<HubEvent, Failure>)>| {
             let is_stopped = || stop.load(Ordering::Relaxed) || link.options.cancel.is_cancelled();
             while let at = next.fetch_add(1, Ordering::Relaxed)
                 && let Some((file, remote)) = files.get(at).filter(|_| !is_stopped())
             {
+                if is_again(at) {
+                    continue;
+                }
                 let mut note = |event| match sender.send((at, Ok(event))) {
                     Ok(()) if !is_stopped() => ControlFlow::Continue(()),
                     _ => ControlFlow::Break(()),
@@ -281,7 +289,12 @@ impl Repository {
             }
             link.options.cancel.check()?;
             failed.map_or(Ok(()), Err)
-        })
+        })?;
+        for (file, remote) in files.iter().enumerate().filter(|(at, _)| is_again(*at)).map(|(_, file)| file) {
+            let fetched = self.fetch(link, file, remote, Some(RATE_LIMIT_WAIT), &mut link.quiet());
+            fetched.map_err(|failure| link.explain(failure, Some(file)))?;
+        }
+        Ok(())
     }
 
     /// Fetches one file into the cache. The lock is held where there is
@@ -423,7 +436,7 @@ impl Source for Repository {
 }
 
 fn not_cached(what: &str, id: &RepoId, revision: &str) -> Error {
-    Error::input(format!("HF_HUB_OFFLINE is set and {what} of {id}@{revision} is not cached"))
+    Error::input(format!("the Hub is not asked while offline, and {what} of {id}@{revision} is not cached"))
         .hint(format!("hf download {id} --revision {revision}"))
 }
 

@@ -206,7 +206,7 @@ impl Client {
             .name("hub".to_owned())
             .spawn(carry)
             .map_err(|e| Error::input("cannot start a thread").caused_by(e))?;
-        let pace = Pace { window: self.silence * SLOW_WINDOW, waited: Duration::ZERO, bytes: 0 };
+        let pace = Pace { window: self.silence.saturating_mul(SLOW_WINDOW), waited: Duration::ZERO, bytes: 0 };
         let mut transfer = Transfer { receiver, silence: self.silence, pace, at, told: Instant::now() };
         match transfer.next(note)? {
             Message::Head(head) => Ok((*head, transfer)),

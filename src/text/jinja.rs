@@ -405,20 +405,25 @@ fn percent_to_filter(code: &str, translated: &mut String) {
     translated.push_str(rest);
 }
 
-/// The bytes of an operand that binds more tightly than `%`: a value with its members, calls and filters.
+/// The bytes of an operand that binds more tightly than `%`: a value with its sign, members, calls and filters.
 fn operand_length(code: &str) -> usize {
-    let mut at = group_length(code).or_else(|| token_length(code)).unwrap_or(0);
+    let spaces = |at: usize| code[at..].len() - code[at..].trim_start().len();
+    let mut at = code.len() - code.trim_start_matches(['-', '+', ' ']).len();
+    at += group_length(&code[at..]).or_else(|| token_length(&code[at..])).unwrap_or(0);
     loop {
-        let rest = &code[at..];
-        let next = match rest.chars().next() {
-            Some('.' | '|') => 1 + token_length(&rest[1..]).unwrap_or(0),
-            Some('(' | '[') => group_length(rest).unwrap_or(0),
-            _ => 0,
+        let next = at + spaces(at);
+        let end = match code[next..].chars().next() {
+            Some('.' | '|') => {
+                let name = next + 1 + spaces(next + 1);
+                name + token_length(&code[name..]).unwrap_or(0)
+            }
+            Some('(' | '[') => next + group_length(&code[next..]).unwrap_or(0),
+            _ => return at,
         };
-        if next == 0 {
+        if end == next {
             return at;
         }
-        at += next;
+        at = end;
     }
 }
 
@@ -447,6 +452,8 @@ mod tests {
     fn python_texts_are_translated() {
         for (source, translated) in [
             ("{{ 'a %s' % b.c[0]|upper }}", "{{ 'a %s'|format(b.c[0]|upper) }}"),
+            ("{{ 'a %s' % b | upper }}", "{{ 'a %s'|format(b | upper) }}"),
+            ("{{ '%d' % -1 }}{{ '%d' % a [0] ~ b }}", "{{ '%d'|format(-1) }}{{ '%d'|format(a [0]) ~ b }}"),
             ("{{ '%s %s' % (a, 'x') + c }}", "{{ '%s %s'|format(a, 'x') + c }}"),
             ("{{ 7 % 2 }} 100 % {% if a %}", "{{ 7 % 2 }} 100 % {% if a %}"),
             ("{{ '%' }}{# '%s' % x #}", "{{ '%' }}{# '%s' % x #}"),

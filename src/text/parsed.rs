@@ -32,11 +32,15 @@ pub fn file(directory: &Path) -> Result<PathBuf> {
     if let Some(other) = there
         && !directory.join(FILE).exists()
     {
-        return Err(Error::input(format!("`{}` has `{other}`, and no {FILE}, which is what is read", directory.display()))
-            .hint(format!(
-                "Transformers makes it: python -c \"from transformers import AutoTokenizer as A; A.from_pretrained('{0}').save_pretrained('{0}')\"",
-                directory.display()
-            )));
+        let name = directory.display().to_string();
+        // Python reads a text as JSON writes it, and only a NUL cannot be quoted for a shell.
+        let literal = serde_json::to_string(&name).unwrap_or_default();
+        let program = format!(
+            "from transformers import AutoTokenizer as T; T.from_pretrained({literal}).save_pretrained({literal})"
+        );
+        let command = shlex::try_join(["python", "-c", &program]).unwrap_or_default();
+        return Err(Error::input(format!("`{name}` has `{other}`, and no {FILE}, which is what is read"))
+            .hint(format!("Transformers makes it: `{command}`")));
     }
     fs::confined(directory, FILE)
 }
@@ -66,8 +70,11 @@ impl File<'_> {
             .with_pre_tokenizer(self.pre_tokenizer)
             .with_post_processor(self.post_processor)
             .with_decoder(self.decoder);
-        tokenizer.add_tokens(self.added_tokens)?;
-        tokenizer.add_tokens(special.added)?;
+        let added = [self.added_tokens, special.added].concat();
+        let is_new = |token: &AddedToken| added.iter().all(|added| added.content != token.content);
+        let mentioned: Vec<_> = special.mentioned.into_iter().filter(is_new).collect();
+        tokenizer.add_tokens(added)?;
+        tokenizer.add_tokens(mentioned)?;
         Ok(tokenizer)
     }
 }

@@ -173,7 +173,10 @@ impl Cell {
         let line = loop {
             match self.ready.take().map_or_else(|| self.replies.recv_timeout(TICK), Ok) {
                 Ok(Ok(line)) => break line,
-                Err(RecvTimeoutError::Timeout) if begun.elapsed() < self.patience => self.cancel.check()?,
+                // What nobody waited for is no answer to what is asked next.
+                Err(RecvTimeoutError::Timeout) if begun.elapsed() < self.patience => {
+                    self.cancel.check().inspect_err(|_| self.end())?;
+                }
                 _ => {
                     let took_long = begun.elapsed() >= self.patience;
                     self.end();

@@ -40,6 +40,8 @@ const DEFAULTS: &[(&str, &[(&str, &str)])] = &[
 pub struct Special {
     pub named: BTreeMap<String, String>,
     pub added: Vec<AddedToken>,
+    /// Tokens that are added where no other token has their text.
+    pub mentioned: Vec<AddedToken>,
 }
 
 impl Special {
@@ -80,7 +82,7 @@ impl Special {
                 }
             }
         }
-        special.added = added.into_values().chain(std::mem::take(&mut special.added)).collect();
+        special.added = added.into_values().collect();
         if let Some(config) = &config {
             special.name_defaults(config.root())?;
         }
@@ -93,10 +95,10 @@ impl Special {
             && let Some(token) = token_of(value)?
         {
             self.named.insert(name.to_owned(), token.content.clone());
-            self.added.push(AddedToken { special: true, ..token });
+            self.mentioned.push(AddedToken { special: true, ..token });
         } else if ["additional_special_tokens", "extra_special_tokens"].contains(&name) && value.is_list() {
             for token in value.elements()? {
-                self.added.extend(token_of(token)?.map(|token| AddedToken { special: true, ..token }));
+                self.mentioned.extend(token_of(token)?.map(|token| AddedToken { special: true, ..token }));
             }
         }
         Ok(())

@@ -205,6 +205,10 @@ mod tests {
         ] {
             assert_eq!(encoded(&directory(&[], &json!({}), files), "<|a|>c<|b|>"), [32, 2, 33], "{files:?}");
         }
+        // A name alone says nothing of the spaces around a token, which the token itself does.
+        let strips = json!([{"id": 32, "content": "<|a|>", "lstrip": false, "rstrip": true, "normalized": false, "single_word": false, "special": true}]);
+        let named = [("tokenizer_config.json", json!({"eos_token": "<|a|>"}))];
+        assert_eq!(encoded(&directory(&[], &json!({"added_tokens": strips}), &named), "<|a|> b"), [32, 1]);
     }
 
     #[test]
