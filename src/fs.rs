@@ -341,7 +341,7 @@ mod tests {
             (".evenkeel-unfinished-aB3xyzaB3xy0", true, true),
             (".evenkeel-unfinished-lockedlocked", true, true),
             (".evenkeel-unfinished-fresh1fresh1", false, false),
-            (".evenkeel-backup", false, true),
+            (".evenkeel-backup", true, true),
             (".evenkeel-config.json", true, false),
             (".evenkeel-unfinished-a", true, false),
             ("evenkeel-aB3xyz", true, false),
@@ -366,9 +366,9 @@ mod tests {
             root.path().read_dir().unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         left.sort();
         let kept = [
-            ".evenkeel-unfinished-a",
             ".evenkeel-backup",
             ".evenkeel-config.json",
+            ".evenkeel-unfinished-a",
             ".evenkeel-unfinished-fresh1fresh1",
             ".evenkeel-unfinished-linkedlinked",
             ".evenkeel-unfinished-lockedlocked",
