@@ -21,12 +21,12 @@ pub fn unwrap(catalog: BTreeMap<String, Tensor>, config: &ModelConfig) -> (BTree
     if catalog.keys().any(|name| is_own(name)) {
         return (catalog, None);
     }
-    let Some(wrapped) = catalog.keys().find(|name| is_own(&bare(name))) else {
+    let Some(known) = catalog.keys().find(|name| is_own(&bare(name))) else {
         return (catalog, None);
     };
     // In the middle it is one of those that may stand there.
-    let inside = || ANYWHERE.into_iter().find(|wrapper| wrapped.contains(wrapper));
-    let wrapper = wrapped.strip_suffix(&bare(wrapped)).or_else(inside).unwrap_or(wrapped).to_owned();
+    let inside = || ANYWHERE.into_iter().find(|wrapper| known.contains(wrapper));
+    let wrapper = known.strip_suffix(&bare(known)).or_else(inside).unwrap_or(known).to_owned();
     let unwrapped: BTreeMap<_, _> = catalog.iter().map(|(name, tensor)| (bare(name), tensor.clone())).collect();
     // Two tensors that become one are not the model's.
     if unwrapped.len() == catalog.len() { (unwrapped, Some(wrapper)) } else { (catalog, None) }
