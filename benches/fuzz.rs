@@ -8,9 +8,12 @@
 #![expect(clippy::print_stdout, reason = "it is run by hand and says what it did")]
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -41,29 +44,37 @@ struct Surface {
 /// Takes an input, and a directory for files.
 type Run = dyn Fn(&[u8], &Path) -> Result<()> + Sync;
 
-/// A checkpoint in memory.
-#[derive(Clone)]
-struct Memory(BTreeMap<String, Vec<u8>>);
+/// A checkpoint in memory, of which one file may be another.
+struct Memory {
+    files: Arc<BTreeMap<String, Vec<u8>>>,
+    changed: Option<(&'static str, Vec<u8>)>,
+}
 
 impl Memory {
     fn file(&self, file: &str) -> Result<&[u8]> {
-        self.0.get(file).map(Vec::as_slice).ok_or_else(|| Error::input("there is no such file"))
+        let changed = self.changed.as_ref().filter(|(name, _)| *name == file).map(|(_, bytes)| bytes);
+        changed.or_else(|| self.files.get(file)).map(Vec::as_slice).ok_or_else(|| Error::input("there is no such file"))
     }
 
-    fn with(&self, file: &str, bytes: &[u8]) -> Self {
-        let mut files = self.0.clone();
-        files.insert(file.to_owned(), bytes.to_vec());
-        Self(files)
+    fn with(&self, file: &'static str, bytes: &[u8]) -> Self {
+        Self { files: Arc::clone(&self.files), changed: Some((file, bytes.to_vec())) }
+    }
+}
+
+impl From<BTreeMap<String, Vec<u8>>> for Memory {
+    fn from(files: BTreeMap<String, Vec<u8>>) -> Self {
+        Self { files: Arc::new(files), changed: None }
     }
 }
 
 impl Source for Memory {
     fn has(&self, file: &str) -> bool {
-        self.0.contains_key(file)
+        self.file(file).is_ok()
     }
 
     fn read(&self, file: &str, cap: Bytes) -> Result<Vec<u8>> {
-        Ok(self.file(file)?.iter().copied().take(cap.as_usize().unwrap_or(usize::MAX)).collect())
+        let bytes = self.file(file)?;
+        Ok(bytes[..bytes.len().min(cap.as_usize().unwrap_or(usize::MAX))].to_vec())
     }
 
     fn size(&self, file: &str) -> Result<Bytes> {
@@ -71,8 +82,9 @@ impl Source for Memory {
     }
 
     fn read_range(&self, file: &str, offset: u64, len: usize) -> Result<Vec<u8>> {
-        let skipped = usize::try_from(offset).unwrap_or(usize::MAX);
-        Ok(self.file(file)?.iter().copied().skip(skipped).take(len).collect())
+        let bytes = self.file(file)?;
+        let bytes = &bytes[usize::try_from(offset).map_or(bytes.len(), |offset| offset.min(bytes.len()))..];
+        Ok(bytes[..bytes.len().min(len)].to_vec())
     }
 
     fn display(&self, file: &str) -> String {
@@ -115,8 +127,8 @@ fn surfaces() -> Vec<Surface> {
     let files = llama.read_dir().expect("a fixture").map(|entry| entry.expect("a file").path());
     let whole: BTreeMap<_, _> =
         files.map(|path| (path.file_name().expect("a name").to_string_lossy().into_owned(), read(&path))).collect();
-    let whole = Memory(whole);
-    let one_shard = Memory(BTreeMap::from([(CONFIG.to_owned(), read(llama.join(CONFIG)))]));
+    let whole = Memory::from(whole);
+    let one_shard = Memory::from(BTreeMap::from([(CONFIG.to_owned(), read(llama.join(CONFIG)))]));
     let pool = || Pool::new(std::num::NonZeroUsize::MIN);
     let checkpoint = Checkpoint::open(fixtures().join("ferris-7m")).expect("a checkpoint");
     let inventory = Inventory::described("cuda:0=1GiB,cuda:1=1GiB,cpu=1GiB").expect("devices");
@@ -263,11 +275,13 @@ fn fuzz(surface: &Surface, runs: u64, until: Instant, seed: u64) -> bool {
             scope.spawn(move || {
                 let directory = tempfile::tempdir().expect("a directory");
                 let input = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("fuzz-{}-{thread}", surface.name));
+                // Open throughout: to make and cut a file takes longer than many a run.
+                let written = File::create(&input).expect("a file");
                 let mut draws = Draws::new(seed.wrapping_mul(THREADS as u64).wrapping_add(thread));
                 let is_on = || !failed.load(Ordering::Relaxed) && Instant::now() < until;
                 while is_on() && done.fetch_add(1, Ordering::Relaxed) < runs {
                     let bytes = changed(&surface.seeds[draws.below(surface.seeds.len())], &mut draws);
-                    std::fs::write(&input, &bytes).expect("a file");
+                    written.write_all_at(&bytes, 0).and_then(|()| written.set_len(bytes.len() as u64)).expect("a file");
                     let start = Instant::now();
                     let result = catch_unwind(AssertUnwindSafe(|| drop((surface.run)(&bytes, directory.path()))));
                     if result.is_err() || PANICKED.load(Ordering::Relaxed) || start.elapsed() > LONGEST {
