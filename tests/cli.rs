@@ -214,7 +214,7 @@ fn plan_for_described_devices() {
 
 #[test]
 fn a_plan_that_does_not_fit_says_what_would() {
-    let output = run(&["plan", FERRIS, "--device", "cpu=540MiB"]);
+    let output = run(&["plan", FERRIS, "--device", "cpu=566MiB"]);
     assert_snapshot!(transcript(&output));
 }
 
@@ -230,7 +230,7 @@ fn generate_refuses_what_does_not_fit_before_it_reads_weights() {
 fn a_budget_for_host_memory_spills_to_the_disk_and_changes_no_token() {
     let base = ["--prompt", "A trait object", "--max-new-tokens", "10", "--format", "json"];
     let whole = stdout(&generate(&base));
-    let spilled = stdout(&generate(&[&base[..], &["--max-memory", "cpu=26MiB"]].concat()));
+    let spilled = stdout(&generate(&[&base[..], &["--max-memory", "cpu=52MiB"]].concat()));
     let tokens = |text: &str| {
         text.lines().filter(|line| line.contains(r#""event":"token""#)).map(str::to_owned).collect::<Vec<_>>()
     };
@@ -256,7 +256,7 @@ fn a_map_is_written_checked_and_loaded() {
         "--context",
         "256",
         "--max-memory",
-        "cpu=16896KiB,disk=1GiB",
+        "cpu=43147KiB,disk=1GiB",
         "--output",
         map,
     ];

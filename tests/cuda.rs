@@ -348,7 +348,7 @@ fn memory_that_is_taken_after_the_plan_is_noticed_before_anything_is() {
     fake.set("USED", "0,8190MiB");
     let error = load(&plan, false).err().unwrap();
     assert_eq!(error.kind(), ErrorKind::Shortfall);
-    let needed = plan.devices[1].total() - plan.devices[1].driver_context;
+    let needed = plan.devices[1].allocated();
     let (free, missing) = (Bytes(2 << 20), needed - Bytes(2 << 20));
     assert_eq!(
         error.to_string(),

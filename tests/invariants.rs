@@ -132,7 +132,7 @@ fn every_parameter_is_placed_once_and_fits_or_is_answered() {
             let free = inventory.device(device.id).unwrap().free;
             let reserve = if device.id == DeviceId::Disk { Bytes::ZERO } else { Bytes(reserve * MIB) };
             let limit = limit.filter(|_| device.id == limited).unwrap_or(Bytes(u64::MAX));
-            let taken = device.weights + device.kv_cache + device.workspace + device.staging + device.driver_context;
+            let taken = device.allocated() + device.program + device.driver_context;
             overflows |= taken > (free - reserve).min(limit);
         }
         prop_assert_eq!(plan.fits(), !overflows);

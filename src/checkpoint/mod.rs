@@ -24,6 +24,7 @@ use crate::bytes::{Bytes, KIB, MIB};
 use crate::error::{Error, Result, first_five, printable};
 use crate::model_config::{HEAD_WEIGHT, ModelConfig};
 use crate::pool::Pool;
+use crate::text;
 
 /// The file of a checkpoint that has no index.
 pub const SINGLE_FILE: &str = "model.safetensors";
@@ -47,6 +48,8 @@ pub struct Checkpoint {
     pub shards: Arc<[String]>,
     /// Size of each shard.
     pub shard_sizes: Arc<[Bytes]>,
+    /// Size of the tokenizer's file; none where there is no such file.
+    pub tokenizer_size: Bytes,
     /// Every tensor that the shards hold, by its name without what wrappers put before it.
     pub catalog: Arc<BTreeMap<String, Tensor>>,
     /// Whether a stored head was taken for the embedding by samples of both.
@@ -134,6 +137,12 @@ impl Checkpoint {
             directory: source.directory().map(Path::to_path_buf),
             shards: shards.into(),
             shard_sizes: shard_sizes.into(),
+            // Only an estimate follows from it.
+            tokenizer_size: if source.has(text::FILE) {
+                source.size(text::FILE).unwrap_or_default()
+            } else {
+                Bytes::ZERO
+            },
             catalog: Arc::new(catalog),
             is_head_sampled: false,
             notes,

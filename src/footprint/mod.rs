@@ -13,7 +13,7 @@ use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::name::named;
 
-pub use cpu::{ACTIVATION_GROUP, CpuBuffers, host_state};
+pub use cpu::{ACTIVATION_GROUP, CpuBuffers, host_state, program};
 pub use cuda::{
     CUDA_ANSWERS, CUDA_CONTEXT, CUDA_FEW_BLOCKS, CUDA_FEW_PARTS, CudaAttention, CudaBuffers, CudaChoice, HALF, WORD,
     cuda_staging,
@@ -54,6 +54,8 @@ pub enum Purpose {
     Workspace,
     /// What weights pass through while they are loaded.
     Staging,
+    /// What the program itself takes of host memory, its tokenizer first; an estimate.
+    Program,
     /// What the driver takes by itself; an estimate.
     Driver,
 }
@@ -63,6 +65,7 @@ named!(Purpose, "what an allocation is for", {
     State => "state",
     Workspace => "workspace",
     Staging => "staging",
+    Program => "program",
     Driver => "driver",
 });
 

@@ -50,7 +50,7 @@ impl GpuArenas {
         let DeviceId::Cuda(index) = device.id else { unreachable!("{} is no GPU", device.id) };
         let gpu = Gpu::open(index)?;
         let (free, _) = gpu.memory()?;
-        let needed = device.total() - device.driver_context;
+        let needed = device.allocated();
         if free < needed {
             let what = "another process has taken memory; {} plans again with what is left";
             let shortfall = DeviceError::Shortfall { device: device.id, planned: needed, free };

@@ -182,7 +182,7 @@ impl Plan {
                 .iter()
                 .map(|device| MeasuredDevice {
                     id: device.id,
-                    planned: device.total() - device.driver_context,
+                    planned: device.allocated(),
                     measured: measured.get(&device.id).copied().unwrap_or_default(),
                 })
                 .collect(),

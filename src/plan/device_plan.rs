@@ -73,6 +73,8 @@ pub struct DevicePlan {
     pub workspace: Bytes,
     /// The ring that weights pass through while they are loaded.
     pub staging: Bytes,
+    /// What the program takes of host memory by itself; an estimate.
+    pub program: Bytes,
     /// What the driver takes before anything is allocated.
     pub driver_context: Bytes,
     /// Number of modules that are placed here.
@@ -87,7 +89,7 @@ impl DevicePlan {
         let limit = match conditions.max_memory.get(&device.id) {
             // No weights go there, as Accelerate means it; the rest is needed wherever they are.
             Some(&Bytes::ZERO) if device.id == DeviceId::Cpu => {
-                [Purpose::State, Purpose::Workspace, Purpose::Staging].into_iter().map(sum).sum()
+                [Purpose::State, Purpose::Workspace, Purpose::Staging, Purpose::Program].into_iter().map(sum).sum()
             }
             limit => limit.copied().unwrap_or(device.free),
         };
@@ -102,14 +104,20 @@ impl DevicePlan {
             kv_cache: sum(Purpose::State),
             workspace: sum(Purpose::Workspace),
             staging: sum(Purpose::Staging),
+            program: sum(Purpose::Program),
             driver_context: sum(Purpose::Driver),
             modules,
         }
     }
 
-    /// All that the plan takes of the device.
+    /// What a load allocates on the device.
+    pub fn allocated(&self) -> Bytes {
+        self.weights + self.kv_cache + self.workspace + self.staging
+    }
+
+    /// All that is taken of the device, with what the program and the driver take by themselves.
     pub fn total(&self) -> Bytes {
-        self.weights + self.kv_cache + self.workspace + self.staging + self.driver_context
+        self.allocated() + self.program + self.driver_context
     }
 
     /// Whether the total is within the budget.
@@ -133,13 +141,15 @@ pub struct Fixed<'a> {
     pub config: &'a ModelConfig,
     pub conditions: &'a Conditions,
     pub staging: HostStaging,
+    /// The tokenizer's file.
+    pub tokenizer: Bytes,
 }
 
 impl Fixed<'_> {
     /// What a device takes beside weights and state, if it computes modules or if it does not: hidden states, logits
     /// and what is read pass through host memory even then.
     pub fn buffers(&self, device: DeviceId, computes: bool) -> Vec<Allocation> {
-        let Self { config, staging, conditions } = *self;
+        let Self { config, staging, conditions, tokenizer } = *self;
         let extent = conditions.extent;
         let of =
             |purpose| move |(name, bytes): (&str, Bytes)| Allocation { device, purpose, name: name.to_owned(), bytes };
@@ -154,7 +164,8 @@ impl Fixed<'_> {
                 let buffers = computes.then(|| CpuBuffers::sizes(config, extent));
                 let buffers = buffers.iter().flat_map(CpuBuffers::each).map(|(name, bytes)| (name, *bytes));
                 let workspace = buffers.chain(footprint::host_state(config, extent)).map(of(Purpose::Workspace));
-                workspace.chain(staging.regions(computes).map(of(Purpose::Staging))).collect()
+                let staging = staging.regions(computes).map(of(Purpose::Staging));
+                workspace.chain(staging).chain(footprint::program(tokenizer).map(of(Purpose::Program))).collect()
             }
             DeviceId::Cuda(_) | DeviceId::Disk => Vec::new(),
         }

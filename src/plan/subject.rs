@@ -44,7 +44,8 @@ impl<'a> Subject<'a> {
             return Err(Error::input(format!("`quantize` names unknown module `{path}`")));
         }
         let mut modules = self.modules(&conditions)?;
-        let fixed = Fixed { config, conditions: &conditions, staging: HostStaging::new(weights, &conditions.quantize) };
+        let staging = HostStaging::new(weights, &conditions.quantize);
+        let fixed = Fixed { config, conditions: &conditions, staging, tokenizer: checkpoint.tokenizer_size };
         let placement = match &options.device_map {
             Some(map) => map.resolve(tree)?,
             None if options.strategy.is_transformers() => {

@@ -25,6 +25,7 @@ const ROWS: &[Row] = &[
     ("KV cache", |device| device.kv_cache),
     ("workspace", |device| device.workspace),
     ("staging", |device| device.staging),
+    ("program", |device| device.program),
     ("driver", |device| device.driver_context),
     ("total", DevicePlan::total),
 ];
