@@ -9,9 +9,10 @@ compile() {
     shift
     g++ -std=c++17 -fPIC -fvisibility=hidden -Wall "$@" -c "$here/$source.cpp" -o "$out/$source.o"
 }
+level=$(grep -qw avx512vl /proc/cpuinfo && echo v4 || echo v3)
 # Every PTX operation rounds by itself: nothing is contracted.
 for source in ops interp; do
-    compile $source -O3 -march=x86-64-v3 -ffp-contract=off -fno-strict-aliasing -fno-math-errno -frounding-math &
+    compile $source -O3 -march=x86-64-$level -ffp-contract=off -fno-strict-aliasing -fno-math-errno -fno-trapping-math &
     all="${all-} $!"
 done
 for source in driver memory module stream ptx race; do compile $source -O2; done
