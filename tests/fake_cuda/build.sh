@@ -1,19 +1,22 @@
 #!/bin/sh
-# build.sh OUT_DIRECTORY: makes OUT_DIRECTORY/libcuda.so.1 and the name libcuda.so beside it. Needs g++ only.
+# build.sh OUT_DIRECTORY: makes OUT_DIRECTORY/libcuda.so.1 and the name libcuda.so beside it. Needs g++ and a CPU with AVX2, FMA and F16C.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 out=$1
 mkdir -p "$out"
-# AVX2, FMA and F16C make conversions and fused multiply-adds several times faster.
-arch=$(grep -qw avx2 /proc/cpuinfo && grep -qw f16c /proc/cpuinfo && grep -qw fma /proc/cpuinfo && echo "-march=x86-64-v3" || true)
-common="-std=c++17 -fPIC -fvisibility=hidden -Wall -I$here"
-for source in driver engine fibers memory module stream; do
-    g++ $common -O2 -c "$here/$source.cpp" -o "$out/$source.o"
+compile() {
+    source=$1
+    shift
+    g++ -std=c++17 -fPIC -fvisibility=hidden -Wall "$@" -c "$here/$source.cpp" -o "$out/$source.o"
+}
+level=$(grep -qw avx512vl /proc/cpuinfo && echo v4 || echo v3)
+# Every PTX operation rounds by itself: nothing is contracted.
+for source in ops interp; do
+    compile $source -O3 -march=x86-64-$level -ffp-contract=off -fno-strict-aliasing -fno-math-errno -fno-trapping-math &
+    all="${all-} $!"
 done
-# -fno-strict-aliasing: device code puns pointers freely. -fno-extern-tls-init: plain TLS arrays.
-# -fsanitize=alignment: a misaligned vector access traps, as on the GPU. -ffp-contract=off: as --fmad=false.
-g++ $common -O3 $arch -ffp-contract=off -fno-strict-aliasing -fno-extern-tls-init -fno-math-errno -Wno-unused -Wno-sign-compare \
-    -Wno-unknown-pragmas -fsanitize=alignment -fsanitize-undefined-trap-on-error -c "$here/host.cpp" -o "$out/host.o"
+for source in driver memory module stream ptx race; do compile $source -O2; done
+for one in $all; do wait "$one"; done
 # The SONAME is the first name that cudarc tries: a test that has opened this file by its path needs
 # no LD_LIBRARY_PATH.
 g++ -shared -Wl,-soname,libcuda.so -Wl,-z,defs -o "$out/libcuda.so.1" "$out"/*.o -lpthread -ldl

@@ -24,7 +24,8 @@ Handles<Module>& g_modules = *new Handles<Module>;
 Handles<Function>& g_functions = *new Handles<Function>;
 Handles<Graph>& g_graphs = *new Handles<Graph>;
 Config& g_cfg = *new Config;
-Countdown &g_fail_alloc = *new Countdown, &g_fail_launch = *new Countdown;
+Countdown &g_fail_alloc = *new Countdown, &g_fail_launch = *new Countdown, &g_fail_pinned = *new Countdown, &g_fail_module = *new Countdown,
+          &g_fail_instantiate = *new Countdown, &g_fail_upload = *new Countdown, &g_fail_graph_launch = *new Countdown;
 std::vector<Device*>& g_devices = *new std::vector<Device*>;
 std::mutex& g_mu = *new std::mutex;
 std::recursive_mutex& g_lazy_mu = *new std::recursive_mutex;
@@ -75,33 +76,50 @@ void say(const char* format, ...) {
     if (!g_cfg.quiet) fprintf(stderr, "fake_cuda: %s\n", buf);
 }
 
-static bool apply(const std::string& key, const char* v) {
-    auto on = [&] { return *v && strcmp(v, "0") != 0; };
-    if (key == "FAIL_ALLOC") g_fail_alloc.set(v, CUDA_ERROR_OUT_OF_MEMORY);
-    else if (key == "FAIL_LAUNCH") g_fail_launch.set(v, CUDA_ERROR_LAUNCH_FAILED);
-    else if (key == "STREAMS") g_cfg.lazy = !strcmp(v, "lazy");
-    else if (key == "GRAPHS") g_cfg.graphs = on();
-    else if (key == "QUIET") g_cfg.quiet = on();
-    else if (key == "CC") g_cfg.cc = (int)(atof(v) * 10 + 0.5);
-    else if (key == "SMS") g_cfg.multiprocessors = std::max(1, atoi(v));
-    else if (key == "DRIVER") g_cfg.driver = atoi(v);
-    else if (key == "CONTEXT_BYTES") g_cfg.context_bytes = parse_size(v);
-    else if (key == "POISON") g_cfg.poison = parse_size(v);
-    else if (key == "REPORT") g_cfg.report = v;
-    else if (key == "THREADS") g_engine.threads = std::max(1, atoi(v));
-    else if (key == "SCHED") g_engine.reverse = !strcmp(v, "reverse");
-    else if (key == "TIMEOUT_MS") g_engine.timeout_ms = atoi(v);
-    else if (key == "DEVICES") g_device_list = v;
-    else if (key == "USED") {
+// "INDEX:CODE[,INDEX:CODE]"
+static std::map<int, int> codes(const char* s) {
+    std::map<int, int> out;
+    for (auto& one : split(s)) if (size_t colon = one.find(':'); colon != std::string::npos) out[atoi(one.c_str())] = atoi(one.c_str() + colon + 1);
+    return out;
+}
+
+using Setter = std::function<void(const char*)>;
+static const std::map<std::string, Setter>& settings() {
+    auto flag = [](bool& b) { return [&b](const char* v) { b = *v && strcmp(v, "0"); }; };
+    auto number = [](auto& n) { return [&n](const char* v) { n = atoi(v); }; };
+    auto bytes = [](size_t& n) { return [&n](const char* v) { n = parse_size(v); }; };
+    auto text = [](std::string& s) { return [&s](const char* v) { s = v; }; };
+    auto fail = [](Countdown& c, int code = CUDA_ERROR_OUT_OF_MEMORY) { return [&c, code](const char* v) { c.set(v, code); }; };
+    auto by_device = [](std::map<int, int>& m) { return [&m](const char* v) { m = codes(v); }; };
+    auto used = [](const char* v) {
         auto list = split(v);
         for (size_t i = 0; i < g_devices.size(); i++) g_devices[i]->used_by_others = i < list.size() ? parse_size(list[i].c_str()) : 0;
-    } else return false;
-    return true;
+    };
+    static const auto& all = *new std::map<std::string, Setter>{
+        {"FAIL_ALLOC", fail(g_fail_alloc)}, {"FAIL_PINNED", fail(g_fail_pinned)}, {"FAIL_MODULE", fail(g_fail_module)},
+        {"FAIL_INSTANTIATE", fail(g_fail_instantiate)}, {"FAIL_UPLOAD", fail(g_fail_upload)}, {"FAIL_GRAPH_LAUNCH", fail(g_fail_graph_launch)},
+        {"FAIL_LAUNCH", fail(g_fail_launch, CUDA_ERROR_LAUNCH_FAILED)}, {"FAIL_INIT", number(g_cfg.init_code)},
+        {"FAIL_CONTEXT", by_device(g_cfg.context_codes)}, {"FAIL_MEMINFO", by_device(g_cfg.meminfo_codes)},
+        {"CONTEXT_BYTES", bytes(g_cfg.context_bytes)}, {"MODULE_BYTES", bytes(g_cfg.module_bytes)}, {"GRAPH_BYTES", bytes(g_cfg.graph_bytes)},
+        {"DEVICES", text(g_device_list)}, {"USED", used}, {"SHARED", [](const char* v) { if (!share(v)) say("cannot share `%s`", v); }},
+        {"NAME", [](const char* v) { g_cfg.names = split(v); }}, {"INTEGRATED", flag(g_cfg.integrated)}, {"MIG", flag(g_cfg.mig)},
+        {"CLOCK_KHZ", number(g_cfg.clock_khz)}, {"BUS_BITS", number(g_cfg.bus_bits)}, {"COMPUTE_MODE", number(g_cfg.compute_mode)},
+        {"CC", [](const char* v) {
+            const char* forced = getenv("FAKE_CUDA_FORCE_CC");
+            g_cfg.cc = (int)(atof(forced && !strcmp(v, "8.6") ? forced : v) * 10 + 0.5);
+        }},
+        {"SMS", number(g_cfg.multiprocessors)}, {"DRIVER", number(g_cfg.driver)}, {"STREAMS", [](const char* v) { g_cfg.lazy = !strcmp(v, "lazy"); }},
+        {"GRAPHS", flag(g_cfg.graphs)}, {"PDL", flag(g_cfg.early)}, {"POISON", bytes(g_cfg.poison)}, {"THREADS", number(g_engine.threads)},
+        {"TIMEOUT_MS", number(g_engine.timeout_ms)}, {"RACE", flag(g_engine.race)}, {"CHAOS", flag(g_engine.chaos)}, {"SEED", number(g_engine.seed)},
+        {"RESIDENT", number(g_engine.resident)}, {"JITTER", number(g_engine.jitter)}, {"MMA", [](const char* v) { g_engine.mma_truncates = !strcmp(v, "truncate"); }},
+        {"COVERAGE", text(g_engine.coverage)}, {"LOG", text(g_engine.log)}, {"REPORT", text(g_cfg.report)}, {"QUIET", flag(g_cfg.quiet)},
+    };
+    return all;
 }
 
 static void init_devices() {
     g_engine.threads = std::min(4u, std::max(1u, std::thread::hardware_concurrency()));
-    if (const char* spec = getenv("FAKE_CUDA_DEVICES")) g_device_list = spec;
+    if (const char* list = getenv("FAKE_CUDA_DEVICES")) g_device_list = list;
     auto list = split(g_device_list);
     for (size_t i = 0; i < list.size(); i++) {
         Device* d = new Device;
@@ -114,9 +132,8 @@ static void init_devices() {
         d->va = d->bump = (uintptr_t)p;
         g_devices.push_back(d);
     }
-    for (const char* key : {"FAIL_ALLOC", "FAIL_LAUNCH", "STREAMS", "QUIET", "CC", "SMS", "DRIVER", "CONTEXT_BYTES", "POISON", "REPORT", "THREADS", "SCHED",
-                            "TIMEOUT_MS", "USED", "GRAPHS"})
-        if (const char* v = getenv(("FAKE_CUDA_" + std::string(key)).c_str())) apply(key, v);
+    for (auto& [key, set] : settings())
+        if (const char* v = getenv(("FAKE_CUDA_" + key).c_str())) set(v);
 }
 
 using CtxStack = std::vector<Context*>;
@@ -135,13 +152,11 @@ Context* current() {
     return s.empty() || s.back()->destroyed ? nullptr : s.back();
 }
 
-static Context* new_context(Device* d) {
-    Context* c = new Context;
+static Context* new_context(Device* d) {  // null: it does not fit
+    auto c = std::make_unique<Context>();
     c->dev = d;
-    c->null_stream.ctx = c;
-    std::lock_guard<std::mutex> l(d->mu);
-    d->charged += g_cfg.context_bytes;
-    return g_contexts.add(c);
+    c->null_stream.ctx = c.get();
+    return charge(c.get(), g_cfg.context_bytes) ? nullptr : g_contexts.add(c.release());
 }
 static void destroy_context(Context* c) {  // the real driver frees everything the context owns
     drain_ctx(c);
@@ -149,8 +164,8 @@ static void destroy_context(Context* c) {  // the real driver frees everything t
     {
         std::lock_guard<std::mutex> l(c->dev->mu);
         for (auto& [p, a] : c->dev->live) if (a.ctx == c) owned.push_back(p), c->dev->stats.leaked_bytes += a.size;
-        c->dev->charged -= g_cfg.context_bytes;
     }
+    uncharge(c, c->charged);
     for (uintptr_t p : owned) device_free(p);
     free_host_of(c);
     for (Stream* s : c->streams) g_streams.remove(s);
@@ -171,7 +186,7 @@ static void report() {
            ",\"contexts\":" + std::to_string(g_contexts.size()) + "}\n";
     if (FILE* f = g_cfg.report == "stderr" ? stderr : fopen(g_cfg.report.c_str(), "w")) fputs(out.c_str(), f), fflush(f);
 }
-__attribute__((destructor)) static void at_exit() { report(); }
+__attribute__((destructor)) static void at_exit() { report(); report_findings(); if (!g_engine.coverage.empty()) report_coverage(g_engine.coverage.c_str()); }
 
 }  // namespace fk
 
@@ -184,7 +199,8 @@ API cuInit(unsigned flags);
 // and QUIET have an effect before the first call only, USED and the rest at any time.
 EXPORT int fake_cuda_control(const char* key, const char* value) {
     if (strcmp(key, "DEVICES")) cuInit(0);
-    return apply(key, value) ? 0 : 1;
+    auto setting = settings().find(key);
+    return setting == settings().end() ? 1 : (setting->second(value), 0);
 }
 // Reads a counter; ~0 for an unknown name. `device` is ignored for the process-wide ones.
 EXPORT uint64_t fake_cuda_stat(const char* name, int device) {
@@ -213,7 +229,7 @@ API cuInit(unsigned flags) {
     NEED(!flags);
     static std::once_flag once;
     std::call_once(once, [] { init_devices(); g_initialised = true; });
-    return g_devices.empty() ? CUDA_ERROR_NO_DEVICE : CUDA_SUCCESS;
+    return g_cfg.init_code ? g_cfg.init_code : g_devices.empty() ? CUDA_ERROR_NO_DEVICE : CUDA_SUCCESS;
 }
 API cuDriverGetVersion(int* v) { cuInit(0); *v = g_cfg.driver; return CUDA_SUCCESS; }
 API cuGetErrorName(CUresult e, const char** s) {
@@ -226,21 +242,41 @@ API cuGetErrorString(CUresult e, const char** s) {
 }
 API cuDeviceGetCount(int* n) { NEED_INIT(); *n = (int)g_devices.size(); return CUDA_SUCCESS; }
 API cuDeviceGet(CUdevice* d, int i) { NEED_INIT(); if (bad_device(i)) return CUDA_ERROR_INVALID_DEVICE; *d = i; return CUDA_SUCCESS; }
-API cuDeviceGetName(char* out, int n, CUdevice d) { NEED_INIT(); if (bad_device(d)) return CUDA_ERROR_INVALID_DEVICE; snprintf(out, n, "Fake GPU %d", d); return CUDA_SUCCESS; }
-static CUresult uuid(void* out, CUdevice d) {
-    NEED_INIT();
-    if (bad_device(d)) return CUDA_ERROR_INVALID_DEVICE;
-    memset(out, 0xfa, 16);
+API cuDeviceGetName(char* out, int n, CUdevice d) {
+    NEED_DEVICE(d);
+    if (g_cfg.names.empty()) snprintf(out, n, "Fake GPU %d", d);
+    else snprintf(out, n, "%s", g_cfg.names[std::min<size_t>(d, g_cfg.names.size() - 1)].c_str());
+    return CUDA_SUCCESS;
+}
+API cuDeviceTotalMem_v2(size_t* bytes, CUdevice d) { NEED_DEVICE(d); *bytes = g_devices[d]->total; return CUDA_SUCCESS; }
+// Every GPU has a PCI domain, bus and device of its own.
+static int pci_domain(CUdevice d) { return d; }
+static int pci_bus(CUdevice d) { return 0x1a + 0x21 * d; }
+static int pci_device(CUdevice d) { return d % 32; }
+API cuDeviceGetPCIBusId(char* out, int n, CUdevice d) {
+    NEED_DEVICE(d);
+    snprintf(out, n, "%04X:%02X:%02X.0", pci_domain(d), pci_bus(d), pci_device(d));
+    return CUDA_SUCCESS;
+}
+static CUresult uuid(void* out, CUdevice d, int byte) {
+    NEED_DEVICE(d);
+    memset(out, byte, 16);
     ((unsigned char*)out)[15] = (unsigned char)d;
     return CUDA_SUCCESS;
 }
-API cuDeviceGetUuid(void* out, CUdevice d) { return uuid(out, d); }
-API cuDeviceGetUuid_v2(void* out, CUdevice d) { return uuid(out, d); }
+API cuDeviceGetUuid(void* out, CUdevice d) { return uuid(out, d, 0xfa); }
+API cuDeviceGetUuid_v2(void* out, CUdevice d) { return uuid(out, d, g_cfg.mig ? 0x3f : 0xfa); }  // of the MIG instance
 API cuDeviceGetAttribute(int* v, int attr, CUdevice d) {
-    NEED_INIT();
-    if (bad_device(d)) return CUDA_ERROR_INVALID_DEVICE;
+    NEED_DEVICE(d);
     switch (attr) {
         case 16: *v = g_cfg.multiprocessors; break;
+        case 18: *v = g_cfg.integrated; break;
+        case 20: *v = g_cfg.compute_mode; break;
+        case 33: *v = pci_bus(d); break;
+        case 34: *v = pci_device(d); break;
+        case 36: *v = g_cfg.clock_khz; break;
+        case 37: *v = g_cfg.bus_bits; break;
+        case 50: *v = pci_domain(d); break;
         case 75: *v = g_cfg.cc / 10; break;
         case 76: *v = g_cfg.cc % 10; break;
         default: *v = 0;
@@ -250,18 +286,17 @@ API cuDeviceGetAttribute(int* v, int attr, CUdevice d) {
 
 // ---- contexts ----------------------------------------------------------------------------------
 API cuDevicePrimaryCtxRetain(Context** out, CUdevice d) {
-    NEED_INIT();
-    if (bad_device(d)) return CUDA_ERROR_INVALID_DEVICE;
+    NEED_DEVICE(d);
+    if (auto code = g_cfg.context_codes.find(d); code != g_cfg.context_codes.end()) return code->second;
     std::lock_guard<std::mutex> l(g_mu);
     Device* dev = g_devices[d];
-    if (!dev->primary) dev->primary = new_context(dev);
+    if (!dev->primary && !(dev->primary = new_context(dev))) return CUDA_ERROR_OUT_OF_MEMORY;
     dev->primary_refs++;
     *out = dev->primary;
     return CUDA_SUCCESS;
 }
 API cuDevicePrimaryCtxRelease_v2(CUdevice d) {
-    NEED_INIT();
-    if (bad_device(d)) return CUDA_ERROR_INVALID_DEVICE;
+    NEED_DEVICE(d);
     Context* dead = nullptr;
     {
         std::lock_guard<std::mutex> l(g_mu);

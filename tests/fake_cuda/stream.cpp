@@ -7,17 +7,20 @@ namespace fk {
 
 // Runs one operation. Its failure is asynchronous on a real GPU, so it becomes the context's sticky
 // error, which the *next* call reports.
-static void exec(Context* c, Op& op) {
+static void exec(Stream* s, Op& op) {
+    Context* c = s->ctx;
     std::lock_guard<std::recursive_mutex> l(g_cfg.lazy ? g_lazy_mu : c->dev->exec);
     if (c->sticky) return;
+    c->dev->previous_launch = s->last_launch, c->dev->this_launch = 0;
     if (CUresult r = op.run()) c->sticky = r;
+    if (!op.event) s->last_launch = op.launch ? c->dev->this_launch : 0;
 }
 static bool step(Stream* s) {
     std::lock_guard<std::recursive_mutex> l(g_lazy_mu);
     if (s->queue.empty()) return false;
     Op op = std::move(s->queue.front());
     s->queue.pop_front();
-    exec(s->ctx, op);
+    exec(s, op);
     return true;
 }
 void drain(Stream* s) { if (g_cfg.lazy) while (step(s)) {} }
@@ -29,7 +32,7 @@ void drain_ctx(Context* c) {
 }
 CUresult submit(Stream* s, Op op) {
     if (s->capture) return s->capture->ops.push_back(std::move(op)), CUDA_SUCCESS;
-    if (!g_cfg.lazy) return exec(s->ctx, op), CUDA_SUCCESS;
+    if (!g_cfg.lazy) return exec(s, op), CUDA_SUCCESS;
     std::lock_guard<std::recursive_mutex> l(g_lazy_mu);
     s->queue.push_back(std::move(op));
     return CUDA_SUCCESS;
@@ -95,19 +98,35 @@ API cuStreamEndCapture(Stream* s, Graph** out) {
 API cuGraphInstantiateWithFlags(Graph** out, Graph* graph, unsigned long long) {
     NEED_CTX(c);
     if (!g_graphs.has(graph)) return CUDA_ERROR_INVALID_HANDLE;
-    *out = g_graphs.add(new Graph(*graph));
+    if (g_fail_instantiate.hit()) return g_fail_instantiate.code;
+    auto executable = std::make_unique<Graph>(*graph);
+    if (CUresult r = charge(c, g_cfg.graph_bytes)) return r;
+    executable->ctx = c, executable->charged = g_cfg.graph_bytes;
+    *out = g_graphs.add(executable.release());
     return CUDA_SUCCESS;
+}
+API cuGraphUpload(Graph* graph, void* hs) {
+    NEED_CTX(c);
+    if (!resolve(hs) || !g_graphs.has(graph)) return CUDA_ERROR_INVALID_HANDLE;
+    return g_fail_upload.hit() ? g_fail_upload.code.load() : CUDA_SUCCESS;
 }
 API cuGraphLaunch(Graph* graph, void* hs) {
     NEED_CTX(c);
     Stream* s = resolve(hs);
     if (!s || !g_graphs.has(graph)) return CUDA_ERROR_INVALID_HANDLE;
+    if (g_fail_graph_launch.hit()) return g_fail_graph_launch.code;
     for (const Op& op : graph->ops)
         if (CUresult r = submit(s, op)) return r;
     c->dev->stats.graph_launches++;
     return CUDA_SUCCESS;
 }
-API cuGraphDestroy(Graph* graph) { NEED_INIT(); if (!g_graphs.remove(graph)) return CUDA_ERROR_INVALID_HANDLE; delete graph; return CUDA_SUCCESS; }
+API cuGraphDestroy(Graph* graph) {
+    NEED_INIT();
+    if (!g_graphs.remove(graph)) return CUDA_ERROR_INVALID_HANDLE;
+    if (graph->charged) uncharge(graph->ctx, graph->charged);
+    delete graph;
+    return CUDA_SUCCESS;
+}
 API cuGraphExecDestroy(Graph* graph) { return cuGraphDestroy(graph); }
 
 static std::mutex& g_event_mu = *new std::mutex;
@@ -120,7 +139,7 @@ API cuEventRecord(Event* e, void* hs) {
     if (!s || !g_events.has(e) || e->ctx != s->ctx) return CUDA_ERROR_INVALID_HANDLE;
     auto rec = std::make_shared<Recording>(Recording{s});
     { std::lock_guard<std::mutex> l(g_event_mu); e->rec = rec; }
-    return submit(s, {[rec] { rec->done = true; return CUDA_SUCCESS; }});
+    return submit(s, {[rec] { rec->done = true; return CUDA_SUCCESS; }, false, true});
 }
 API cuStreamWaitEvent(void* hs, Event* e, unsigned) {
     NEED_CTX(c);
@@ -128,6 +147,7 @@ API cuStreamWaitEvent(void* hs, Event* e, unsigned) {
     if (!s || !g_events.has(e)) return CUDA_ERROR_INVALID_HANDLE;
     std::shared_ptr<Recording> rec;
     { std::lock_guard<std::mutex> l(g_event_mu); rec = e->rec; }
+    if (!g_cfg.lazy) s->last_launch = 0;
     if (!rec || !g_cfg.lazy) return CUDA_SUCCESS;
     return submit(s, {[rec] { wait_for(*rec); return CUDA_SUCCESS; }});
 }

@@ -34,16 +34,12 @@ fn build() -> Option<PathBuf> {
     }
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut hasher = DefaultHasher::new();
-    for directory in ["tests/fake_cuda", "src/backend/cuda/kernels"] {
-        let mut files: Vec<_> =
-            fs::read_dir(root.join(directory)).unwrap().map(|entry| entry.unwrap().path()).collect();
-        files.retain(|file| {
-            file.extension().is_some_and(|e| ["cpp", "cu", "cuh", "h", "sh"].iter().any(|known| e == *known))
-        });
-        files.sort();
-        for file in files {
-            fs::read(file).unwrap().hash(&mut hasher);
-        }
+    let mut files: Vec<_> =
+        fs::read_dir(root.join("tests/fake_cuda")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.retain(|file| file.extension().is_some_and(|e| ["cpp", "h", "sh"].iter().any(|known| e == *known)));
+    files.sort();
+    for file in files {
+        fs::read(file).unwrap().hash(&mut hasher);
     }
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("fake_cuda-{:016x}", hasher.finish()));
     if !target.is_dir() {
@@ -76,15 +72,32 @@ pub fn load(devices: &str) -> Option<(&'static FakeCuda, MutexGuard<'static, ()>
         fake.set("QUIET", "1");
         fake
     });
-    for (setting, default) in [
-        ("FAIL_ALLOC", "0"),
-        ("FAIL_LAUNCH", "0"),
-        ("USED", "0"),
-        ("STREAMS", "eager"),
-        ("GRAPHS", "1"),
-        ("CC", "8.6"),
-        ("SMS", "8"),
+    for setting in [
+        "FAIL_ALLOC",
+        "FAIL_GRAPH_LAUNCH",
+        "FAIL_INIT",
+        "FAIL_INSTANTIATE",
+        "FAIL_LAUNCH",
+        "FAIL_MODULE",
+        "FAIL_PINNED",
+        "FAIL_UPLOAD",
+        "USED",
+        "CONTEXT_BYTES",
+        "MODULE_BYTES",
+        "GRAPH_BYTES",
+        "CLOCK_KHZ",
+        "BUS_BITS",
+        "COMPUTE_MODE",
+        "INTEGRATED",
+        "MIG",
     ] {
+        fake.set(setting, "0");
+    }
+    for setting in ["FAIL_CONTEXT", "FAIL_MEMINFO", "NAME", "SHARED"] {
+        fake.set(setting, "");
+    }
+    for (setting, default) in [("STREAMS", "eager"), ("GRAPHS", "1"), ("CC", "8.6"), ("SMS", "8"), ("DRIVER", "12080")]
+    {
         fake.set(setting, default);
     }
     Some((fake, turn))

@@ -1,14 +1,10 @@
 // What the kernels share: dtypes, ways to write a result, sums over a block.
 //
-// The same text is compiled twice: by NVRTC to PTX (build_ptx.py), and by g++ for the tests' fake
-// driver. Products are never contracted: where a fused multiply-add is wanted, it is written out.
+// NVRTC compiles them to PTX (build_ptx.py). Products are never contracted: where a fused multiply-add is
+// wanted, it is written out.
 #pragma once
 
-#if defined(__CUDACC__)
 #include <cuda_fp16.h>
-#else
-#include "cuda_host.h"
-#endif
 
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
 // So many of its blocks run on a multiprocessor at once.
@@ -25,10 +21,8 @@ typedef unsigned char byte;
 // begin. Ahead of it a kernel reads nothing but weights. Where GPUs begin a kernel while the one before it
 // runs, from compute capability 9.0 on, modules.rs takes away the mark that makes it a comment.
 __device__ __forceinline__ void begin() {
-#if defined(__CUDACC__)
     asm volatile("//sm_90 griddepcontrol.wait;" ::: "memory");
     asm volatile("//sm_90 griddepcontrol.launch_dependents;" ::: "memory");
-#endif
 }
 
 __device__ __forceinline__ float bf16_to_float(unsigned bits) { return __uint_as_float(bits << 16); }

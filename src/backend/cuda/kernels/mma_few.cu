@@ -16,7 +16,6 @@
 #define FEW_TOKENS 8
 #define FEW_SUMS (SLOTS * FEW_TOKENS)
 
-#if defined(__CUDACC__)
 // What is read once, and makes no room in the caches; zeros where nothing is `there`.
 __device__ __forceinline__ uint4 load_once(const uint4* from, bool there) {
     uint4 v;
@@ -28,7 +27,6 @@ __device__ __forceinline__ uint4 load_once(const uint4* from, bool there) {
         : "l"(from), "r"((int)there));
     return v;
 }
-#endif
 
 // A row has pieces of 16 bytes of codes. AHEAD: units whose weights are on their way, as many as
 // registers hold.

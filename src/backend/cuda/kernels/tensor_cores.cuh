@@ -1,9 +1,7 @@
-// The instructions of tensor cores and those that feed them, of compute capability 8.0 and higher;
-// cuda_host.h has their like for the host.
+// The instructions of tensor cores and those that feed them, of compute capability 8.0 and higher.
 #pragma once
 #include "common.cuh"
 
-#if defined(__CUDACC__)
 // d += a · b, the fragments as in PTX.
 __device__ __forceinline__ void mma_m16n8k16(float* d, const unsigned* a, unsigned b0, unsigned b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -41,4 +39,3 @@ __device__ __forceinline__ float exp2_approximate(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-#endif

@@ -1,0 +1,278 @@
+// Runs the blocks of a launch: warps whose lanes may go apart, barriers, collectives.
+#include <time.h>
+
+#include <algorithm>
+#include <atomic>
+#include <mutex>
+#include <thread>
+
+#include "exec.h"
+
+namespace fk {
+
+EngineConfig& g_engine = *new EngineConfig;  // leaked: findings are reported at exit
+u32 g_rng_state = 1;
+
+static u64 now_ms() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000ull + t.tv_nsec / 1000000;
+}
+
+struct Launch_ {
+    const LaunchDesc* l;
+    std::vector<u32> order;
+    std::atomic<u32> next{0};
+    std::atomic<bool> failed{false};
+    std::mutex mu;
+    RunResult result;
+    u64 deadline;
+};
+
+static void start_block(Block& b, Launch_& run, u32 id) {
+    const LaunchDesc& l = *run.l;
+    b.l = &l, b.run = &run, b.k = l.kernel, b.id = id, b.done = false, b.steps = 0, b.barrier_pc = -1;
+    b.at = {id % l.grid.x, id / l.grid.x % l.grid.y, id / l.grid.x / l.grid.y};
+    u32 threads = l.block.x * l.block.y * l.block.z, warps = (threads + 31) / 32;
+    b.shared.assign(l.kernel->shared_bytes, (char)0xff);
+    b.local.assign(l.kernel->local_bytes * threads, (char)0xff);
+    b.copies.assign(threads, {});
+    b.clock = 1, b.last_bar = 0;
+    if (g_engine.race) {
+        b.fence.assign(threads, 0), b.fence_covers.assign(threads, 0), b.acquired.clear();
+        reset_shadow(b);
+    }
+    b.warps.resize(warps);
+    for (u32 i = 0; i < warps; i++) {
+        Warp& w = b.warps[i];
+        w.b = &b, w.index = i, w.first_thread = 32 * i;
+        w.exist = threads - 32 * i >= 32 ? ~0u : (1u << (threads - 32 * i)) - 1;
+        w.alive = w.exist, w.blocked = w.at_barrier = w.waited = 0, w.last_sync = w.last_collective = 0, w.now = nullptr;
+        memset(w.pc, 0, sizeof w.pc);
+        if (w.regs.size() < l.kernel->reg_bytes + 64) w.regs.resize(l.kernel->reg_bytes + 64);
+        w.base[0] = (char*)(((uintptr_t)w.regs.data() + 63) & ~63ull), w.base[1] = (char*)l.kernel->constants.data();
+        if (g_engine.race) memset(w.base[0], 0xff, l.kernel->reg_bytes);
+        for (u32 lane = 0; lane < 32; lane++) {
+            u32 t = 32 * i + lane;
+            u32 values[13] = {t % l.block.x, t / l.block.x % l.block.y, t / l.block.x / l.block.y, l.block.x, l.block.y, l.block.z,
+                              b.at.x, b.at.y, b.at.z, l.grid.x, l.grid.y, l.grid.z, lane};
+            for (int s = 0; s < 13; s++) ((u32*)w.p(l.kernel->special[s]))[lane] = values[s];
+        }
+    }
+}
+
+static std::string where(const Warp& w, u32 mask) {
+    std::string out;
+    for (int l = 0; l < 32; l++) {
+        if (!(mask >> l & 1)) continue;
+        out += " lane " + std::to_string(l) + " at line " + std::to_string(w.b->k->code[w.pc[l]].line);
+        if (out.size() > 160) return out + " ...";
+    }
+    return out;
+}
+
+// Lets a warp run for `budget` instructions; false when it cannot go on (barrier, or done).
+static bool run_warp(Warp& w, u32 budget) {
+    Block& b = *w.b;
+    const Ins* code = b.k->code.data();
+    u8* hits = g_engine.coverage.empty() ? nullptr : b.k->hits.data();
+    while (budget) {
+        u32 runnable = w.alive & ~w.blocked;
+        if (!runnable) {
+            if (!w.alive || w.at_barrier == w.alive) return false;
+            throw Fault{FAULT_OTHER, "lanes of a warp wait for others that never come:" + where(w, w.blocked)};
+        }
+        // The lanes that are furthest behind, or, at random, any.
+        s32 pc = 0x7fffffff;
+        if (g_engine.chaos && rng() % 4 == 0) {
+            u32 n = rng() % __builtin_popcount(runnable), t = runnable;
+            while (n--) t &= t - 1;
+            pc = w.pc[__builtin_ctz(t)];
+        } else for (u32 t = runnable; t; t &= t - 1) pc = std::min(pc, w.pc[__builtin_ctz(t)]);
+        u32 g = 0;
+        for (u32 t = runnable; t; t &= t - 1) { int l = __builtin_ctz(t); if (w.pc[l] == pc) g |= 1u << l; }
+        s32 limit = 0x7fffffff;  // where others stand
+        for (u32 t = runnable & ~g; t; t &= t - 1) { s32 at = w.pc[__builtin_ctz(t)]; if (at > pc) limit = std::min(limit, at); }
+        const bool alone = g == runnable;
+        auto leave = [&](s32 at) { for (u32 t = g; t; t &= t - 1) w.pc[__builtin_ctz(t)] = at; };
+        u32 quantum = g_engine.chaos && !alone ? std::min(budget, 1 + rng() % 32) : budget;
+        u32 spent = 0;
+        for (;;) {
+            if (spent == quantum || pc >= limit) { leave(pc); break; }
+            spent++;
+            const Ins& i = code[pc];
+            if (hits) hits[pc] = 1;
+            u32 m = g;
+            if (i.pred >= 0) { u32 v = *(u32*)(w.base[0] + i.pred); m &= i.negated ? ~v : v; }
+            if (i.kind == ALU) { if (m) i.fn(w, i, m); pc++; continue; }
+            w.now = &i;
+            if (i.kind == MEM) { if (m) i.fn(w, i, m); pc++; continue; }
+            if (i.kind == BRA) {
+                if (m == g) { bool back = i.target <= pc; pc = i.target; if (back && !alone) { leave(pc); break; } continue; }
+                if (!m) { pc++; continue; }
+                leave(pc + 1);
+                for (u32 t = m; t; t &= t - 1) w.pc[__builtin_ctz(t)] = i.target;
+                break;
+            }
+            if (i.kind == RET) {
+                for (u32 t = m; t; t &= t - 1) {
+                    AsyncCopies& c = b.copies[w.first_thread + __builtin_ctz(t)];
+                    for (auto& group : c.groups) if (!group.empty()) { finding(b, "a thread returns with cp.async under way", group[0].line, 0, ""); break; }
+                    if (!c.open.empty()) finding(b, "a thread returns with cp.async that it never committed", c.open[0].line, 0, "");
+                    c = {};
+                }
+                w.alive &= ~m;
+                w.blocked &= w.at_barrier;  // who waits at a collective looks again
+                if (g & ~m) { g &= ~m; leave(pc + 1); }
+                break;
+            }
+            if (i.kind == FENCE) { if (m) { if (g_engine.race) race_fence(w, m); b.clock++; } pc++; continue; }
+            if (i.kind == NOP) { pc++; continue; }
+            if (i.kind == GDC_WAIT) { w.waited |= m; pc++; continue; }
+            if (i.kind == GDC_LAUNCH) {
+                if (b.l->early && (m & ~w.waited)) finding(b, "griddepcontrol.launch_dependents before griddepcontrol.wait", i.line, 0, "");
+                pc++; continue;
+            }
+            // The rest waits for others.
+            if (m != g) {
+                if (!m) { pc++; continue; }
+                finding(b, "a guard lets a part of the lanes through to a collective", i.line, 0, "");
+                leave(pc);
+                for (u32 t = g & ~m; t; t &= t - 1) w.pc[__builtin_ctz(t)] = pc + 1;
+                g = m;
+            }
+            if (i.kind == BAR) {
+                leave(pc);  // until it is released
+                w.blocked |= g, w.at_barrier |= g;
+                // .aligned: all lanes of the warp take the same one
+                for (u32 t = w.at_barrier; t; t &= t - 1)
+                    if (w.pc[__builtin_ctz(t)] != pc) throw Fault{FAULT_OTHER, "lanes of a warp are at different bar.sync, which is .aligned:" + where(w, w.at_barrier)};
+                break;
+            }
+            u32 want = ~0u;
+            if (i.kind == SHFL || i.kind == WARPSYNC) {
+                const u32* masks = (const u32*)w.p(i.op[i.kind == SHFL ? 5 : 0]);
+                want = masks[__builtin_ctz(g)];
+                for (u32 t = g; t; t &= t - 1) {
+                    int l = __builtin_ctz(t);
+                    if (masks[l] != want) throw Fault{FAULT_OTHER, "lanes give different masks to a collective, line " + std::to_string(i.line)};
+                    if (!(want >> l & 1)) throw Fault{FAULT_OTHER, "a lane is not in its own mask, line " + std::to_string(i.line)};
+                }
+            }
+            u32 arrived = g;
+            for (u32 t = w.blocked & ~w.at_barrier; t; t &= t - 1) { int l = __builtin_ctz(t); if (w.pc[l] == pc) arrived |= 1u << l; }
+            if (want & w.alive & ~arrived) { leave(pc); w.blocked |= g; break; }
+            if ((i.kind == MMA || i.kind == LDMATRIX) && arrived != ~0u) throw Fault{FAULT_OTHER, "an .aligned instruction of a warp that is not whole, line " + std::to_string(i.line)};
+            if (i.kind == SHFL && (want & w.exist & ~w.alive)) finding(b, "shfl.sync names lanes that have returned", i.line, 0, "");
+            w.blocked &= ~arrived;
+            if (i.fn) i.fn(w, i, arrived);
+            if (i.kind == WARPSYNC) w.last_sync = b.clock;
+            w.last_collective = b.clock++;
+            if (arrived == g) { pc++; continue; }
+            g = arrived;
+            leave(pc + 1);
+            break;
+        }
+        b.steps += spent;
+        budget -= std::min(budget, std::max(spent, 1u));
+    }
+    return true;
+}
+
+// Runs a part of a block; true when it is done.
+static bool run_block(Block& b, u32 turns) {
+    while (turns--) {
+        std::vector<Warp*> ready;
+        u32 alive = 0;
+        for (Warp& w : b.warps) {
+            if (!w.alive) continue;
+            alive++;
+            if (w.at_barrier != w.alive) ready.push_back(&w);
+        }
+        if (!alive) return b.done = true;
+        if (ready.empty()) {
+            s32 pc = -1;
+            bool ended = false;
+            for (Warp& w : b.warps) {
+                ended |= w.alive != w.exist;
+                if (!w.alive) continue;
+                s32 at = w.pc[__builtin_ctz(w.alive)];
+                if (pc >= 0 && at != pc) finding(b, "warps of a block meet at different bar.sync", b.k->code[pc].line, b.k->code[at].line, "");
+                pc = at;
+            }
+            if (ended) finding(b, "bar.sync after some threads of the block have returned", b.k->code[pc].line, 0, "");
+            for (Warp& w : b.warps) {
+                for (u32 t = w.alive; t; t &= t - 1) w.pc[__builtin_ctz(t)]++;
+                w.blocked = w.at_barrier = 0;
+            }
+            b.last_bar = b.clock++;
+            continue;
+        }
+        Warp& w = *ready[g_engine.chaos ? rng() % ready.size() : 0];
+        run_warp(w, g_engine.chaos ? 1 + rng() % 200 : 1u << 20);
+        if (now_ms() > b.run->deadline) throw Fault{FAULT_TIMEOUT, "the launch timed out"};
+    }
+    return false;
+}
+
+static void work(Launch_& run) {
+    u32 window = g_engine.resident ? g_engine.resident : g_engine.chaos ? 2 * run.l->multiprocessors : 1;
+    if (g_engine.threads > 1 && !g_engine.race) window = 1;
+    std::vector<std::unique_ptr<Block>> blocks;
+    static thread_local std::vector<std::unique_ptr<Block>> pool;
+    u32 which = 0;
+    Block* current = nullptr;
+    try {
+        for (;;) {
+            while (blocks.size() < window) {
+                u32 n = run.next++;
+                if (n >= run.order.size()) break;
+                std::unique_ptr<Block> b;
+                if (pool.empty()) b = std::make_unique<Block>();
+                else b = std::move(pool.back()), pool.pop_back();
+                start_block(*b, run, run.order[n]);
+                blocks.push_back(std::move(b));
+            }
+            if (blocks.empty() || run.failed) break;
+            which = blocks.size() == 1 ? 0 : rng() % blocks.size();
+            current = blocks[which].get();
+            if (run_block(*current, blocks.size() == 1 && window == 1 ? ~0u : 1 + rng() % 8)) {
+                if (pool.size() < 32) pool.push_back(std::move(blocks[which]));
+                blocks.erase(blocks.begin() + which);
+            }
+        }
+    } catch (const Fault& f) {
+        std::lock_guard<std::mutex> l(run.mu);
+        if (!run.failed.exchange(true)) run.result = {f.code, f.message + (current ? " (block " + std::to_string(current->id) + ")" : ""), f.addr};
+    }
+}
+
+RunResult run_grid(const LaunchDesc& l) {
+    static std::atomic<u32> launches{0};
+    static auto& alone = *new std::mutex;  // the detector and the random schedule know one launch at a time
+    std::unique_lock<std::mutex> turn(alone, std::defer_lock);
+    if (g_engine.race || g_engine.chaos) turn.lock();
+    Launch_ run;
+    run.l = &l;
+    run.result.launch = ++launches;
+    u64 n = (u64)l.grid.x * l.grid.y * l.grid.z;
+    run.order.resize(n);
+    for (u64 i = 0; i < n; i++) run.order[i] = (u32)i;
+    if (g_engine.chaos) {
+        g_rng_state = (g_engine.seed * 2654435761u) ^ (run.result.launch * 40503u) ^ 0x9e3779b9u;
+        if (!g_rng_state) g_rng_state = 1;
+        for (u64 i = n; i > 1; i--) std::swap(run.order[i - 1], run.order[rng() % i]);
+    }
+    run.deadline = now_ms() + g_engine.timeout_ms;
+    if (g_engine.race) begin_launch(l, run.result.launch);
+    u32 number = run.result.launch;
+    unsigned helpers = g_engine.race || g_engine.chaos ? 1 : std::min<u64>(g_engine.threads, n);
+    std::vector<std::thread> threads;
+    for (unsigned i = 1; i < helpers; i++) threads.emplace_back([&] { work(run); });
+    work(run);
+    for (auto& t : threads) t.join();
+    run.result.launch = number;
+    return run.result;
+}
+
+}  // namespace fk
