@@ -67,7 +67,7 @@ pub use generate::{
     Predictions, Sampling, TooLong, Windows, start_tokens,
 };
 pub use loader::{LoadEvent, LoadOptions, LoadReport, LoadTimes, MeasuredDevice, Model, WeightError};
-pub use machine::{Bandwidth, Device, Inventory};
+pub use machine::{Bandwidth, Device, Fault, Idle, Inventory};
 pub use model_config::{GenerationDefaults, ModelConfig};
 pub use plan::{
     Change, DEFAULT_CHUNK, DEFAULT_CONTEXT, DEFAULT_RESERVE, DevicePlan, DoesNotFit, KindReport, Outline, Plan,

@@ -161,8 +161,8 @@ fn devices_are_listed() {
     assert_eq!(gpu["total"], 8u64 << 30);
     assert_eq!((&gpu["is_usable"], &shown["cuda_visible_devices"]), (&true.into(), &"3,5".into()));
     let text = stdout(&run_with(on_gpus(&["devices"], &[("DRIVER", "12020")]).unwrap(), b""));
-    let first = "cuda:0  24.0 GiB free of 24.0 GiB; Fake GPU 0, compute capability 8.6, GPU-fafafafa-fafa-fafa-fafa-fafafafafa00";
-    assert!(text.starts_with(&format!("{first}; too old, or its driver is\n")), "{text}");
+    let first = "cuda:0  is not used: its driver is for CUDA 12.2; evenkeel needs compute capability 7.5";
+    assert!(text.starts_with(first) && text.contains("\n        24.0 GiB; Fake GPU 0, GPU-fafafafa-"), "{text}");
     assert!(text.contains("\ndriver  for CUDA 12.2\n") && text.contains("\ncpu     "), "{text}");
     let text = stdout(&run_with(evenkeel(&["devices", "--offload-dir", "/"]), b""));
     assert!(text.contains("disk    ") && text.contains("`/`\n"), "{text}");
@@ -199,12 +199,13 @@ fn what_is_too_old_is_idle() {
         let Some(command) = on_gpus(&["plan", FERRIS], &[setting]) else { return };
         let output = run_with(command, b"");
         let needs = "evenkeel needs compute capability 7.5 and the NVIDIA driver 550";
-        assert!(stdout(&output).contains(&format!("cuda:1 (Fake GPU 1) is not used: {needs}")), "{}", stdout(&output));
+        let plan = stdout(&output);
+        assert!(plan.contains("cuda:1 (Fake GPU 1) is not used: its ") && plan.contains(needs), "{plan}");
         let generate = ["generate", FERRIS, "--prompt", "a", "--device-map", &map];
         let output = run_with(on_gpus(&generate, &[setting]).unwrap(), b"");
         assert_refused(&output, "the placement needs `cuda:0`; what can be used is cpu, disk");
         assert!(
-            stderr(&output).contains(&format!("cuda:0 is there but cannot be used: {needs}")),
+            stderr(&output).contains("cuda:0 is there but cannot be used: its ") && stderr(&output).contains(needs),
             "{}",
             stderr(&output)
         );
@@ -212,14 +213,90 @@ fn what_is_too_old_is_idle() {
 }
 
 #[test]
+fn what_is_too_old_is_said_where_the_cpu_computes() {
+    for setting in [("DRIVER", "11040"), ("CC", "6.1")] {
+        let Some(command) = on_gpus(&["generate", FERRIS, "--prompt", "a", "--max-new-tokens", "2"], &[setting]) else {
+            return;
+        };
+        let output = run_with(command, b"");
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        let said = stderr(&output);
+        assert!(
+            said.contains("warning: cuda:0 (Fake GPU 0) is not used: its ") && said.contains("driver 550"),
+            "{said}"
+        );
+    }
+}
+
+#[test]
+fn a_driver_or_a_gpu_that_fails_is_named_with_its_cause() {
+    const BOTH: &str = "no GPU of this machine can be used";
+    for (setting, name, help) in [
+        (("FAIL_INIT", "802"), "CUDA_ERROR_SYSTEM_NOT_READY", "systemctl start nvidia-fabricmanager"),
+        (("FAIL_INIT", "803"), "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH", "reboot"),
+        (("FAIL_INIT", "804"), "CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE", "`compat`"),
+        (("FAIL_INIT", "34"), "CUDA_ERROR_STUB_LIBRARY", "`…/stubs`"),
+        (("FAIL_INIT", "999"), "CUDA_ERROR_UNKNOWN", "nvidia_uvm"),
+        (("FAIL_CONTEXT", "0:46,1:46"), "CUDA_ERROR_DEVICE_UNAVAILABLE", "compute mode"),
+        (("FAIL_CONTEXT", "0:2,1:2"), "CUDA_ERROR_OUT_OF_MEMORY", "`nvidia-smi` lists them"),
+        (("FAIL_MEMINFO", "0:999,1:999"), "CUDA_ERROR_UNKNOWN", "nvidia_uvm"),
+    ] {
+        let on_gpus = |arguments: &[&str]| Some(run_with(on_gpus(arguments, &[setting])?, b""));
+        let Some(devices) = on_gpus(&["devices"]) else { return };
+        let is_said = |text: &str| text.contains(name) && text.contains(help);
+        assert!(is_said(&stdout(&devices)), "{setting:?}: {}", stdout(&devices));
+        let plan = on_gpus(&["plan", FERRIS]).unwrap();
+        assert!(is_said(&stdout(&plan)), "{setting:?}: {}", stdout(&plan));
+        let generate = ["generate", FERRIS, "--prompt", "a", "--max-new-tokens", "2"];
+        let refused = on_gpus(&generate).unwrap();
+        assert_refused(&refused, BOTH);
+        assert!(is_said(&stderr(&refused)) && stderr(&refused).contains("`--device-map cpu`"), "{}", stderr(&refused));
+        for wanted in [["--device-map", "cpu"], ["--max-memory", "cpu=1GiB"]] {
+            let output = on_gpus(&[&generate[..], &wanted].concat()).unwrap();
+            assert_eq!(output.status.code(), Some(0), "{setting:?} {wanted:?}: {}", stderr(&output));
+        }
+    }
+}
+
+#[test]
+fn one_gpu_of_two_that_fails_is_said_and_the_other_computes() {
+    let arguments = ["generate", FERRIS, "--prompt", "a", "--max-new-tokens", "2", "--stats"];
+    for setting in [("FAIL_CONTEXT", "0:46"), ("FAIL_MEMINFO", "0:999")] {
+        let Some(command) = on_gpus(&arguments, &[setting]) else { return };
+        let output = run_with(command, b"");
+        let said = stderr(&output);
+        assert_eq!(output.status.code(), Some(0), "{said}");
+        assert!(
+            said.contains("warning: cuda:0 (Fake GPU 0) is not used: ") && said.contains("cuda:1    planned"),
+            "{said}"
+        );
+    }
+}
+
+#[test]
+fn no_gpu_is_opened_where_the_map_names_none() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("report.json");
+    let settings = [("REPORT", file.to_str().unwrap()), ("FAIL_INIT", "802")];
+    let generate = ["generate", FERRIS, "--prompt", "a", "--max-new-tokens", "2", "--device-map", "cpu"];
+    let Some(command) = on_gpus(&generate, &settings) else { return };
+    let output = run_with(command, b"");
+    assert_eq!((output.status.code(), stderr(&output).as_str()), (Some(0), ""));
+}
+
+#[test]
 fn a_driver_without_gpus_is_none() {
     let (_directory, map) = map(r#"{"": "cuda:0"}"#);
     let generate = ["generate", FERRIS, "--prompt", "a", "--device-map", &map];
     let Some(command) = on_gpus(&generate, &[("DEVICES", "")]) else { return };
-    assert_refused(&run_with(command, b""), "no NVIDIA driver was found, or it shows no cuda:0");
+    assert_refused(&run_with(command, b""), "the placement needs `cuda:0`; what can be used is cpu, disk");
     let mut masked = on_gpus(&generate, &[("DEVICES", "")]).unwrap();
     masked.env("CUDA_VISIBLE_DEVICES", "7");
     assert_refused(&run_with(masked, b""), "hint: `CUDA_VISIBLE_DEVICES=7` says which GPUs there are");
     let shown = run_with(on_gpus(&["plan", FERRIS], &[("DEVICES", "")]).unwrap(), b"");
-    assert!(!stdout(&shown).contains("cuda:"), "{}", stdout(&shown));
+    assert!(!stdout(&shown).contains("cuda:") && stdout(&shown).contains("`--gpus all`"), "{}", stdout(&shown));
+    let plain = ["generate", FERRIS, "--prompt", "a", "--max-new-tokens", "2"];
+    let output = run_with(on_gpus(&plain, &[("DEVICES", "")]).unwrap(), b"");
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert!(stderr(&output).starts_with("warning: no GPU is used: "), "{}", stderr(&output));
 }

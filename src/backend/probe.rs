@@ -21,8 +21,20 @@ impl Inventory {
 
     /// The devices of this machine: free host memory under the limit of the
     /// process's control group, the space in `offload_directory`, and the GPUs;
-    /// those that are too old, or whose driver is, are listed as idle.
+    /// those that cannot be used are listed as idle.
     pub fn of_machine(offload_directory: &Path) -> Result<Self> {
+        let mut inventory = Self::default();
+        match cuda::Installation::find() {
+            Ok(installation) => installation.into_iter().for_each(|found| found.list(&mut inventory)),
+            Err(fault) => inventory.driver = Some(fault),
+        }
+        // What the driver takes of host memory is taken now.
+        inventory.devices.extend(Self::of_host(offload_directory)?.devices);
+        Ok(inventory)
+    }
+
+    /// The devices of this machine without its GPUs, which are not looked for.
+    pub fn of_host(offload_directory: &Path) -> Result<Self> {
         let path = Path::new("/proc/meminfo");
         let meminfo = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
         let memory = |key| field(&meminfo, key).ok_or_else(|| Error::input(format!("`/proc/meminfo` has no `{key}`")));
@@ -34,9 +46,8 @@ impl Inventory {
         }
         let disk = fs::free_space(offload_directory)?;
         let device = |id, free, total| Device { id, name: None, free, total, bandwidth: None };
-        let (mut devices, idle) = cuda::devices();
-        devices.extend([device(DeviceId::Cpu, free, total), device(DeviceId::Disk, disk, disk)]);
-        Ok(Self { devices, idle })
+        let devices = vec![device(DeviceId::Cpu, free, total), device(DeviceId::Disk, disk, disk)];
+        Ok(Self { devices, ..Self::default() })
     }
 
     /// Measures how fast the threads of `pool` multiply with what they read, and how fast

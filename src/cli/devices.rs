@@ -1,6 +1,6 @@
 //! `evenkeel devices`.
 
-use evenkeel::{Bytes, Device, DeviceId, Installation, Inventory, Result};
+use evenkeel::{Bytes, Device, DeviceId, Fault, GpuInfo, Installation, Inventory, Result};
 use serde::Serialize;
 
 use super::args::{DevicesArguments, Format};
@@ -11,6 +11,8 @@ use super::{Exit, Process};
 struct Machine<'a> {
     /// The version of CUDA that the driver is for.
     driver: Option<String>,
+    /// Why the driver that is there cannot be used.
+    driver_fault: Option<&'a Fault>,
     gpus: Vec<Gpu<'a>>,
     cpu: Option<&'a Device>,
     threads: usize,
@@ -24,26 +26,36 @@ struct Gpu<'a> {
     #[serde(flatten)]
     device: &'a Device,
     uuid: &'a str,
+    bus: &'a str,
     compute_capability: String,
     is_usable: bool,
+    /// Why it is not.
+    fault: Option<&'a Fault>,
+}
+
+impl<'a> From<&'a GpuInfo> for Gpu<'a> {
+    fn from(gpu: &'a GpuInfo) -> Self {
+        Self {
+            device: &gpu.device,
+            uuid: &gpu.uuid,
+            bus: &gpu.bus,
+            compute_capability: format!("{}.{}", gpu.capability.0, gpu.capability.1),
+            is_usable: gpu.fault.is_none(),
+            fault: gpu.fault.as_ref(),
+        }
+    }
 }
 
 pub fn run(arguments: &DevicesArguments, process: &Process) -> Result<Exit> {
     let printer = &process.printer;
     let directory = process.environment.offload_directory(arguments.offload_dir.as_deref());
-    let inventory = Inventory::of_machine(&directory)?;
-    let installation = Installation::find();
-    let gpus = installation.iter().flat_map(|installation| {
-        installation.gpus.iter().map(|gpu| Gpu {
-            device: &gpu.device,
-            uuid: &gpu.uuid,
-            compute_capability: format!("{}.{}", gpu.capability.0, gpu.capability.1),
-            is_usable: installation.can_use(gpu),
-        })
-    });
+    let found = Installation::find();
+    let installation = found.as_ref().ok().and_then(Option::as_ref);
+    let inventory = Inventory::of_host(&directory)?;
     let machine = Machine {
-        driver: installation.as_ref().map(|found| format!("{}.{}", found.version.0, found.version.1)),
-        gpus: gpus.collect(),
+        driver: installation.map(|found| format!("{}.{}", found.version.0, found.version.1)),
+        driver_fault: found.as_ref().err(),
+        gpus: installation.into_iter().flat_map(|found| &found.gpus).map(Gpu::from).collect(),
         cpu: inventory.device(DeviceId::Cpu),
         threads: std::thread::available_parallelism().map_or(1, usize::from),
         disk: inventory.device(DeviceId::Disk),
@@ -64,19 +76,23 @@ impl Machine<'_> {
         for gpu in &self.gpus {
             let Device { id, name, free, total, .. } = gpu.device;
             let name = name.as_deref().unwrap_or("a GPU");
-            let (uuid, capability) = (gpu.uuid, &gpu.compute_capability);
-            let remark = if gpu.is_usable { "" } else { "; too old, or its driver is" };
-            lines.push(format!(
-                "{id:<8}{free} free of {total}; {name}, compute capability {capability}, {uuid}{remark}"
-            ));
+            if let Some(fault) = gpu.fault {
+                lines.push(format!("{id:<8}is not used: {fault}"));
+                lines.push(format!("        {total}; {name}, {}, bus {}", gpu.uuid, gpu.bus));
+                continue;
+            }
+            let Gpu { uuid, bus, compute_capability, .. } = gpu;
+            lines.push(format!("{id:<8}{free} free of {total}; {name}, compute capability {compute_capability}"));
+            lines.push(format!("        {uuid}, bus {bus}"));
         }
         let (free, total) = self.cpu.map_or((Bytes::ZERO, Bytes::ZERO), |cpu| (cpu.free, cpu.total));
         lines.push(format!("cpu     {free} free of {total}; {} threads", self.threads));
         let free = self.disk.map_or(Bytes::ZERO, |disk| disk.free);
         lines.push(format!("disk    {free} free; `{}`", self.offload_directory));
-        lines.push(match &self.driver {
-            Some(version) => format!("driver  for CUDA {version}"),
-            None => "driver  none: no GPUs".to_owned(),
+        lines.push(match (&self.driver, self.driver_fault) {
+            (Some(version), _) => format!("driver  for CUDA {version}"),
+            (None, Some(fault)) => format!("driver  no GPU is used: {fault}"),
+            (None, None) => "driver  none: no GPUs".to_owned(),
         });
         lines.extend(self.cuda_visible_devices.map(|devices| format!("CUDA_VISIBLE_DEVICES={devices}")));
         lines.join("\n") + "\n"

@@ -4,8 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use evenkeel::{
-    Cancel, Checkpoint, DeviceMap, Error, Inventory, LoadEvent, LoadOptions, Model, Note, Plan, PlanOptions, Result,
-    Strategy,
+    Cancel, Checkpoint, DeviceMap, Error, Hint, Inventory, LoadEvent, LoadOptions, Model, Note, Plan, PlanOptions,
+    Result, Strategy,
 };
 use indicatif::ProgressBar;
 
@@ -88,7 +88,20 @@ fn from_hub(arguments: &ModelArguments, _: Need, _: &Cancel, _: &Process) -> Res
 
 /// Plans for this machine as it is now, and loads by the plan.
 pub fn load(checkpoint: &Checkpoint, options: &PlanOptions, load: &LoadOptions, process: &Process) -> Result<Model> {
-    let mut inventory = Inventory::of_machine(&load.offload_directory)?;
+    let budgets = || options.max_memory.iter().flatten().map(|(device, _)| device);
+    let is_for_host = options.device_map.as_ref().is_some_and(|map| !map.names_gpus());
+    let mut inventory = if is_for_host && !budgets().any(|device| device.is_gpu()) {
+        Inventory::of_host(&load.offload_directory)?
+    } else {
+        Inventory::of_machine(&load.offload_directory)?
+    };
+    let wants_host = options.device_map.is_some() || budgets().any(|device| !device.is_gpu());
+    if !wants_host && inventory.has_only_broken_gpus() {
+        let error =
+            inventory.faults().map(Hint::from).fold(Error::device("no GPU of this machine can be used"), Error::hint);
+        return Err(error.hint("`--device-map cpu` computes on the CPU"));
+    }
+    inventory.faults().for_each(|fault| process.printer.note(&format!("warning: {fault}")));
     if options.strategy == Strategy::Fastest {
         inventory.measure_bandwidth(&options.pool);
     }

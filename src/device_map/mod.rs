@@ -65,6 +65,12 @@ impl DeviceMap {
         Self { origin: device.to_string(), entries: vec![entry], ..Self::default() }
     }
 
+    /// Whether it puts anything on a GPU, or has a budget for one.
+    pub fn names_gpus(&self) -> bool {
+        let budgets = self.max_memory.iter().flatten().map(|(device, _)| *device);
+        self.entries.iter().map(|entry| entry.device).chain(budgets).any(DeviceId::is_gpu)
+    }
+
     /// Reads a map from a file.
     pub fn open(path: &Path) -> Result<Self> {
         Self::parse(&path.display().to_string(), fs::read_capped(path, CAP)?)

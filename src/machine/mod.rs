@@ -3,6 +3,10 @@
 
 mod bandwidth;
 
+use std::any::Any;
+use std::fmt;
+use std::sync::Arc;
+
 use serde::Serialize;
 
 use crate::bytes::Bytes;
@@ -39,13 +43,85 @@ pub struct Device {
     pub bandwidth: Option<Bandwidth>,
 }
 
+/// Why a GPU, or all of them, cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Fault {
+    /// Whether it ought to work: neither it nor its driver is too old, and it is there.
+    pub is_broken: bool,
+    /// What is wrong.
+    pub what: String,
+    /// What helps, where that is known.
+    pub hint: Option<String>,
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.what)?;
+        self.hint.as_ref().map_or(Ok(()), |hint| write!(f, "; {hint}"))
+    }
+}
+
+/// A GPU that is there and cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Idle {
+    /// Its name in maps.
+    pub id: DeviceId,
+    /// What it is, where that is known.
+    pub name: Option<String>,
+    /// Why.
+    pub fault: Fault,
+}
+
+impl fmt::Display for Idle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({}) is not used: {}", self.id, self.name.as_deref().unwrap_or("a GPU"), self.fault)
+    }
+}
+
+/// What keeps GPUs from being used, a line each.
+pub fn faults(driver: Option<&Fault>, idle: &[Idle]) -> impl Iterator<Item = String> {
+    let driver = driver.into_iter().map(|fault| format!("no GPU is used: {fault}"));
+    driver.chain(idle.iter().map(Idle::to_string))
+}
+
+/// What stays open while an inventory is there, so that the next who needs it need not open it again.
+#[derive(Clone, Default)]
+pub struct Kept(Vec<Arc<dyn Any + Send + Sync>>);
+
+impl Kept {
+    /// Keeps all of `open`.
+    pub fn new<T: Any + Send + Sync>(open: impl IntoIterator<Item = Arc<T>>) -> Self {
+        Self(open.into_iter().map(|open| open as _).collect())
+    }
+}
+
+impl fmt::Debug for Kept {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} open", self.0.len())
+    }
+}
+
+impl PartialEq for Kept {
+    /// It is not part of what a machine has.
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for Kept {}
+
 /// The devices that a plan may use, in the order in which they are filled.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Inventory {
     /// Devices that compute, or hold weights for one that does.
     pub devices: Vec<Device>,
-    /// GPUs that are there and that are too old, or whose driver is.
-    pub idle: Vec<Device>,
+    /// GPUs that are there and cannot be used.
+    pub idle: Vec<Idle>,
+    /// Why the driver that is there shows no GPU.
+    pub driver: Option<Fault>,
+    /// The GPUs' contexts.
+    #[serde(skip)]
+    pub kept: Kept,
 }
 
 impl Inventory {
@@ -71,7 +147,7 @@ impl Inventory {
             devices.push(Device { id, name: None, free: bytes, total: bytes, bandwidth });
         }
         devices.sort_by_key(|device| device.id);
-        Ok(Self { devices, idle: Vec::new() })
+        Ok(Self { devices, ..Self::default() })
     }
 
     /// The names of the devices that can be used.
@@ -79,10 +155,22 @@ impl Inventory {
         self.devices.iter().map(|device| device.id).collect()
     }
 
-    /// Why a GPU that is there cannot be used.
+    /// Why a GPU cannot be used, if it or the driver is there.
     pub fn why_idle(&self, id: DeviceId) -> Option<String> {
-        let is_idle = self.idle.iter().any(|device| device.id == id);
-        is_idle.then(|| format!("{id} is there but cannot be used: {}", needs()))
+        let idle = self.idle.iter().find(|idle| idle.id == id).map(|idle| &idle.fault);
+        let driver = self.driver.as_ref().filter(|_| id.is_gpu());
+        idle.or(driver).map(|fault| format!("{id} is there but cannot be used: {fault}"))
+    }
+
+    /// Whether no GPU can be used, and one ought to.
+    pub fn has_only_broken_gpus(&self) -> bool {
+        let is_broken = self.driver.iter().chain(self.idle.iter().map(|idle| &idle.fault)).any(|fault| fault.is_broken);
+        is_broken && !self.devices.iter().any(|device| device.id.is_gpu())
+    }
+
+    /// All that keeps GPUs from being used, a line each.
+    pub fn faults(&self) -> impl Iterator<Item = String> {
+        faults(self.driver.as_ref(), &self.idle)
     }
 
     /// The device of that name.

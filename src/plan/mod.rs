@@ -25,7 +25,7 @@ use crate::device::DeviceId;
 use crate::device_map::{self, DeviceMap, MAX_BATCH, MaxMemory};
 use crate::error::{Error, Result};
 use crate::footprint::{self, Allocation, HostStaging, Placed, Purpose, STAGING_SLABS};
-use crate::machine::{Device, Inventory};
+use crate::machine::{Fault, Idle, Inventory};
 use crate::quant::{KvDtype, QuantizeRules};
 use scheme::{choose, kinds};
 use subject::Subject;
@@ -77,8 +77,10 @@ pub struct Plan {
     pub is_unmeasured: bool,
     /// Bits and measured error of each kind of module, where that was asked for.
     pub kinds: Vec<KindReport>,
-    /// GPUs of this machine that are too old, or whose driver is.
-    pub idle: Vec<Device>,
+    /// GPUs of this machine that cannot be used.
+    pub idle: Vec<Idle>,
+    /// Why the driver of this machine shows no GPU.
+    pub driver: Option<Fault>,
     /// What would fit, where this does not; cheapest in quality first.
     pub remedies: Vec<Remedy>,
     /// Every weight and where it goes, in the order in which they are read.

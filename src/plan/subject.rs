@@ -89,6 +89,7 @@ impl<'a> Subject<'a> {
             is_unmeasured: false,
             kinds: Vec::new(),
             idle: inventory.idle.clone(),
+            driver: inventory.driver.clone(),
             remedies: Vec::new(),
             weights: Vec::new(),
             allocations,
@@ -234,7 +235,7 @@ fn check_devices(placement: &[DeviceId], inventory: &Inventory) -> Result<()> {
     Err(if let Some(why) = inventory.why_idle(*first) {
         error.hint(why)
     } else if first.is_gpu() {
-        let has_gpus = inventory.devices.iter().chain(&inventory.idle).any(|device| device.id.is_gpu());
+        let has_gpus = !inventory.idle.is_empty() || inventory.devices.iter().any(|device| device.id.is_gpu());
         let why = if has_gpus {
             format!("there is no {first}")
         } else {

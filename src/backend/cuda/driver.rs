@@ -7,11 +7,12 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
-use cudarc::driver::sys::CUdevice_attribute;
+use cudarc::driver::sys::{CUdevice_attribute, CUresult};
 use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, DriverError, result, sys};
 
+use super::fault;
 use crate::bytes::Bytes;
 use crate::device::{DeviceError, DeviceId};
 use crate::error::{Error, ErrorKind, Hint, Result, Setting};
@@ -24,18 +25,74 @@ const FAILED: &str = "has failed at work that was queued";
 /// Memory of every context can be copied from page-locked memory that is allocated with this flag.
 const PORTABLE: u32 = 1;
 
-/// The number of GPUs, and the version of CUDA that the driver is for, as
-/// 1000 · major + 10 · minor; `None` where there is no driver or it fails.
-pub fn driver() -> Option<(u32, i32)> {
+/// The version of CUDA that the driver is for, as 1000 · major + 10 · minor; `None` where there is no driver.
+pub fn driver_version() -> Result<Option<i32>, DriverError> {
+    static IS_THERE: OnceLock<bool> = OnceLock::new();
     // SAFETY: opens and closes the driver's library, whose initialization has no preconditions.
-    if !unsafe { sys::is_culib_present() } {
-        return None;
+    if !IS_THERE.get_or_init(|| unsafe { sys::is_culib_present() }) {
+        return Ok(None);
     }
     let mut version = 0;
     // SAFETY: writes one int, to a variable that outlives the call.
-    unsafe { sys::cuDriverGetVersion(&raw mut version) }.result().ok()?;
-    let count = result::init().and_then(|()| CudaContext::device_count()).unwrap_or(0);
-    Some((u32::try_from(count).unwrap_or(0), version))
+    unsafe { sys::cuDriverGetVersion(&raw mut version) }.result()?;
+    Ok(Some(version))
+}
+
+/// The number of GPUs that the driver, which is there, shows.
+pub fn count() -> Result<u32, DriverError> {
+    let count = result::init().and_then(|()| CudaContext::device_count())?;
+    Ok(u32::try_from(count).unwrap_or(0))
+}
+
+/// What the driver tells of a GPU without a context.
+#[derive(Clone, Copy)]
+pub struct Handle(sys::CUdevice);
+
+impl Handle {
+    pub fn new(index: u32) -> Result<Self, DriverError> {
+        result::device::get(index.cast_signed()).map(Self)
+    }
+
+    pub fn name(self) -> Result<String, DriverError> {
+        result::device::get_name(self.0)
+    }
+
+    /// Of an instance of a divided GPU, that of the instance.
+    pub fn uuid(self) -> Result<[u8; 16], DriverError> {
+        let mut uuid = sys::CUuuid { bytes: [0; 16] };
+        // SAFETY: writes 16 bytes, to a variable that outlives the call.
+        unsafe { sys::cuDeviceGetUuid_v2(&raw mut uuid, self.0) }.result()?;
+        Ok(uuid.bytes.map(|byte| byte.cast_unsigned()))
+    }
+
+    pub fn total(self) -> Result<Bytes, DriverError> {
+        let mut bytes = 0;
+        // SAFETY: writes one size, to a variable that outlives the call.
+        unsafe { sys::cuDeviceTotalMem_v2(&raw mut bytes, self.0) }.result()?;
+        Ok(Bytes(bytes as u64))
+    }
+
+    /// Zero where the driver does not know it.
+    pub fn attribute(self, attribute: CUdevice_attribute) -> u64 {
+        // SAFETY: `attribute` is one of the driver's, and the device one that it gave.
+        let value = unsafe { result::device::get_attribute(self.0, attribute) };
+        u64::try_from(value.unwrap_or(0)).unwrap_or(0)
+    }
+}
+
+/// The context of a GPU, of which this process has one while anyone keeps it.
+pub fn context(index: u32) -> Result<Arc<CudaContext>, DriverError> {
+    type Slot = Arc<Mutex<Weak<CudaContext>>>;
+    static CONTEXTS: Mutex<BTreeMap<u32, Slot>> = Mutex::new(BTreeMap::new());
+    // Those of several GPUs are opened at once.
+    let slot = Arc::clone(lock(&CONTEXTS).entry(index).or_default());
+    let mut open = lock(&slot);
+    if let Some(context) = open.upgrade() {
+        return Ok(context);
+    }
+    let context = CudaContext::new(index as usize)?;
+    *open = Arc::downgrade(&context);
+    Ok(context)
 }
 
 /// A GPU with its context, its streams and its kernels.
@@ -59,11 +116,13 @@ impl Gpu {
     /// Opens a GPU for memory and copies alone, which takes the driver less time.
     pub(super) fn without_kernels(index: u32) -> Result<Self> {
         let id = DeviceId::Cuda(index);
-        if driver().is_none_or(|(count, _)| index >= count) {
+        let failed = |what: &str, e| failure(id, what, e);
+        let driver = driver_version().map_err(|e| failed("cannot be opened", e))?;
+        let count = driver.map_or(Ok(0), |_| count()).map_err(|e| failed("cannot be opened", e))?;
+        if index >= count {
             return Err(Error::does_not_fit(DeviceError::Absent(id)));
         }
-        let failed = |what: &str, e| failure(id, what, e);
-        let context = CudaContext::new(index as usize).map_err(|e| failed("cannot be opened", e))?;
+        let context = context(index).map_err(|e| failed("cannot be opened", e))?;
         let streams = || context.new_stream().map_err(|e| failed("cannot make a stream", e));
         let (stream, copies) = (streams()?, streams()?);
         let capability = context.compute_capability().map_err(|e| failed("does not tell its compute capability", e))?;
@@ -91,13 +150,13 @@ impl Gpu {
         let refused = |why: String| {
             let free = self.memory().ok().map(|(free, _)| free);
             let (device, what) = (self.id(), what.to_owned());
-            Error::new(ErrorKind::Shortfall, DeviceError::Refused { device, needed: len, free, what, why })
-                .hint(Hint::naming("{} plans again with what is left", [Setting::Replan]))
+            let refused = DeviceError::Refused { device, needed: len, free, what, why };
+            Error::new(ErrorKind::Shortfall, refused).hint(replan())
         };
         let bytes = len.as_usize().ok_or_else(|| refused("more than can be addressed".to_owned()))?;
         self.bind()?;
         // SAFETY: the context is bound; the pointer is freed once, in `Buffer::drop`.
-        let pointer = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(|e| refused(name(e)))?;
+        let pointer = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(|e| refused(fault::name(e)))?;
         let mut allocated = lock(&self.allocated);
         allocated.0 += len;
         allocated.1 = allocated.1.max(allocated.0);
@@ -115,7 +174,8 @@ impl Gpu {
         self.bind()?;
         // SAFETY: the context is bound; the pointer is freed once, in `Pinned::drop`.
         let pointer = unsafe { result::malloc_host(len.max(1), PORTABLE) }.map_err(|e| {
-            Error::does_not_fit(format!("cannot take {} of page-locked host memory: {}", Bytes(len as u64), name(e)))
+            let what = format!("cannot take {} of page-locked host memory: {}", Bytes(len as u64), fault::name(e));
+            Error::new(ErrorKind::Shortfall, what).hint(replan())
         })?;
         // SAFETY: that many bytes were just allocated.
         unsafe { std::ptr::write_bytes(pointer.cast::<u8>(), 0, len) };
@@ -136,17 +196,17 @@ impl Gpu {
     }
 }
 
+/// Whatever was refused for want of memory is a shortfall.
 fn failure(device: DeviceId, what: &str, error: DriverError) -> Error {
-    Error::device(DeviceError::Failed(device, format!("{what}: {}", name(error))))
+    let failed = DeviceError::Failed(device, format!("{what}: {}", fault::name(error)));
+    if error.0 == CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+        return Error::new(ErrorKind::Shortfall, failed).hint(replan());
+    }
+    fault::hint(error).into_iter().fold(Error::device(failed), Error::hint)
 }
 
-/// The error's name and text, such as `CUDA_ERROR_LAUNCH_FAILED (unspecified launch failure)`.
-fn name(error: DriverError) -> String {
-    let text = |text: Result<&std::ffi::CStr, DriverError>| text.ok().map(|text| text.to_string_lossy().into_owned());
-    match (text(error.error_name()), text(error.error_string())) {
-        (Some(name), Some(text)) => format!("{name} ({text})"),
-        _ => format!("error {}", error.0 as i32),
-    }
+fn replan() -> Hint {
+    Hint::naming("{} plans again with what is left", [Setting::Replan])
 }
 
 /// Memory of a GPU.

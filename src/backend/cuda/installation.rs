@@ -3,24 +3,30 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use cudarc::driver::{CudaContext, DriverError};
+use cudarc::driver::CudaContext;
+use cudarc::driver::sys::CUdevice_attribute;
 
-use super::driver::{Gpu, arena, driver};
+use super::driver::{Gpu, Handle, arena, context, count, driver_version};
+use super::fault;
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::error::Result;
 use crate::footprint::CUDA_CONTEXT;
-use crate::machine::{Bandwidth, Device, NEEDED_CAPABILITY, NEEDED_CUDA};
+use crate::machine::{Bandwidth, Device, Fault, Idle, Inventory, Kept, NEEDED_CAPABILITY, NEEDED_CUDA, needs};
 
 /// A GPU that the driver shows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GpuInfo {
-    /// Its name in maps, and its memory.
+    /// Its name in maps, and its memory; nothing is free of one that cannot be used.
     pub device: Device,
     /// Its name among all GPUs, as `nvidia-smi -L` shows it.
     pub uuid: String,
+    /// Where it is on the PCI bus, as `nvidia-smi` shows it, which numbers GPUs by that.
+    pub bus: String,
     /// Its compute capability, major and minor.
     pub capability: (i32, i32),
+    /// Why it cannot be used.
+    pub fault: Option<Fault>,
 }
 
 /// The driver and its GPUs.
@@ -30,46 +36,99 @@ pub struct Installation {
     pub version: (i32, i32),
     /// The GPUs, in the driver's order.
     pub gpus: Vec<GpuInfo>,
+    /// The contexts of those that can be used.
+    pub kept: Kept,
 }
 
 impl Installation {
     /// What is there; `None` where there is no driver.
-    pub fn find() -> Option<Self> {
-        let (count, version) = driver()?;
-        let gpus = (0..count).filter_map(|index| describe(index).ok()).collect();
-        Some(Self { version: (version / 1000, version % 1000 / 10), gpus })
+    ///
+    /// # Errors
+    /// There is one, and it fails.
+    pub fn find() -> Result<Option<Self>, Fault> {
+        let failed = |e| fault::fault("the NVIDIA driver cannot be used", e);
+        let Some(version) = driver_version().map_err(failed)? else { return Ok(None) };
+        let described: Vec<_> = (0..count().map_err(failed)?).map(|index| describe(index, version)).collect();
+        let (gpus, contexts): (Vec<_>, Vec<_>) = described.into_iter().unzip();
+        let kept = Kept::new(contexts.into_iter().flatten());
+        Ok(Some(Self { version: (version / 1000, version % 1000 / 10), gpus, kept }))
     }
 
-    /// Whether the kernels run on a GPU: neither it nor the driver is too old.
-    pub fn can_use(&self, gpu: &GpuInfo) -> bool {
-        self.version.0 * 1000 + self.version.1 * 10 >= NEEDED_CUDA && gpu.capability >= NEEDED_CAPABILITY
+    /// Puts the GPUs into an inventory.
+    pub fn list(self, inventory: &mut Inventory) {
+        for GpuInfo { device, fault, .. } in self.gpus {
+            match fault {
+                None => inventory.devices.push(device),
+                Some(fault) => inventory.idle.push(Idle { id: device.id, name: device.name, fault }),
+            }
+        }
+        inventory.kept = self.kept;
     }
 }
 
-/// What the GPU at `index` is. What this process's context takes of it counts
-/// as free: the plan counts that itself.
-fn describe(index: u32) -> Result<GpuInfo, DriverError> {
-    let context = CudaContext::new(index as usize)?;
-    let (free, total) = context.mem_get_info()?;
-    let (id, total) = (DeviceId::Cuda(index), Bytes(total as u64));
-    let free = (Bytes(free as u64) + CUDA_CONTEXT).min(total);
-    let name = context.name()?;
-    let bandwidth = Bandwidth::of_gpu(&name);
-    let uuid = context.uuid()?.bytes.map(|byte| format!("{:02x}", byte.cast_unsigned())).concat();
+/// What the GPU at `index` is, under a driver for this version of CUDA, and its context if it can be used.
+fn describe(index: u32, version: i32) -> (GpuInfo, Option<Arc<CudaContext>>) {
+    let id = DeviceId::Cuda(index);
+    let nothing = Device { id, name: None, free: Bytes::ZERO, total: Bytes::ZERO, bandwidth: None };
+    let (uuid, bus) = (String::new(), String::new());
+    let mut gpu = GpuInfo { device: nothing, uuid, bus, capability: (0, 0), fault: None };
+    let opened = identify(&mut gpu, index).and_then(|()| match age(gpu.capability, version) {
+        Some(fault) => Err(fault),
+        None => open(&mut gpu.device, index),
+    });
+    match opened {
+        Ok(context) => (gpu, Some(context)),
+        Err(fault) => (GpuInfo { fault: Some(fault), ..gpu }, None),
+    }
+}
+
+/// Why the kernels do not run there: a GPU or a driver that is too old.
+fn age(capability: (i32, i32), version: i32) -> Option<Fault> {
+    let what = if capability < NEEDED_CAPABILITY {
+        format!("its compute capability is {}.{}", capability.0, capability.1)
+    } else if version < NEEDED_CUDA {
+        format!("its driver is for CUDA {}.{}", version / 1000, version % 1000 / 10)
+    } else {
+        return None;
+    };
+    Some(Fault { is_broken: false, what, hint: Some(needs()) })
+}
+
+/// What the driver tells without a context.
+fn identify(gpu: &mut GpuInfo, index: u32) -> Result<(), Fault> {
+    use CUdevice_attribute as Attribute;
+    let failed = |e| fault::fault("it does not tell what it is", e);
+    let handle = Handle::new(index).map_err(failed)?;
+    let name = handle.name().map_err(failed)?;
+    let attribute = |attribute| handle.attribute(attribute);
+    let version = |attribute| i32::try_from(handle.attribute(attribute)).unwrap_or(0);
+    gpu.capability = (
+        version(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
+        version(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
+    );
+    let uuid = handle.uuid().map_err(failed)?.map(|byte| format!("{byte:02x}")).concat();
+    let kind = if name.split(' ').any(|word| word == "MIG") { "MIG" } else { "GPU" };
     let [a, b, c, d] = [&uuid[..8], &uuid[8..12], &uuid[12..16], &uuid[16..20]];
-    Ok(GpuInfo {
-        device: Device { id, name: Some(name), free, total, bandwidth },
-        uuid: format!("GPU-{a}-{b}-{c}-{d}-{}", &uuid[20..]),
-        capability: context.compute_capability()?,
-    })
+    gpu.uuid = format!("{kind}-{a}-{b}-{c}-{d}-{}", &uuid[20..]);
+    gpu.bus = format!(
+        "{:08X}:{:02X}:{:02X}.0",
+        attribute(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID),
+        attribute(Attribute::CU_DEVICE_ATTRIBUTE_PCI_BUS_ID),
+        attribute(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID)
+    );
+    gpu.device.total = handle.total().map_err(failed)?;
+    gpu.device.bandwidth = Bandwidth::of_gpu(&name);
+    gpu.device.name = Some(name);
+    Ok(())
 }
 
-/// The GPUs that can be used, in the driver's order, and those that cannot; none where there is no driver.
-pub fn devices() -> (Vec<Device>, Vec<Device>) {
-    let Some(installation) = Installation::find() else { return (Vec::new(), Vec::new()) };
-    let (usable, idle): (Vec<_>, Vec<_>) = installation.gpus.iter().partition(|gpu| installation.can_use(gpu));
-    let devices = |gpus: Vec<&GpuInfo>| gpus.into_iter().map(|gpu| gpu.device.clone()).collect();
-    (devices(usable), devices(idle))
+/// What is free. What this process's context takes of it counts as free: the plan counts that itself.
+fn open(device: &mut Device, index: u32) -> Result<Arc<CudaContext>, Fault> {
+    let context = context(index).map_err(|e| fault::fault("it cannot be opened", e))?;
+    let (free, total) = context.mem_get_info().map_err(|e| fault::fault("it does not tell its memory", e))?;
+    device.total = Bytes(total as u64);
+    device.free = (Bytes(free as u64) + CUDA_CONTEXT).min(device.total);
+    Ok(context)
 }
 
 /// How fast the GPU at `index` copies within its memory, which it reads and writes for that.

@@ -129,9 +129,8 @@ impl Plan {
         for device in self.devices.iter().filter(|device| device.name.is_some()) {
             writeln!(f, "{}: {}", device.id, device.name.as_deref().unwrap_or_default())?;
         }
-        for device in &self.idle {
-            let name = device.name.as_deref().unwrap_or("a GPU");
-            writeln!(f, "{} ({name}) is not used: {}", device.id, machine::needs())?;
+        for line in machine::faults(self.driver.as_ref(), &self.idle) {
+            writeln!(f, "{line}")?;
         }
         let is_mixed = self.schemes.iter().any(|outline| outline.is_mixed);
         for (at, outline) in self.schemes.iter().enumerate() {
