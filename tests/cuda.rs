@@ -292,7 +292,7 @@ fn the_peak_of_every_gpu_is_the_planned_one() {
                     fake.stat("reset_peak", device);
                 }
                 let model = load(&plan, false).unwrap();
-                let gpus = plan.devices.iter().filter(|device| device.driver_context > Bytes::ZERO).count();
+                let gpus = plan.devices.iter().filter(|device| device.driver > Bytes::ZERO).count();
                 assert_eq!(
                     fake.stat("host_bytes", 0),
                     gpus as u64 * footprint::CUDA_ANSWERS.0,

@@ -68,7 +68,7 @@ fn changed(
                 if let Some(known) = machine.devices.iter_mut().find(|known| known.id == id) {
                     std::mem::replace(&mut known.free, free) + missing == free
                 } else {
-                    machine.devices.push(Device { id, name: None, free, total: free, bandwidth });
+                    machine.devices.push(Device { bandwidth, ..Device::new(id, free) });
                     machine.devices.sort_by_key(|device| device.id);
                     id == DeviceId::Cpu && missing == free
                 }
@@ -132,7 +132,7 @@ fn every_parameter_is_placed_once_and_fits_or_is_answered() {
             let free = inventory.device(device.id).unwrap().free;
             let reserve = if device.id == DeviceId::Disk { Bytes::ZERO } else { Bytes(reserve * MIB) };
             let limit = limit.filter(|_| device.id == limited).unwrap_or(Bytes(u64::MAX));
-            let taken = device.allocated() + device.program + device.driver_context;
+            let taken = device.allocated() + device.program + device.driver;
             overflows |= taken > (free - reserve).min(limit);
         }
         prop_assert_eq!(plan.fits(), !overflows);

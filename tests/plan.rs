@@ -47,7 +47,7 @@ fn llama_8b_int4_is_split_over_unequal_gpus_by_their_shares() {
             let fixed = bytes(device, "workspace")
                 + bytes(device, "staging")
                 + bytes(device, "program")
-                + bytes(device, "driver_context");
+                + bytes(device, "driver");
             (bytes(device, "weights") + bytes(device, "kv_cache")) as f64 / (bytes(device, "budget") - fixed) as f64
         })
         .collect();

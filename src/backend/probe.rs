@@ -45,22 +45,17 @@ impl Inventory {
             free = free.min(limit - used);
         }
         let disk = fs::free_space(offload_directory)?;
-        let device = |id, free, total| Device { id, name: None, free, total, bandwidth: None };
-        let devices = vec![device(DeviceId::Cpu, free, total), device(DeviceId::Disk, disk, disk)];
+        let cpu = Device { total, ..Device::new(DeviceId::Cpu, free) };
+        let devices = vec![cpu, Device::new(DeviceId::Disk, disk)];
         Ok(Self { devices, ..Self::default() })
     }
 
-    /// Measures how fast the threads of `pool` multiply with what they read, and how fast
-    /// the GPUs read, with a short probe where there is room for one; else a GPU
-    /// has its data sheet's figure.
+    /// Measures how fast the threads of `pool` multiply with what they read, where there is room for it. That of
+    /// GPUs is what their clocks give: nothing is taken of memory that others may want.
     pub fn measure_bandwidth(&mut self, pool: &Pool) {
-        for device in &mut self.devices {
-            let measured = match device.id {
-                DeviceId::Cuda(index) => cuda::measure_bandwidth(index).ok(),
-                DeviceId::Cpu if device.free > Bytes(2 * (PROBE.0 * PROBE.1) as u64) => host_bandwidth(pool),
-                DeviceId::Cpu | DeviceId::Disk => None,
-            };
-            device.bandwidth = measured.or(device.bandwidth);
+        let cpu = self.devices.iter_mut().find(|device| device.id == DeviceId::Cpu);
+        if let Some(cpu) = cpu.filter(|cpu| cpu.free > Bytes(2 * (PROBE.0 * PROBE.1) as u64)) {
+            cpu.bandwidth = host_bandwidth(pool).or(cpu.bandwidth);
         }
     }
 }

@@ -6,8 +6,12 @@ use crate::architecture::Role;
 use crate::bytes::{Bytes, MIB};
 use crate::model_config::ModelConfig;
 
-/// What a CUDA context takes of a GPU before anything is allocated; an estimate.
-pub const CUDA_CONTEXT: Bytes = Bytes(330 * MIB);
+/// The driver gives memory in multiples of this, where that is a whole arena.
+pub const CUDA_GRANULE: Bytes = Bytes(2 * MIB);
+/// What a step that is repeated in one launch takes of a GPU; an estimate.
+pub const CUDA_GRAPHS: Bytes = Bytes(32 * MIB);
+/// What the code of all kernels takes: 1.9 MB of it in nine files, each in granules; an estimate.
+const CODE: Bytes = Bytes(24 * MIB);
 /// Page-locked memory of the host for what a GPU answers.
 pub const CUDA_ANSWERS: Bytes = Bytes((CudaChoice::ANSWER * CudaChoice::ANSWERS) as u64);
 /// The most blocks of threads that share out a product of a few tokens, and the f32 that each leaves: what
@@ -144,6 +148,18 @@ buffers! {
     choice: bytes(choice.scratch),
     /// A bit for each token that occurred.
     seen: bytes(choice.seen),
+}
+
+/// What the driver takes of a GPU by itself, with a context of so many bytes; an estimate but for the last, which is
+/// what an arena may be rounded up by.
+pub fn cuda_driver(context: Bytes) -> [(&'static str, Bytes); 4] {
+    [("context", context), ("code", CODE), ("graphs", CUDA_GRAPHS), ("granule", CUDA_GRANULE)]
+}
+
+/// What the driver takes of host memory where it drives so many GPUs; an estimate.
+pub fn cuda_host(gpus: usize) -> Bytes {
+    let each = (64 * MIB).saturating_mul(gpus as u64);
+    if gpus == 0 { Bytes::ZERO } else { Bytes((256 * MIB).saturating_add(each)) }
 }
 
 /// The regions of a GPU's staging ring: as many slabs as the host's has, and a word for each that

@@ -15,8 +15,8 @@ use crate::name::named;
 
 pub use cpu::{ACTIVATION_GROUP, CpuBuffers, host_state, program};
 pub use cuda::{
-    CUDA_ANSWERS, CUDA_CONTEXT, CUDA_FEW_BLOCKS, CUDA_FEW_PARTS, CudaAttention, CudaBuffers, CudaChoice, HALF, WORD,
-    cuda_staging,
+    CUDA_ANSWERS, CUDA_FEW_BLOCKS, CUDA_FEW_PARTS, CUDA_GRANULE, CUDA_GRAPHS, CudaAttention, CudaBuffers, CudaChoice,
+    HALF, WORD, cuda_driver, cuda_host, cuda_staging,
 };
 pub use staging::{DIRECT_BLOCK, HostStaging, SLAB_MARGIN, STAGING_SLABS};
 pub use state::{KvLayout, State};

@@ -2,6 +2,7 @@
 //! needs to have.
 
 mod bandwidth;
+mod cards;
 
 use std::any::Any;
 use std::fmt;
@@ -14,6 +15,7 @@ use crate::device::DeviceId;
 use crate::error::{Error, Hint, Result, Setting};
 
 pub use bandwidth::Bandwidth;
+pub use cards::{Card, context};
 
 /// The least compute capability that the kernels run on, major and minor.
 pub const NEEDED_CAPABILITY: (i32, i32) = (7, 5);
@@ -41,6 +43,16 @@ pub struct Device {
     pub total: Bytes,
     /// How fast it reads them, where that is known.
     pub bandwidth: Option<Bandwidth>,
+    /// What the driver's context takes of them, before anything is allocated; an estimate.
+    pub context: Bytes,
+}
+
+impl Device {
+    /// One of which nothing else is known.
+    pub fn new(id: DeviceId, free: Bytes) -> Self {
+        let context = if id.is_gpu() { context(None) } else { Bytes::ZERO };
+        Self { id, name: None, free, total: free, bandwidth: None, context }
+    }
 }
 
 /// Why a GPU, or all of them, cannot be used.
@@ -140,11 +152,16 @@ impl Inventory {
             let id: DeviceId = id.trim().parse().map_err(|e| usage(format!("{e}")))?;
             let (bytes, bandwidth) = bytes.split_once('@').map_or((bytes, None), |(bytes, speed)| (bytes, Some(speed)));
             let bytes: Bytes = bytes.parse().map_err(|e| usage(format!("{e}")))?;
+            let card = bandwidth.filter(|_| id.is_gpu()).and_then(Card::of);
             let bandwidth = bandwidth.map(str::parse).transpose().map_err(|e| usage(format!("{e}")))?;
             if devices.iter().any(|device: &Device| device.id == id) {
                 return Err(usage(format!("{id} is described already")));
             }
-            devices.push(Device { id, name: None, free: bytes, total: bytes, bandwidth });
+            let device = Device { bandwidth, ..Device::new(id, bytes) };
+            devices.push(match card {
+                Some(card) => Device { context: context(Some(card.multiprocessors)), ..device },
+                None => device,
+            });
         }
         devices.sort_by_key(|device| device.id);
         Ok(Self { devices, ..Self::default() })

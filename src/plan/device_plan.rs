@@ -9,9 +9,9 @@ use crate::architecture::ModuleKind;
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::footprint::{
-    self, Allocation, CUDA_ANSWERS, CUDA_CONTEXT, CpuBuffers, CudaBuffers, HostStaging, Purpose, State,
+    self, Allocation, CUDA_ANSWERS, CpuBuffers, CudaBuffers, HostStaging, Purpose, State,
 };
-use crate::machine::{Bandwidth, Device};
+use crate::machine::{self, Bandwidth, Device, Inventory};
 use crate::model_config::ModelConfig;
 
 /// A module and what it takes.
@@ -75,8 +75,10 @@ pub struct DevicePlan {
     pub staging: Bytes,
     /// What the program takes of host memory by itself; an estimate.
     pub program: Bytes,
-    /// What the driver takes before anything is allocated.
-    pub driver_context: Bytes,
+    /// What the driver takes by itself; an estimate.
+    pub driver: Bytes,
+    /// What of that its context is.
+    pub context: Bytes,
     /// Number of modules that are placed here.
     pub modules: usize,
 }
@@ -105,7 +107,8 @@ impl DevicePlan {
             workspace: sum(Purpose::Workspace),
             staging: sum(Purpose::Staging),
             program: sum(Purpose::Program),
-            driver_context: sum(Purpose::Driver),
+            driver: sum(Purpose::Driver),
+            context: device.context,
             modules,
         }
     }
@@ -117,7 +120,7 @@ impl DevicePlan {
 
     /// All that is taken of the device, with what the program and the driver take by themselves.
     pub fn total(&self) -> Bytes {
-        self.allocated() + self.program + self.driver_context
+        self.allocated() + self.program + self.driver
     }
 
     /// Whether the total is within the budget.
@@ -143,13 +146,14 @@ pub struct Fixed<'a> {
     pub staging: HostStaging,
     /// The tokenizer's file.
     pub tokenizer: Bytes,
+    pub inventory: &'a Inventory,
 }
 
 impl Fixed<'_> {
-    /// What a device takes beside weights and state, if it computes modules or if it does not: hidden states, logits
-    /// and what is read pass through host memory even then.
-    pub fn buffers(&self, device: DeviceId, computes: bool) -> Vec<Allocation> {
-        let Self { config, staging, conditions, tokenizer } = *self;
+    /// What a device takes beside weights and state, if it computes modules or if it does not, with so many GPUs in
+    /// use: hidden states, logits and what is read pass through host memory even then.
+    pub fn buffers(&self, device: DeviceId, computes: bool, gpus: usize) -> Vec<Allocation> {
+        let Self { config, staging, conditions, tokenizer, inventory } = *self;
         let extent = conditions.extent;
         let of =
             |purpose| move |(name, bytes): (&str, Bytes)| Allocation { device, purpose, name: name.to_owned(), bytes };
@@ -158,14 +162,18 @@ impl Fixed<'_> {
                 let buffers = CudaBuffers::sizes(config, extent);
                 let workspace = buffers.each().map(|(name, bytes)| (name, *bytes)).map(of(Purpose::Workspace));
                 let staging = footprint::cuda_staging(staging.slab).map(of(Purpose::Staging));
-                workspace.chain(staging).chain([("context", CUDA_CONTEXT)].map(of(Purpose::Driver))).collect()
+                let context = inventory.device(device).map_or_else(|| machine::context(None), |device| device.context);
+                let driver = footprint::cuda_driver(context).map(of(Purpose::Driver));
+                workspace.chain(staging).chain(driver).collect()
             }
             DeviceId::Cpu => {
                 let buffers = computes.then(|| CpuBuffers::sizes(config, extent));
                 let buffers = buffers.iter().flat_map(CpuBuffers::each).map(|(name, bytes)| (name, *bytes));
                 let workspace = buffers.chain(footprint::host_state(config, extent)).map(of(Purpose::Workspace));
                 let staging = staging.regions(computes).map(of(Purpose::Staging));
-                workspace.chain(staging).chain(footprint::program(tokenizer).map(of(Purpose::Program))).collect()
+                let program = footprint::program(tokenizer).map(of(Purpose::Program));
+                let driver = [("driver", footprint::cuda_host(gpus))].map(of(Purpose::Driver));
+                workspace.chain(staging).chain(program).chain(driver).collect()
             }
             DeviceId::Cuda(_) | DeviceId::Disk => Vec::new(),
         }
@@ -175,6 +183,7 @@ impl Fixed<'_> {
     pub fn allocations(&self, modules: &[PlannedModule]) -> Vec<Allocation> {
         // What is read passes through host memory wherever it goes.
         let devices: BTreeSet<_> = modules.iter().map(|module| module.device).chain([DeviceId::Cpu]).collect();
+        let gpus = devices.iter().filter(|device| device.is_gpu());
         let mut all = Vec::new();
         for device in devices.iter().copied() {
             let allocation = |purpose, name: String, bytes| Allocation { device, purpose, name, bytes };
@@ -183,10 +192,9 @@ impl Fixed<'_> {
             let in_memory_here = || modules.iter().filter(|module| memory_device(module.device) == device);
             let keeping = in_memory_here().filter(|module| module.state.is_some());
             all.extend(keeping.map(|module| allocation(Purpose::State, module.path.clone(), module.kv_cache)));
-            all.extend(self.buffers(device, in_memory_here().next().is_some()));
+            all.extend(self.buffers(device, in_memory_here().next().is_some(), gpus.clone().count()));
             if device == DeviceId::Cpu {
-                let gpus = devices.iter().filter(|device| device.is_gpu());
-                all.extend(gpus.map(|gpu| allocation(Purpose::Workspace, format!("answers of {gpu}"), CUDA_ANSWERS)));
+                all.extend(gpus.clone().map(|gpu| allocation(Purpose::Workspace, format!("answers of {gpu}"), CUDA_ANSWERS)));
             }
         }
         all

@@ -175,8 +175,7 @@ impl Search<'_> {
                     if let Some(device) = devices.iter_mut().find(|known| known.id == *device) {
                         device.free = *free;
                     } else {
-                        let (id, free) = (*device, *free);
-                        devices.push(Device { id, name: None, free, total: free, bandwidth: *bandwidth });
+                        devices.push(Device { bandwidth: *bandwidth, ..Device::new(*device, *free) });
                         devices.sort_by_key(|device| device.id);
                     }
                 }

@@ -43,6 +43,7 @@ struct SavedDevice {
     bandwidth: Option<Bandwidth>,
     free: Bytes,
     reserve: Bytes,
+    context: Bytes,
 }
 
 impl Plan {
@@ -67,10 +68,10 @@ impl Plan {
         });
         let mut inventory = Inventory::default();
         let mut reserve = Bytes::ZERO;
-        for SavedDevice { id, name: product, bandwidth, free, reserve: left } in saved.devices {
+        for SavedDevice { id, name: product, bandwidth, free, reserve: left, context } in saved.devices {
             let id: DeviceId =
                 id.parse().map_err(|e| Error::input(format!("`{name}` names no device")).caused_by(e))?;
-            inventory.devices.push(Device { id, name: product, free, total: free, bandwidth });
+            inventory.devices.push(Device { name: product, bandwidth, context, ..Device::new(id, free) });
             reserve = reserve.max(left);
         }
         let options = PlanOptions {

@@ -45,7 +45,7 @@ impl<'a> Subject<'a> {
         }
         let mut modules = self.modules(&conditions)?;
         let staging = HostStaging::new(weights, &conditions.quantize);
-        let fixed = Fixed { config, conditions: &conditions, staging, tokenizer: checkpoint.tokenizer_size };
+        let fixed = Fixed { config, conditions: &conditions, staging, tokenizer: checkpoint.tokenizer_size, inventory };
         let placement = match &options.device_map {
             Some(map) => map.resolve(tree)?,
             None if options.strategy.is_transformers() => {
@@ -53,7 +53,9 @@ impl<'a> Subject<'a> {
             }
             None => {
                 // What each takes when it is used at all, before any module is on it.
-                let empty = |device: &Device| DevicePlan::new(device, &conditions, &fixed.buffers(device.id, true), 0);
+                let gpus = inventory.devices.iter().filter(|device| device.id.is_gpu()).count();
+                let buffers = |device: &Device| fixed.buffers(device.id, true, gpus);
+                let empty = |device: &Device| DevicePlan::new(device, &conditions, &buffers(device), 0);
                 let devices: Vec<_> = inventory.devices.iter().map(empty).collect();
                 automatic(tree, &modules, &devices, options.strategy)?
             }

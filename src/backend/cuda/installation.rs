@@ -1,18 +1,15 @@
 //! The driver that is installed, and its GPUs.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use cudarc::driver::CudaContext;
 use cudarc::driver::sys::CUdevice_attribute;
 
-use super::driver::{Gpu, Handle, arena, context, count, driver_version};
+use super::driver::{Handle, context, count, driver_version};
 use super::fault;
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
-use crate::error::Result;
-use crate::footprint::CUDA_CONTEXT;
-use crate::machine::{Bandwidth, Device, Fault, Idle, Inventory, Kept, NEEDED_CAPABILITY, NEEDED_CUDA, needs};
+use crate::machine::{self, Bandwidth, Card, Device, Fault, Idle, Inventory, Kept, NEEDED_CAPABILITY, NEEDED_CUDA, needs};
 
 /// A GPU that the driver shows.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,9 +66,8 @@ impl Installation {
 /// What the GPU at `index` is, under a driver for this version of CUDA, and its context if it can be used.
 fn describe(index: u32, version: i32) -> (GpuInfo, Option<Arc<CudaContext>>) {
     let id = DeviceId::Cuda(index);
-    let nothing = Device { id, name: None, free: Bytes::ZERO, total: Bytes::ZERO, bandwidth: None };
     let (uuid, bus) = (String::new(), String::new());
-    let mut gpu = GpuInfo { device: nothing, uuid, bus, capability: (0, 0), fault: None };
+    let mut gpu = GpuInfo { device: Device::new(id, Bytes::ZERO), uuid, bus, capability: (0, 0), fault: None };
     let opened = identify(&mut gpu, index).and_then(|()| match age(gpu.capability, version) {
         Some(fault) => Err(fault),
         None => open(&mut gpu.device, index),
@@ -117,7 +113,13 @@ fn identify(gpu: &mut GpuInfo, index: u32) -> Result<(), Fault> {
         attribute(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID)
     );
     gpu.device.total = handle.total().map_err(failed)?;
-    gpu.device.bandwidth = Bandwidth::of_gpu(&name);
+    // Both edges of the clock carry data. A slice of a GPU is told the whole one's.
+    let clock = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE).saturating_mul(2 * 1000);
+    let told = clock.saturating_mul(attribute(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH) / 8);
+    let known = Card::of(&name).map(|card| card.bytes_per_second);
+    let told = Some(told).filter(|told| *told > 0 && kind == "GPU");
+    gpu.device.bandwidth = told.or(known).map(Bandwidth::stated);
+    gpu.device.context = machine::context(Some(attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)));
     gpu.device.name = Some(name);
     Ok(())
 }
@@ -127,24 +129,6 @@ fn open(device: &mut Device, index: u32) -> Result<Arc<CudaContext>, Fault> {
     let context = context(index).map_err(|e| fault::fault("it cannot be opened", e))?;
     let (free, total) = context.mem_get_info().map_err(|e| fault::fault("it does not tell its memory", e))?;
     device.total = Bytes(total as u64);
-    device.free = (Bytes(free as u64) + CUDA_CONTEXT).min(device.total);
+    device.free = (Bytes(free as u64) + device.context).min(device.total);
     Ok(context)
-}
-
-/// How fast the GPU at `index` copies within its memory, which it reads and writes for that.
-pub fn measure_bandwidth(index: u32) -> Result<Bandwidth> {
-    const PROBE: usize = 256 << 20;
-    let gpu = Arc::new(Gpu::without_kernels(index)?);
-    let size = Bytes(PROBE as u64);
-    let regions = arena(&gpu, "a probe of its bandwidth", &[size, size], true)?;
-    let mut best = f64::INFINITY;
-    for _ in 0..4 {
-        regions[0].clear()?;
-        gpu.synchronize()?;
-        let start = Instant::now();
-        regions[1].copy_from(&regions[0])?;
-        gpu.synchronize()?;
-        best = best.min(start.elapsed().as_secs_f64());
-    }
-    Ok(Bandwidth::measured(2 * PROBE, best))
 }

@@ -17,7 +17,7 @@ mod upload;
 mod workspace;
 
 pub use driver::{Copying, Gpu, Pinned, Region, arena};
-pub use installation::{GpuInfo, Installation, measure_bandwidth};
+pub use installation::{GpuInfo, Installation};
 pub use kernels::Choosing;
 pub use operands::{Affine, Attention, Cache, DeviceMatrix, Input, MAX_HEAD_DIM, Norm, Output, Scratch};
 pub use stage::CudaStage;

@@ -27,7 +27,7 @@ const PARTS: [Part; 5] = [
         glyph: '▒',
         ansi: 33,
         fill: "#c9a227",
-        bytes: |device| device.workspace + device.staging + device.program + device.driver_context,
+        bytes: |device| device.workspace + device.staging + device.program + device.driver,
     },
     Part { name: "reserve", glyph: '░', ansi: 90, fill: "#b8b8b8", bytes: |device| device.reserve },
     Part { name: "free", glyph: '·', ansi: 90, fill: "#eeeeee", bytes: |device| device.budget - device.total() },

@@ -26,7 +26,7 @@ const ROWS: &[Row] = &[
     ("workspace", |device| device.workspace),
     ("staging", |device| device.staging),
     ("program", |device| device.program),
-    ("driver", |device| device.driver_context),
+    ("driver", |device| device.driver),
     ("total", DevicePlan::total),
 ];
 
