@@ -52,7 +52,7 @@ rooms! {
 #[cfg(feature = "hub")]
 pub mod hub;
 
-pub use backend::cuda::{GpuInfo, Installation};
+pub use backend::cuda::{GpuInfo, Installation, uuids as gpu_uuids};
 pub use bytes::{Bytes, GIB, KIB, MIB};
 pub use cancel::Cancel;
 pub use checkpoint::{Checkpoint, Note, Origin, Source, Tensor};
@@ -66,7 +66,7 @@ pub use generate::{
     Comparison, DEFAULT_WINDOW, Divergence, Finish, GenerateOptions, GenerateReport, Generation, Perplexity, Piece,
     Predictions, Sampling, TooLong, Windows, start_tokens,
 };
-pub use loader::{LoadEvent, LoadOptions, LoadReport, LoadTimes, MeasuredDevice, Model, WeightError};
+pub use loader::{LoadEvent, LoadOptions, LoadReport, LoadTimes, MeasuredDevice, MeasuredGpu, Model, WeightError};
 pub use machine::{Bandwidth, Device, Fault, Idle, Inventory};
 pub use model_config::{GenerationDefaults, ModelConfig};
 pub use plan::{

@@ -292,7 +292,7 @@ fn the_peak_of_every_gpu_is_the_planned_one() {
                     fake.stat("reset_peak", device);
                 }
                 let model = load(&plan, false).unwrap();
-                let gpus = plan.devices.iter().filter(|device| device.driver > Bytes::ZERO).count();
+                let gpus = plan.devices.iter().filter(|device| device.id.is_gpu() && device.modules > 0).count();
                 assert_eq!(
                     fake.stat("host_bytes", 0),
                     gpus as u64 * footprint::CUDA_ANSWERS.0,
@@ -301,7 +301,8 @@ fn the_peak_of_every_gpu_is_the_planned_one() {
                 for device in &model.report.devices {
                     if let DeviceId::Cuda(index) = device.id {
                         let peak = Bytes(fake.stat("peak_bytes", i32::try_from(index).unwrap()));
-                        assert_eq!(peak, device.planned, "{name} {scheme} {map}: {}", device.id);
+                        let planned = plan.devices.iter().find(|planned| planned.id == device.id).unwrap();
+                        assert_eq!(peak, planned.allocated(), "{name} {scheme} {map}: {}", device.id);
                     }
                     let near = device.planned.0.abs_diff(device.measured.0) * 100 <= device.planned.0;
                     assert!(near, "{name} {scheme} {map}: {} {} {}", device.id, device.planned, device.measured);
@@ -335,7 +336,7 @@ fn the_failure_of_any_allocation_is_an_error_and_leaves_nothing() {
     fake.set("FAIL_ALLOC", "1");
     let error = load(&plan, false).err().unwrap();
     let text = error.to_string();
-    assert!(text.starts_with("cuda:0 cannot give ") && text.contains(" for the weights, 24.0 GiB are free"), "{text}");
+    assert!(text.starts_with("cuda:0 cannot give ") && text.contains(" for the model, 24.0 GiB are free"), "{text}");
     assert!(matches!(error.cause(), Some(DeviceError::Refused { free: Some(Bytes(free)), .. }) if *free == 24 << 30));
     assert!(!error.hints().iter().any(|hint| hint.to_string().contains("another process")), "{:?}", error.hints());
 }
@@ -348,7 +349,7 @@ fn memory_that_is_taken_after_the_plan_is_noticed_before_anything_is() {
     fake.set("USED", "0,8190MiB");
     let error = load(&plan, false).err().unwrap();
     assert_eq!(error.kind(), ErrorKind::Shortfall);
-    let needed = plan.devices[1].allocated();
+    let needed = plan.devices[1].allocated() + footprint::CUDA_GRANULE + footprint::CUDA_GRAPHS;
     let (free, missing) = (Bytes(2 << 20), needed - Bytes(2 << 20));
     assert_eq!(
         error.to_string(),
@@ -491,8 +492,9 @@ fn tokens_that_run_ahead_are_those_of_one_step_after_the_other() {
             let before = fake.stat("graph_launches", 0);
             assert_eq!(generated(&mut model, &options), (tokens.clone(), finish.clone()), "{what}");
             let repeated = fake.stat("graph_launches", 0) - before;
-            // All but the prompt and the first step, and no step for nothing.
-            assert_eq!(repeated, if whole && graphs == "1" { 20 } else { 0 }, "{what}");
+            // All but the prompt, and of choices that the load did not make ready for the first step.
+            let wanted = if options.sampling == Sampling::greedy() { 21 } else { 20 };
+            assert_eq!(repeated, if whole && graphs == "1" { wanted } else { 0 }, "{what}");
 
             // A generation that is left leaves nothing to the next one, whatever ends it.
             let left: Vec<u32> = model

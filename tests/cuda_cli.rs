@@ -6,7 +6,7 @@ mod command;
 mod fake_cuda;
 
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use command::{evenkeel, run_with, stderr, stdout};
 use serde_json::Value;
@@ -72,7 +72,8 @@ fn generate_over_two_gpus_and_the_cpu_says_what_the_cpu_alone_says() {
     for (device, loaded) in ours.last().unwrap()["loaded"]["devices"].as_array().unwrap().iter().take(2).enumerate() {
         assert_eq!(loaded["planned"], loaded["measured"]);
         let counted = &report["devices"][device];
-        assert_eq!(counted["peak_bytes"], loaded["planned"], "{report}");
+        let peak = counted["peak_bytes"].as_u64().unwrap().next_multiple_of(2 << 20);
+        assert_eq!(loaded["planned"], peak, "{report}");
         assert!(counted["launches"].as_u64().unwrap() > 100 && counted["p2p_bytes"].as_u64().unwrap() > 0, "{report}");
         assert_eq!(counted["live_bytes"], 0, "{report}");
     }
@@ -93,19 +94,18 @@ fn without_a_map_the_gpu_is_used() {
 
 #[test]
 fn a_plan_for_this_machine_counts_its_gpus() {
-    let Some(command) =
-        on_gpus(&["plan", FERRIS, "--format", "json"], &[("USED", "1GiB,0"), ("CONTEXT_BYTES", "300MiB")])
-    else {
-        return;
-    };
+    let settings =
+        [("USED", "1GiB,0"), ("CONTEXT_BYTES", "300MiB"), ("SMS", "82"), ("CLOCK_KHZ", "9751000"), ("BUS_BITS", "384")];
+    let Some(command) = on_gpus(&["plan", FERRIS, "--format", "json"], &settings) else { return };
     let output = run_with(command, b"");
     let plan: Value = serde_json::from_str(&stdout(&output)).unwrap();
     let gpu = &plan["devices"][0];
     assert_eq!([&gpu["id"], &gpu["name"]], ["cuda:0", "Fake GPU 0"]);
     // What this process's context takes is in the plan, as `driver`.
-    assert_eq!(gpu["free"], (24u64 << 30) - (1 << 30) - (300 << 20) + (330 << 20));
+    assert_eq!(gpu["free"], (24u64 << 30) - (1 << 30) - (300 << 20) + (262 << 20));
     assert_eq!(plan["devices"][1]["id"], "cuda:1");
-    assert_eq!((&gpu["bandwidth"]["measured"], plan["speed"].is_object()), (&true.into(), true));
+    assert_eq!([&gpu["bandwidth"]["bytes_per_second"], &gpu["context"]], [936_096_000_000u64, 262 << 20]);
+    assert!(plan["speed"].is_object());
     assert_eq!(plan["idle"], Value::Array(Vec::new()));
 }
 
@@ -137,16 +137,120 @@ fn the_failure_of_any_allocation_ends_with_exit_code_3() {
 #[test]
 fn a_shortfall_is_planned_again_if_that_is_wished() {
     let generate = ["generate", LLAMA, "--prompt", "a", "--max-new-tokens", "2"];
-    let Some(command) = on_gpus(&generate, &[("FAIL_ALLOC", "2")]) else { return };
-    let output = run_with(command, b"");
+    let replan = [&generate[..], &["--on-shortfall", "replan"]].concat();
+    for (setting, refused) in [
+        (("FAIL_ALLOC", "1"), "cuda:0 cannot give "),
+        (("FAIL_PINNED", "1"), "cannot take 8 B of page-locked host memory: CUDA_ERROR_OUT_OF_MEMORY"),
+        (("FAIL_MODULE", "3:2"), "cuda:0 cannot load the kernels `"),
+        (("FAIL_LAUNCH", "1:2"), "cuda:0 cannot run the kernel "),
+    ] {
+        let Some(command) = on_gpus(&generate, &[setting]) else { return };
+        let output = run_with(command, b"");
+        assert_refused(&output, refused);
+        assert!(stderr(&output).contains("`--on-shortfall replan` plans again"), "{}", stderr(&output));
+        let output = run_with(on_gpus(&replan, &[setting]).unwrap(), b"");
+        assert_eq!(output.status.code(), Some(0), "{setting:?}: {}", stderr(&output));
+        assert!(stderr(&output).contains("; planning again with what is left\n"), "{}", stderr(&output));
+    }
+    let output = run_with(on_gpus(&replan, &[("FAIL_ALLOC", "1+")]).unwrap(), b"");
     assert_refused(&output, "cuda:0 cannot give ");
-    assert!(stderr(&output).contains("`--on-shortfall replan` plans again"), "{}", stderr(&output));
-    let generate = [&generate[..], &["--on-shortfall", "replan"]].concat();
-    let output = run_with(on_gpus(&generate, &[("FAIL_ALLOC", "2")]).unwrap(), b"");
-    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
-    assert!(stderr(&output).contains("; planning again with what is left\n"), "{}", stderr(&output));
-    let output = run_with(on_gpus(&generate, &[("FAIL_ALLOC", "2+")]).unwrap(), b"");
-    assert_refused(&output, "cuda:0 cannot give ");
+}
+
+#[test]
+fn a_step_that_cannot_be_repeated_is_said_and_takes_nothing_later() {
+    let generate = ["generate", LLAMA, "--prompt", "a", "--max-new-tokens", "4", "--stats"];
+    let apart =
+        "each kernel is launched by itself: cuda:0 cannot keep the launches of a step: CUDA_ERROR_OUT_OF_MEMORY";
+    let whole = on_gpus(&generate, &[]).map(|command| stdout(&run_with(command, b"")));
+    for (setting, code, said) in [
+        (("FAIL_INSTANTIATE", "1"), 0, apart),
+        (("FAIL_UPLOAD", "1"), 0, apart),
+        (("GRAPH_BYTES", "25GiB"), 0, apart),
+        (("FAIL_GRAPH_LAUNCH", "1"), 3, "cuda:0 cannot repeat the launches of a step: CUDA_ERROR_OUT_OF_MEMORY"),
+    ] {
+        let Some(command) = on_gpus(&generate, &[setting]) else { return };
+        let output = run_with(command, b"");
+        assert_eq!(output.status.code(), Some(code), "{setting:?}: {}", stderr(&output));
+        assert!(stderr(&output).contains(said), "{setting:?}: {}", stderr(&output));
+        // What fails does before the first token.
+        assert_eq!(Some(stdout(&output)), if code == 0 { whole.clone() } else { Some(String::new()) }, "{setting:?}");
+    }
+}
+
+/// The bytes of a GPU on which the plan of `arguments` says that nothing is left.
+fn exactly(arguments: &[&str], settings: &[(&str, &str)]) -> Option<u64> {
+    let output = run_with(on_gpus(&[&["plan"], arguments, &["--format", "json"]].concat(), settings)?, b"");
+    let plan: Value = serde_json::from_str(&stdout(&output)).unwrap();
+    plan["totals"][0]["total"].as_u64()
+}
+
+#[test]
+fn what_fits_without_a_reserve_loads() {
+    // What the driver takes is what the plan has for it.
+    let taken = [("CONTEXT_BYTES", "40MiB"), ("MODULE_BYTES", "2MiB"), ("GRAPH_BYTES", "32MiB"), ("DEVICES", "350MiB")];
+    for (model, context) in [(FERRIS, "512"), (FERRIS, "301"), (LLAMA, "64")] {
+        let all = [model, "--context", context, "--reserve", "0", "--max-memory", "cuda:0=1GiB"];
+        let Some(total) = exactly(&all, &taken) else { return };
+        for (missing, code) in [(0, 0), (1, 3)] {
+            let devices = format!("{}B", total - missing);
+            let settings = [&taken[..3], &[("DEVICES", devices.as_str())]].concat();
+            let (_directory, map) = map(r#"{"": "cuda:0"}"#);
+            let on_it = ["--context", context, "--reserve", "0", "--device-map", &map];
+            let plan = run_with(on_gpus(&[&["plan", model][..], &on_it].concat(), &settings).unwrap(), b"");
+            assert_eq!(plan.status.code(), Some(code), "{model} {context}: {}", stdout(&plan));
+            let generate = ["generate", model, "--prompt", "a", "--max-new-tokens", "2", "--stats"];
+            let output = run_with(on_gpus(&[&generate[..], &on_it].concat(), &settings).unwrap(), b"");
+            assert_eq!(output.status.code(), Some(code), "{model} {context}: {}", stderr(&output));
+            let said = stderr(&output);
+            assert!(code != 0 || said.contains("driver planned 98.0 MiB, measured 90.0 MiB; free "), "{said}");
+        }
+    }
+}
+
+#[test]
+fn kernels_are_compiled_once_and_kept() {
+    let caches = tempfile::tempdir().unwrap();
+    let generate = ["generate", LLAMA, "--prompt", "a", "--max-new-tokens", "2"];
+    let run = || {
+        let mut command = on_gpus(&generate, &[])?;
+        let output = run_with(std::mem::replace(command.env("XDG_CACHE_HOME", caches.path()), Command::new("")), b"");
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        Some(stderr(&output))
+    };
+    let compiled = "compiling kernels for compute capability 8.6; they are kept\n";
+    let Some(said) = run() else { return };
+    assert_eq!(said, compiled);
+    assert_eq!(run().unwrap(), "");
+    let kernels = caches.path().join("evenkeel/kernels");
+    let file = std::fs::read_dir(&kernels).unwrap().next().unwrap().unwrap().path();
+    let bytes = std::fs::read(&file).unwrap();
+    std::fs::write(&file, &bytes[..bytes.len() / 2]).unwrap();
+    assert_eq!(run().unwrap(), compiled);
+    assert_eq!(run().unwrap(), "");
+    // Where nothing can be kept all works the same.
+    std::fs::remove_dir_all(&kernels).unwrap();
+    std::fs::write(&kernels, "in the way").unwrap();
+    assert_eq!(run().unwrap(), compiled);
+    let error = run_with(on_gpus(&generate, &[("DRIVER", "12040"), ("FAIL_LINK", "1+:221")]).unwrap(), b"");
+    assert_refused(&error, "CUDA_ERROR_JIT_COMPILER_NOT_FOUND");
+    assert!(stderr(&error).contains("NVIDIA_DRIVER_CAPABILITIES=compute,utility"), "{}", stderr(&error));
+}
+
+#[test]
+fn two_that_start_at_once_take_turns() {
+    let directory = tempfile::tempdir().unwrap();
+    let shared = directory.path().join("memory");
+    // Room for one of them.
+    let settings = [("SHARED", shared.to_str().unwrap()), ("DEVICES", "180MiB"), ("CONTEXT_BYTES", "30MiB")];
+    let generate =
+        ["generate", FERRIS, "--prompt", "a", "--ignore-eos", "--max-new-tokens", "60", "--stats", "--reserve", "0"];
+    let spawn = || Some(on_gpus(&generate, &settings)?.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
+    let Some(both) = spawn().zip(spawn()) else { return };
+    let both = [both.0, both.1].map(|child| child.wait_with_output().unwrap());
+    for output in &both {
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(output));
+    }
+    assert_eq!(stdout(&both[0]), stdout(&both[1]));
 }
 
 #[test]
@@ -294,7 +398,7 @@ fn a_driver_without_gpus_is_none() {
     masked.env("CUDA_VISIBLE_DEVICES", "7");
     assert_refused(&run_with(masked, b""), "hint: `CUDA_VISIBLE_DEVICES=7` says which GPUs there are");
     let shown = run_with(on_gpus(&["plan", FERRIS], &[("DEVICES", "")]).unwrap(), b"");
-    assert!(!stdout(&shown).contains("cuda:") && stdout(&shown).contains("`--gpus all`"), "{}", stdout(&shown));
+    assert!(!stdout(&shown).contains("cuda:") && stdout(&shown).contains("docker's `gpus`"), "{}", stdout(&shown));
     let plain = ["generate", FERRIS, "--prompt", "a", "--max-new-tokens", "2"];
     let output = run_with(on_gpus(&plain, &[("DEVICES", "")]).unwrap(), b"");
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));

@@ -53,8 +53,18 @@ pub trait Stage: Send {
         None
     }
 
+    /// Takes of its device whatever a step takes when it first runs, so that nothing is left to be taken.
+    fn prepare(&mut self) -> Result<()> {
+        Ok(())
+    }
+
     /// Launches every kernel of a step by itself from now on, where the stage would repeat them as one.
     fn launch_each_kernel(&mut self) {}
+
+    /// Why the stage cannot repeat the launches of a step as one, where it would.
+    fn why_apart(&self) -> Option<&str> {
+        None
+    }
 }
 
 /// A device that chooses tokens by itself, and goes on while the host does something else.

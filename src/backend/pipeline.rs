@@ -30,6 +30,16 @@ impl Pipeline {
         self.largest_chunk
     }
 
+    /// Has every device take now what steps take of it when they first run.
+    pub fn prepare(&mut self) -> Result<()> {
+        self.stages.iter_mut().try_for_each(|stage| stage.prepare())
+    }
+
+    /// Why a stage cannot repeat the launches of a step as one, where it would.
+    pub fn why_apart(&self) -> Option<&str> {
+        self.stages.iter().find_map(|stage| stage.why_apart())
+    }
+
     /// Launches every kernel of a step by itself from now on.
     pub fn launch_each_kernel(&mut self) {
         self.stages.iter_mut().for_each(|stage| stage.launch_each_kernel());

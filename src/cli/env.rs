@@ -4,7 +4,7 @@
 //! | variable | effect |
 //! | --- | --- |
 //! | `HF_HOME`, `HF_HUB_CACHE`, `HUGGINGFACE_HUB_CACHE`, `XDG_CACHE_HOME` | where the Hub's cache is |
-//! | `XDG_CACHE_HOME` | where measured errors are kept |
+//! | `XDG_CACHE_HOME` | where measured errors and compiled kernels are kept |
 //! | `HF_TOKEN`, `HUGGING_FACE_HUB_TOKEN`, `HF_TOKEN_PATH`, `HF_HUB_DISABLE_IMPLICIT_TOKEN` | the token for the Hub |
 //! | `HF_ENDPOINT` | the Hub's address |
 //! | `HF_HUB_OFFLINE`, `TRANSFORMERS_OFFLINE` | only the cache is used |

@@ -1,10 +1,13 @@
 //! `evenkeel generate`.
 
 use std::io::{IsTerminal, Read, stdin};
+use std::thread;
+use std::time::Duration;
 
+use evenkeel::random::Draws;
 use evenkeel::{
     Bytes, ChatTemplate, Error, ErrorKind, Finish, GenerateOptions, GenerateReport, GenerationDefaults, LoadReport,
-    LoadTimes, MIB, Message, Result, Sampling, read_capped,
+    LoadTimes, MIB, MeasuredGpu, Message, Result, Sampling, read_capped,
 };
 use serde::Serialize;
 
@@ -15,6 +18,8 @@ use super::{Exit, Process, sandbox, signal};
 
 /// New tokens where neither the user nor the context sets a limit.
 const DEFAULT_NEW_TOKENS: usize = 256;
+/// How long is waited before planning again, up to four times as long.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
 const PROMPT_CAP: Bytes = Bytes(64 * MIB);
 
 pub fn run(arguments: &GenerateArguments, process: &Process) -> Result<Exit> {
@@ -42,6 +47,9 @@ pub fn run(arguments: &GenerateArguments, process: &Process) -> Result<Exit> {
     let mut model = match load() {
         Err(error) if error.kind() == ErrorKind::Shortfall && arguments.on_shortfall == OnShortfall::Replan => {
             printer.note(&format!("{error}; planning again with what is left"));
+            // Whoever has taken it may have failed as well, and be about to try again.
+            let slots = Draws::new(u64::from(std::process::id())).below(4);
+            thread::sleep(SHORTEST_PAUSE * (1 + u32::try_from(slots).unwrap_or_default()));
             load()?
         }
         loaded => loaded?,
@@ -167,9 +175,17 @@ impl Printer {
         // The first token comes with the prefill.
         let decoded = new.saturating_sub(1);
         self.note(&format!("decode    {new} tokens, {:.1} tok/s", rate(decoded, generated.decode_seconds)));
+        if let Some(why) = &generated.launched_apart {
+            self.note(&format!("          each kernel is launched by itself: {why}"));
+        }
         for device in &loaded.devices {
             if device.planned > Bytes::ZERO || device.measured > Bytes::ZERO {
                 self.note(&format!("{:<9} planned {}, measured {}", device.id, device.planned, device.measured));
+            }
+            if let Some(MeasuredGpu { free_before, free_after, driver_planned, driver_measured }) = &device.gpu {
+                self.note(&format!(
+                    "          driver planned {driver_planned}, measured {driver_measured}; free {free_before}, now {free_after}"
+                ));
             }
         }
     }

@@ -16,6 +16,7 @@ mod progress;
 mod quantize;
 mod sandbox;
 mod signal;
+mod turn;
 
 use std::process::ExitCode;
 use std::sync::Arc;

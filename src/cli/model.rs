@@ -12,7 +12,7 @@ use indicatif::ProgressBar;
 use super::args::{ModelArguments, PlacementArguments, Places};
 use super::printer::Printer;
 use super::progress::{self, BYTES};
-use super::{Process, sandbox};
+use super::{Process, sandbox, turn};
 
 /// How much of a model a command needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,10 +90,13 @@ fn from_hub(arguments: &ModelArguments, _: Need, _: &Cancel, _: &Process) -> Res
 pub fn load(checkpoint: &Checkpoint, options: &PlanOptions, load: &LoadOptions, process: &Process) -> Result<Model> {
     let budgets = || options.max_memory.iter().flatten().map(|(device, _)| device);
     let is_for_host = options.device_map.as_ref().is_some_and(|map| !map.names_gpus());
-    let mut inventory = if is_for_host && !budgets().any(|device| device.is_gpu()) {
-        Inventory::of_host(&load.offload_directory)?
-    } else {
+    let uses_gpus = !is_for_host || budgets().any(|device| device.is_gpu());
+    // Until all memory is taken, nobody else plans with it.
+    let mut turn = if uses_gpus { Some(turn::wait(&load.cancel, process)?) } else { None };
+    let mut inventory = if uses_gpus {
         Inventory::of_machine(&load.offload_directory)?
+    } else {
+        Inventory::of_host(&load.offload_directory)?
     };
     let wants_host = options.device_map.is_some() || budgets().any(|device| !device.is_gpu());
     if !wants_host && inventory.has_only_broken_gpus() {
@@ -110,12 +113,20 @@ pub fn load(checkpoint: &Checkpoint, options: &PlanOptions, load: &LoadOptions, 
         return Err(process.command_line.does_not_fit(&plan));
     }
     let mut bar = None;
-    plan.load(load, |event| show(&event, "loading", &mut bar, &process.printer))
+    plan.load(load, |event| {
+        if matches!(event, LoadEvent::Started { .. }) {
+            turn = None;
+        }
+        show(&event, "loading", &mut bar, &process.printer);
+    })
 }
 
 /// Draws the bar of `what` reads all weights.
 pub fn show(event: &LoadEvent, what: &'static str, bar: &mut Option<ProgressBar>, printer: &Printer) {
     match (event, &bar) {
+        (LoadEvent::Compiling { capability: (major, minor) }, _) => {
+            printer.note(&format!("compiling kernels for compute capability {major}.{minor}; they are kept"));
+        }
         (LoadEvent::Started { bytes }, _) => *bar = Some(progress::bar(printer, what, bytes.0, BYTES)),
         (LoadEvent::Placed { module, device, bytes }, Some(bar)) => {
             progress::say(bar, &format!("{module} to {device}"));
@@ -147,6 +158,7 @@ impl PlacementArguments {
             offload_directory,
             cancel,
             pool: Arc::clone(&process.pool),
+            kernel_cache: process.environment.cache_directory().map(|directory| directory.join("kernels")),
             sandbox,
             ..LoadOptions::default()
         })

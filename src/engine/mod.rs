@@ -63,6 +63,11 @@ impl Engine {
         &mut self.pipeline
     }
 
+    /// Why a stage cannot repeat the launches of a step as one, where it would.
+    pub fn why_apart(&self) -> Option<&str> {
+        self.pipeline.why_apart()
+    }
+
     /// Takes prompts in chunks of at most `tokens`; no more than the plan counts.
     pub fn limit_chunk(&mut self, tokens: usize) {
         self.chunk = tokens.clamp(1, self.pipeline.largest_chunk());

@@ -75,6 +75,8 @@ pub struct GenerateReport {
     pub decode_seconds: f64,
     /// Why it ended.
     pub finish: Finish,
+    /// Why a GPU launches the kernels of a step one by one, where it ought to repeat them as one.
+    pub launched_apart: Option<String>,
 }
 
 /// A prompt and its answer are longer than the context.
@@ -129,6 +131,7 @@ impl Model {
                 prefill_seconds: start.elapsed().as_secs_f64(),
                 decode_seconds: 0.0,
                 finish: if next.is_none() { Finish::MaxNewTokens } else { Finish::Interrupted },
+                launched_apart: None,
             },
             next,
             since: Instant::now(),
@@ -187,7 +190,8 @@ pub struct Generation<'m> {
 impl Generation<'_> {
     /// Counts and times so far.
     pub fn report(&self) -> GenerateReport {
-        self.report.clone()
+        let launched_apart = self.model.engine.why_apart().map(str::to_owned);
+        GenerateReport { launched_apart, ..self.report.clone() }
     }
 
     /// Gives out `token` and chooses the one behind it.

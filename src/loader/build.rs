@@ -23,7 +23,7 @@ type Measured = BTreeMap<DeviceId, Bytes>;
 /// Parameters by their module and by what they are in it.
 type Parameters<P> = HashMap<(usize, Role, Part), P>;
 
-/// Builds the stages, and sums up what the arenas hold.
+/// Builds the stages, and sums up what the arenas hold; of GPUs, what they say that was taken.
 pub fn build(plan: &Plan, arenas: Arenas, options: &LoadOptions) -> Result<(Pipeline, Measured)> {
     let config = &plan.checkpoint().config;
     let Arenas { memory, disk, mut gpus } = arenas;
@@ -42,7 +42,8 @@ pub fn build(plan: &Plan, arenas: Arenas, options: &LoadOptions) -> Result<(Pipe
             on_host.insert(key, Parameter::new(placed.layout.clone(), offset, Arc::clone(arena)));
         }
     }
-    let mut measured: Measured = gpus.iter().map(|(device, arenas)| (*device, arenas.gpu.peak())).collect();
+    let mut measured: Measured =
+        gpus.iter().map(|(device, arenas)| (*device, arenas.free[0] - arenas.free[1])).collect();
 
     let workspace = CpuBuffers::try_new(|name| {
         let bytes = plan.allocation(DeviceId::Cpu, Purpose::Workspace, name).unwrap_or_default();

@@ -13,19 +13,22 @@ pub(crate) mod reader;
 mod shard;
 
 use std::borrow::Borrow;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use crate::backend::cuda::Gpu;
 use crate::bytes::Bytes;
 use crate::cancel::Cancel;
 use crate::device::DeviceId;
 use crate::engine::Engine;
 use crate::error::Result;
+use crate::footprint::CUDA_GRANULE;
 use crate::fs;
-use crate::plan::Plan;
+use crate::plan::{DevicePlan, Plan};
 use crate::pool::Pool;
 use crate::text::{Sandbox, Tokenizer};
 use arenas::Arenas;
@@ -46,6 +49,11 @@ pub enum LoadEvent<'a> {
         /// Bytes read from the shard.
         bytes: Bytes,
     },
+    /// Kernels are compiled for GPUs of a compute capability, which takes some seconds and is kept.
+    Compiling {
+        /// Major and minor.
+        capability: (i32, i32),
+    },
     /// Reading begins.
     Started {
         /// Bytes that will be read.
@@ -62,6 +70,8 @@ pub struct LoadOptions {
     pub cancel: Cancel,
     /// The threads that pack weights, and then compute the stages of the CPU.
     pub pool: Arc<Pool>,
+    /// The directory that keeps compiled kernels from one run to the next; none is needed.
+    pub kernel_cache: Option<PathBuf>,
     /// Where the tokenizer runs; in this process, unlimited, where there is none.
     pub sandbox: Option<Sandbox>,
     /// Whether every buffer on a GPU is an allocation of its own, so that reading or writing
@@ -75,6 +85,7 @@ impl Default for LoadOptions {
             offload_directory: fs::SCRATCH_DIRECTORY.into(),
             cancel: Cancel::new(),
             pool: Arc::default(),
+            kernel_cache: None,
             sandbox: None,
             separate_buffers: false,
         }
@@ -115,10 +126,41 @@ pub struct LoadTimes {
 pub struct MeasuredDevice {
     /// The device.
     pub id: DeviceId,
-    /// What the plan says that will be allocated there.
+    /// What the plan says that will be allocated there; of a GPU in the units that its driver gives.
     pub planned: Bytes,
-    /// What its buffers came to.
+    /// What its buffers came to; of a GPU, what it says that was taken.
     pub measured: Bytes,
+    /// What else a GPU says.
+    pub gpu: Option<MeasuredGpu>,
+}
+
+/// What a GPU says of its memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct MeasuredGpu {
+    /// What was free when the plan was made, with what the driver's context takes.
+    pub free_before: Bytes,
+    /// What is free now.
+    pub free_after: Bytes,
+    /// What the plan says that the driver takes by itself: context, code and steps that are repeated.
+    pub driver_planned: Bytes,
+    /// What is gone beside what was allocated; others may have taken and given back some.
+    pub driver_measured: Bytes,
+}
+
+impl MeasuredDevice {
+    fn new(device: &DevicePlan, measured: Bytes, gpu: Option<&Arc<Gpu>>) -> Result<Self> {
+        let (id, planned) = (device.id, device.allocated());
+        let Some(gpu) = gpu else { return Ok(Self { id, planned, measured, gpu: None }) };
+        let (free, _) = gpu.memory()?;
+        let gpu = MeasuredGpu {
+            free_before: device.free,
+            free_after: free,
+            driver_planned: device.driver,
+            driver_measured: device.free - free - measured,
+        };
+        let planned = Bytes(planned.0.next_multiple_of(CUDA_GRANULE.0));
+        Ok(Self { id, planned, measured, gpu: Some(gpu) })
+    }
 }
 
 /// A model that is ready to run.
@@ -152,7 +194,7 @@ impl Plan {
         let vocab_size = checkpoint.config.vocab_size;
         let mut tokenizer = Tokenizer::begin(checkpoint.local_directory()?, vocab_size, options.sandbox.as_ref())?;
         let read: Bytes = self.weights.iter().map(|placed| placed.weight.tensor.size()).sum();
-        let mut arenas = Arenas::take(self, options)?;
+        let mut arenas = Arenas::take(self, options, &mut on_event)?;
         on_event(LoadEvent::Started { bytes: read });
         // What cannot be talked to is not worth a long load.
         let stop = Cancel::new();
@@ -168,7 +210,9 @@ impl Plan {
             Err(error) if options.cancel.is_cancelled() => return Err(error),
             Err(error) => return tokenizer.wait().and(Err(error)),
         };
-        let (pipeline, mut measured) = build::build(self, arenas, options)?;
+        let gpus: BTreeMap<_, _> = arenas.gpus.iter().map(|(id, arenas)| (*id, Arc::clone(&arenas.gpu))).collect();
+        let (mut pipeline, mut measured) = build::build(self, arenas, options)?;
+        pipeline.prepare()?;
         *measured.entry(DeviceId::Cpu).or_default() += staged;
         let tokenizer = tokenizer.wait()?;
         times.tokenizer = tokenizer.seconds();
@@ -180,12 +224,11 @@ impl Plan {
             devices: self
                 .devices
                 .iter()
-                .map(|device| MeasuredDevice {
-                    id: device.id,
-                    planned: device.allocated(),
-                    measured: measured.get(&device.id).copied().unwrap_or_default(),
+                .map(|device| {
+                    let measured = measured.get(&device.id).copied().unwrap_or_default();
+                    MeasuredDevice::new(device, measured, gpus.get(&device.id))
                 })
-                .collect(),
+                .collect::<Result<_>>()?,
         };
         Ok(Model {
             plan: self.clone(),

@@ -71,11 +71,7 @@ mod tests {
 
     #[test]
     fn bandwidths_parse() {
-        for (text, gigabytes) in [
-            ("936GB/s", 936),
-            (" 1008 GB/s", 1008),
-            ("RTX 3090", 936),
-        ] {
+        for (text, gigabytes) in [("936GB/s", 936), (" 1008 GB/s", 1008), ("RTX 3090", 936)] {
             assert_eq!(text.parse(), Ok(Bandwidth::stated(gigabytes * 1_000_000_000)));
         }
         for text in ["", "936", "0GB/s", "-1GB/s", "NaNGB/s", "infGB/s", "1e30GB/s", "RTX", "H100x", "fast"] {

@@ -8,9 +8,7 @@ use super::options::Conditions;
 use crate::architecture::ModuleKind;
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
-use crate::footprint::{
-    self, Allocation, CUDA_ANSWERS, CpuBuffers, CudaBuffers, HostStaging, Purpose, State,
-};
+use crate::footprint::{self, Allocation, CUDA_ANSWERS, CpuBuffers, CudaBuffers, HostStaging, Purpose, State};
 use crate::machine::{self, Bandwidth, Device, Inventory};
 use crate::model_config::ModelConfig;
 
@@ -91,7 +89,10 @@ impl DevicePlan {
         let limit = match conditions.max_memory.get(&device.id) {
             // No weights go there, as Accelerate means it; the rest is needed wherever they are.
             Some(&Bytes::ZERO) if device.id == DeviceId::Cpu => {
-                [Purpose::State, Purpose::Workspace, Purpose::Staging, Purpose::Program].into_iter().map(sum).sum()
+                [Purpose::State, Purpose::Workspace, Purpose::Staging, Purpose::Program, Purpose::Driver]
+                    .into_iter()
+                    .map(sum)
+                    .sum()
             }
             limit => limit.copied().unwrap_or(device.free),
         };
@@ -194,7 +195,9 @@ impl Fixed<'_> {
             all.extend(keeping.map(|module| allocation(Purpose::State, module.path.clone(), module.kv_cache)));
             all.extend(self.buffers(device, in_memory_here().next().is_some(), gpus.clone().count()));
             if device == DeviceId::Cpu {
-                all.extend(gpus.clone().map(|gpu| allocation(Purpose::Workspace, format!("answers of {gpu}"), CUDA_ANSWERS)));
+                all.extend(
+                    gpus.clone().map(|gpu| allocation(Purpose::Workspace, format!("answers of {gpu}"), CUDA_ANSWERS)),
+                );
             }
         }
         all

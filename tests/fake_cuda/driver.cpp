@@ -24,12 +24,12 @@ Handles<Module>& g_modules = *new Handles<Module>;
 Handles<Function>& g_functions = *new Handles<Function>;
 Handles<Graph>& g_graphs = *new Handles<Graph>;
 Config& g_cfg = *new Config;
-Countdown &g_fail_alloc = *new Countdown, &g_fail_launch = *new Countdown, &g_fail_pinned = *new Countdown, &g_fail_module = *new Countdown,
+Countdown &g_fail_alloc = *new Countdown, &g_fail_launch = *new Countdown, &g_fail_pinned = *new Countdown, &g_fail_module = *new Countdown, &g_fail_link = *new Countdown,
           &g_fail_instantiate = *new Countdown, &g_fail_upload = *new Countdown, &g_fail_graph_launch = *new Countdown;
 std::vector<Device*>& g_devices = *new std::vector<Device*>;
 std::mutex& g_mu = *new std::mutex;
 std::recursive_mutex& g_lazy_mu = *new std::recursive_mutex;
-std::atomic<uint64_t> g_host_bytes{0};
+std::atomic<uint64_t> g_host_bytes{0}, g_links{0};
 std::atomic<bool> g_initialised{false};
 static std::string& g_last_error = *new std::string;
 static std::string& g_device_list = *new std::string("8GiB");
@@ -96,7 +96,7 @@ static const std::map<std::string, Setter>& settings() {
         for (size_t i = 0; i < g_devices.size(); i++) g_devices[i]->used_by_others = i < list.size() ? parse_size(list[i].c_str()) : 0;
     };
     static const auto& all = *new std::map<std::string, Setter>{
-        {"FAIL_ALLOC", fail(g_fail_alloc)}, {"FAIL_PINNED", fail(g_fail_pinned)}, {"FAIL_MODULE", fail(g_fail_module)},
+        {"FAIL_ALLOC", fail(g_fail_alloc)}, {"FAIL_PINNED", fail(g_fail_pinned)}, {"FAIL_MODULE", fail(g_fail_module)}, {"FAIL_LINK", fail(g_fail_link)},
         {"FAIL_INSTANTIATE", fail(g_fail_instantiate)}, {"FAIL_UPLOAD", fail(g_fail_upload)}, {"FAIL_GRAPH_LAUNCH", fail(g_fail_graph_launch)},
         {"FAIL_LAUNCH", fail(g_fail_launch, CUDA_ERROR_LAUNCH_FAILED)}, {"FAIL_INIT", number(g_cfg.init_code)},
         {"FAIL_CONTEXT", by_device(g_cfg.context_codes)}, {"FAIL_MEMINFO", by_device(g_cfg.meminfo_codes)},
@@ -212,6 +212,7 @@ EXPORT uint64_t fake_cuda_stat(const char* name, int device) {
     if (n == "events") return g_events.size();
     if (n == "modules") return g_modules.size();
     if (n == "graphs") return g_graphs.size();
+    if (n == "links") return g_links;
     if (bad_device(device)) return ~0ull;
     Device* d = g_devices[device];
     if (n == "charged_bytes") { std::lock_guard<std::mutex> l(d->mu); return d->charged; }

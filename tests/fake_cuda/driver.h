@@ -118,11 +118,11 @@ extern Handles<Module>& g_modules;
 extern Handles<Function>& g_functions;
 extern Handles<Graph>& g_graphs;
 extern Config& g_cfg;
-extern Countdown &g_fail_alloc, &g_fail_launch, &g_fail_pinned, &g_fail_module, &g_fail_instantiate, &g_fail_upload, &g_fail_graph_launch;
+extern Countdown &g_fail_alloc, &g_fail_launch, &g_fail_pinned, &g_fail_module, &g_fail_link, &g_fail_instantiate, &g_fail_upload, &g_fail_graph_launch;
 extern std::vector<Device*>& g_devices;
 extern std::mutex& g_mu;  // contexts, host allocations, the last message
 extern std::recursive_mutex& g_lazy_mu;
-extern std::atomic<uint64_t> g_host_bytes;
+extern std::atomic<uint64_t> g_host_bytes, g_links;
 extern std::atomic<bool> g_initialised;
 
 void say(const char* format, ...);

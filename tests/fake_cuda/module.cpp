@@ -89,9 +89,13 @@ static CUresult launch(Function* f, uint3 grid, uint3 block, unsigned smem, void
 
 using namespace fk;
 
+// What the linker gives in place of a GPU's code: the PTX behind this.
+static const char kLinked[] = "linked\n";
+
 static CUresult load(Module** out, const void* image, std::string& wrong) {
     NEED_CTX(c);
     NEED(out && image);
+    if (!strncmp((const char*)image, kLinked, strlen(kLinked))) image = (const char*)image + strlen(kLinked);
     if (!memcmp(image, "\x7f" "ELF", 4)) return say("cubin images cannot be run; pass PTX"), CUDA_ERROR_INVALID_IMAGE;
     if (g_fail_module.hit()) return g_fail_module.code;
     auto m = std::make_unique<Module>();
@@ -121,6 +125,43 @@ API cuModuleLoadDataEx(Module** out, const void* image, unsigned n, const int* o
         *size = (void*)strlen(log);
     }
     return r;
+}
+struct Linking {
+    std::string image;
+    char* log;
+    size_t room;
+};
+API cuLinkCreate_v2(unsigned n, const int* options, void** values, Linking** out) {
+    NEED_CTX(c);
+    NEED(out);
+    *out = new Linking{kLinked, nullptr, 0};
+    for (unsigned i = 0; i < n; i++) {
+        if (options[i] == 5) (*out)->log = (char*)values[i];
+        if (options[i] == 6) (*out)->room = (uintptr_t)values[i];
+    }
+    return CUDA_SUCCESS;
+}
+API cuLinkAddData_v2(Linking* l, int type, const void* data, size_t size, const char*, unsigned, const int*, void**) {
+    NEED_CTX(c);
+    NEED(l && type == 1 && data && size && !((const char*)data)[size - 1]);
+    g_links++;
+    if (g_fail_link.hit()) return snprintf(l->log, l->room, "ptxas fatal"), g_fail_link.code.load();
+    Module m;
+    std::string wrong;
+    CUresult r = parse((const char*)data, m, wrong);
+    if (r && l->log) snprintf(l->log, l->room, "ptxas %s", wrong.c_str());
+    l->image += (const char*)data;
+    return r;
+}
+API cuLinkComplete(Linking* l, void** image, size_t* size) {
+    NEED_CTX(c);
+    NEED(l && image && size);
+    *image = l->image.data(), *size = l->image.size() + 1;
+    return CUDA_SUCCESS;
+}
+API cuLinkDestroy(Linking* l) {
+    delete l;
+    return CUDA_SUCCESS;
 }
 API cuModuleUnload(Module* m) {
     NEED_INIT();

@@ -78,6 +78,7 @@ pub fn load(devices: &str) -> Option<(&'static FakeCuda, MutexGuard<'static, ()>
         "FAIL_INIT",
         "FAIL_INSTANTIATE",
         "FAIL_LAUNCH",
+        "FAIL_LINK",
         "FAIL_MODULE",
         "FAIL_PINNED",
         "FAIL_UPLOAD",

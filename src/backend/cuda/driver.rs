@@ -6,6 +6,7 @@
 #![expect(unsafe_code, reason = "the driver's interface is C")]
 
 use std::collections::BTreeMap;
+use std::ffi::CString;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 
@@ -95,6 +96,52 @@ pub fn context(index: u32) -> Result<Arc<CudaContext>, DriverError> {
     Ok(context)
 }
 
+/// Why PTX could not be compiled or loaded, and what the compiler says.
+pub struct LinkError {
+    pub error: DriverError,
+    pub log: String,
+}
+
+impl From<DriverError> for LinkError {
+    fn from(error: DriverError) -> Self {
+        Self { error, log: String::new() }
+    }
+}
+
+/// Compiles PTX for the GPU of a context.
+pub fn link(context: &CudaContext, name: &str, ptx: &str) -> Result<Vec<u8>, LinkError> {
+    const LOG: usize = 8 << 10;
+    use sys::CUjit_option::{CU_JIT_ERROR_LOG_BUFFER, CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES};
+    context.bind_to_thread()?;
+    let mut log = vec![0u8; LOG];
+    let mut options = [CU_JIT_ERROR_LOG_BUFFER, CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
+    let mut values = [log.as_mut_ptr().cast(), std::ptr::without_provenance_mut(LOG)];
+    let name = CString::new(name).unwrap_or_default();
+    let text = CString::new(ptx).unwrap_or_default();
+    let len = text.as_bytes_with_nul().len();
+    let mut state = std::ptr::null_mut();
+    // SAFETY: the context is bound. The log, its options and the state outlive the linking, which ends below.
+    unsafe { sys::cuLinkCreate_v2(2, options.as_mut_ptr(), values.as_mut_ptr(), &raw mut state).result() }?;
+    let (mut code, mut size) = (std::ptr::null_mut(), 0);
+    // SAFETY: the text is as long as is said, ends with a zero and is only read; both outputs outlive the call.
+    let linked = unsafe {
+        let (kind, data) = (sys::CUjitInputType::CU_JIT_INPUT_PTX, text.as_ptr().cast_mut().cast());
+        let added =
+            sys::cuLinkAddData_v2(state, kind, data, len, name.as_ptr(), 0, std::ptr::null_mut(), std::ptr::null_mut());
+        added.result().and_then(|()| sys::cuLinkComplete(state, &raw mut code, &raw mut size).result())
+    };
+    let linked = linked.map(|()| {
+        // SAFETY: the driver owns that many bytes until the linking ends.
+        unsafe { std::slice::from_raw_parts(code.cast::<u8>(), size) }.to_vec()
+    });
+    // SAFETY: made above, and ended here only.
+    let _ = unsafe { sys::cuLinkDestroy(state).result() };
+    linked.map_err(|error| {
+        let text = log.split(|byte| *byte == 0).next().unwrap_or_default();
+        LinkError { error, log: String::from_utf8_lossy(text).trim().to_owned() }
+    })
+}
+
 /// A GPU with its context, its streams and its kernels.
 pub struct Gpu {
     index: u32,
@@ -108,8 +155,6 @@ pub struct Gpu {
     /// What launches are given while they are captured.
     pub(super) captured: Mutex<Option<Vec<Region>>>,
     pub(super) multiprocessors: usize,
-    /// Bytes of all buffers, now and at most.
-    allocated: Mutex<(Bytes, Bytes)>,
 }
 
 impl Gpu {
@@ -130,8 +175,8 @@ impl Gpu {
         let multiprocessors =
             context.attribute(attribute).map_err(|e| failed("does not tell its number of multiprocessors", e))?;
         let multiprocessors = usize::try_from(multiprocessors).unwrap_or(0).max(1);
-        let (functions, captured, allocated) = (BTreeMap::new(), Mutex::default(), Mutex::default());
-        Ok(Self { index, context, capability, stream, copies, functions, captured, multiprocessors, allocated })
+        let (functions, captured) = (BTreeMap::new(), Mutex::default());
+        Ok(Self { index, context, capability, stream, copies, functions, captured, multiprocessors })
     }
 
     /// Its name in maps.
@@ -157,16 +202,8 @@ impl Gpu {
         self.bind()?;
         // SAFETY: the context is bound; the pointer is freed once, in `Buffer::drop`.
         let pointer = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(|e| refused(fault::name(e)))?;
-        let mut allocated = lock(&self.allocated);
-        allocated.0 += len;
-        allocated.1 = allocated.1.max(allocated.0);
-        let buffer = Arc::new(Buffer { gpu: Arc::clone(self), pointer, len: bytes });
+        let buffer = Arc::new(Buffer { gpu: Arc::clone(self), pointer });
         Ok(Region { buffer, offset: 0, len: bytes })
-    }
-
-    /// The most bytes that were allocated at once.
-    pub fn peak(&self) -> Bytes {
-        lock(&self.allocated).1
     }
 
     /// Allocates `len` bytes of page-locked host memory, zeroed.
@@ -180,6 +217,13 @@ impl Gpu {
         // SAFETY: that many bytes were just allocated.
         unsafe { std::ptr::write_bytes(pointer.cast::<u8>(), 0, len) };
         Ok(Pinned { gpu: Arc::clone(self), pointer: pointer.cast(), len })
+    }
+
+    /// Takes what a kernel's code takes of the GPU, which the driver would leave for its first launch.
+    pub(super) fn load_now(&self, function: &CudaFunction) -> Result<(), DriverError> {
+        self.context.bind_to_thread()?;
+        // SAFETY: the function is of a module that was loaded in the bound context.
+        unsafe { sys::cuFuncLoad(function.cu_function()).result() }
     }
 
     /// Waits until everything that was queued is done.
@@ -213,13 +257,10 @@ fn replan() -> Hint {
 struct Buffer {
     gpu: Arc<Gpu>,
     pointer: sys::CUdeviceptr,
-    len: usize,
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        let mut allocated = lock(&self.gpu.allocated);
-        allocated.0 = allocated.0 - Bytes(self.len as u64);
         // A context that has failed does no more work, and takes the memory with it.
         let _ = self.gpu.synchronize();
         if self.gpu.bind().is_ok() {

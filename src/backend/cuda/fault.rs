@@ -3,7 +3,7 @@
 use cudarc::driver::DriverError;
 use cudarc::driver::sys::CUresult;
 
-use crate::machine::Fault;
+use crate::machine::{Fault, needs};
 
 /// The error's name and text, such as `CUDA_ERROR_LAUNCH_FAILED (unspecified launch failure)`.
 pub fn name(error: DriverError) -> String {
@@ -15,9 +15,9 @@ pub fn name(error: DriverError) -> String {
 }
 
 /// What helps against an error, where that is known.
-pub fn hint(error: DriverError) -> Option<&'static str> {
+pub fn hint(error: DriverError) -> Option<String> {
     use CUresult as Code;
-    Some(match error.0 {
+    let hint = match error.0 {
         Code::CUDA_ERROR_STUB_LIBRARY => {
             "the first libcuda.so on the library path is the CUDA toolkit's stub: take `…/stubs` out of LD_LIBRARY_PATH"
         }
@@ -26,7 +26,7 @@ pub fn hint(error: DriverError) -> Option<&'static str> {
         }
         Code::CUDA_ERROR_OUT_OF_MEMORY => "other processes have filled the GPU: `nvidia-smi` lists them",
         Code::CUDA_ERROR_NO_DEVICE | Code::CUDA_ERROR_INVALID_DEVICE => {
-            "there is no GPU to be seen: a container needs `--gpus all`, and CUDA_VISIBLE_DEVICES names those that are shown"
+            "there is no GPU to be seen: a container has to be given them (docker's `gpus`), and CUDA_VISIBLE_DEVICES may hide them"
         }
         Code::CUDA_ERROR_SYSTEM_NOT_READY => {
             "the GPUs wait for the fabric manager: `sudo systemctl start nvidia-fabricmanager`"
@@ -44,16 +44,17 @@ pub fn hint(error: DriverError) -> Option<&'static str> {
             "libnvidia-ptxjitcompiler.so.1 is not there: a container needs NVIDIA_DRIVER_CAPABILITIES=compute,utility"
         }
         Code::CUDA_ERROR_JIT_COMPILATION_DISABLED => "CUDA_DISABLE_PTX_JIT forbids to compile kernels: unset it",
-        Code::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => "the driver is too old for the kernels: update it",
+        Code::CUDA_ERROR_UNSUPPORTED_PTX_VERSION | Code::CUDA_ERROR_NO_BINARY_FOR_GPU => return Some(needs()),
         Code::CUDA_ERROR_ECC_UNCORRECTABLE | Code::CUDA_ERROR_CONTAINED => {
             "the GPU's memory is failing: `nvidia-smi -q -d ECC,PAGE_RETIREMENT` counts the errors; reset it or reboot"
         }
         _ => return None,
-    })
+    };
+    Some(hint.to_owned())
 }
 
 /// What `what` and `error` say together.
 pub fn fault(what: &str, error: DriverError) -> Fault {
     let is_broken = error.0 != CUresult::CUDA_ERROR_NO_DEVICE;
-    Fault { is_broken, what: format!("{what}: {}", name(error)), hint: hint(error).map(str::to_owned) }
+    Fault { is_broken, what: format!("{what}: {}", name(error)), hint: hint(error) }
 }

@@ -9,7 +9,9 @@ use super::driver::{Handle, context, count, driver_version};
 use super::fault;
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
-use crate::machine::{self, Bandwidth, Card, Device, Fault, Idle, Inventory, Kept, NEEDED_CAPABILITY, NEEDED_CUDA, needs};
+use crate::machine::{
+    self, Bandwidth, Card, Device, Fault, Idle, Inventory, Kept, NEEDED_CAPABILITY, NEEDED_CUDA, needs,
+};
 
 /// A GPU that the driver shows.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,6 +26,13 @@ pub struct GpuInfo {
     pub capability: (i32, i32),
     /// Why it cannot be used.
     pub fault: Option<Fault>,
+}
+
+impl GpuInfo {
+    fn unknown(index: u32) -> Self {
+        let (device, uuid, bus) = (Device::new(DeviceId::Cuda(index), Bytes::ZERO), String::new(), String::new());
+        Self { device, uuid, bus, capability: (0, 0), fault: None }
+    }
 }
 
 /// The driver and its GPUs.
@@ -63,11 +72,19 @@ impl Installation {
     }
 }
 
+/// The UUIDs of all GPUs that the driver shows and tells them of, for which no context is made.
+pub fn uuids() -> Vec<String> {
+    let count = driver_version().ok().flatten().and_then(|_| count().ok()).unwrap_or(0);
+    let identified = (0..count).filter_map(|index| {
+        let mut gpu = GpuInfo::unknown(index);
+        identify(&mut gpu, index).ok().map(|()| gpu.uuid)
+    });
+    identified.collect()
+}
+
 /// What the GPU at `index` is, under a driver for this version of CUDA, and its context if it can be used.
 fn describe(index: u32, version: i32) -> (GpuInfo, Option<Arc<CudaContext>>) {
-    let id = DeviceId::Cuda(index);
-    let (uuid, bus) = (String::new(), String::new());
-    let mut gpu = GpuInfo { device: Device::new(id, Bytes::ZERO), uuid, bus, capability: (0, 0), fault: None };
+    let mut gpu = GpuInfo::unknown(index);
     let opened = identify(&mut gpu, index).and_then(|()| match age(gpu.capability, version) {
         Some(fault) => Err(fault),
         None => open(&mut gpu.device, index),

@@ -5,6 +5,7 @@
 //! each of kernels.
 
 mod answers;
+mod compile;
 mod driver;
 mod fault;
 mod installation;
@@ -16,8 +17,9 @@ mod stage;
 mod upload;
 mod workspace;
 
+pub use compile::Compiling;
 pub use driver::{Copying, Gpu, Pinned, Region, arena};
-pub use installation::{GpuInfo, Installation};
+pub use installation::{GpuInfo, Installation, uuids};
 pub use kernels::Choosing;
 pub use operands::{Affine, Attention, Cache, DeviceMatrix, Input, MAX_HEAD_DIM, Norm, Output, Scratch};
 pub use stage::CudaStage;

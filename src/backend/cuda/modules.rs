@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::thread::ScopedJoinHandle;
 
 use cudarc::driver::CudaFunction;
-use cudarc::nvrtc::Ptx;
 
-use super::driver::Gpu;
-use crate::error::Result;
-use crate::machine::{NEEDED_CAPABILITY, needs};
+use super::compile::{Compiling, Source};
+use super::driver::{Gpu, LinkError, driver_version};
+use crate::error::{Error, Result};
+use crate::machine::NEEDED_CAPABILITY;
 
 /// The first compute capability whose tensor cores the kernels use.
 pub(super) const TENSOR_CORES: (i32, i32) = (8, 0);
@@ -76,19 +76,33 @@ fn ptx_for(ptx: &'static str, capability: (i32, i32)) -> Cow<'static, str> {
 impl Gpu {
     /// Opens the GPU at `index` among those that the driver shows, and loads the kernels.
     pub fn open(index: u32) -> Result<Arc<Self>> {
-        Self::open_as(index, (i32::MAX, 0))
+        Self::open_with(index, &Compiling::default())
+    }
+
+    /// As [`Gpu::open`]; kernels that nobody has kept are compiled.
+    pub fn open_with(index: u32, options: &Compiling) -> Result<Arc<Self>> {
+        Self::open_limited(index, (i32::MAX, 0), options)
     }
 
     /// As [`Gpu::open`], with the kernels that a GPU of `capability` runs where this one has more.
     pub fn open_as(index: u32, capability: (i32, i32)) -> Result<Arc<Self>> {
+        Self::open_limited(index, capability, &Compiling::default())
+    }
+
+    fn open_limited(index: u32, most: (i32, i32), options: &Compiling) -> Result<Arc<Self>> {
         let mut gpu = Self::without_kernels(index)?;
-        gpu.capability = gpu.capability.min(capability);
+        let own = gpu.capability;
+        gpu.capability = own.min(most);
         let (context, capability) = (&gpu.context, gpu.capability);
+        let driver = driver_version().ok().flatten().unwrap_or_default();
         // Without the least that any file needs, the driver says what is wrong.
         let has = capability.max(NEEDED_CAPABILITY);
         let wanted: Vec<_> = MODULES.iter().filter(|module| module.capability <= has).collect();
-        // The driver compiles what it has not compiled before, each file on one processor.
-        let load = |module: &Module| context.load_module(Ptx::from_src(ptx_for(module.ptx, capability)));
+        let load = |module: &Module| {
+            let (name, ptx) = (module.name, &*ptx_for(module.ptx, capability));
+            Source { driver, capability: own, name, ptx }.load(context, options)
+        };
+        // Each file on one processor.
         let loaded: Vec<_> = std::thread::scope(|scope| {
             let begin = |module| std::thread::Builder::new().spawn_scoped(scope, move || load(module));
             let threads: Vec<_> = wanted.iter().map(|module| (*module, begin(*module))).collect();
@@ -101,11 +115,15 @@ impl Gpu {
         });
         let mut functions = BTreeMap::new();
         for (Module { name, kernels, .. }, module) in wanted.into_iter().zip(loaded) {
-            let module =
-                module.map_err(|e| gpu.failure(&format!("cannot load the kernels `{name}`"), e).hint(needs()))?;
+            let module = module.map_err(|LinkError { error, log }| {
+                let said = if log.is_empty() { log } else { format!(" ({log})") };
+                gpu.failure(&format!("cannot load the kernels `{name}`{said}"), error)
+            })?;
+            let module = module.ok_or_else(Error::interrupted)?;
             for kernel in *kernels {
                 let function = module.load_function(&format!("{kernel:?}"));
                 let function = function.map_err(|e| gpu.failure(&format!("has no kernel `{kernel:?}`"), e))?;
+                gpu.load_now(&function).map_err(|e| gpu.failure(&format!("cannot load the kernel `{kernel:?}`"), e))?;
                 functions.insert(*kernel as usize, function);
             }
         }

@@ -21,8 +21,10 @@ pub struct CudaStage {
     modules: Modules<DeviceMatrix>,
     /// What each block keeps of each sequence.
     caches: Vec<Vec<Cache>>,
-    /// The launches of a step of one token of a sequence: through the blocks alone, or all of it to this choice.
-    step: Repeated<(usize, Option<Choice>)>,
+    /// The launches of one token of a sequence: through the blocks alone.
+    step: Repeated<usize>,
+    /// And those from the embedding to this choice of the next.
+    whole_step: Repeated<(usize, Choice)>,
     choice: Choice,
 }
 
@@ -34,7 +36,15 @@ impl CudaStage {
         workspace: Arc<Workspace>,
     ) -> Self {
         let config = Arc::clone(config);
-        Self { workspace, config, modules, caches, step: Repeated::New, choice: Choice::GREEDY }
+        Self {
+            workspace,
+            config,
+            modules,
+            caches,
+            step: Repeated::New,
+            whole_step: Repeated::New,
+            choice: Choice::GREEDY,
+        }
     }
 
     fn norm_of<'a>(&self, affine: &'a Affine) -> Norm<'a> {
@@ -226,20 +236,26 @@ impl CudaStage {
         self.modules.blocks.iter().any(|block| block.layer.has_experts)
     }
 
-    /// Queues a step of one token: through the blocks, or with a choice from the embedding to the choice of the next.
-    fn repeat(&mut self, run: Run, choice: Option<Choice>, states: &Region) -> Result<()> {
+    /// Queues a step of one token through the blocks.
+    fn step_through(&mut self, run: Run, states: &Region) -> Result<()> {
         let mut step = std::mem::take(&mut self.step);
-        let queued = step.queue(&self.workspace.gpu, (run.slot, choice), || match (choice, self.whole()) {
-            (Some(_), Some([embedding, norm, head])) => {
-                let (gpu, token) = (&self.workspace.gpu, self.workspace.chosen().part(0, WORD));
-                gpu.embed(embedding, &token, self.config.embedding_scale, states, Output::F32)?;
-                self.through(states, &[run])?;
-                self.head_of(head, states, Some(&self.norm_of(norm)))?;
-                self.choose_one()
-            }
-            _ => self.through(states, &[run]),
-        });
+        let queued = step.queue(&self.workspace.gpu, run.slot, || self.through(states, &[run]));
         self.step = step;
+        queued
+    }
+
+    /// Queues a step of one token from the embedding to the choice of the next.
+    fn step_whole(&mut self, run: Run, states: &Region) -> Result<()> {
+        let mut step = std::mem::take(&mut self.whole_step);
+        let queued = step.queue(&self.workspace.gpu, (run.slot, self.choice), || {
+            let Some([embedding, norm, head]) = self.whole() else { unreachable!("the whole model is here") };
+            let (gpu, token) = (&self.workspace.gpu, self.workspace.chosen().part(0, WORD));
+            gpu.embed(embedding, &token, self.config.embedding_scale, states, Output::F32)?;
+            self.through(states, &[run])?;
+            self.head_of(head, states, Some(&self.norm_of(norm)))?;
+            self.choose_one()
+        });
+        self.whole_step = step;
         queued
     }
 
@@ -309,7 +325,7 @@ impl Stage for CudaStage {
         let states = hidden.on_gpu(&self.workspace.hidden)?;
         self.place(runs)?;
         match runs {
-            [run] if run.tokens == 1 && !self.has_experts() => self.repeat(*run, None, &states),
+            [run] if run.tokens == 1 && !self.has_experts() => self.step_through(*run, &states),
             _ => self.through(&states, runs),
         }
     }
@@ -333,8 +349,34 @@ impl Stage for CudaStage {
         Ok(())
     }
 
+    fn prepare(&mut self) -> Result<()> {
+        if self.has_experts() || self.modules.blocks.is_empty() {
+            return Ok(());
+        }
+        let w = Arc::clone(&self.workspace);
+        let run = Run { slot: 0, position: 0, tokens: 1, length: 1 };
+        let states = w.hidden.part(0, self.config.hidden_size * WORD);
+        self.place(&[run])?;
+        self.place_draw(0)?;
+        // What this leaves of a token is written over when there is one.
+        for _ in ["launched", "kept"] {
+            states.clear()?;
+            w.chosen().clear()?;
+            if self.whole().is_some() {
+                self.step_whole(run, &states)?;
+            } else {
+                self.step_through(run, &states)?;
+            }
+        }
+        w.gpu.synchronize()
+    }
+
     fn launch_each_kernel(&mut self) {
-        self.step = Repeated::Apart;
+        (self.step, self.whole_step) = (Repeated::Apart(None), Repeated::Apart(None));
+    }
+
+    fn why_apart(&self) -> Option<&str> {
+        self.step.why_apart().or_else(|| self.whole_step.why_apart())
     }
 
     fn chooser(&mut self) -> Option<&mut dyn DeviceChooser> {
@@ -377,7 +419,7 @@ impl DeviceChooser for CudaStage {
         self.place(&[run])?;
         self.place_draw(draw)?;
         let states = w.hidden.part(0, self.config.hidden_size * WORD);
-        self.repeat(run, Some(self.choice), &states)?;
+        self.step_whole(run, &states)?;
         w.answers().send(&w.chosen())
     }
 

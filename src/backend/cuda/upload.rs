@@ -1,11 +1,13 @@
 //! Rows from page-locked host memory into the canonical packing: copied to a
 //! small ring on the GPU, and packed from there by a kernel into their place.
 
+use std::iter;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::driver::{Copying, Gpu, Pinned, Region, arena};
+use super::driver::{Copying, Gpu, Pinned, Region};
 use super::operands::{DeviceMatrix, WORD};
+use crate::bytes::Bytes;
 use crate::error::Result;
 use crate::footprint::{STAGING_SLABS, aligned};
 use crate::quant::Storage;
@@ -31,11 +33,15 @@ pub struct InFlight {
 }
 
 impl Upload {
-    /// Takes a ring for slabs of at most `slab` bytes.
-    pub fn take(gpu: &Arc<Gpu>, slab: usize, separate: bool) -> Result<Self> {
-        let mut sizes = vec![aligned(slab as u64); STAGING_SLABS];
-        sizes.push(aligned((STAGING_SLABS * WORD) as u64));
-        let staging = arena(gpu, "the staging ring", &sizes, separate)?;
+    /// What a ring for slabs of at most `slab` bytes takes.
+    pub fn sizes(slab: usize) -> impl Iterator<Item = Bytes> {
+        let slabs = iter::repeat_n(aligned(slab as u64), STAGING_SLABS);
+        slabs.chain([aligned((STAGING_SLABS * WORD) as u64)])
+    }
+
+    /// A ring in the next of `regions`, which are of [`Upload::sizes`].
+    pub fn new(gpu: &Arc<Gpu>, regions: &mut impl Iterator<Item = Region>) -> Result<Self> {
+        let staging: Vec<_> = regions.take(STAGING_SLABS + 1).collect();
         let slot = |at: usize| {
             let failed = staging[STAGING_SLABS].part(at * WORD, WORD);
             Ok(Slot { staging: staging[at].clone(), failed, word: gpu.allocate_pinned(WORD)? })

@@ -5,9 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::answers::Answers;
 use super::operands::WORD;
-use super::{Gpu, MAX_HEAD_DIM, Region, Scratch, arena};
+use super::{Gpu, MAX_HEAD_DIM, Region, Scratch};
 use crate::backend::Run;
-use crate::bytes::Bytes;
 use crate::error::{Error, Result};
 use crate::footprint::{CudaBuffers, CudaChoice};
 use crate::model_config::{ModelConfig, Rope};
@@ -32,14 +31,8 @@ impl Deref for Workspace {
 }
 
 impl Workspace {
-    /// Takes buffers of `sizes`, those of [`CudaBuffers::sizes`], for so many sequences.
-    pub fn take(
-        gpu: &Arc<Gpu>,
-        config: &ModelConfig,
-        sequences: usize,
-        sizes: &CudaBuffers<Bytes>,
-        separate: bool,
-    ) -> Result<Self> {
+    /// Whether a GPU can compute such a model.
+    pub fn check(config: &ModelConfig) -> Result<()> {
         if config.head_dim > MAX_HEAD_DIM {
             return Err(Error::input(format!(
                 "heads of width {} cannot be computed on a GPU; the widest are {MAX_HEAD_DIM}",
@@ -47,8 +40,16 @@ impl Workspace {
             ))
             .hint("a device map of `{\"\": \"cpu\"}` computes on the CPU"));
         }
-        let all: Vec<Bytes> = sizes.each().map(|(_, bytes)| *bytes).collect();
-        let mut regions = arena(gpu, "the workspace", &all, separate)?.into_iter();
+        Ok(())
+    }
+
+    /// Buffers in the next of `regions`, which are of [`CudaBuffers::sizes`], for so many sequences.
+    pub fn new(
+        gpu: &Arc<Gpu>,
+        config: &ModelConfig,
+        sequences: usize,
+        regions: &mut impl Iterator<Item = Region>,
+    ) -> Result<Self> {
         let missing = |name| Error::device(format!("the workspace has no `{name}`"));
         let buffers = CudaBuffers::try_new(|name| regions.next().ok_or_else(|| missing(name)))?;
         buffers.arrivals.clear()?;

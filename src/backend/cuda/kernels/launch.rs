@@ -160,17 +160,20 @@ impl Gpu {
         Ok(self.multiprocessors * each.max(1) as usize)
     }
 
-    /// Keeps the launches that `queue` would queue, and queues nothing; `None` where one or the driver fails.
-    /// `queue` does nothing else, and waits for nothing.
-    pub(in crate::backend::cuda) fn capture(&self, queue: impl FnOnce() -> Result<()>) -> Option<Graph> {
+    /// Keeps the launches that `queue` would queue, and queues nothing. `queue` does nothing else, and waits for nothing.
+    /// The graph has taken all of the GPU that it will.
+    pub(in crate::backend::cuda) fn capture(&self, queue: impl FnOnce() -> Result<()>) -> Result<Graph> {
         let captured = || lock(&self.captured);
-        self.stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).ok()?;
+        let failed = |e| self.failure("cannot keep the launches of a step", e);
+        self.stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(failed)?;
         *captured() = Some(Vec::new());
         let queued = queue();
         let graph = self.stream.end_capture(CUgraphInstantiate_flags(0));
         let regions = captured().take().unwrap_or_default();
-        queued.ok()?;
-        Some(Graph { graph: graph.ok()??, _regions: regions })
+        queued?;
+        let graph = graph.map_err(failed)?.ok_or_else(|| Error::device(format!("{} kept no launches", self.id())))?;
+        graph.upload().and_then(|()| self.stream.synchronize()).map_err(failed)?;
+        Ok(Graph { graph, _regions: regions })
     }
 
     /// Queues the launches of a graph.
