@@ -36,6 +36,7 @@ macro_rules! every_case {
             nan_and_what_overflows_stay_with_their_token
             norms_equal_the_reference
             products_equal_the_reference
+            products_of_bf16_weights_are_right_at_any_magnitude
             products_in_one_launch_are_those_of_each
             gates_are_applied_to_what_up_gives
             hidden_states_are_normalized_on_the_way

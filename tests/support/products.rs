@@ -7,7 +7,8 @@ use evenkeel::model_config::{Activation, NormKind};
 use evenkeel::quant::{Matrix, MatrixLayout, Storage, WeightDtype, reference};
 
 use super::{
-    STORAGES, buffer, download, encode, floats, halves, near, packed, product_scratch, random, rounded, upload, vector,
+    STORAGES, buffer, download, encode, floats, halves, near, near_each, packed, product_scratch, random, rounded,
+    upload, vector,
 };
 
 pub fn products_equal_the_reference(gpu: &Arc<Gpu>) {
@@ -137,6 +138,40 @@ pub fn gates_are_applied_to_what_up_gives(gpu: &Arc<Gpu>) {
                 // Where both are multiplied apart, they are rounded to f16 between.
                 let tolerance = if gate_storage == up_storage { 1e-5 } else { 0.02 };
                 near(&what, &download(&y, WeightDtype::F16), &exact, tolerance, Output::F16);
+            }
+        }
+    }
+}
+
+/// For a few tokens and for many, of which kernels of their own take the same weights.
+pub fn products_of_bf16_weights_are_right_at_any_magnitude(gpu: &Arc<Gpu>) {
+    let scratch = product_scratch(gpu);
+    for (rows, cols, tokens) in [(17, 40, 9), (70, 33, 20), (650, 72, 70)] {
+        let layout = MatrixLayout::new(Storage::Plain(WeightDtype::Bf16), rows, cols).unwrap();
+        // All of one size, and of all sizes in one row.
+        for sizes in [&[1e5][..], &[1e-6], &[1e-30], &[1e36], &[1e5, 1e-3, 1e-9, 1e-30]] {
+            let weights = random(rows * cols, 70);
+            let weights: Vec<f32> = weights.iter().enumerate().map(|(at, w)| w * sizes[at % sizes.len()]).collect();
+            let bytes = packed(&layout, &weights);
+            let affine = Affine::new(DeviceMatrix::new(layout.clone(), upload(gpu, &bytes)), None);
+            let mut x = random(tokens * cols, 71);
+            // What f16 has below its normal numbers, too.
+            x[..cols].iter_mut().filter(|_| sizes[0] > 1e-9).for_each(|x| *x *= 1e-5);
+            let x = rounded(&x);
+            let exact = reference::matmul(&Matrix::new(&layout, &bytes), &x, tokens);
+            let positive = |values: &[f32]| values.iter().map(|v| v.abs()).collect::<Vec<_>>();
+            let bytes = packed(&layout, &positive(&weights));
+            let terms = reference::matmul(&Matrix::new(&layout, &bytes), &positive(&x), tokens);
+            let run = |x: &[f32]| {
+                let y = buffer(gpu, x.len() / cols * rows * 4);
+                let tokens = x.len() / cols;
+                gpu.matmul(&affine, Input::Half(&halves(gpu, x)), tokens, (&y, Output::F32, 1.0), &scratch).unwrap();
+                download(&y, WeightDtype::F32)
+            };
+            let few: Vec<f32> = x.chunks(8 * cols).flat_map(run).collect();
+            for (tokens, ours) in [("few", few), ("many", run(&x))] {
+                let what = format!("{rows}×{cols} of {sizes:?}, {tokens} tokens");
+                near_each(&what, &ours, &exact, |i| 1e-6 * terms[i], Output::F32);
             }
         }
     }
