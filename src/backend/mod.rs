@@ -55,6 +55,11 @@ pub trait Stage: Send {
 
     /// Launches every kernel of a step by itself from now on, where the stage would repeat them as one.
     fn launch_each_kernel(&mut self) {}
+
+    /// Whether it keeps what it computes in f16 on the way, whose largest value is 65,504; a larger one becomes NaN.
+    fn keeps_halves(&self) -> bool {
+        false
+    }
 }
 
 /// A device that chooses tokens by itself, and goes on while the host does something else.

@@ -18,7 +18,7 @@ mod workspace;
 pub use driver::{Copying, Gpu, Pinned, Region, arena};
 pub use installation::{GpuInfo, Installation, devices, measure_bandwidth};
 pub use kernels::Choosing;
-pub use operands::{Affine, Attention, Cache, DeviceMatrix, Input, MAX_HEAD_DIM, Norm, Output, Scratch};
+pub use operands::{Affine, Attention, Cache, DeviceMatrix, GATED, Input, MAX_HEAD_DIM, Norm, Output, Scratch};
 pub use stage::CudaStage;
 pub use upload::{InFlight, Upload};
 pub use workspace::Workspace;
