@@ -339,7 +339,7 @@ fn step(Bench { gpu, shape }: &Bench) {
         };
         let gate_up = |block: &[Affine]| {
             let pair = (Some(&block[4]), &block[5]);
-            gpu.gated(Activation::Silu, pair, Input::Half(&input), 1, [&gated, &apart], &scratch)
+            gpu.gated(Activation::Silu, pair, Input::Half(&input), 1, [&gated, &apart], &scratch).map(|_| ())
         };
         let launch = || {
             (0..shape.blocks).map(in_turn).try_for_each(|block| {
@@ -347,7 +347,7 @@ fn step(Bench { gpu, shape }: &Bench) {
                 attending.launch(gpu, &scratch)?;
                 gpu.matmul(&block[3], Input::Half(&attending.out), 1, (&result, Output::F16, 1.0), &scratch)?;
                 gate_up(block)?;
-                gpu.matmul(&block[6], Input::Half(&gated), 1, (&result, Output::F16, 1.0), &scratch)
+                gpu.matmul(&block[6], Input::Gated(&gated), 1, (&result, Output::F16, 1.0), &scratch)
             })
         };
         for (what, launch, matrices) in [

@@ -160,8 +160,12 @@ pub enum Setting {
     ChatTemplate,
     /// The longest context, in tokens.
     Context(usize),
+    /// To place all modules on the CPU.
+    Cpu,
     /// A device's description.
     Device(String),
+    /// The dtype of the KV cache by its name.
+    KvCache(&'static str),
     /// The most tokens to generate.
     MaxNewTokens(usize),
     /// The directory for weights on the disk.
@@ -216,7 +220,9 @@ impl fmt::Display for Setting {
             Self::AutomaticPlacement => "automatic placement",
             Self::ChatTemplate => "the chat template",
             Self::Context(tokens) => return write!(f, "a context of {tokens} tokens"),
+            Self::Cpu => "placement on the CPU",
             Self::Device(description) => return write!(f, "`{description}`"),
+            Self::KvCache(dtype) => return write!(f, "a KV cache of {dtype}"),
             Self::MaxNewTokens(tokens) => return write!(f, "a limit of {tokens} new tokens"),
             Self::OffloadDirectory => "the offload directory",
             Self::Overwrite => "overwriting",

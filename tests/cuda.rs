@@ -17,14 +17,14 @@ use evenkeel::export::{DEFAULT_SHARD_SIZE, SaveFormat, SaveOptions, save_quantiz
 use evenkeel::footprint;
 use evenkeel::generate::{GenerateOptions, Sampling};
 use evenkeel::loader::{LoadEvent, LoadOptions, Model};
-use evenkeel::plan::{Plan, Quantize};
+use evenkeel::plan::{Plan, PlanOptions, Quantize};
 use evenkeel::quant::{KvDtype, QuantizeRules, Scheme, WeightDtype};
 use evenkeel::{Cancel, ErrorKind};
 use fake_cuda::FakeCuda;
-use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
 use serde_json::json;
-use support::bent::{Bent, greedy};
+use support::bent::{Bent, Tensor, greedy};
 use support::broken::Broken;
 use support::models::{
     LOGITS, assert_all_near, assert_is_transformers, assert_near, difference, load, logits, machine, map, options, plan,
@@ -645,4 +645,92 @@ fn frequencies_follow_the_length_of_a_sequence() {
         let prompt = &tokens[..10];
         assert_eq!(greedy(&mut model, prompt, 12), greedy(&mut exact, prompt, 12), "{name}");
     }
+}
+
+/// `up_proj` times 2^`power` and `down_proj` by as much less: the same model, with larger values between.
+fn with_larger_values(name: &str, [up, down]: [&str; 2], power: i32) -> Bent {
+    let bent = Bent::of(name);
+    let mut tensors = bent.tensors();
+    for (name, tensor) in &mut tensors {
+        let power = if name.contains(up) { power } else { -power * i32::from(name.contains(down)) };
+        tensor.values.iter_mut().for_each(|value| *value *= 2f32.powi(power));
+    }
+    bent.without_weights();
+    let bytes = |tensor: &Tensor| kernels::encode(WeightDtype::Bf16, &tensor.values);
+    bent.save_as("model.safetensors", Dtype::BF16, &tensors, bytes);
+    bent
+}
+
+/// The tokens behind a prompt, or the error.
+fn tokens_or_error(
+    bent: &Bent,
+    devices: &[&str],
+    change: impl FnOnce(&mut PlanOptions, &mut GenerateOptions),
+) -> evenkeel::Result<Vec<u32>> {
+    let checkpoint = bent.open().unwrap();
+    let mut generate = GenerateOptions { max_new_tokens: Some(8), ignore_eos: true, ..GenerateOptions::default() };
+    let mut options = options(Scheme::None, &map(&checkpoint, devices), None);
+    change(&mut options, &mut generate);
+    let mut model = load(&Plan::new(&checkpoint, &machine(), options).unwrap(), false).unwrap();
+    let prompt: Vec<u32> = (3..20).collect();
+    model.generate_from(&prompt, generate)?.map(|piece| piece.map(|piece| piece.token.unwrap())).collect()
+}
+
+#[test]
+fn values_beyond_the_range_of_f16_between_gate_and_down_change_nothing() {
+    let Some((_, _turn)) = fake_cuda::load(GPUS) else { return };
+    for name in ["parity/llama", "parity/gemma2", "parity/qwen3_moe"] {
+        let sequence: Vec<u32> = numbers(&expected(name)["input_ids"]);
+        for scheme in [Scheme::None, Scheme::Int8] {
+            let run = |power: i32, device: &str, chunk: usize| {
+                let checkpoint = with_larger_values(name, ["up_proj", "down_proj"], power);
+                let checkpoint = checkpoint.open().unwrap();
+                let plan = plan(&checkpoint, scheme, &map(&checkpoint, &[device]), None);
+                let mut model = load(&plan, false).unwrap();
+                model.limit_prefill_chunk(chunk);
+                logits(&mut model, &sequence)
+            };
+            // The CPU rounds activations to int8 where weights are quantized.
+            let exact = run(0, if scheme == Scheme::None { "cpu" } else { "cuda:0" }, sequence.len());
+            for (power, chunk) in [12, 13, 15].into_iter().flat_map(|power| [(power, sequence.len()), (power, 1)]) {
+                let what = format!("{name}, {scheme}, 2^{power}, chunks of {chunk}");
+                assert_all_near(&what, &run(power, "cuda:0", chunk), &exact, name == "parity/qwen3_moe");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_no_f16_holds_ends_with_an_error_that_says_so() {
+    let Some((fake, _turn)) = fake_cuda::load(GPUS) else { return };
+    for (name, ends, power) in [
+        ("parity/llama", ["up_proj", "down_proj"], 30),
+        ("parity/gemma2", ["up_proj", "down_proj"], 30),
+        ("parity/qwen3_moe", ["up_proj", "down_proj"], 30),
+        // Of gemma2 scores and logits have soft caps.
+        ("parity/gemma2", ["k_proj", "q_proj"], 24),
+        ("parity/llama", ["v_proj", "o_proj"], 24),
+    ] {
+        let bent = with_larger_values(name, ends, power);
+        for (devices, kv_cache, sampling) in [
+            (&["cuda:0"][..], KvDtype::F16, 0),
+            (&["cuda:0"], KvDtype::Int8, 1),
+            (&["cuda:1", "cuda:0", "cpu"], KvDtype::Bf16, 2),
+        ] {
+            let error = tokens_or_error(&bent, devices, |options, generate| {
+                options.kv_cache = Some(kv_cache);
+                generate.sampling = samplings()[sampling].clone();
+            });
+            let (what, error) = (format!("{name}, {ends:?}, {devices:?}"), error.unwrap_err());
+            assert_eq!(error.to_string(), "a logit behind token 17 is not a number", "{what}");
+            let hint = &error.hints()[0];
+            assert!(hint.to_string().contains("f16, whose largest value is 65,504"), "{what}: {hint}");
+            assert_eq!(hint.settings(), [Setting::Cpu, Setting::KvCache("bf16")], "{what}");
+        }
+        // What the hint says helps, and the error has no such hint where there is no GPU.
+        let run = |bent: &Bent| tokens_or_error(bent, &["cpu"], |options, _| options.kv_cache = Some(KvDtype::Bf16));
+        let same = with_larger_values(name, ends, 0);
+        assert_eq!(run(&bent).unwrap(), run(&same).unwrap(), "{name}, {ends:?}");
+    }
+    assert_nothing_left(fake, "errors");
 }

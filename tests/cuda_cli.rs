@@ -4,12 +4,14 @@
 mod command;
 #[path = "support/fake_cuda.rs"]
 mod fake_cuda;
+mod support;
 
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use command::{evenkeel, run_with, stderr, stdout};
 use serde_json::Value;
+use support::bent::Bent;
 
 const FERRIS: &str = "tests/fixtures/ferris-7m";
 const LLAMA: &str = "tests/fixtures/parity/llama";
@@ -403,4 +405,31 @@ fn a_driver_without_gpus_is_none() {
     let output = run_with(on_gpus(&plain, &[("DEVICES", "")]).unwrap(), b"");
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     assert!(stderr(&output).starts_with("warning: no GPU is used: "), "{}", stderr(&output));
+}
+
+#[test]
+fn values_that_no_f16_holds_are_told_with_what_helps() {
+    let bent = Bent::of("parity/llama");
+    bent.change_tensors(|tensors| {
+        for (name, tensor) in tensors {
+            let factor = if name.contains("up_proj") { 2f32.powi(30) } else { 1.0 };
+            let factor = if name.contains("down_proj") { 2f32.powi(-30) } else { factor };
+            tensor.values.iter_mut().for_each(|value| *value *= factor);
+        }
+    });
+    let model = bent.path().to_str().unwrap();
+    let generate = ["generate", model, "--prompt", "t5 t6 t7", "--max-new-tokens", "4"];
+    for sampling in [&["--temperature", "0"][..], &["--temperature", "1", "--top-k", "9"]] {
+        let arguments = [&generate[..], sampling].concat();
+        let Some(command) = on_gpus(&arguments, &[]) else { return };
+        let output = run_with(command, b"");
+        let text = stderr(&output);
+        assert_eq!((output.status.code(), stdout(&output)), (Some(1), String::new()), "{text}");
+        assert!(text.contains("error: a logit behind token 3 is not a number\n"), "{text}");
+        assert!(text.contains("f16, whose largest value is 65,504"), "{text}");
+        assert!(text.contains("try `--device-map cpu` with `--kv-cache bf16`\n"), "{text}");
+        let helped = [&arguments[..], &["--device-map", "cpu", "--kv-cache", "bf16"]].concat();
+        let output = run_with(on_gpus(&helped, &[]).unwrap(), b"");
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    }
 }

@@ -65,6 +65,11 @@ pub trait Stage: Send {
     fn why_apart(&self) -> Option<&str> {
         None
     }
+
+    /// Whether it keeps what it computes in f16 on the way, whose largest value is 65,504; a larger one becomes NaN.
+    fn keeps_halves(&self) -> bool {
+        false
+    }
 }
 
 /// A device that chooses tokens by itself, and goes on while the host does something else.

@@ -45,6 +45,11 @@ impl Pipeline {
         self.stages.iter_mut().for_each(|stage| stage.launch_each_kernel());
     }
 
+    /// Whether a stage keeps what it computes in f16 on the way.
+    pub fn keeps_halves(&self) -> bool {
+        self.stages.iter().any(|stage| stage.keeps_halves())
+    }
+
     /// Runs the tokens of `runs`, at most [`Pipeline::largest_chunk`] of them, through all blocks. Their hidden states
     /// stay until the next step.
     pub fn run(&mut self, tokens: &[u32], runs: &[Run]) -> Result<()> {

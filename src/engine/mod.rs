@@ -115,7 +115,7 @@ impl Engine {
                 sequence.tokens.push(token);
                 Ok(token)
             }
-            _ => Err(not_a_number(seen)),
+            _ => Err(self.not_a_number(seen)),
         }
     }
 
@@ -173,7 +173,7 @@ impl Engine {
             for row in 0..chunk.len() {
                 let logits = self.pipeline.logits(row)?;
                 if !logits.iter().all(|logit| logit.is_finite()) {
-                    return Err(not_a_number(position + row + 1));
+                    return Err(self.not_a_number(position + row + 1));
                 }
                 visit(position + row, logits);
             }
@@ -192,10 +192,16 @@ impl Engine {
     fn too_long(&self, len: usize) -> Error {
         Error::input(format!("{len} tokens are more than the context of {} holds", self.context))
     }
-}
 
-fn not_a_number(tokens: usize) -> Error {
-    let what = "the checkpoint's weights are broken, or overflow in this scheme; try {}";
-    Error::input(format!("a logit behind token {tokens} is not a number"))
-        .hint(Hint::naming(what, [Setting::Quantize(Some("none"))]))
+    fn not_a_number(&self, tokens: usize) -> Error {
+        let error = Error::input(format!("a logit behind token {tokens} is not a number"));
+        let broken = "the checkpoint's weights are broken, or overflow in this scheme; try {}";
+        let broken = Hint::naming(broken, [Setting::Quantize(Some("none"))]);
+        if !self.pipeline.keeps_halves() {
+            return error.hint(broken);
+        }
+        let range = "on a GPU activations are kept in f16, whose largest value is 65,504, and the model may have larger \
+            ones; the CPU has no such limit: try {} with {}";
+        error.hint(Hint::naming(range, [Setting::Cpu, Setting::KvCache("bf16")])).hint(broken)
+    }
 }

@@ -164,6 +164,54 @@ fn attends_as_the_reference(gpu: &Arc<Gpu>, shape: &Attention, slots: usize) {
     }
 }
 
+/// NaN in a key or a value, or what becomes too large as it is rotated, shows in all tokens that see it.
+pub fn attention_over_what_is_no_number_is_none(gpu: &Arc<Gpu>) {
+    let (heads, kv_heads, head_dim, slots, before) = (4, 2, 16, 150, 140);
+    let scratch = scratch(gpu, CudaAttention::scratch(heads, kv_heads, head_dim, slots, slots));
+    let frequencies = floats(gpu, &[1.0; 8]);
+    for dtype in KvDtype::ALL {
+        // The query is far below, so that a key that were infinite would weigh nothing.
+        for (broken, softcap, value) in
+            [("key", 0.0, f32::NAN), ("key", 30.0, f32::NAN), ("value", 0.0, f32::NAN), ("query", 30.0, 60_000.0)]
+        {
+            let layout = KvLayout::new(dtype, kv_heads, head_dim, slots).unwrap();
+            let cache = Cache::new(layout, &[0; 2].map(|_| buffer(gpu, layout.codes + layout.scales)));
+            let run = |position: usize, tokens: usize, broken: Option<&str>| {
+                let vectors = |name: &str, heads: usize, seed| {
+                    let mut values = random(tokens * heads * head_dim, seed);
+                    if broken == Some(name) {
+                        // In the first token a pair, of the first head alone.
+                        values[1] = value;
+                        values[1 + head_dim / 2] = value;
+                    }
+                    halves(gpu, &values)
+                };
+                let query = vectors("query", heads, 80);
+                let [key, value] = [("key", 81), ("value", 82)].map(|(name, seed)| vectors(name, kv_heads, seed));
+                let shape = Attention { heads, kv_heads, head_dim, position, tokens, window: 0, scale: 1.0, softcap };
+                let (at, out) = (placed(gpu, position), buffer(gpu, query.len()));
+                let rope = Some((&frequencies, 1.0));
+                gpu.rotate_and_store(&shape, [&query, &key, &value], [None; 2], &cache, &at, rope).unwrap();
+                gpu.attend(&shape, &query, &cache, &out, &at, &scratch).unwrap();
+                let out = download(&out, WeightDtype::F16);
+                out.chunks(head_dim).map(|head| head.iter().any(|x| x.is_nan())).collect::<Vec<_>>()
+            };
+            let what = format!("{broken} of {value}, {dtype}, a cap of {softcap}");
+            // Of a token the first two heads read the first of keys and values.
+            assert!(!run(0, 20, None).contains(&true), "{what}");
+            for (position, tokens, broken) in
+                [(20, 1, Some(broken)), (21, 1, None), (22, 30, None), (52, before - 52, None), (before, 3, None)]
+            {
+                let is_query = broken == Some("query");
+                for (at, is_nan) in run(position, tokens, broken).into_iter().enumerate() {
+                    let shows = if value.is_nan() { at % heads < 2 } else { is_query && at == 0 };
+                    assert_eq!(is_nan, shows, "{what}: head {at} of {tokens} tokens at {position}");
+                }
+            }
+        }
+    }
+}
+
 /// A prompt in chunks that is longer than the window, tokens one by one, and another prompt.
 pub fn a_ring_gives_what_the_whole_context_does(gpu: &Arc<Gpu>) {
     for (heads, kv_heads, head_dim, window, chunk) in [(4, 2, 16, 5, 7), (2, 1, 64, 50, 30), (4, 2, 12, 1, 9)] {

@@ -31,13 +31,16 @@ macro_rules! every_case {
             activations_equal_the_reference
             attention_equals_the_reference
             attention_over_a_ring_equals_the_reference
+            attention_over_what_is_no_number_is_none
             a_ring_gives_what_the_whole_context_does
             embeddings_are_the_rows
             nan_and_what_overflows_stay_with_their_token
             norms_equal_the_reference
             products_equal_the_reference
+            products_of_bf16_weights_are_right_at_any_magnitude
             products_in_one_launch_are_those_of_each
             gates_are_applied_to_what_up_gives
+            gated_values_beyond_the_range_of_f16_are_right_or_nan
             hidden_states_are_normalized_on_the_way
             quantizing_is_bit_for_bit_the_hosts
             rotation_equals_the_reference
@@ -300,10 +303,11 @@ pub fn activations_equal_the_reference(gpu: &Arc<Gpu>) {
             }
         }
     }
-    let (gate, up) = (halves(gpu, &[60_000.0, f32::NAN]), halves(gpu, &[1000.0, 1.0]));
-    gpu.activate(Activation::Silu, &gate, Some(&up), 2).unwrap();
+    let gates = [60_000.0, f32::NAN, 32_752.0, -60_000.0, f32::INFINITY];
+    let (gate, up) = (halves(gpu, &gates), halves(gpu, &[1000.0, 1.0, 2.0, 1000.0, 1.0]));
+    gpu.activate(Activation::Relu, &gate, Some(&up), 5).unwrap();
     let ours = download(&gate, WeightDtype::F16);
-    assert!(ours[0] == 65_504.0 && ours[1].is_nan(), "{ours:?}");
+    assert!([0, 1, 4].iter().all(|at| ours[*at].is_nan()) && ours[2..4] == [65_504.0, 0.0], "{ours:?}");
 }
 
 pub fn the_tokens_of_an_expert_go_there_and_back(gpu: &Arc<Gpu>) {

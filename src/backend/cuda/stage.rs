@@ -131,15 +131,14 @@ impl CudaStage {
             gpu.attend(&shape, &query, cache, &attended, &position, &w.scratch)?;
             start += run.tokens;
         }
-        branch.matmul(&attention.output, &w.attended, tokens)
+        branch.matmul(&attention.output, Input::Half(&w.attended), tokens)
     }
 
     /// What goes into a feed-forward layer's last matrix.
-    fn gated(&self, dense: &Dense<DeviceMatrix>, input: Input, tokens: usize) -> Result<&Region> {
+    fn gated(&self, dense: &Dense<DeviceMatrix>, input: Input, tokens: usize) -> Result<Input<'_>> {
         let w = &*self.workspace;
         let (pair, rooms) = ((dense.gate.as_ref(), &dense.up), [&w.gate, &w.up]);
-        w.gpu.gated(self.config.activation, pair, input, tokens, rooms, &w.scratch)?;
-        Ok(&w.gate)
+        w.gpu.gated(self.config.activation, pair, input, tokens, rooms, &w.scratch)
     }
 
     /// The weighted sum of what each token's experts give. The host reads the scores and says which
@@ -177,7 +176,7 @@ impl CudaStage {
                 gpu.gather(&w.normed, &indices, hidden, &w.gathered)?;
                 let x = self.gated(expert, Input::Half(&w.gathered), count)?;
                 let given = (&w.expert, Output::F32, 1.0);
-                gpu.matmul(&expert.down, Input::Half(x), count, given, &w.scratch)?;
+                gpu.matmul(&expert.down, x, count, given, &w.scratch)?;
                 gpu.scatter_add(&w.expert, &indices, &weights, hidden, branch.target)?;
             }
             start += count;
@@ -290,11 +289,11 @@ impl<'a> Branch<'a> {
         Self { stage, norm, hidden, target: if is_apart { &stage.workspace.branch } else { hidden }, is_apart }
     }
 
-    fn matmul(&self, affine: &Affine, x: &Region, tokens: usize) -> Result<()> {
+    fn matmul(&self, affine: &Affine, x: Input, tokens: usize) -> Result<()> {
         let onto = (Output::Add, self.stage.config.residual_scale);
         let (output, factor) = if self.is_apart { (Output::F32, 1.0) } else { onto };
         let w = &*self.stage.workspace;
-        w.gpu.matmul(affine, Input::Half(x), tokens, (self.target, output, factor), &w.scratch)
+        w.gpu.matmul(affine, x, tokens, (self.target, output, factor), &w.scratch)
     }
 
     fn add(&self, tokens: usize) -> Result<()> {
@@ -377,6 +376,10 @@ impl Stage for CudaStage {
 
     fn why_apart(&self) -> Option<&str> {
         self.step.why_apart().or_else(|| self.whole_step.why_apart())
+    }
+
+    fn keeps_halves(&self) -> bool {
+        self.modules.head.is_some() || !self.modules.blocks.is_empty()
     }
 
     fn chooser(&mut self) -> Option<&mut dyn DeviceChooser> {

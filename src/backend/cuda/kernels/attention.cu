@@ -7,7 +7,7 @@
 
 // Normalizes every head of the query, in place, and of the key; see norm.cuh. Rotates their pairs
 // (i, i + rotary/2) by the angle position * frequencies[i], times `factor`; the rest of a head stays.
-// Stores key and value in the cache; in int8 with the scale absmax / 127.
+// Stores key and value in the cache; in int8 with the scale absmax / 127, which makes NaN of all if one is that.
 // frequencies: f32 [rotary / 2]; rotary: even, at most head_dim; 0 rotates nothing.
 // Launch: 128 threads, grid (tokens, heads + 2 * kv_heads).
 #define NORM(of) int of##_kind, const void *of##_weight, int of##_weight_dtype, const void *of##_bias, int of##_bias_dtype, float of##_offset, float of##_epsilon
@@ -43,7 +43,7 @@ KERNEL(128) rotate_and_store(__half* query, const __half* key, const __half* val
             v = d < half_width ? v * (cosine * factor) - other * (sine * factor) : v * (cosine * factor) + other * (sine * factor);
         }
         vector[d] = v;
-        largest = fmaxf(largest, fabsf(v));
+        largest = fmaxf(largest, v == v ? fabsf(v) : INFINITE);
     }
     largest = block_max(largest, scratch);
     if (is_query) {

@@ -34,11 +34,12 @@ __device__ __forceinline__ float load16(const void* x, int dtype, size_t i) {
 
 __device__ __forceinline__ float load(const void* x, int dtype, size_t i) { return dtype == F32 ? ((const float*)x)[i] : load16(x, dtype, i); }
 
-// Beyond the range of f16 the largest number stands for the value; NaN stays.
-__device__ __forceinline__ __half to_half(float v) {
-    const float largest = 65504.0f;
-    return __float2half_rn(v > largest ? largest : v < -largest ? -largest : v);
-}
+#define NO_NUMBER __uint_as_float(0x7fffffffu)
+#define INFINITE __uint_as_float(0x7f800000u)
+
+// NaN beyond the range of f16, and NaN stays. An infinity could be lost: as a score that weighs nothing, under a
+// soft cap, in an activation. NaN goes through all of these to the logits, where it is noticed.
+__device__ __forceinline__ __half to_half(float v) { return __float2half_rn(fabsf(v) < 65520.0f ? v : NO_NUMBER); }
 
 // To the nearest bf16, ties to even; NaN stays.
 __device__ __forceinline__ unsigned short to_bf16(float v) {

@@ -1,8 +1,6 @@
 // Embedding rows, activations, and the tokens of an expert.
 #include "common.cuh"
 
-#define NO_NUMBER __uint_as_float(0x7fffffffu)
-
 // hidden[t] = scale * row tokens[t] of the embedding, or hidden[t] += the same if `add`; the embedding is
 // a matrix of `rows` rows of any storage in the canonical packing of quant/layout.rs. tokens: u32 [tokens];
 // one that names no row gives NaN. hidden: f32 [tokens][cols].

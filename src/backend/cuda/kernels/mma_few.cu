@@ -51,7 +51,7 @@ struct Few {
     int cols;
     const void* x;
     int x_dtype, tokens, output;
-    float factor;
+    float scale, factor;
     int activation;
     Norm norm;
     float* partials;
@@ -59,7 +59,7 @@ struct Few {
 };
 
 __device__ __forceinline__ Product part_of(const Few& few, int row_block) {
-    return part_of(row_block, few.a, few.b, few.c, SLOTS, few.cols, nullptr, few.tokens, few.output, few.factor, few.activation);
+    return part_of(row_block, few.a, few.b, few.c, SLOTS, few.cols, nullptr, few.tokens, few.output, few.scale, few.factor, few.activation);
 }
 
 __device__ __forceinline__ int row_blocks(const Few& few) {
@@ -245,10 +245,10 @@ __device__ __forceinline__ void mma_few(const Few& few) {
 }
 
 #define MMA_FEW(name, storage)                                                                                                                            \
-    KERNEL_AT_ONCE(256, 2) name(MATRIX(0), MATRIX(1), MATRIX(2), int cols, const void* x, int x_dtype, int tokens, int output, float factor,               \
+    KERNEL_AT_ONCE(256, 2) name(MATRIX(0), MATRIX(1), MATRIX(2), int cols, const void* x, int x_dtype, int tokens, int output, float scale, float factor,  \
                                 int activation, int kind, const void* weight, int weight_dtype, const void* bias, int bias_dtype, float offset,          \
                                 float epsilon, float* partials, unsigned* arrivals) {                                                                     \
-        mma_few<storage>({GIVEN(0), GIVEN(1), GIVEN(2), cols, x, x_dtype, tokens, output, factor, activation,                                             \
+        mma_few<storage>({GIVEN(0), GIVEN(1), GIVEN(2), cols, x, x_dtype, tokens, output, scale, factor, activation,                                      \
                           {kind, weight, weight_dtype, bias, bias_dtype, offset, epsilon}, partials, arrivals});                                          \
     }
 MMA_FEW(mma_few_int8, FewInt8)

@@ -45,8 +45,7 @@ struct PlainPiece {
     uint4 elements[2];
 };
 
-// bf16 or f16, 16 columns a lane as of int8. A bf16 becomes the f16 next to it: the same number, but that those below
-// 2^-17 are rounded to multiples of 2^-24, and those of 65520 and more become infinite.
+// bf16 or f16, 16 columns a lane as of int8.
 template <int DTYPE>
 struct MmaPlain {
     typedef PlainPiece Piece;
@@ -66,15 +65,29 @@ struct MmaPlain {
         return piece;
     }
     static __device__ __forceinline__ void dequantize(const Piece& piece, int, int unit, int step, unsigned& low, unsigned& high) {
-        low = half_of(word(piece.elements[unit], 2 * step)), high = half_of(word(piece.elements[unit], 2 * step + 1));
-    }
-    // Two elements in a word.
-    static __device__ __forceinline__ unsigned half_of(unsigned elements) {
-        if (DTYPE == F16) return elements;
-        __half2 both = __floats2half2_rn(__uint_as_float(elements << 16), __uint_as_float(elements & 0xffff0000));
-        return *(const unsigned*)&both;
+        low = word(piece.elements[unit], 2 * step), high = word(piece.elements[unit], 2 * step + 1);
     }
     static __device__ __forceinline__ float scale(const Matrix&, int) { return 1.0f; }
+};
+
+// sums += weights · activations.
+template <class Storage>
+struct Multiply {
+    static __device__ __forceinline__ void add(float* sums, const unsigned* weights, unsigned x0, unsigned x1) { mma_m16n8k16(sums, weights, x0, x1); }
+};
+
+// No 16 bits hold both what a bf16 and what an f16 can be; tf32 does. Of the two columns in a word, the first is
+// in slot c and the second in slot c + 4.
+template <>
+struct Multiply<MmaPlain<BF16>> {
+    static __device__ __forceinline__ void add(float* sums, const unsigned* weights, unsigned x0, unsigned x1) {
+        half(sums, weights, x0), half(sums, weights + 2, x1);
+    }
+    static __device__ __forceinline__ void half(float* sums, const unsigned* weights, unsigned x) {
+        unsigned both[4] = {weights[0] << 16, weights[1] << 16, weights[0] & 0xffff0000, weights[1] & 0xffff0000};
+        float2 values = __half22float2(*(const __half2*)&x);
+        mma_m16n8k8(sums, both, values.x, values.y);
+    }
 };
 
 // The pieces of a lane: of slot `slot`, and of the one 8 behind it.
@@ -126,8 +139,8 @@ __device__ __forceinline__ void mma_many(const Product& p, int tile_of_tokens) {
                     uint4 values = x[t * 32];
 #pragma unroll
                     for (int at = 0; at < parts; at++) {
-                        mma_m16n8k16(sums[at % TILES][t], weights[at][0], values.x, values.y);
-                        mma_m16n8k16(sums[at % TILES][t], weights[at][1], values.z, values.w);
+                        Multiply<Storage>::add(sums[at % TILES][t], weights[at][0], values.x, values.y);
+                        Multiply<Storage>::add(sums[at % TILES][t], weights[at][1], values.z, values.w);
                     }
                 }
             }

@@ -1,9 +1,9 @@
 // What the matrix products of matmul.cu, mma_few.cu and mma_many.cu share: their arguments, and what becomes of a sum.
 //
-//   y[t][n] = factor * (sum_k x[t][k] * w[n][k] + bias[n]), accumulated in f32
+//   y[t][n] = factor * z[t][n], z[t][n] = scale * sum_k x[t][k] * w[n][k] + bias[n], accumulated in f32
 //
 // for up to three matrices with the same x in one launch, whose blocks stand side by side in the grid; or,
-// with an activation, activation(y) of one matrix, or activation(y of the first) * (y of the second).
+// with an activation, factor * activation(z) of one matrix, or factor * activation(z of the first) * (z of the second).
 //
 // w: a matrix in the canonical packing of quant/layout.rs, [rows][cols], of the storage in the kernel's
 // name; null for none. x: f16 [tokens][cols]. bias: [rows] of bias_dtype, or null. y: [tokens][rows],
@@ -31,7 +31,7 @@ struct Product {
     int cols;
     const __half* x;
     int tokens, output;
-    float factor;
+    float scale, factor;
     int activation;
 };
 
@@ -39,13 +39,13 @@ __device__ __forceinline__ bool is_gated(const Matrix& second, int activation) {
 
 // The part of the launch that block `block` with `slots` slots has.
 __device__ __forceinline__ Product part_of(int block, const Matrix& a, const Matrix& b, const Matrix& c, int slots, int cols, const __half* x, int tokens, int output,
-                                           float factor, int activation) {
+                                           float scale, float factor, int activation) {
     int blocks = (a.rows + slots - 1) / slots;
-    if (is_gated(b, activation)) return {a, b, true, block * (slots / 2), cols, x, tokens, output, factor, activation};
-    if (block < blocks) return {a, a, false, block * slots, cols, x, tokens, output, factor, activation};
+    if (is_gated(b, activation)) return {a, b, true, block * (slots / 2), cols, x, tokens, output, scale, factor, activation};
+    if (block < blocks) return {a, a, false, block * slots, cols, x, tokens, output, scale, factor, activation};
     block -= blocks, blocks = (b.rows + slots - 1) / slots;
-    if (block < blocks) return {b, b, false, block * slots, cols, x, tokens, output, factor, activation};
-    return {c, c, false, (block - blocks) * slots, cols, x, tokens, output, factor, activation};
+    if (block < blocks) return {b, b, false, block * slots, cols, x, tokens, output, scale, factor, activation};
+    return {c, c, false, (block - blocks) * slots, cols, x, tokens, output, scale, factor, activation};
 }
 
 // Slots are gate's and up's in turn, HALF of each. The row of a slot:
@@ -69,10 +69,10 @@ __device__ __forceinline__ Ending ending_of(const Matrix& m, int row) {
 
 // Writes what a row gives for a token, from its sum and, where there is a gate, up's.
 __device__ __forceinline__ void write(const Product& p, int row, int token, Ending ending, float sum, Ending ending_of_up, float up) {
-    float y = p.factor * fmaf(sum, ending.scale, ending.shift);
+    float y = fmaf(p.scale * sum, ending.scale, ending.shift);
     if (p.activation != NO_ACTIVATION) y = activated(p.activation, y);
-    if (p.is_gated) y *= p.factor * fmaf(up, ending_of_up.scale, ending_of_up.shift);
-    store(p.first.y, p.output, (size_t)token * p.first.rows + row, y);
+    if (p.is_gated) y *= fmaf(p.scale * up, ending_of_up.scale, ending_of_up.shift);
+    store(p.first.y, p.output, (size_t)token * p.first.rows + row, p.factor * y);
 }
 
 // The same for the result `at` of a block's.
@@ -95,8 +95,8 @@ __device__ __forceinline__ void finish(const Product& p, int at, int token, cons
 #define GIVEN(i) {codes##i, sub_scales##i, scales##i, rows##i, bias##i, bias_dtype##i, y##i}
 // Where the grid has tiles of tokens, those of the same rows run one after the other.
 #define PRODUCT(declared, slots, name, kernel)                                                                                              \
-    declared name(MATRIX(0), MATRIX(1), MATRIX(2), int cols, const __half* x, int tokens, int output, float factor, int activation) {        \
+    declared name(MATRIX(0), MATRIX(1), MATRIX(2), int cols, const __half* x, int tokens, int output, float scale, float factor, int activation) { \
         begin();                                                                                                                            \
         unsigned at = blockIdx.y * gridDim.x + blockIdx.x;                                                                                  \
-        kernel(part_of(at / gridDim.y, GIVEN(0), GIVEN(1), GIVEN(2), slots, cols, x, tokens, output, factor, activation), at % gridDim.y);  \
+        kernel(part_of(at / gridDim.y, GIVEN(0), GIVEN(1), GIVEN(2), slots, cols, x, tokens, output, scale, factor, activation), at % gridDim.y); \
     }

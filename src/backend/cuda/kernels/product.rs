@@ -6,7 +6,7 @@ use super::launch::Argument;
 use super::norm;
 use crate::backend::cuda::driver::{Gpu, Region};
 use crate::backend::cuda::modules::{Kernel, TENSOR_CORES};
-use crate::backend::cuda::operands::{Affine, Input, Output, Scratch, holds};
+use crate::backend::cuda::operands::{Affine, GATED, Input, Output, Scratch, holds};
 use crate::error::Result;
 use crate::footprint::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS};
 use crate::model_config::Activation;
@@ -57,26 +57,30 @@ impl Gpu {
         launches().try_for_each(|parts| self.product(parts, x, tokens, Epilogue::PLAIN, scratch))
     }
 
-    /// `y = activation(gate(x)) · up(x)`, or without a gate `activation(up(x))`, in f16. Where gate and up
-    /// differ in storage, `apart` holds what up gives.
-    pub fn gated(
+    /// `y = activation(gate(x)) · up(x)`, or without a gate `activation(up(x))`, times [`GATED`], in f16. Where gate
+    /// and up differ in storage, `apart` holds what up gives.
+    pub fn gated<'a>(
         &self,
         activation: Activation,
         (gate, up): (Option<&Affine>, &Affine),
         x: Input,
         tokens: usize,
-        [y, apart]: [&Region; 2],
+        [y, apart]: [&'a Region; 2],
         scratch: &Scratch,
-    ) -> Result<()> {
-        let activated = Epilogue { activation: Some(activation), ..Epilogue::PLAIN };
+    ) -> Result<Input<'a>> {
+        let scaled = Epilogue { factor: GATED, ..Epilogue::PLAIN };
+        let activated = Epilogue { activation: Some(activation), ..scaled };
         match gate {
             Some(gate) if gate.weight.layout.storage != up.weight.layout.storage => {
-                self.matmuls(&[(gate, y), (up, apart)], x, tokens, scratch)?;
-                self.activate(activation, y, Some(apart), tokens * up.rows.len())
+                let x = self.half(x, (tokens, up.cols()))?;
+                self.product(&[(gate, y)], x, tokens, Epilogue::PLAIN, scratch)?;
+                self.product(&[(up, apart)], x, tokens, scaled, scratch)?;
+                self.activate(activation, y, Some(apart), tokens * up.rows.len())?;
             }
-            Some(gate) => self.product(&[(gate, y), (up, y)], x, tokens, activated, scratch),
-            None => self.product(&[(up, y)], x, tokens, activated, scratch),
+            Some(gate) => self.product(&[(gate, y), (up, y)], x, tokens, activated, scratch)?,
+            None => self.product(&[(up, y)], x, tokens, activated, scratch)?,
         }
+        Ok(Input::Gated(y))
     }
 
     /// An input as rows of f16, normalized now where it is not yet. The shape is rows and their width.
@@ -118,9 +122,10 @@ impl Gpu {
         };
         let mma_few = mma && tokens <= FEW && !matches!(storage, Storage::Plain(_));
         let x = if mma_few { x } else { self.half(x, (tokens, cols))? };
-        let (states, norm, dtype) = match x {
-            Input::Half(x) => (x, None, WeightDtype::F16),
-            Input::Hidden { states, norm, .. } => (states, norm, WeightDtype::F32),
+        let (states, norm, dtype, scale) = match x {
+            Input::Half(x) => (x, None, WeightDtype::F16, 1.0),
+            Input::Gated(x) => (x, None, WeightDtype::F16, GATED.recip()),
+            Input::Hidden { states, norm, .. } => (states, norm, WeightDtype::F32, 1.0),
         };
         holds(states, [tokens, cols], dtype.size());
 
@@ -148,6 +153,7 @@ impl Gpu {
         arguments.extend([
             Argument::int(tokens),
             Argument::I32(epilogue.output as i32),
+            Argument::F32(scale),
             Argument::F32(epilogue.factor),
         ]);
         arguments.push(Argument::activation(epilogue.activation));

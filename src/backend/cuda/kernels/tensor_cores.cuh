@@ -8,6 +8,12 @@ __device__ __forceinline__ void mma_m16n8k16(float* d, const unsigned* a, unsign
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+// The same of 8 columns of tf32: lane (r, c) has columns c and c + 4, of rows r and r + 8 in turn, and of token r.
+__device__ __forceinline__ void mma_m16n8k8(float* d, const unsigned* a, float b0, float b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
 // Queues a copy of 16 bytes, or of 8; of zeros, if nothing is there.
 __device__ __forceinline__ void cp_async_16(void* to, const void* from, bool is_there) {
     unsigned shared = (unsigned)__cvta_generic_to_shared(to);
