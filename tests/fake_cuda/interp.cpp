@@ -1,4 +1,5 @@
 // Runs the blocks of a launch: warps whose lanes may go apart, barriers, collectives.
+#include <immintrin.h>
 #include <time.h>
 
 #include <algorithm>
@@ -13,10 +14,10 @@ namespace fk {
 EngineConfig& g_engine = *new EngineConfig;  // leaked: findings are reported at exit
 u32 g_rng_state = 1;
 
-static u64 now_ms() {
+static u64 now_us() {
     timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * 1000ull + t.tv_nsec / 1000000;
+    return t.tv_sec * 1000000ull + t.tv_nsec / 1000;
 }
 
 struct Launch_ {
@@ -29,14 +30,16 @@ struct Launch_ {
     u64 deadline;
 };
 
+static bool same(uint3 a, uint3 b) { return a.x == b.x && a.y == b.y && a.z == b.z; }
 static void start_block(Block& b, Launch_& run, u32 id) {
     const LaunchDesc& l = *run.l;
-    b.l = &l, b.run = &run, b.k = l.kernel, b.id = id, b.done = false, b.steps = 0, b.barrier_pc = -1;
-    b.at = {id % l.grid.x, id / l.grid.x % l.grid.y, id / l.grid.x / l.grid.y};
     u32 threads = l.block.x * l.block.y * l.block.z, warps = (threads + 31) / 32;
+    const bool is_new = b.k != l.kernel || !same(b.grid, l.grid) || !same(b.block, l.block);
+    b.l = &l, b.run = &run, b.k = l.kernel, b.id = id, b.done = false, b.barrier_pc = -1, b.grid = l.grid, b.block = l.block;
+    b.at = {id % l.grid.x, id / l.grid.x % l.grid.y, id / l.grid.x / l.grid.y};
     b.shared.assign(l.kernel->shared_bytes, (char)0xff);
     b.local.assign(l.kernel->local_bytes * threads, (char)0xff);
-    b.copies.assign(threads, {});
+    b.copies.clear();
     b.clock = 1, b.last_bar = 0;
     if (g_engine.race) {
         b.fence.assign(threads, 0), b.fence_covers.assign(threads, 0), b.acquired.clear();
@@ -52,11 +55,14 @@ static void start_block(Block& b, Launch_& run, u32 id) {
         if (w.regs.size() < l.kernel->reg_bytes + 64) w.regs.resize(l.kernel->reg_bytes + 64);
         w.base[0] = (char*)(((uintptr_t)w.regs.data() + 63) & ~63ull), w.base[1] = (char*)l.kernel->constants.data();
         if (g_engine.race) memset(w.base[0], 0xff, l.kernel->reg_bytes);
+        auto special = [&](int s) { return (u32*)w.p(l.kernel->special[s]); };
+        const u32 of_block[3] = {b.at.x, b.at.y, b.at.z}, of_launch[6] = {l.block.x, l.block.y, l.block.z, l.grid.x, l.grid.y, l.grid.z};
+        for (int s = 0; s < 3; s++) std::fill_n(special(6 + s), 32, of_block[s]);
+        if (!is_new && !g_engine.race) continue;
+        for (int s = 0; s < 3; s++) std::fill_n(special(3 + s), 32, of_launch[s]), std::fill_n(special(9 + s), 32, of_launch[3 + s]);
         for (u32 lane = 0; lane < 32; lane++) {
             u32 t = 32 * i + lane;
-            u32 values[13] = {t % l.block.x, t / l.block.x % l.block.y, t / l.block.x / l.block.y, l.block.x, l.block.y, l.block.z,
-                              b.at.x, b.at.y, b.at.z, l.grid.x, l.grid.y, l.grid.z, lane};
-            for (int s = 0; s < 13; s++) ((u32*)w.p(l.kernel->special[s]))[lane] = values[s];
+            special(0)[lane] = t % l.block.x, special(1)[lane] = t / l.block.x % l.block.y, special(2)[lane] = t / l.block.x / l.block.y, special(12)[lane] = lane;
         }
     }
 }
@@ -71,6 +77,22 @@ static std::string where(const Warp& w, u32 mask) {
     return out;
 }
 
+constexpr s32 kNowhere = 0x7fffffff;
+// The lowest place behind `after` where lanes of `mask` stand.
+static s32 least(const Warp& w, u32 mask, s32 after) {
+    s32 pc = kNowhere;
+    for (u32 l = 0; l < 32; l++) pc = std::min(pc, (mask >> l & 1) && w.pc[l] > after ? w.pc[l] : kNowhere);
+    return pc;
+}
+static u32 standing_at(const Warp& w, s32 pc) {
+    u32 mask = 0;
+    for (int i = 0; i < 4; i++) {
+        __m256i same = _mm256_cmpeq_epi32(_mm256_load_si256((const __m256i*)w.pc + i), _mm256_set1_epi32(pc));
+        mask |= (u32)_mm256_movemask_ps(_mm256_castsi256_ps(same)) << 8 * i;
+    }
+    return mask;
+}
+
 // Lets a warp run for `budget` instructions; false when it cannot go on (barrier, or done).
 static bool run_warp(Warp& w, u32 budget) {
     Block& b = *w.b;
@@ -83,18 +105,16 @@ static bool run_warp(Warp& w, u32 budget) {
             throw Fault{FAULT_OTHER, "lanes of a warp wait for others that never come:" + where(w, w.blocked)};
         }
         // The lanes that are furthest behind, or, at random, any.
-        s32 pc = 0x7fffffff;
+        s32 pc;
         if (g_engine.chaos && rng() % 4 == 0) {
             u32 n = rng() % __builtin_popcount(runnable), t = runnable;
             while (n--) t &= t - 1;
             pc = w.pc[__builtin_ctz(t)];
-        } else for (u32 t = runnable; t; t &= t - 1) pc = std::min(pc, w.pc[__builtin_ctz(t)]);
-        u32 g = 0;
-        for (u32 t = runnable; t; t &= t - 1) { int l = __builtin_ctz(t); if (w.pc[l] == pc) g |= 1u << l; }
-        s32 limit = 0x7fffffff;  // where others stand
-        for (u32 t = runnable & ~g; t; t &= t - 1) { s32 at = w.pc[__builtin_ctz(t)]; if (at > pc) limit = std::min(limit, at); }
+        } else pc = least(w, runnable, -1);
+        u32 g = standing_at(w, pc) & runnable;
         const bool alone = g == runnable;
-        auto leave = [&](s32 at) { for (u32 t = g; t; t &= t - 1) w.pc[__builtin_ctz(t)] = at; };
+        const s32 limit = alone ? kNowhere : least(w, runnable, pc);  // where others stand
+        auto leave = [&](s32 at) { for (u32 l = 0; l < 32; l++) w.pc[l] = g >> l & 1 ? at : w.pc[l]; };
         u32 quantum = g_engine.chaos && !alone ? std::min(budget, 1 + rng() % 32) : budget;
         u32 spent = 0;
         for (;;) {
@@ -115,7 +135,7 @@ static bool run_warp(Warp& w, u32 budget) {
                 break;
             }
             if (i.kind == RET) {
-                for (u32 t = m; t; t &= t - 1) {
+                for (u32 t = b.copies.empty() ? 0 : m; t; t &= t - 1) {
                     AsyncCopies& c = b.copies[w.first_thread + __builtin_ctz(t)];
                     for (auto& group : c.groups) if (!group.empty()) { finding(b, "a thread returns with cp.async under way", group[0].line, 0, ""); break; }
                     if (!c.open.empty()) finding(b, "a thread returns with cp.async that it never committed", c.open[0].line, 0, "");
@@ -173,7 +193,6 @@ static bool run_warp(Warp& w, u32 budget) {
             leave(pc + 1);
             break;
         }
-        b.steps += spent;
         budget -= std::min(budget, std::max(spent, 1u));
     }
     return true;
@@ -182,15 +201,15 @@ static bool run_warp(Warp& w, u32 budget) {
 // Runs a part of a block; true when it is done.
 static bool run_block(Block& b, u32 turns) {
     while (turns--) {
-        std::vector<Warp*> ready;
-        u32 alive = 0;
+        Warp* ready[32];
+        u32 alive = 0, count = 0;
         for (Warp& w : b.warps) {
             if (!w.alive) continue;
             alive++;
-            if (w.at_barrier != w.alive) ready.push_back(&w);
+            if (w.at_barrier != w.alive) ready[count++] = &w;
         }
         if (!alive) return b.done = true;
-        if (ready.empty()) {
+        if (!count) {
             s32 pc = -1;
             bool ended = false;
             for (Warp& w : b.warps) {
@@ -208,18 +227,20 @@ static bool run_block(Block& b, u32 turns) {
             b.last_bar = b.clock++;
             continue;
         }
-        Warp& w = *ready[g_engine.chaos ? rng() % ready.size() : 0];
+        Warp& w = *ready[g_engine.chaos ? rng() % count : 0];
         run_warp(w, g_engine.chaos ? 1 + rng() % 200 : 1u << 20);
-        if (now_ms() > b.run->deadline) throw Fault{FAULT_TIMEOUT, "the launch timed out"};
+        if (now_us() > b.run->deadline) throw Fault{FAULT_TIMEOUT, "the launch timed out"};
     }
     return false;
 }
 
-static void work(Launch_& run) {
+// Until all blocks of the launch are taken, or `most` are done.
+static void work(Launch_& run, u64 most) {
     u32 window = g_engine.resident ? g_engine.resident : g_engine.chaos ? 2 * run.l->multiprocessors : 1;
     if (g_engine.threads > 1 && !g_engine.race) window = 1;
     std::vector<std::unique_ptr<Block>> blocks;
-    static thread_local std::vector<std::unique_ptr<Block>> pool;
+    static auto& pool = *new std::vector<std::unique_ptr<Block>>;  // under pool_mu
+    static auto& pool_mu = *new std::mutex;
     u32 which = 0;
     Block* current = nullptr;
     try {
@@ -228,8 +249,8 @@ static void work(Launch_& run) {
                 u32 n = run.next++;
                 if (n >= run.order.size()) break;
                 std::unique_ptr<Block> b;
-                if (pool.empty()) b = std::make_unique<Block>();
-                else b = std::move(pool.back()), pool.pop_back();
+                { std::lock_guard<std::mutex> l(pool_mu); if (!pool.empty()) b = std::move(pool.back()), pool.pop_back(); }
+                if (!b) b = std::make_unique<Block>();
                 start_block(*b, run, run.order[n]);
                 blocks.push_back(std::move(b));
             }
@@ -237,8 +258,9 @@ static void work(Launch_& run) {
             which = blocks.size() == 1 ? 0 : rng() % blocks.size();
             current = blocks[which].get();
             if (run_block(*current, blocks.size() == 1 && window == 1 ? ~0u : 1 + rng() % 8)) {
-                if (pool.size() < 32) pool.push_back(std::move(blocks[which]));
+                { std::lock_guard<std::mutex> l(pool_mu); if (pool.size() < 32) pool.push_back(std::move(blocks[which])); }
                 blocks.erase(blocks.begin() + which);
+                if (--most == 0) return;
             }
         }
     } catch (const Fault& f) {
@@ -263,13 +285,17 @@ RunResult run_grid(const LaunchDesc& l) {
         if (!g_rng_state) g_rng_state = 1;
         for (u64 i = n; i > 1; i--) std::swap(run.order[i - 1], run.order[rng() % i]);
     }
-    run.deadline = now_ms() + g_engine.timeout_ms;
+    run.deadline = now_us() + g_engine.timeout_ms * 1000ull;
     if (g_engine.race) begin_launch(l, run.result.launch);
     u32 number = run.result.launch;
-    unsigned helpers = g_engine.race || g_engine.chaos ? 1 : std::min<u64>(g_engine.threads, n);
     std::vector<std::thread> threads;
-    for (unsigned i = 1; i < helpers; i++) threads.emplace_back([&] { work(run); });
-    work(run);
+    if (!g_engine.race && !g_engine.chaos && g_engine.threads > 1) {
+        u64 begin = now_us();
+        work(run, 1);
+        u64 rest = (now_us() - begin) * (n - 1);
+        for (unsigned i = 1; i < std::min<u64>(g_engine.threads, n - 1) && rest > 500; i++) threads.emplace_back([&] { work(run, ~0ull); });
+    }
+    work(run, ~0ull);
     for (auto& t : threads) t.join();
     run.result.launch = number;
     return run.result;
