@@ -78,18 +78,23 @@ static std::string where(const Warp& w, u32 mask) {
 }
 
 constexpr s32 kNowhere = 0x7fffffff;
+static __m256i places(const Warp& w, int eight) { return _mm256_load_si256((const __m256i*)w.pc + eight); }
 // The lowest place behind `after` where lanes of `mask` stand.
 static s32 least(const Warp& w, u32 mask, s32 after) {
-    s32 pc = kNowhere;
-    for (u32 l = 0; l < 32; l++) pc = std::min(pc, (mask >> l & 1) && w.pc[l] > after ? w.pc[l] : kNowhere);
-    return pc;
+    const __m256i nowhere = _mm256_set1_epi32(kNowhere), bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    __m256i low = nowhere;
+    for (int i = 0; i < 4; i++) {
+        __m256i of_mask = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(mask >> 8 * i), bits), bits), pc = places(w, i);
+        __m256i counts = _mm256_and_si256(of_mask, _mm256_cmpgt_epi32(pc, _mm256_set1_epi32(after)));
+        low = _mm256_min_epi32(low, _mm256_blendv_epi8(nowhere, pc, counts));
+    }
+    alignas(32) s32 each[8];
+    _mm256_store_si256((__m256i*)each, low);
+    return *std::min_element(each, each + 8);
 }
 static u32 standing_at(const Warp& w, s32 pc) {
     u32 mask = 0;
-    for (int i = 0; i < 4; i++) {
-        __m256i same = _mm256_cmpeq_epi32(_mm256_load_si256((const __m256i*)w.pc + i), _mm256_set1_epi32(pc));
-        mask |= (u32)_mm256_movemask_ps(_mm256_castsi256_ps(same)) << 8 * i;
-    }
+    for (int i = 0; i < 4; i++) mask |= (u32)_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(places(w, i), _mm256_set1_epi32(pc)))) << 8 * i;
     return mask;
 }
 
