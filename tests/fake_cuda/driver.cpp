@@ -224,6 +224,9 @@ EXPORT void fake_cuda_last_error(char* out, size_t n) {
     snprintf(out, n, "%s", g_last_error.c_str());
 }
 
+// What was found since the last call, a line each, as much as there is room for; all of it is written at exit.
+EXPORT void fake_cuda_findings(char* out, size_t n) { snprintf(out, n, "%s", new_findings().c_str()); }
+
 // ---- initialisation, devices -------------------------------------------------------------------
 API cuInit(unsigned flags) {
     NEED(!flags);

@@ -54,6 +54,7 @@ struct RunResult {
     uint32_t launch = 0;       // its number
 };
 RunResult run_grid(const LaunchDesc& launch);
+std::string new_findings();
 // Writes what was found, and what has run.
 void report_findings();
 void report_coverage(const char* path);

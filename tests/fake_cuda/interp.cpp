@@ -142,8 +142,8 @@ static bool run_warp(Warp& w, u32 budget) {
             if (i.kind == RET) {
                 for (u32 t = b.copies.empty() ? 0 : m; t; t &= t - 1) {
                     AsyncCopies& c = b.copies[w.first_thread + __builtin_ctz(t)];
-                    for (auto& group : c.groups) if (!group.empty()) { finding(b, "a thread returns with cp.async under way", group[0].line, 0, ""); break; }
-                    if (!c.open.empty()) finding(b, "a thread returns with cp.async that it never committed", c.open[0].line, 0, "");
+                    for (auto& group : c.groups) if (!group.empty()) { finding(b, "a thread returns with cp.async under way", group[0].line); break; }
+                    if (!c.open.empty()) finding(b, "a thread returns with cp.async that it never committed", c.open[0].line);
                     c = {};
                 }
                 w.alive &= ~m;
@@ -155,13 +155,13 @@ static bool run_warp(Warp& w, u32 budget) {
             if (i.kind == NOP) { pc++; continue; }
             if (i.kind == GDC_WAIT) { w.waited |= m; pc++; continue; }
             if (i.kind == GDC_LAUNCH) {
-                if (b.l->early && (m & ~w.waited)) finding(b, "griddepcontrol.launch_dependents before griddepcontrol.wait", i.line, 0, "");
+                if (b.l->early && (m & ~w.waited)) finding(b, "griddepcontrol.launch_dependents before griddepcontrol.wait", i.line);
                 pc++; continue;
             }
             // The rest waits for others.
             if (m != g) {
                 if (!m) { pc++; continue; }
-                finding(b, "a guard lets a part of the lanes through to a collective", i.line, 0, "");
+                finding(b, "a guard lets a part of the lanes through to a collective", i.line);
                 leave(pc);
                 for (u32 t = g & ~m; t; t &= t - 1) w.pc[__builtin_ctz(t)] = pc + 1;
                 g = m;
@@ -188,7 +188,7 @@ static bool run_warp(Warp& w, u32 budget) {
             for (u32 t = w.blocked & ~w.at_barrier; t; t &= t - 1) { int l = __builtin_ctz(t); if (w.pc[l] == pc) arrived |= 1u << l; }
             if (want & w.alive & ~arrived) { leave(pc); w.blocked |= g; break; }
             if ((i.kind == MMA || i.kind == LDMATRIX) && arrived != ~0u) throw Fault{FAULT_OTHER, "an .aligned instruction of a warp that is not whole, line " + std::to_string(i.line)};
-            if (i.kind == SHFL && (want & w.exist & ~w.alive)) finding(b, "shfl.sync names lanes that have returned", i.line, 0, "");
+            if (i.kind == SHFL && (want & w.exist & ~w.alive)) finding(b, "shfl.sync names lanes that have returned", i.line);
             w.blocked &= ~arrived;
             if (i.fn) i.fn(w, i, arrived);
             if (i.kind == WARPSYNC) w.last_sync = b.clock;
@@ -221,10 +221,10 @@ static bool run_block(Block& b, u32 turns) {
                 ended |= w.alive != w.exist;
                 if (!w.alive) continue;
                 s32 at = w.pc[__builtin_ctz(w.alive)];
-                if (pc >= 0 && at != pc) finding(b, "warps of a block meet at different bar.sync", b.k->code[pc].line, b.k->code[at].line, "");
+                if (pc >= 0 && at != pc) finding(b, "warps of a block meet at different bar.sync", b.k->code[pc].line, b.k->code[at].line);
                 pc = at;
             }
-            if (ended) finding(b, "bar.sync after some threads of the block have returned", b.k->code[pc].line, 0, "");
+            if (ended) finding(b, "bar.sync after some threads of the block have returned", b.k->code[pc].line);
             for (Warp& w : b.warps) {
                 for (u32 t = w.alive; t; t &= t - 1) w.pc[__builtin_ctz(t)]++;
                 w.blocked = w.at_barrier = 0;
@@ -291,7 +291,7 @@ RunResult run_grid(const LaunchDesc& l) {
         for (u64 i = n; i > 1; i--) std::swap(run.order[i - 1], run.order[rng() % i]);
     }
     run.deadline = now_us() + g_engine.timeout_ms * 1000ull;
-    if (g_engine.race) begin_launch(l, run.result.launch);
+    if (g_engine.race) begin_launch(run.result.launch);
     u32 number = run.result.launch;
     std::vector<std::thread> threads;
     if (!g_engine.race && !g_engine.chaos && g_engine.threads > 1) {
