@@ -35,7 +35,7 @@ static void start_block(Block& b, Launch_& run, u32 id) {
     const LaunchDesc& l = *run.l;
     u32 threads = l.block.x * l.block.y * l.block.z, warps = (threads + 31) / 32;
     const bool is_new = b.k != l.kernel || !same(b.grid, l.grid) || !same(b.block, l.block);
-    b.l = &l, b.run = &run, b.k = l.kernel, b.id = id, b.done = false, b.barrier_pc = -1, b.grid = l.grid, b.block = l.block;
+    b.l = &l, b.run = &run, b.k = l.kernel, b.id = id, b.done = b.has_fenced = false, b.grid = l.grid, b.block = l.block;
     b.at = {id % l.grid.x, id / l.grid.x % l.grid.y, id / l.grid.x / l.grid.y};
     b.shared.assign(l.kernel->shared_bytes, (char)0xff);
     b.local.assign(l.kernel->local_bytes * threads, (char)0xff);

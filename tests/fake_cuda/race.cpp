@@ -192,14 +192,17 @@ void race_global(Warp& w, int lane, u64 addr, u32 size, u8 access, const void* w
 
 void race_fence(Warp& w, u32 mask) {
     Block& b = *w.b;
+    b.has_fenced = true;
     for (u32 t = mask; t; t &= t - 1) {
         u32 tid = w.first_thread + __builtin_ctz(t);
         b.fence[tid] = b.clock, b.fence_covers[tid] = b.last_bar;
     }
 }
-void race_atom(Warp& w, int lane, u64 addr) {
+void race_atom(Warp& w, int lane, u64 addr, bool acquires) {
     Block& b = *w.b;
     u32 tid = w.first_thread + lane;
+    // Before its first fence a block has nothing to release.
+    if (b.acquired.empty() && !b.has_fenced && !(acquires && g_released.count(addr))) return;
     auto& word = g_released[addr];
     auto seen = word;
     // What this thread may release: what was fenced by its thread before the last barrier, and its own.
@@ -214,7 +217,7 @@ void race_atom(Warp& w, int lane, u64 addr) {
     for (const Acquired& q : b.acquired) for (auto& [block, entry] : *q.clocks) { auto it = next->find(block); if (it == next->end() || it->second.cover < entry.cover) (*next)[block] = entry; }
     (*next)[b.id] = e;
     word = next;
-    if (seen) b.acquired.push_back({addr, tid, b.clock, seen});
+    if (seen && acquires) b.acquired.push_back({addr, tid, b.clock, seen});
 }
 
 }  // namespace fk
