@@ -3,7 +3,6 @@
 #include <cctype>
 #include <cstdlib>
 #include <mutex>
-#include <set>
 #include <stdexcept>
 #include <unordered_map>
 
@@ -419,24 +418,18 @@ std::string load_ptx(const char* text, KernelMap& kernels, int& version, std::st
     cache()[key] = {kernels, version, target};
     return "";
 }
-// What has run of each kernel: a line for each, and the first lines of the runs of instructions that have not.
+// Of each kernel that has run: how many lines it has, and those that have not.
 void report_coverage(const char* path) {
     FILE* f = fopen(path, "a");
     if (!f) return;
-    std::set<const Kernel*> seen;
     for (auto& [text, loaded] : cache())
         for (auto& [name, k] : loaded.kernels) {
-            size_t hit = 0, i = 0;
-            for (u8 h : k->hits) hit += h;
-            if (!hit) continue;
-            fprintf(f, "coverage %s %zu of %zu:", name.c_str(), hit, k->hits.size());
-            for (; i < k->hits.size(); i++) {
-                if (k->hits[i]) continue;
-                size_t j = i;
-                while (j < k->hits.size() && !k->hits[j]) j++;
-                fprintf(f, " %u-%u", k->code[i].line, k->code[j - 1].line);
-                i = j;
-            }
+            std::map<u32, bool> lines;
+            bool any = false;
+            for (size_t i = 0; i < k->hits.size(); i++) any |= k->hits[i], lines[k->code[i].line] |= k->hits[i];
+            if (!any) continue;
+            fprintf(f, "coverage %s %zu:", name.c_str(), lines.size());
+            for (auto& [line, hit] : lines) if (!hit) fprintf(f, " %u", line);
             fprintf(f, "\n");
         }
     fclose(f);
