@@ -43,10 +43,7 @@ void Countdown::set(const char* s, int default_code) {
 }
 bool Countdown::hit() {
     if (left <= 0) return false;
-    if (left == 1) {
-        if (!forever) left = 0;
-        return true;
-    }
+    if (left == 1) { if (!forever) left = 0; return true; }
     return --left, false;
 }
 
@@ -147,10 +144,7 @@ static CtxStack& ctx_stack() {
     if (!s) pthread_setspecific(key, s = new CtxStack);
     return *s;
 }
-Context* current() {
-    auto& s = ctx_stack();
-    return s.empty() || s.back()->destroyed ? nullptr : s.back();
-}
+Context* current() { auto& s = ctx_stack(); return s.empty() || s.back()->destroyed ? nullptr : s.back(); }
 
 static Context* new_context(Device* d) {  // null: it does not fit
     auto c = std::make_unique<Context>();

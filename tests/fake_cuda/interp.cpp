@@ -14,11 +14,7 @@ namespace fk {
 EngineConfig& g_engine = *new EngineConfig;  // leaked: findings are reported at exit
 u32 g_rng_state = 1;
 
-static u64 now_us() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * 1000000ull + t.tv_nsec / 1000;
-}
+static u64 now_us() { timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return t.tv_sec * 1000000ull + t.tv_nsec / 1000; }
 
 struct Launch_ {
     const LaunchDesc* l;
@@ -41,10 +37,7 @@ static void start_block(Block& b, Launch_& run, u32 id) {
     b.local.assign(l.kernel->local_bytes * threads, (char)0xff);
     b.copies.clear();
     b.clock = 1, b.last_bar = 0;
-    if (g_engine.race) {
-        b.fence.assign(threads, 0), b.fence_covers.assign(threads, 0), b.acquired.clear();
-        reset_shadow(b);
-    }
+    if (g_engine.race) { b.fence.assign(threads, 0), b.fence_covers.assign(threads, 0), b.acquired.clear(); reset_shadow(b); }
     b.warps.resize(warps);
     for (u32 i = 0; i < warps; i++) {
         Warp& w = b.warps[i];
@@ -208,11 +201,7 @@ static bool run_block(Block& b, u32 turns) {
     while (turns--) {
         Warp* ready[32];
         u32 alive = 0, count = 0;
-        for (Warp& w : b.warps) {
-            if (!w.alive) continue;
-            alive++;
-            if (w.at_barrier != w.alive) ready[count++] = &w;
-        }
+        for (Warp& w : b.warps) { if (!w.alive) continue; alive++; if (w.at_barrier != w.alive) ready[count++] = &w; }
         if (!alive) return b.done = true;
         if (!count) {
             s32 pc = -1;

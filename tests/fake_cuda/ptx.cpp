@@ -188,7 +188,7 @@ struct Parser {
                 unsigned n = 1;
                 for (int i = 0; i < 3; i++) { n *= atoi(word().c_str()); if (i < 2 && word() != ",") fail(".maxntid"); }
                 k->max_threads = n;
-            } else if (w == ".minnctapersm") k->min_blocks = atoi(word().c_str());
+            } else if (w == ".minnctapersm") word();
             else fail("unexpected `" + w + "`");
         }
         static const char* names[] = {"%tid.x", "%tid.y", "%tid.z", "%ntid.x", "%ntid.y", "%ntid.z", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z", "%laneid"};
@@ -244,7 +244,6 @@ struct Parser {
                 size_t& total = ws[0] == ".shared" ? k->shared_bytes : k->local_bytes;
                 total = (total + a - 1) / a * a;
                 symbols[n] = {ws[0] == ".shared" ? SHARED : LOCAL, total};
-                if (ws[0] == ".shared") k->shared_symbols[n] = (u32)total;
                 total += size;
             } else if (ws[0] != ".pragma") fail("directive " + ws[0]);
             return;
@@ -331,7 +330,6 @@ struct Parser {
         if (m == module_shared.end()) fail("unknown operand `" + w + "`");
         size_t at = (k->shared_bytes + m->second.first - 1) / m->second.first * m->second.first;
         k->shared_bytes = at + m->second.second;
-        k->shared_symbols[w] = (u32)at;
         return symbols[w] = {SHARED, at};
     }
 
@@ -391,7 +389,7 @@ struct Parser {
             for (u32 q = 0; q < code[i].nops; q++) if (is_vreg[i][q]) code[i].op[q] = place[code[i].op[q]];
         }
         for (int i = 0; i < 13; i++) k->special[i] = place[i];
-        k->reg_bytes = bytes, k->vregs = nv;
+        k->reg_bytes = bytes;
     }
 };
 
@@ -433,14 +431,6 @@ void report_coverage(const char* path) {
             fprintf(f, "\n");
         }
     fclose(f);
-}
-const std::vector<ParamInfo>& params_of(const Kernel& k) { return k.params; }
-unsigned max_threads_of(const Kernel& k) { return k.max_threads; }
-size_t shared_bytes_of(const Kernel& k) { return k.shared_bytes; }
-std::vector<Range> globals_of(const Kernel& k) {
-    std::vector<Range> out;
-    for (auto& g : k.globals) out.push_back({(uintptr_t)g->data(), g->size()});
-    return out;
 }
 
 }  // namespace fk

@@ -40,19 +40,19 @@ static std::string text_of(const FoundKey& key, const Found& f) {
     auto& [kernel, kind, line, other] = key;
     return kernel->name + ": " + kind + ", PTX line " + std::to_string(line) + (other ? " with line " + std::to_string(other) : "") + ": " + std::to_string(f.count) + " times" + f.example;
 }
+static bool is_note(const FoundKey& key) { return !strncmp(std::get<1>(key), "note:", 5); }
 // What was found since the last call, and is not a note.
 std::string new_findings() {
     std::lock_guard<std::mutex> l(g_found_mu);
     std::string out;
-    for (auto& [key, f] : g_found)
-        if (!std::exchange(f.is_told, true) && strncmp(std::get<1>(key), "note:", 5)) out += text_of(key, f) + "\n";
+    for (auto& [key, f] : g_found) if (!is_note(key) && !std::exchange(f.is_told, true)) out += text_of(key, f) + "\n";
     return out;
 }
 void report_findings() {
     std::lock_guard<std::mutex> l(g_found_mu);
-    FILE* f = g_found.empty() ? nullptr : g_engine.log.empty() ? stderr : fopen(g_engine.log.c_str(), "a");
+    FILE* f = g_engine.log.empty() ? stderr : fopen(g_engine.log.c_str(), "a");
     if (!f) return;
-    for (auto& [key, found] : g_found) fprintf(f, "fake_cuda: %s\n", text_of(key, found).c_str());
+    for (auto& [key, found] : g_found) if (f != stderr || !is_note(key)) fprintf(f, "fake_cuda: %s\n", text_of(key, found).c_str());
     if (f != stderr) fclose(f);
 }
 void begin_launch(u32 launch) {
@@ -60,11 +60,7 @@ void begin_launch(u32 launch) {
     g_released.clear();
     if (g_pages.size() > 10000) g_pages.clear(), g_last_page_at = ~0ull;
 }
-void reset_shadow(Block& b) {
-    static u32 runs = 0;
-    b.run_number = ++runs;
-    b.shadow.resize((b.shared.size() + 3) / 4);
-}
+void reset_shadow(Block& b) { static u32 runs = 0; b.run_number = ++runs; b.shadow.resize((b.shared.size() + 3) / 4); }
 
 // 0: not ordered; 1: by the warp's meeting alone; 2: ordered. For accesses of one block.
 static inline int ordered_in_block(const Warp& w, u32 tid, const Acc& a) {
@@ -105,10 +101,7 @@ void race_shared(Warp& w, int lane, u32 addr, u32 size, u8 access, const void* w
             if ((c.init & mask) != mask) tell("note: read of shared memory that was never written", 0, tid);
             if (!(access & ATOMIC)) conflict(c.w, "shared race, read after write", "shared read after write relies on convergence");
         }
-        if (!(access & WRITE)) {
-            if (c.r1.clock && c.r1.tid != tid) (c.r1.tid / 32 != w.index ? c.r2 : c.r3) = c.r1;
-            c.r1 = now;
-        }
+        if (!(access & WRITE)) { if (c.r1.clock && c.r1.tid != tid) (c.r1.tid / 32 != w.index ? c.r2 : c.r3) = c.r1; c.r1 = now; }
     }
 }
 
