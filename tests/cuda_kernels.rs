@@ -11,15 +11,24 @@ use evenkeel::backend::cuda::Gpu;
 
 const GPUS: &str = "1GiB,1GiB";
 
+/// The variable that names the compute capabilities that kernels are tried with, as `7.5,8.6,9.0`.
+const CAPABILITIES: &str = "EVENKEEL_CAPABILITIES";
+
+/// Where [`CAPABILITIES`] is not set: with tensor cores, where kernels begin early, and without.
+fn capabilities() -> Vec<String> {
+    #[allow(clippy::disallowed_methods, reason = "a variable of the tests")]
+    let wanted = std::env::var(CAPABILITIES).unwrap_or_else(|_| "9.0,7.5".to_owned());
+    wanted.split(',').map(str::to_owned).collect()
+}
+
 macro_rules! on_the_stand_in {
     ($($case:ident)*) => {$(
         #[test]
         fn $case() {
             let Some((fake, _turn)) = fake_cuda::load(GPUS) else { return };
-            // With tensor cores, where kernels begin early, and without.
-            for (streams, capability) in [("eager", "9.0"), ("lazy", "7.5")] {
-                fake.set("STREAMS", streams);
-                fake.set("CC", capability);
+            for capability in capabilities() {
+                fake.set("STREAMS", if capability == "7.5" { "lazy" } else { "eager" });
+                fake.set("CC", &capability);
                 let gpu = Gpu::open(0).unwrap();
                 kernels::$case(&gpu);
                 drop(gpu);
@@ -78,6 +87,34 @@ fn page_locked_memory_is_the_copys_own_until_that_is_done() {
     let copy = region.write_from(sevens(), 0..SIZE).unwrap();
     drop(region);
     assert!(all(&copy.finish().unwrap(), 7));
+}
+
+/// Runs a test of this file again, with barriers left out of the kernel under it.
+#[test]
+fn a_barrier_that_is_left_out_is_found() {
+    if fake_cuda::directory().is_none() {
+        return;
+    }
+    let ptx = include_str!("../src/backend/cuda/kernels/norm.ptx");
+    let barriers = ptx.lines().zip(1..).filter(|(line, _)| line.contains("bar.sync"));
+    let lines: Vec<_> = barriers.map(|(_, at)| format!("normalize:{at}")).collect();
+    let run = |left_out: &str| {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "norms_equal_the_reference"]).env("FAKE_CUDA_RACE", "1").env(CAPABILITIES, "9.0");
+        let output = command.env("FAKE_CUDA_DROP", left_out).output().unwrap();
+        (
+            output.status.success(),
+            [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap()).concat(),
+        )
+    };
+    let (is_success, said) = run("");
+    assert!(is_success, "{said}");
+    let found = lines.iter().filter(|line| {
+        let (is_success, said) = run(line);
+        !is_success && said.contains("normalize: shared race")
+    });
+    // The first one orders nothing: what is behind it is new to the block.
+    assert_eq!(found.count(), lines.len() - 1);
 }
 
 /// Runs a test of this file again where no g++ is found.

@@ -43,10 +43,7 @@ void Countdown::set(const char* s, int default_code) {
 }
 bool Countdown::hit() {
     if (left <= 0) return false;
-    if (left == 1) {
-        if (!forever) left = 0;
-        return true;
-    }
+    if (left == 1) { if (!forever) left = 0; return true; }
     return --left, false;
 }
 
@@ -147,10 +144,7 @@ static CtxStack& ctx_stack() {
     if (!s) pthread_setspecific(key, s = new CtxStack);
     return *s;
 }
-Context* current() {
-    auto& s = ctx_stack();
-    return s.empty() || s.back()->destroyed ? nullptr : s.back();
-}
+Context* current() { auto& s = ctx_stack(); return s.empty() || s.back()->destroyed ? nullptr : s.back(); }
 
 static Context* new_context(Device* d) {  // null: it does not fit
     auto c = std::make_unique<Context>();
@@ -224,6 +218,9 @@ EXPORT void fake_cuda_last_error(char* out, size_t n) {
     std::lock_guard<std::mutex> l(g_mu);
     snprintf(out, n, "%s", g_last_error.c_str());
 }
+
+// What was found since the last call, a line each, as much as there is room for; all of it is written at exit.
+EXPORT void fake_cuda_findings(char* out, size_t n) { snprintf(out, n, "%s", new_findings().c_str()); }
 
 // ---- initialisation, devices -------------------------------------------------------------------
 API cuInit(unsigned flags) {

@@ -9,8 +9,8 @@
 #include <mutex>
 #include <set>
 
-#include "engine.h"
 #include "errors.h"
+#include "ptx.h"
 
 namespace fk {
 

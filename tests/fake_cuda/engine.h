@@ -27,17 +27,8 @@ struct EngineConfig {
 };
 extern EngineConfig& g_engine;
 
-struct Kernel;  // a decoded kernel, see ptx.h
-using KernelMap = std::map<std::string, std::shared_ptr<Kernel>>;
-
-// Parses and decodes; an empty string, or what is wrong.
-std::string load_ptx(const char* text, KernelMap& kernels, int& version, std::string& target);
-const std::vector<ParamInfo>& params_of(const Kernel& k);
-unsigned max_threads_of(const Kernel& k);
-size_t shared_bytes_of(const Kernel& k);
+struct Kernel;  // see ptx.h
 struct Range { uintptr_t base; size_t size; };
-std::vector<Range> globals_of(const Kernel& k);
-
 struct LaunchDesc {
     const Kernel* kernel;
     const char* params;        // laid out as ParamInfo says
@@ -54,6 +45,7 @@ struct RunResult {
     uint32_t launch = 0;       // its number
 };
 RunResult run_grid(const LaunchDesc& launch);
+std::string new_findings();
 // Writes what was found, and what has run.
 void report_findings();
 void report_coverage(const char* path);

@@ -1,4 +1,5 @@
 // Runs the blocks of a launch: warps whose lanes may go apart, barriers, collectives.
+#include <immintrin.h>
 #include <time.h>
 
 #include <algorithm>
@@ -13,11 +14,7 @@ namespace fk {
 EngineConfig& g_engine = *new EngineConfig;  // leaked: findings are reported at exit
 u32 g_rng_state = 1;
 
-static u64 now_ms() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * 1000ull + t.tv_nsec / 1000000;
-}
+static u64 now_us() { timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return t.tv_sec * 1000000ull + t.tv_nsec / 1000; }
 
 struct Launch_ {
     const LaunchDesc* l;
@@ -29,19 +26,18 @@ struct Launch_ {
     u64 deadline;
 };
 
+static bool same(uint3 a, uint3 b) { return a.x == b.x && a.y == b.y && a.z == b.z; }
 static void start_block(Block& b, Launch_& run, u32 id) {
     const LaunchDesc& l = *run.l;
-    b.l = &l, b.run = &run, b.k = l.kernel, b.id = id, b.done = false, b.steps = 0, b.barrier_pc = -1;
-    b.at = {id % l.grid.x, id / l.grid.x % l.grid.y, id / l.grid.x / l.grid.y};
     u32 threads = l.block.x * l.block.y * l.block.z, warps = (threads + 31) / 32;
+    const bool is_new = b.k != l.kernel || !same(b.grid, l.grid) || !same(b.block, l.block);
+    b.l = &l, b.run = &run, b.k = l.kernel, b.id = id, b.done = b.has_fenced = false, b.grid = l.grid, b.block = l.block;
+    b.at = {id % l.grid.x, id / l.grid.x % l.grid.y, id / l.grid.x / l.grid.y};
     b.shared.assign(l.kernel->shared_bytes, (char)0xff);
     b.local.assign(l.kernel->local_bytes * threads, (char)0xff);
-    b.copies.assign(threads, {});
+    b.copies.clear();
     b.clock = 1, b.last_bar = 0;
-    if (g_engine.race) {
-        b.fence.assign(threads, 0), b.fence_covers.assign(threads, 0), b.acquired.clear();
-        reset_shadow(b);
-    }
+    if (g_engine.race) { b.fence.assign(threads, 0), b.fence_covers.assign(threads, 0), b.acquired.clear(); reset_shadow(b); }
     b.warps.resize(warps);
     for (u32 i = 0; i < warps; i++) {
         Warp& w = b.warps[i];
@@ -52,11 +48,14 @@ static void start_block(Block& b, Launch_& run, u32 id) {
         if (w.regs.size() < l.kernel->reg_bytes + 64) w.regs.resize(l.kernel->reg_bytes + 64);
         w.base[0] = (char*)(((uintptr_t)w.regs.data() + 63) & ~63ull), w.base[1] = (char*)l.kernel->constants.data();
         if (g_engine.race) memset(w.base[0], 0xff, l.kernel->reg_bytes);
+        auto special = [&](int s) { return (u32*)w.p(l.kernel->special[s]); };
+        const u32 of_block[3] = {b.at.x, b.at.y, b.at.z}, of_launch[6] = {l.block.x, l.block.y, l.block.z, l.grid.x, l.grid.y, l.grid.z};
+        for (int s = 0; s < 3; s++) std::fill_n(special(6 + s), 32, of_block[s]);
+        if (!is_new && !g_engine.race) continue;
+        for (int s = 0; s < 3; s++) std::fill_n(special(3 + s), 32, of_launch[s]), std::fill_n(special(9 + s), 32, of_launch[3 + s]);
         for (u32 lane = 0; lane < 32; lane++) {
             u32 t = 32 * i + lane;
-            u32 values[13] = {t % l.block.x, t / l.block.x % l.block.y, t / l.block.x / l.block.y, l.block.x, l.block.y, l.block.z,
-                              b.at.x, b.at.y, b.at.z, l.grid.x, l.grid.y, l.grid.z, lane};
-            for (int s = 0; s < 13; s++) ((u32*)w.p(l.kernel->special[s]))[lane] = values[s];
+            special(0)[lane] = t % l.block.x, special(1)[lane] = t / l.block.x % l.block.y, special(2)[lane] = t / l.block.x / l.block.y, special(12)[lane] = lane;
         }
     }
 }
@@ -71,6 +70,27 @@ static std::string where(const Warp& w, u32 mask) {
     return out;
 }
 
+constexpr s32 kNowhere = 0x7fffffff;
+static __m256i places(const Warp& w, int eight) { return _mm256_load_si256((const __m256i*)w.pc + eight); }
+// The lowest place behind `after` where lanes of `mask` stand.
+static s32 least(const Warp& w, u32 mask, s32 after) {
+    const __m256i nowhere = _mm256_set1_epi32(kNowhere), bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    __m256i low = nowhere;
+    for (int i = 0; i < 4; i++) {
+        __m256i of_mask = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(mask >> 8 * i), bits), bits), pc = places(w, i);
+        __m256i counts = _mm256_and_si256(of_mask, _mm256_cmpgt_epi32(pc, _mm256_set1_epi32(after)));
+        low = _mm256_min_epi32(low, _mm256_blendv_epi8(nowhere, pc, counts));
+    }
+    alignas(32) s32 each[8];
+    _mm256_store_si256((__m256i*)each, low);
+    return *std::min_element(each, each + 8);
+}
+static u32 standing_at(const Warp& w, s32 pc) {
+    u32 mask = 0;
+    for (int i = 0; i < 4; i++) mask |= (u32)_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(places(w, i), _mm256_set1_epi32(pc)))) << 8 * i;
+    return mask;
+}
+
 // Lets a warp run for `budget` instructions; false when it cannot go on (barrier, or done).
 static bool run_warp(Warp& w, u32 budget) {
     Block& b = *w.b;
@@ -83,18 +103,16 @@ static bool run_warp(Warp& w, u32 budget) {
             throw Fault{FAULT_OTHER, "lanes of a warp wait for others that never come:" + where(w, w.blocked)};
         }
         // The lanes that are furthest behind, or, at random, any.
-        s32 pc = 0x7fffffff;
+        s32 pc;
         if (g_engine.chaos && rng() % 4 == 0) {
             u32 n = rng() % __builtin_popcount(runnable), t = runnable;
             while (n--) t &= t - 1;
             pc = w.pc[__builtin_ctz(t)];
-        } else for (u32 t = runnable; t; t &= t - 1) pc = std::min(pc, w.pc[__builtin_ctz(t)]);
-        u32 g = 0;
-        for (u32 t = runnable; t; t &= t - 1) { int l = __builtin_ctz(t); if (w.pc[l] == pc) g |= 1u << l; }
-        s32 limit = 0x7fffffff;  // where others stand
-        for (u32 t = runnable & ~g; t; t &= t - 1) { s32 at = w.pc[__builtin_ctz(t)]; if (at > pc) limit = std::min(limit, at); }
+        } else pc = least(w, runnable, -1);
+        u32 g = standing_at(w, pc) & runnable;
         const bool alone = g == runnable;
-        auto leave = [&](s32 at) { for (u32 t = g; t; t &= t - 1) w.pc[__builtin_ctz(t)] = at; };
+        const s32 limit = alone ? kNowhere : least(w, runnable, pc);  // where others stand
+        auto leave = [&](s32 at) { for (u32 l = 0; l < 32; l++) w.pc[l] = g >> l & 1 ? at : w.pc[l]; };
         u32 quantum = g_engine.chaos && !alone ? std::min(budget, 1 + rng() % 32) : budget;
         u32 spent = 0;
         for (;;) {
@@ -115,10 +133,10 @@ static bool run_warp(Warp& w, u32 budget) {
                 break;
             }
             if (i.kind == RET) {
-                for (u32 t = m; t; t &= t - 1) {
+                for (u32 t = b.copies.empty() ? 0 : m; t; t &= t - 1) {
                     AsyncCopies& c = b.copies[w.first_thread + __builtin_ctz(t)];
-                    for (auto& group : c.groups) if (!group.empty()) { finding(b, "a thread returns with cp.async under way", group[0].line, 0, ""); break; }
-                    if (!c.open.empty()) finding(b, "a thread returns with cp.async that it never committed", c.open[0].line, 0, "");
+                    for (auto& group : c.groups) if (!group.empty()) { finding(b, "a thread returns with cp.async under way", group[0].line); break; }
+                    if (!c.open.empty()) finding(b, "a thread returns with cp.async that it never committed", c.open[0].line);
                     c = {};
                 }
                 w.alive &= ~m;
@@ -130,13 +148,13 @@ static bool run_warp(Warp& w, u32 budget) {
             if (i.kind == NOP) { pc++; continue; }
             if (i.kind == GDC_WAIT) { w.waited |= m; pc++; continue; }
             if (i.kind == GDC_LAUNCH) {
-                if (b.l->early && (m & ~w.waited)) finding(b, "griddepcontrol.launch_dependents before griddepcontrol.wait", i.line, 0, "");
+                if (b.l->early && (m & ~w.waited)) finding(b, "griddepcontrol.launch_dependents before griddepcontrol.wait", i.line);
                 pc++; continue;
             }
             // The rest waits for others.
             if (m != g) {
                 if (!m) { pc++; continue; }
-                finding(b, "a guard lets a part of the lanes through to a collective", i.line, 0, "");
+                finding(b, "a guard lets a part of the lanes through to a collective", i.line);
                 leave(pc);
                 for (u32 t = g & ~m; t; t &= t - 1) w.pc[__builtin_ctz(t)] = pc + 1;
                 g = m;
@@ -163,7 +181,7 @@ static bool run_warp(Warp& w, u32 budget) {
             for (u32 t = w.blocked & ~w.at_barrier; t; t &= t - 1) { int l = __builtin_ctz(t); if (w.pc[l] == pc) arrived |= 1u << l; }
             if (want & w.alive & ~arrived) { leave(pc); w.blocked |= g; break; }
             if ((i.kind == MMA || i.kind == LDMATRIX) && arrived != ~0u) throw Fault{FAULT_OTHER, "an .aligned instruction of a warp that is not whole, line " + std::to_string(i.line)};
-            if (i.kind == SHFL && (want & w.exist & ~w.alive)) finding(b, "shfl.sync names lanes that have returned", i.line, 0, "");
+            if (i.kind == SHFL && (want & w.exist & ~w.alive)) finding(b, "shfl.sync names lanes that have returned", i.line);
             w.blocked &= ~arrived;
             if (i.fn) i.fn(w, i, arrived);
             if (i.kind == WARPSYNC) w.last_sync = b.clock;
@@ -173,7 +191,6 @@ static bool run_warp(Warp& w, u32 budget) {
             leave(pc + 1);
             break;
         }
-        b.steps += spent;
         budget -= std::min(budget, std::max(spent, 1u));
     }
     return true;
@@ -182,25 +199,21 @@ static bool run_warp(Warp& w, u32 budget) {
 // Runs a part of a block; true when it is done.
 static bool run_block(Block& b, u32 turns) {
     while (turns--) {
-        std::vector<Warp*> ready;
-        u32 alive = 0;
-        for (Warp& w : b.warps) {
-            if (!w.alive) continue;
-            alive++;
-            if (w.at_barrier != w.alive) ready.push_back(&w);
-        }
+        Warp* ready[32];
+        u32 alive = 0, count = 0;
+        for (Warp& w : b.warps) { if (!w.alive) continue; alive++; if (w.at_barrier != w.alive) ready[count++] = &w; }
         if (!alive) return b.done = true;
-        if (ready.empty()) {
+        if (!count) {
             s32 pc = -1;
             bool ended = false;
             for (Warp& w : b.warps) {
                 ended |= w.alive != w.exist;
                 if (!w.alive) continue;
                 s32 at = w.pc[__builtin_ctz(w.alive)];
-                if (pc >= 0 && at != pc) finding(b, "warps of a block meet at different bar.sync", b.k->code[pc].line, b.k->code[at].line, "");
+                if (pc >= 0 && at != pc) finding(b, "warps of a block meet at different bar.sync", b.k->code[pc].line, b.k->code[at].line);
                 pc = at;
             }
-            if (ended) finding(b, "bar.sync after some threads of the block have returned", b.k->code[pc].line, 0, "");
+            if (ended) finding(b, "bar.sync after some threads of the block have returned", b.k->code[pc].line);
             for (Warp& w : b.warps) {
                 for (u32 t = w.alive; t; t &= t - 1) w.pc[__builtin_ctz(t)]++;
                 w.blocked = w.at_barrier = 0;
@@ -208,18 +221,20 @@ static bool run_block(Block& b, u32 turns) {
             b.last_bar = b.clock++;
             continue;
         }
-        Warp& w = *ready[g_engine.chaos ? rng() % ready.size() : 0];
+        Warp& w = *ready[g_engine.chaos ? rng() % count : 0];
         run_warp(w, g_engine.chaos ? 1 + rng() % 200 : 1u << 20);
-        if (now_ms() > b.run->deadline) throw Fault{FAULT_TIMEOUT, "the launch timed out"};
+        if (now_us() > b.run->deadline) throw Fault{FAULT_TIMEOUT, "the launch timed out"};
     }
     return false;
 }
 
-static void work(Launch_& run) {
+// Until all blocks of the launch are taken, or `most` are done.
+static void work(Launch_& run, u64 most) {
     u32 window = g_engine.resident ? g_engine.resident : g_engine.chaos ? 2 * run.l->multiprocessors : 1;
     if (g_engine.threads > 1 && !g_engine.race) window = 1;
     std::vector<std::unique_ptr<Block>> blocks;
-    static thread_local std::vector<std::unique_ptr<Block>> pool;
+    static auto& pool = *new std::vector<std::unique_ptr<Block>>;  // under pool_mu
+    static auto& pool_mu = *new std::mutex;
     u32 which = 0;
     Block* current = nullptr;
     try {
@@ -228,8 +243,8 @@ static void work(Launch_& run) {
                 u32 n = run.next++;
                 if (n >= run.order.size()) break;
                 std::unique_ptr<Block> b;
-                if (pool.empty()) b = std::make_unique<Block>();
-                else b = std::move(pool.back()), pool.pop_back();
+                { std::lock_guard<std::mutex> l(pool_mu); if (!pool.empty()) b = std::move(pool.back()), pool.pop_back(); }
+                if (!b) b = std::make_unique<Block>();
                 start_block(*b, run, run.order[n]);
                 blocks.push_back(std::move(b));
             }
@@ -237,8 +252,9 @@ static void work(Launch_& run) {
             which = blocks.size() == 1 ? 0 : rng() % blocks.size();
             current = blocks[which].get();
             if (run_block(*current, blocks.size() == 1 && window == 1 ? ~0u : 1 + rng() % 8)) {
-                if (pool.size() < 32) pool.push_back(std::move(blocks[which]));
+                { std::lock_guard<std::mutex> l(pool_mu); if (pool.size() < 32) pool.push_back(std::move(blocks[which])); }
                 blocks.erase(blocks.begin() + which);
+                if (--most == 0) return;
             }
         }
     } catch (const Fault& f) {
@@ -263,13 +279,17 @@ RunResult run_grid(const LaunchDesc& l) {
         if (!g_rng_state) g_rng_state = 1;
         for (u64 i = n; i > 1; i--) std::swap(run.order[i - 1], run.order[rng() % i]);
     }
-    run.deadline = now_ms() + g_engine.timeout_ms;
-    if (g_engine.race) begin_launch(l, run.result.launch);
+    run.deadline = now_us() + g_engine.timeout_ms * 1000ull;
+    if (g_engine.race) begin_launch(run.result.launch);
     u32 number = run.result.launch;
-    unsigned helpers = g_engine.race || g_engine.chaos ? 1 : std::min<u64>(g_engine.threads, n);
     std::vector<std::thread> threads;
-    for (unsigned i = 1; i < helpers; i++) threads.emplace_back([&] { work(run); });
-    work(run);
+    if (!g_engine.race && !g_engine.chaos && g_engine.threads > 1) {
+        u64 begin = now_us();
+        work(run, 1);
+        u64 rest = (now_us() - begin) * (n - 1);
+        for (unsigned i = 1; i < std::min<u64>(g_engine.threads, n - 1) && rest > 500; i++) threads.emplace_back([&] { work(run, ~0ull); });
+    }
+    work(run, ~0ull);
     for (auto& t : threads) t.join();
     run.result.launch = number;
     return run.result;

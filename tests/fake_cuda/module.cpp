@@ -20,7 +20,7 @@ static CUresult parse(const char* text, Module& m, std::string& wrong) {
     if (target.back() == 'a' ? m.target != g_cfg.cc : m.target > g_cfg.cc)
         return say("PTX target %s does not run on compute capability %d.%d", target.c_str(), g_cfg.cc / 10, g_cfg.cc % 10), CUDA_ERROR_NO_BINARY_FOR_GPU;
     for (auto& [name, k] : m.kernels)
-        if (shared_bytes_of(*k) > kStaticSharedMax) return say("%s: %zu bytes of static shared memory, at most 48 KiB allowed", name.c_str(), shared_bytes_of(*k)), CUDA_ERROR_INVALID_PTX;
+        if (k->shared_bytes > kStaticSharedMax) return say("%s: %zu bytes of static shared memory, at most 48 KiB allowed", name.c_str(), k->shared_bytes), CUDA_ERROR_INVALID_PTX;
     return CUDA_SUCCESS;
 }
 
@@ -36,13 +36,10 @@ static CUresult run_launch(const Launch& l) {
     Device* dev = l.ctx->dev;
     dev->stats.launches++;
     LaunchDesc d{l.f->kernel.get(), l.params.data(), l.grid, l.block, {}, l.early && g_cfg.early, dev->previous_launch, (unsigned)g_cfg.multiprocessors};
-    {
-        std::lock_guard<std::mutex> lock(dev->mu);
-        for (auto& [base, a] : dev->live) d.memory.push_back({base, a.size});
-    }
-    for (Range r : globals_of(*l.f->kernel)) d.memory.push_back(r);
+    { std::lock_guard<std::mutex> lock(dev->mu); for (auto& [base, a] : dev->live) d.memory.push_back({base, a.size}); }
+    for (auto& g : l.f->kernel->globals) d.memory.push_back({(uintptr_t)g->data(), g->size()});
     std::sort(d.memory.begin(), d.memory.end(), [](const Range& a, const Range& b) { return a.base < b.base; });
-    auto& params = params_of(*l.f->kernel);
+    auto& params = l.f->kernel->params;
     for (size_t i = 0; i < params.size(); i++) {
         Device* other = params[i].size == 8 ? device_of(*(uintptr_t*)(l.params.data() + params[i].offset)) : nullptr;
         if (other && other != dev)
@@ -50,10 +47,7 @@ static CUresult run_launch(const Launch& l) {
     }
     RunResult r = run_grid(d);
     dev->this_launch = r.launch;
-    if (r.code) {
-        say("%s: %s%s", name, r.message.c_str(), r.fault_addr ? locate(r.fault_addr).c_str() : "");
-        return r.code;
-    }
+    if (r.code) { say("%s: %s%s", name, r.message.c_str(), r.fault_addr ? locate(r.fault_addr).c_str() : ""); return r.code; }
     return CUDA_SUCCESS;
 }
 static CUresult launch(Function* f, uint3 grid, uint3 block, unsigned smem, void* hstream, void** params, bool early) {
@@ -67,8 +61,8 @@ static CUresult launch(Function* f, uint3 grid, uint3 block, unsigned smem, void
     if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 || !threads || block.x > 1024 || block.y > 1024 ||
         block.z > 64 || threads > 1024)
         return say("%s: bad launch geometry (%u,%u,%u)x(%u,%u,%u)", f->name.c_str(), grid.x, grid.y, grid.z, block.x, block.y, block.z), CUDA_ERROR_INVALID_VALUE;
-    if (threads > max_threads_of(*f->kernel))
-        return say("%s: %lu threads per block, __launch_bounds__ allows %u", f->name.c_str(), (unsigned long)threads, max_threads_of(*f->kernel)), CUDA_ERROR_INVALID_VALUE;
+    if (threads > f->kernel->max_threads)
+        return say("%s: %lu threads per block, __launch_bounds__ allows %u", f->name.c_str(), (unsigned long)threads, f->kernel->max_threads), CUDA_ERROR_INVALID_VALUE;
     if (smem || !params) return say("%s: dynamic shared memory is not emulated", f->name.c_str()), CUDA_ERROR_NOT_SUPPORTED;
     if (g_fail_launch.hit()) {
         int code = g_fail_launch.code;
@@ -79,9 +73,9 @@ static CUresult launch(Function* f, uint3 grid, uint3 block, unsigned smem, void
     auto l = std::make_shared<Launch>();
     *l = {f, s->ctx, grid, block, {}, early};
     size_t bytes = 8;
-    for (auto& p : params_of(*f->kernel)) bytes = std::max<size_t>(bytes, p.offset + p.size);
+    for (auto& p : f->kernel->params) bytes = std::max<size_t>(bytes, p.offset + p.size);
     l->params.resize(bytes);
-    for (size_t i = 0; i < params_of(*f->kernel).size(); i++) memcpy(l->params.data() + params_of(*f->kernel)[i].offset, params[i], params_of(*f->kernel)[i].size);
+    for (size_t i = 0; i < f->kernel->params.size(); i++) memcpy(l->params.data() + f->kernel->params[i].offset, params[i], f->kernel->params[i].size);
     return submit(s, {[l] { return run_launch(*l); }, true});
 }
 
@@ -105,10 +99,7 @@ static CUresult load(Module** out, const void* image, std::string& wrong) {
     *out = g_modules.add(m.release());
     return CUDA_SUCCESS;
 }
-API cuModuleLoadData(Module** out, const void* image) {
-    std::string wrong;
-    return load(out, image, wrong);
-}
+API cuModuleLoadData(Module** out, const void* image) { std::string wrong; return load(out, image, wrong); }
 API cuModuleLoadDataEx(Module** out, const void* image, unsigned n, const int* options, void** values) {
     enum { ERROR_LOG_BUFFER = 5, ERROR_LOG_BUFFER_SIZE = 6 };  // of CUjit_option; the others are not looked at
     std::string wrong;
@@ -176,10 +167,7 @@ API cuModuleGetFunction(Function** out, Module* m, const char* name) {
     auto e = m->kernels.find(name);
     if (e == m->kernels.end()) return CUDA_ERROR_NOT_FOUND;
     auto& slot = m->functions[name];
-    if (!slot) {
-        slot.reset(new Function{m, name, e->second});
-        g_functions.add(slot.get());
-    }
+    if (!slot) { slot.reset(new Function{m, name, e->second}); g_functions.add(slot.get()); }
     *out = slot.get();
     return CUDA_SUCCESS;
 }

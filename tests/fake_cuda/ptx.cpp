@@ -3,7 +3,6 @@
 #include <cctype>
 #include <cstdlib>
 #include <mutex>
-#include <set>
 #include <stdexcept>
 #include <unordered_map>
 
@@ -189,7 +188,7 @@ struct Parser {
                 unsigned n = 1;
                 for (int i = 0; i < 3; i++) { n *= atoi(word().c_str()); if (i < 2 && word() != ",") fail(".maxntid"); }
                 k->max_threads = n;
-            } else if (w == ".minnctapersm") k->min_blocks = atoi(word().c_str());
+            } else if (w == ".minnctapersm") word();
             else fail("unexpected `" + w + "`");
         }
         static const char* names[] = {"%tid.x", "%tid.y", "%tid.z", "%ntid.x", "%ntid.y", "%ntid.z", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z", "%laneid"};
@@ -245,7 +244,6 @@ struct Parser {
                 size_t& total = ws[0] == ".shared" ? k->shared_bytes : k->local_bytes;
                 total = (total + a - 1) / a * a;
                 symbols[n] = {ws[0] == ".shared" ? SHARED : LOCAL, total};
-                if (ws[0] == ".shared") k->shared_symbols[n] = (u32)total;
                 total += size;
             } else if (ws[0] != ".pragma") fail("directive " + ws[0]);
             return;
@@ -332,68 +330,42 @@ struct Parser {
         if (m == module_shared.end()) fail("unknown operand `" + w + "`");
         size_t at = (k->shared_bytes + m->second.first - 1) / m->second.first * m->second.first;
         k->shared_bytes = at + m->second.second;
-        k->shared_symbols[w] = (u32)at;
         return symbols[w] = {SHARED, at};
     }
 
-    // Registers with the lives of which no other's overlaps in the order of the code share a place.
+    // Registers whose lives, from the first to the last instruction that names them, do not overlap share a place.
     void allocate() {
         auto& code = k->code;
-        size_t n = code.size(), nv = widths.size(), nw = (nv + 63) / 64;
-        std::vector<char> leader(n + 1, 0);
-        leader[0] = 1;
-        for (size_t i = 0; i < n; i++) {
-            if (code[i].target >= 0) leader[code[i].target] = 1;
-            if (code[i].kind == BRA || code[i].kind == RET) leader[i + 1] = 1;
-        }
-        std::vector<size_t> starts;
-        std::vector<int> block_of(n + 1);
-        for (size_t i = 0; i < n; i++) { if (leader[i]) starts.push_back(i); block_of[i] = (int)starts.size() - 1; }
-        size_t nb = starts.size();
-        starts.push_back(n);
-        using Bits = std::vector<u64>;
-        std::vector<Bits> in(nb, Bits(nw)), use(nb, Bits(nw)), kill(nb, Bits(nw));
-        auto get = [](const Bits& b, size_t i) { return b[i / 64] >> i % 64 & 1; };
-        auto set = [](Bits& b, size_t i) { b[i / 64] |= 1ull << i % 64; };
-        for (size_t b = 0; b < nb; b++)
-            for (size_t i = starts[b]; i < starts[b + 1]; i++) {
-                auto used = [&](u32 v) { if (!get(kill[b], v)) set(use[b], v); };
-                if (code[i].pred >= 0) used(code[i].pred);
-                for (u32 o = 0; o < code[i].nops; o++) if (is_vreg[i][o] && (o >= defs_of[i] || code[i].pred >= 0)) used(code[i].op[o]);
-                for (u32 o = 0; o < defs_of[i]; o++) if (is_vreg[i][o]) set(kill[b], code[i].op[o]);
-            }
-        auto out = [&](size_t b, Bits& o) {
-            std::fill(o.begin(), o.end(), 0);
-            const Ins& last = code[starts[b + 1] - 1];
-            auto add = [&](size_t s) { for (size_t w = 0; w < nw; w++) o[w] |= in[s][w]; };
-            if (last.kind == BRA) add(block_of[last.target]);
-            if (!((last.kind == BRA || last.kind == RET) && last.pred < 0) && b + 1 < nb) add(b + 1);
+        u32 n = (u32)code.size(), nv = (u32)widths.size();
+        std::vector<u32> first(nv, ~0u), last(nv, 0);
+        // Passing from one stretch without branches to another, or from one round of a loop to the next.
+        std::vector<char> is_passed_on(nv, 0), begins(n + 1, 0);
+        for (u32 i = 0; i < n; i++) if (code[i].target >= 0) begins[code[i].target] = begins[i + 1] = 1;
+        u32 stretch = 0;
+        auto touch = [&](u32 v, u32 at, bool reads) {
+            if (first[v] == ~0u) first[v] = at, is_passed_on[v] = reads;
+            is_passed_on[v] |= last[v] < stretch && first[v] < stretch;
+            last[v] = at;
         };
-        Bits o(nw);
+        for (u32 i = 0; i < n; i++) {
+            if (begins[i]) stretch = i;
+            if (code[i].pred >= 0) touch(code[i].pred, i, true);
+            for (u32 o = code[i].nops; o-- > 0;) if (is_vreg[i][o]) touch(code[i].op[o], i, o >= defs_of[i] || code[i].pred >= 0);
+        }
+        // What is alive beside its own stretch in a loop lives as long as the loop.
         for (bool changed = true; changed;) {
             changed = false;
-            for (size_t b = nb; b-- > 0;) {
-                out(b, o);
-                for (size_t w = 0; w < nw; w++) {
-                    u64 v = use[b][w] | (o[w] & ~kill[b][w]);
-                    if (v != in[b][w]) in[b][w] = v, changed = true;
+            for (u32 end = 0; end < n; end++) {
+                if (code[end].target < 0 || (u32)code[end].target > end) continue;
+                u32 begin = code[end].target;
+                for (u32 v = 0; v < nv; v++) {
+                    if (first[v] > end || last[v] < begin || (first[v] >= begin && !is_passed_on[v])) continue;
+                    if (last[v] < end) last[v] = end, changed = true;
+                    if (first[v] > begin) first[v] = begin, changed = true;
                 }
             }
         }
-        std::vector<u32> first(nv, ~0u), last(nv, 0);
-        auto touch = [&](size_t v, size_t at) { first[v] = std::min(first[v], (u32)at), last[v] = std::max(last[v], (u32)at); };
-        for (size_t b = 0; b < nb; b++) {
-            out(b, o);
-            for (size_t w = 0; w < nw; w++) {
-                for (u64 t = in[b][w]; t; t &= t - 1) touch(w * 64 + __builtin_ctzll(t), starts[b]);
-                for (u64 t = o[w]; t; t &= t - 1) touch(w * 64 + __builtin_ctzll(t), starts[b + 1] - 1);
-            }
-            for (size_t i = starts[b]; i < starts[b + 1]; i++) {
-                if (code[i].pred >= 0) touch(code[i].pred, i);
-                for (u32 q = 0; q < code[i].nops; q++) if (is_vreg[i][q]) touch(code[i].op[q], i);
-            }
-        }
-        for (int i = 0; i < 13; i++) first[i] = 0, last[i] = (u32)n;
+        for (int i = 0; i < 13; i++) first[i] = 0, last[i] = n;
         std::vector<u32> order, place(nv, 0);
         for (u32 v = 0; v < nv; v++) if (first[v] != ~0u) order.push_back(v);
         std::sort(order.begin(), order.end(), [&](u32 a, u32 b) { return first[a] < first[b]; });
@@ -417,7 +389,7 @@ struct Parser {
             for (u32 q = 0; q < code[i].nops; q++) if (is_vreg[i][q]) code[i].op[q] = place[code[i].op[q]];
         }
         for (int i = 0; i < 13; i++) k->special[i] = place[i];
-        k->reg_bytes = bytes, k->vregs = nv;
+        k->reg_bytes = bytes;
     }
 };
 
@@ -444,35 +416,21 @@ std::string load_ptx(const char* text, KernelMap& kernels, int& version, std::st
     cache()[key] = {kernels, version, target};
     return "";
 }
-// What has run of each kernel: a line for each, and the first lines of the runs of instructions that have not.
+// Of each kernel that has run: how many lines it has, and those that have not.
 void report_coverage(const char* path) {
     FILE* f = fopen(path, "a");
     if (!f) return;
-    std::set<const Kernel*> seen;
     for (auto& [text, loaded] : cache())
         for (auto& [name, k] : loaded.kernels) {
-            size_t hit = 0, i = 0;
-            for (u8 h : k->hits) hit += h;
-            if (!hit) continue;
-            fprintf(f, "coverage %s %zu of %zu:", name.c_str(), hit, k->hits.size());
-            for (; i < k->hits.size(); i++) {
-                if (k->hits[i]) continue;
-                size_t j = i;
-                while (j < k->hits.size() && !k->hits[j]) j++;
-                fprintf(f, " %u-%u", k->code[i].line, k->code[j - 1].line);
-                i = j;
-            }
+            std::map<u32, bool> lines;
+            bool any = false;
+            for (size_t i = 0; i < k->hits.size(); i++) any |= k->hits[i], lines[k->code[i].line] |= k->hits[i];
+            if (!any) continue;
+            fprintf(f, "coverage %s %zu:", name.c_str(), lines.size());
+            for (auto& [line, hit] : lines) if (!hit) fprintf(f, " %u", line);
             fprintf(f, "\n");
         }
     fclose(f);
-}
-const std::vector<ParamInfo>& params_of(const Kernel& k) { return k.params; }
-unsigned max_threads_of(const Kernel& k) { return k.max_threads; }
-size_t shared_bytes_of(const Kernel& k) { return k.shared_bytes; }
-std::vector<Range> globals_of(const Kernel& k) {
-    std::vector<Range> out;
-    for (auto& g : k.globals) out.push_back({(uintptr_t)g->data(), g->size()});
-    return out;
 }
 
 }  // namespace fk

@@ -38,10 +38,7 @@ CUresult submit(Stream* s, Op op) {
     return CUDA_SUCCESS;
 }
 Stream* resolve(void* h) {
-    if (!h) {
-        Context* c = current();
-        return c ? &c->null_stream : nullptr;
-    }
+    if (!h) { Context* c = current(); return c ? &c->null_stream : nullptr; }
     return g_streams.has((Stream*)h) ? (Stream*)h : nullptr;
 }
 

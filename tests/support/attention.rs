@@ -110,6 +110,16 @@ pub fn attention_equals_the_reference(gpu: &Arc<Gpu>) {
         (2, 1, 192, 300, 9, 0, 0.0),
         (4, 1, 32, 700, 33, 130, 50.0),
         (7, 1, 128, 200, 67, 1, 0.0),
+        // So many blocks that no keys are shared out: several tiles of them for each.
+        (8, 8, 24, 100, 130, 0, 0.0),
+        // Scores far beyond their cap, for each kernel.
+        (2, 1, 128, 30, 12, 0, 0.3),
+        (2, 2, 40, 70, 9, 0, 0.3),
+        (1, 1, 136, 3, 10, 0, 0.3),
+        (4, 1, 20, 300, 2, 0, 0.3),
+        (4, 1, 16, 300, 1, 0, 0.3),
+        (1, 1, 64, 300, 1, 0, 0.3),
+        (4, 1, 6, 40, 1, 7, 0.0),
     ] {
         let (slots, scale) = (position + tokens + 3, 1.0 / (head_dim as f32).sqrt());
         let shape = Attention { heads, kv_heads, head_dim, position, tokens, window, scale, softcap };
@@ -266,6 +276,8 @@ pub fn rotation_equals_the_reference(gpu: &Arc<Gpu>) {
         // Rings.
         (3, 1, 10, 5, 1000, 4, 7, 1.0),
         (2, 2, 16, 8, 13, 3, 5, 1.0),
+        // Angles that take all bits of their reduction.
+        (1, 1, 8, 4, 9_999_990, 2, 4, 1.0),
     ] {
         let (window, scale, softcap) = (if slots < position + tokens { 2 } else { 0 }, 1.0, 0.0);
         let shape = Attention { heads, kv_heads, head_dim, position, tokens, window, scale, softcap };
@@ -296,24 +308,29 @@ pub fn rotation_equals_the_reference(gpu: &Arc<Gpu>) {
             let what = format!("{shape:?}, {pairs} pairs, {dtype}");
 
             // What is normalized on the way is what is normalized before.
-            let affines =
-                [20, 21].map(|seed| Affine::new(vector(gpu, WeightDtype::Bf16, &random(head_dim, seed)), None));
-            let norms = affines.each_ref().map(|affine| Norm { kind: NormKind::Rms, epsilon: 1e-5, affine });
-            let [on_the_way, first] = [true, false].map(|on_the_way| {
-                let cache = TestCache::new(gpu, dtype, [kv_heads, head_dim], [&before, &before]);
-                let (query, key) = (halves(gpu, &query), halves(gpu, &key));
-                let given = norms.each_ref().map(|norm| on_the_way.then_some(norm));
-                for (x, heads, norm) in [(&query, heads, &norms[0]), (&key, kv_heads, &norms[1])] {
-                    if !on_the_way {
-                        let (x, shape) = ((x, WeightDtype::F16), (tokens * heads, head_dim));
-                        gpu.normalize(Some(norm), x, shape, x.0, Output::F16, 1.0).unwrap();
+            for kind in [NormKind::Rms, NormKind::Layer] {
+                let affines = [20, 21].map(|seed| {
+                    let [weight, shift] = [seed, seed + 10].map(|seed| random(head_dim, seed));
+                    let shift = (kind == NormKind::Layer).then(|| vector(gpu, WeightDtype::F32, &shift));
+                    Affine::new(vector(gpu, WeightDtype::Bf16, &weight), shift)
+                });
+                let norms = affines.each_ref().map(|affine| Norm { kind, epsilon: 1e-5, affine });
+                let [on_the_way, first] = [true, false].map(|on_the_way| {
+                    let cache = TestCache::new(gpu, dtype, [kv_heads, head_dim], [&before, &before]);
+                    let (query, key) = (halves(gpu, &query), halves(gpu, &key));
+                    let given = norms.each_ref().map(|norm| on_the_way.then_some(norm));
+                    for (x, heads, norm) in [(&query, heads, &norms[0]), (&key, kv_heads, &norms[1])] {
+                        if !on_the_way {
+                            let (x, shape) = ((x, WeightDtype::F16), (tokens * heads, head_dim));
+                            gpu.normalize(Some(norm), x, shape, x.0, Output::F16, 1.0).unwrap();
+                        }
                     }
-                }
-                let inputs = [&query, &key, &halves(gpu, &value)];
-                gpu.rotate_and_store(&shape, inputs, given, &cache.cache(), &at, rope).unwrap();
-                [download(&query, WeightDtype::F16), cache.read_back(0, head_dim), cache.read_back(1, head_dim)]
-            });
-            assert_eq!(on_the_way, first, "{what}");
+                    let inputs = [&query, &key, &halves(gpu, &value)];
+                    gpu.rotate_and_store(&shape, inputs, given, &cache.cache(), &at, rope).unwrap();
+                    [download(&query, WeightDtype::F16), cache.read_back(0, head_dim), cache.read_back(1, head_dim)]
+                });
+                assert_eq!(on_the_way, first, "{what}, {kind:?}");
+            }
 
             near(&what, &download(&queries, WeightDtype::F16), &rotate(&query, heads), 1e-6, Output::F16);
             let stored = |rows: &[f64], unchanged: &[f32]| {

@@ -57,9 +57,26 @@ pub struct FakeCuda {
     library: Library,
 }
 
+/// A test's turn. What the stand-in has found meanwhile in the kernels fails it.
+pub struct Turn {
+    fake: &'static FakeCuda,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let found = self.fake.findings();
+        if std::thread::panicking() {
+            let _ = std::io::stderr().write_all(found.as_bytes());
+        } else {
+            assert!(found.is_empty(), "{found}");
+        }
+    }
+}
+
 /// Puts the stand-in under this process, with GPUs of these sizes (`24GiB,8GiB`); the first call
 /// says which. No other test of the file runs until the guard is dropped.
-pub fn load(devices: &str) -> Option<(&'static FakeCuda, MutexGuard<'static, ()>)> {
+pub fn load(devices: &str) -> Option<(&'static FakeCuda, Turn)> {
     static FAKE: OnceLock<FakeCuda> = OnceLock::new();
     static TURN: Mutex<()> = Mutex::new(());
     let path = directory()?.join("libcuda.so.1");
@@ -101,7 +118,7 @@ pub fn load(devices: &str) -> Option<(&'static FakeCuda, MutexGuard<'static, ()>
     {
         fake.set(setting, default);
     }
-    Some((fake, turn))
+    Some((fake, Turn { fake, _turn: turn }))
 }
 
 impl FakeCuda {
@@ -130,12 +147,22 @@ impl FakeCuda {
 
     /// What the stand-in has noticed last.
     pub fn last_error(&self) -> String {
-        let mut text = vec![0u8; 1024];
-        // SAFETY: the function has this signature and writes at most as many bytes.
+        self.text(b"fake_cuda_last_error")
+    }
+
+    /// Races and the like that were found since the last call, a line each.
+    pub fn findings(&self) -> String {
+        self.text(b"fake_cuda_findings")
+    }
+
+    fn text(&self, function: &[u8]) -> String {
+        let mut text = vec![0u8; 4096];
+        // SAFETY: the functions have this signature and write at most as many bytes.
         unsafe {
-            let last = self.library.get::<unsafe extern "C" fn(*mut u8, usize)>(b"fake_cuda_last_error");
-            last.unwrap()(text.as_mut_ptr(), text.len());
+            let function = self.library.get::<unsafe extern "C" fn(*mut u8, usize)>(function);
+            function.unwrap()(text.as_mut_ptr(), text.len());
         }
-        String::from_utf8_lossy(&text).trim_end_matches('\0').to_owned()
+        let text = text.split(|byte| *byte == 0).next().unwrap_or_default();
+        String::from_utf8_lossy(text).into_owned()
     }
 }

@@ -34,6 +34,7 @@ macro_rules! every_case {
             attention_over_what_is_no_number_is_none
             a_ring_gives_what_the_whole_context_does
             embeddings_are_the_rows
+            every_activation_ends_a_product
             nan_and_what_overflows_stay_with_their_token
             norms_equal_the_reference
             products_equal_the_reference

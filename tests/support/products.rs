@@ -250,6 +250,32 @@ pub fn products_of_bf16_weights_are_right_at_any_magnitude(gpu: &Arc<Gpu>) {
     }
 }
 
+pub fn every_activation_ends_a_product(gpu: &Arc<Gpu>) {
+    let scratch = product_scratch(gpu);
+    for storage in STORAGES {
+        for (rows, tokens) in [(5, 1), (9, 5), (40, 9), (1600, 9)] {
+            let x = halves(gpu, &random(tokens * 40, 60));
+            let [gate, up] = [61, 62].map(|seed| random_affine(gpu, storage, rows, 40, seed));
+            for activation in [Activation::GeluTanh, Activation::Gelu, Activation::QuickGelu, Activation::Relu] {
+                for gate in [Some(&gate), None] {
+                    let [together, y, apart] = [0; 3].map(|_| buffer(gpu, tokens * rows * 2));
+                    let input = Input::Half(&x);
+                    gpu.gated(activation, (gate, &up), input, tokens, [&together, &apart], &scratch).unwrap();
+                    // What is multiplied first is rounded to f16 between.
+                    let first = gate.unwrap_or(&up);
+                    gpu.matmul(first, input, tokens, (&y, Output::F16, 1.0), &scratch).unwrap();
+                    gpu.matmul(&up, input, tokens, (&apart, Output::F16, 1.0), &scratch).unwrap();
+                    gpu.activate(activation, &y, gate.map(|_| &apart), tokens * rows).unwrap();
+                    let exact: Vec<f64> = download(&y, WeightDtype::F16).into_iter().map(f64::from).collect();
+                    let what = format!("{activation:?}, {storage:?}, {rows} rows, {tokens} tokens, {}", gate.is_some());
+                    let ours = download(&together, WeightDtype::F16);
+                    near_each(&what, &ours, &exact, |i| 2e-3 + 2e-3 * exact[i].abs(), Output::F16);
+                }
+            }
+        }
+    }
+}
+
 pub fn hidden_states_are_normalized_on_the_way(gpu: &Arc<Gpu>) {
     let scratch = product_scratch(gpu);
     for storage in STORAGES {
