@@ -16,11 +16,11 @@ mod table;
 
 use std::process::Command;
 use std::sync::Arc;
+use std::time::Instant;
 
 use evenkeel::backend::Choice;
 use evenkeel::backend::cuda::{
     Affine, Attention, Cache, Choosing, DeviceMatrix, Gpu, Input, Installation, Output, Region, Scratch,
-    measure_bandwidth,
 };
 use evenkeel::bytes::Bytes;
 use evenkeel::footprint::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS, CudaAttention, CudaChoice, KvLayout};
@@ -79,7 +79,7 @@ fn main() {
 
 /// What is measured, on what, and by which command.
 fn describe(shape: &str, arguments: &[String]) {
-    let installed = Installation::find().expect("a driver");
+    let installed = Installation::find().expect("a driver that works").expect("a driver");
     let gpu = &installed.gpus[0];
     let output = |command: &str, arguments: &[&str]| {
         let output = Command::new(command).args(arguments).output().ok()?;
@@ -110,8 +110,16 @@ fn describe(shape: &str, arguments: &[String]) {
 }
 
 /// How fast the GPU copies within its memory, in bytes that are read or written a second.
-fn copy() -> f64 {
-    let measured = measure_bandwidth(0).expect("a GPU that works").bytes_per_second as f64;
+fn copy(gpu: &Arc<Gpu>) -> f64 {
+    const SIZE: usize = 256 << 20;
+    let [from, to] = [(); 2].map(|()| allocate(gpu, SIZE));
+    let once = |_| {
+        from.clear().and_then(|()| gpu.synchronize()).expect("a GPU that works");
+        let start = Instant::now();
+        to.copy_from(&from).and_then(|()| gpu.synchronize()).expect("a GPU that works");
+        start.elapsed().as_secs_f64()
+    };
+    let measured = 2.0 * SIZE as f64 / (0..4).map(once).fold(f64::INFINITY, f64::min);
     println!("| copy within the GPU | | {:.1} GB/s | | |", measured / 1e9);
     measured
 }
@@ -162,7 +170,7 @@ fn rotated(gpu: &Arc<Gpu>, shape: &Shape, storage: Storage, rows: usize, cols: u
 /// without.
 fn products(Bench { gpu, shape }: &Bench) {
     head("Products");
-    let copy = copy();
+    let copy = copy(gpu);
     let plain = Gpu::open_as(0, PLAIN).expect("the same GPU");
     for (name, storage) in STORAGES {
         for (rows, cols) in
@@ -199,7 +207,7 @@ fn products(Bench { gpu, shape }: &Bench) {
 /// From bf16, whose bytes and those of the result are counted.
 fn quantize(Bench { gpu, shape }: &Bench) {
     head("Quantizing");
-    let copy = copy();
+    let copy = copy(gpu);
     let (rows, cols) = (shape.feed_forward, shape.hidden);
     let (weights, failed) = (small(gpu, rows * cols * 2), small(gpu, 4));
     for (name, storage) in &STORAGES[1..] {
@@ -258,7 +266,7 @@ impl Attending {
 /// Among logits that differ; their bytes are counted once.
 fn choice(Bench { gpu, shape }: &Bench) {
     head("Choosing a token");
-    let copy = copy();
+    let copy = copy(gpu);
     let count = shape.vocabulary;
     let numbers: Vec<u8> =
         (0..count).flat_map(|at| ((at * 7919 % count) as f32 / count as f32).to_le_bytes()).collect();
@@ -285,7 +293,7 @@ fn choice(Bench { gpu, shape }: &Bench) {
 /// element of keys and of values that a head sees.
 fn attention(Bench { gpu, shape }: &Bench) {
     head("Attention");
-    let copy = copy();
+    let copy = copy(gpu);
     let chunk = shape.prompt.min(512);
     for (tokens, context) in
         [(1, 2 * shape.prompt), (1, 32 * shape.prompt), (chunk, shape.prompt), (chunk, 8 * shape.prompt)]
@@ -312,7 +320,7 @@ fn attention(Bench { gpu, shape }: &Bench) {
 /// weights of some blocks are used in turn, so that no cache holds them.
 fn step(Bench { gpu, shape }: &Bench) {
     head("A step of one token");
-    let copy = copy();
+    let copy = copy(gpu);
     let (hidden, wide) = (shape.hidden, shape.feed_forward);
     let keys = hidden / shape.heads * shape.kv_heads;
     let context = shape.prompt.min(1024);

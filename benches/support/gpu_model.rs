@@ -89,7 +89,7 @@ pub fn model(gpu: &Arc<Gpu>, shape: &Shape) {
     let shard = directory.join(&checkpoint.shards[0]);
     let size = checkpoint.shard_sizes[0].0 as f64;
     head(&format!("A whole model: {:.2} GB of bf16", size / 1e9));
-    let copy = copy();
+    let copy = copy(gpu);
     read(&shard);
     let cached = median((0..ROUNDS).map(|_| read(&shard)));
     row(&format!("reading the page cache by {READERS} threads"), cached, Amount::Bytes(size), None);
