@@ -5,7 +5,7 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use evenkeel::{Cancel, Result, gpu_uuids};
+use evenkeel::{Cancel, Error, Result, gpu_uuids};
 
 use super::Process;
 
@@ -30,7 +30,9 @@ pub fn wait(cancel: &Cancel, process: &Process) -> Result<Vec<File>> {
                 process.printer.note(&format!("waiting for another evenkeel that takes memory of {uuid}"));
                 has_said = true;
             }
-            cancel.check()?;
+            if cancel.is_cancelled() {
+                return Err(Error::interrupted());
+            }
             thread::sleep(PAUSE);
         }
         held.push(file);
