@@ -168,12 +168,12 @@ fn every_remedy_is_a_command_that_fits() {
         (map, &["automatic placement", "more on cuda:1"]),
         (ours, &["automatic placement and int4 weights", "more on cuda:1"]),
         (
-            "--max-context --device cuda:0=5500MiB".to_owned(),
+            "--max-context --device cuda:0=5826MiB".to_owned(),
             &["int4 weights and an int8 KV cache and a context of", "host memory", "more on cuda:0"],
         ),
         (format!("--quantize int4 --placement hf-sequential --context 8192 {SMALL}"), &["balanced placement"]),
         (
-            "--context 32768 --device cuda:0=7GiB".to_owned(),
+            "--context 32768 --device cuda:0=7494MiB".to_owned(),
             &["int4 weights and an int8 KV cache", "host memory", "more on cuda:0"],
         ),
         ("--quantize int8 --device cpu=64GiB --max-memory cpu=4GiB".to_owned(), &["a budget of"]),

@@ -5,11 +5,11 @@ use std::time::Instant;
 
 use super::cpu::{Affine, GROUP_WORDS, matmul};
 use super::cuda;
-use crate::bytes::{Bytes, KIB};
+use crate::bytes::Bytes;
 use crate::device::DeviceId;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::fs;
-use crate::machine::{Bandwidth, Device, Inventory};
+use crate::machine::{self, Bandwidth, Device, Inventory};
 use crate::pool::Pool;
 use crate::quant::{GROUP_SIZE, Matrix, MatrixLayout, Storage};
 
@@ -30,20 +30,16 @@ impl Inventory {
         }
         // What the driver takes of host memory is taken now.
         inventory.devices.extend(Self::of_host(offload_directory)?.devices);
+        inventory.share_memory();
+        if machine::is_wsl() {
+            inventory.count_less_on_windows();
+        }
         Ok(inventory)
     }
 
     /// The devices of this machine without its GPUs, which are not looked for.
     pub fn of_host(offload_directory: &Path) -> Result<Self> {
-        let path = Path::new("/proc/meminfo");
-        let meminfo = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
-        let memory = |key| field(&meminfo, key).ok_or_else(|| Error::input(format!("`/proc/meminfo` has no `{key}`")));
-        let (mut free, mut total) = (memory("MemAvailable")?, memory("MemTotal")?);
-        let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-        for (limit, used) in control_group_limits(Path::new("/sys/fs/cgroup"), &groups) {
-            total = total.min(limit);
-            free = free.min(limit - used);
-        }
+        let (free, total) = machine::host_memory()?;
         let disk = fs::free_space(offload_directory)?;
         let cpu = Device { total, ..Device::new(DeviceId::Cpu, free) };
         let devices = vec![cpu, Device::new(DeviceId::Disk, disk)];
@@ -82,94 +78,9 @@ fn host_bandwidth(pool: &Pool) -> Option<Bandwidth> {
     Some(Bandwidth::measured(bytes, (0..3).map(&mut read).fold(f64::INFINITY, f64::min)))
 }
 
-/// A field of /proc/meminfo, which counts in KiB.
-fn field(meminfo: &str, key: &str) -> Option<Bytes> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kib.checked_mul(KIB).map(Bytes)
-}
-
-/// What a version of control groups calls the limit, the use, and the page cache that can be reclaimed.
-struct Names {
-    limit: &'static str,
-    used: &'static str,
-    cache: &'static str,
-}
-
-const VERSION_2: Names = Names { limit: "memory.max", used: "memory.current", cache: "inactive_file " };
-const VERSION_1: Names =
-    Names { limit: "memory.limit_in_bytes", used: "memory.usage_in_bytes", cache: "total_inactive_file " };
-
-/// The limit and the use of this process's control groups under `root`, which `own` lists, and of all above
-/// them. Reclaimable page cache counts as free.
-fn control_group_limits(root: &Path, own: &str) -> Vec<(Bytes, Bytes)> {
-    let mut limits = Vec::new();
-    for line in own.lines() {
-        let Some((controllers, path)) = line.split_once(':').and_then(|(_, rest)| rest.split_once(":/")) else {
-            continue;
-        };
-        let (root, names) = match controllers {
-            "" => (root.to_owned(), VERSION_2),
-            some if some.split(',').any(|name| name == "memory") => (root.join("memory"), VERSION_1),
-            _ => continue,
-        };
-        let group = root.join(path);
-        let groups = group.ancestors().take_while(|group| group.starts_with(&root));
-        limits.extend(groups.filter_map(|group| limit(group, &names)));
-    }
-    limits
-}
-
-fn limit(group: &Path, names: &Names) -> Option<(Bytes, Bytes)> {
-    let read = |file: &str| std::fs::read_to_string(group.join(file)).ok();
-    let number = |text: String| text.trim().parse().ok().map(Bytes);
-    let limit = number(read(names.limit)?)?;
-    let used = number(read(names.used)?)?;
-    let stat = read("memory.stat").unwrap_or_default();
-    let cache = stat.lines().find_map(|line| line.strip_prefix(names.cache)).and_then(|n| n.parse().ok());
-    Some((limit, used - Bytes(cache.unwrap_or(0))))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn fields_of_meminfo() {
-        let meminfo =
-            "MemTotal:       24690000 kB\nMemFree:  1 kB\nMemAvailable:   20000000 kB\nHugePages_Total:       0\n";
-        assert_eq!(field(meminfo, "MemAvailable"), Some(Bytes(20_000_000 * 1024)));
-        assert_eq!(field(meminfo, "MemTotal"), Some(Bytes(24_690_000 * 1024)));
-        assert_eq!(field(meminfo, "HugePages_Total"), None);
-        assert_eq!(field(meminfo, "Mem"), None);
-    }
-
-    #[test]
-    fn a_control_group_limits_what_is_free() {
-        let root = tempfile::tempdir().unwrap();
-        let write = |file: &str, text: &str| {
-            let path = root.path().join(file);
-            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-            std::fs::write(path, text).unwrap();
-        };
-        let limits = |own: &str| control_group_limits(root.path(), own);
-        write("a/memory.max", "1000\n");
-        write("a/memory.current", "700\n");
-        assert_eq!(limits("0::/a\n"), [(Bytes(1000), Bytes(700))]);
-        write("a/memory.stat", "anon 5\ninactive_file 200\n");
-        assert_eq!(limits("0::/a/b\n"), [(Bytes(1000), Bytes(500))]);
-        write("a/memory.max", "max\n");
-        assert_eq!(limits("0::/a\n"), []);
-        write("memory/docker/x/memory.limit_in_bytes", "4096\n");
-        write("memory/docker/x/memory.usage_in_bytes", "2048\n");
-        write("memory/docker/x/memory.stat", "inactive_file 1\ntotal_inactive_file 1024\n");
-        let own = "12:cpuset:/docker/x\n5:cpu,memory:/docker/x\n1:name=systemd:/docker/x\n0::/system.slice\n";
-        assert_eq!(limits(own), [(Bytes(4096), Bytes(1024))]);
-        // A container's own view has its group at the root.
-        write("memory/memory.limit_in_bytes", "9223372036854771712\n");
-        write("memory/memory.usage_in_bytes", "1\n");
-        assert_eq!(limits("5:memory:/elsewhere\n"), [(Bytes(9_223_372_036_854_771_712), Bytes(1))]);
-    }
 
     #[test]
     fn this_machine_has_memory_and_a_disk() {

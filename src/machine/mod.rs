@@ -3,6 +3,7 @@
 
 mod bandwidth;
 mod cards;
+mod host;
 
 use std::any::Any;
 use std::fmt;
@@ -10,12 +11,13 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::bytes::Bytes;
+use crate::bytes::{Bytes, GIB};
 use crate::device::DeviceId;
 use crate::error::{Error, Hint, Result, Setting};
 
 pub use bandwidth::Bandwidth;
 pub use cards::{Card, context};
+pub use host::{host_memory, is_wsl};
 
 /// The least compute capability that the kernels run on, major and minor.
 pub const NEEDED_CAPABILITY: (i32, i32) = (7, 5);
@@ -45,13 +47,15 @@ pub struct Device {
     pub bandwidth: Option<Bandwidth>,
     /// What the driver's context takes of them, before anything is allocated; an estimate.
     pub context: Bytes,
+    /// Whether they are the host's own.
+    pub is_shared: bool,
 }
 
 impl Device {
     /// One of which nothing else is known.
     pub fn new(id: DeviceId, free: Bytes) -> Self {
         let context = if id.is_gpu() { context(None) } else { Bytes::ZERO };
-        Self { id, name: None, free, total: free, bandwidth: None, context }
+        Self { id, name: None, free, total: free, bandwidth: None, context, is_shared: false }
     }
 }
 
@@ -131,6 +135,8 @@ pub struct Inventory {
     pub idle: Vec<Idle>,
     /// Why the driver that is there shows no GPU.
     pub driver: Option<Fault>,
+    /// What is to be known of the sizes.
+    pub notes: Vec<String>,
     /// The GPUs' contexts.
     #[serde(skip)]
     pub kept: Kept,
@@ -190,6 +196,30 @@ impl Inventory {
         faults(self.driver.as_ref(), &self.idle)
     }
 
+    /// Divides the memory that a GPU shares with the host, so that nothing is counted twice: a part is the host's, for
+    /// what a load takes of it in any case, and the rest is the GPU's.
+    pub(crate) fn share_memory(&mut self) {
+        const HOST: Bytes = Bytes(2 * GIB);
+        let Some(free) = self.device(DeviceId::Cpu).map(|cpu| cpu.free) else { return };
+        let host = HOST.min(Bytes(free.0 / 2));
+        let Some(gpu) = self.devices.iter_mut().find(|device| device.is_shared) else { return };
+        // The page cache, which the driver counts as used, is free all the same.
+        gpu.free = (free - host + gpu.context).min(gpu.total);
+        self.notes.push(format!("{} shares the host's memory: {host} are counted as the host's", gpu.id));
+        let cpu = self.devices.iter_mut().filter(|device| device.id == DeviceId::Cpu);
+        cpu.for_each(|cpu| cpu.free = host);
+    }
+
+    /// Counts less on memory that Windows lends: what it says is free may not be there when it is used.
+    pub(crate) fn count_less_on_windows(&mut self) {
+        const LEFT: Bytes = Bytes(3 * GIB / 2);
+        for gpu in self.devices.iter_mut().filter(|device| device.id.is_gpu()) {
+            gpu.free = gpu.free - LEFT;
+            self.notes
+                .push(format!("{} is lent by Windows, which may not keep its word: {LEFT} are not counted", gpu.id));
+        }
+    }
+
     /// The device of that name.
     pub fn device(&self, id: DeviceId) -> Option<&Device> {
         self.devices.iter().find(|device| device.id == id)
@@ -209,6 +239,30 @@ mod tests {
         assert_eq!(Inventory::described("cuda:0=24").unwrap().devices[0].free, Bytes(24));
         let bandwidth = |id| inventory.device(id).unwrap().bandwidth.map(|bandwidth| bandwidth.bytes_per_second);
         assert_eq!((bandwidth(DeviceId::Cuda(1)), bandwidth(DeviceId::Cpu)), (Some(504_000_000_000), None));
+    }
+
+    #[test]
+    fn memory_that_a_gpu_shares_with_the_host_is_counted_once() {
+        let mut inventory = Inventory::described("cuda:0=119GiB,cpu=100GiB").unwrap();
+        inventory.share_memory();
+        assert_eq!(inventory.notes, [] as [&str; 0]);
+        inventory.devices[0].is_shared = true;
+        inventory.share_memory();
+        let gib = |gib: u64| Bytes(gib * GIB);
+        let [gpu, cpu] = &inventory.devices[..] else { unreachable!() };
+        assert_eq!((gpu.free, cpu.free), (gib(98) + gpu.context, gib(2)));
+        let mut small = Inventory::described("cuda:0=4GiB,cpu=3GiB").unwrap();
+        small.devices[0].is_shared = true;
+        small.share_memory();
+        assert_eq!(small.devices[1].free, Bytes(3 * GIB / 2));
+    }
+
+    #[test]
+    fn windows_is_not_counted_on() {
+        let mut inventory = Inventory::described("cuda:0=8GiB,cuda:1=1GiB,cpu=9GiB").unwrap();
+        inventory.count_less_on_windows();
+        let free: Vec<_> = inventory.devices.iter().map(|device| device.free).collect();
+        assert_eq!(free, [Bytes(13 * GIB / 2), Bytes::ZERO, Bytes(9 * GIB)]);
     }
 
     #[test]

@@ -81,6 +81,8 @@ pub struct Plan {
     pub idle: Vec<Idle>,
     /// Why the driver of this machine shows no GPU.
     pub driver: Option<Fault>,
+    /// What is to be known of the sizes of devices.
+    pub notes: Vec<String>,
     /// What would fit, where this does not; cheapest in quality first.
     pub remedies: Vec<Remedy>,
     /// Every weight and where it goes, in the order in which they are read.

@@ -92,6 +92,7 @@ impl<'a> Subject<'a> {
             kinds: Vec::new(),
             idle: inventory.idle.clone(),
             driver: inventory.driver.clone(),
+            notes: inventory.notes.clone(),
             remedies: Vec::new(),
             weights: Vec::new(),
             allocations,

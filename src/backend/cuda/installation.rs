@@ -137,6 +137,7 @@ fn identify(gpu: &mut GpuInfo, index: u32) -> Result<(), Fault> {
     let told = Some(told).filter(|told| *told > 0 && kind == "GPU");
     gpu.device.bandwidth = told.or(known).map(Bandwidth::stated);
     gpu.device.context = machine::context(Some(attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)));
+    gpu.device.is_shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_INTEGRATED) > 0;
     gpu.device.name = Some(name);
     Ok(())
 }

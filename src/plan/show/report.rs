@@ -129,7 +129,7 @@ impl Plan {
         for device in self.devices.iter().filter(|device| device.name.is_some()) {
             writeln!(f, "{}: {}", device.id, device.name.as_deref().unwrap_or_default())?;
         }
-        for line in machine::faults(self.driver.as_ref(), &self.idle) {
+        for line in self.notes.iter().cloned().chain(machine::faults(self.driver.as_ref(), &self.idle)) {
             writeln!(f, "{line}")?;
         }
         let is_mixed = self.schemes.iter().any(|outline| outline.is_mixed);
