@@ -83,7 +83,7 @@ pub fn products_equal_the_reference(gpu: &Arc<Gpu>) {
 fn random_affine(gpu: &Arc<Gpu>, storage: Storage, rows: usize, cols: usize, seed: u64) -> Affine {
     let layout = MatrixLayout::new(storage, rows, cols).unwrap();
     let bytes = packed(&layout, &random(rows * cols, seed));
-    let bias = vector(gpu, WeightDtype::F32, &random(rows, seed + 100));
+    let bias = vector(gpu, DTYPES[seed as usize % DTYPES.len()], &random(rows, seed + 100));
     Affine::new(DeviceMatrix::new(layout, upload(gpu, &bytes)), Some(bias))
 }
 
@@ -151,9 +151,9 @@ pub fn gates_are_applied_to_what_up_gives(gpu: &Arc<Gpu>) {
 pub fn every_activation_ends_a_product(gpu: &Arc<Gpu>) {
     let scratch = product_scratch(gpu);
     for storage in STORAGES {
-        for (rows, tokens) in [(5, 1), (9, 5), (40, 9), (1600, 9)] {
+        for (rows, tokens) in [(5, 1), (9, 5), (40, 9), (41, 9), (1600, 9), (1601, 9)] {
             let x = halves(gpu, &random(tokens * 40, 60));
-            let [gate, up] = [61, 62].map(|seed| random_affine(gpu, storage, rows, 40, seed));
+            let [gate, up] = [61, 62].map(|seed| random_affine(gpu, storage, rows, 40, (seed + rows + tokens) as u64));
             for activation in [Activation::GeluTanh, Activation::Gelu, Activation::QuickGelu, Activation::Relu] {
                 for gate in [Some(&gate), None] {
                     let [together, y, apart] = [0; 3].map(|_| buffer(gpu, tokens * rows * 2));
