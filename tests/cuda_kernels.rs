@@ -48,6 +48,7 @@ fn products_are_the_same_however_many_blocks_share_them() {
         fake.set("SMS", multiprocessors);
         let gpu = Gpu::open(0).unwrap();
         kernels::products_equal_the_reference(&gpu);
+        kernels::products_in_one_launch_are_those_of_each(&gpu);
         kernels::gates_are_applied_to_what_up_gives(&gpu);
         kernels::hidden_states_are_normalized_on_the_way(&gpu);
     }

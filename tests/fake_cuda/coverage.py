@@ -32,13 +32,11 @@ def ranges_of(lines, instructions):
     """Ranges between which there is an instruction that has run."""
     out, is_open = [], False
     for line in instructions:
-        if line not in lines:
-            is_open = False
-        elif is_open:
+        if line in lines and is_open:
             out[-1][1] = line
-        else:
+        elif line in lines:
             out.append([line, line])
-            is_open = True
+        is_open = line in lines
     return " ".join(f"{a}-{b}" for a, b in out)
 
 
@@ -56,9 +54,8 @@ def main():
     new = {name: lines - lines_of(known[name][0]) for name, lines in missed.items()}
     if sys.argv[2:] == ["--write"]:
         LIST.write_text("".join(f"{n} {ranges_of(missed[n], shipped[n])} # {known[n][1]}\n" for n in sorted(missed) if missed[n]))
-    total = sum(counts.values())
-    share = 100 - 100 * sum(map(len, missed.values())) / total
-    print(f"{len(counts)} of {len(shipped)} kernels ran, {share:.2f} % of their {total} lines")
+    total, rest = sum(counts.values()), sum(map(len, missed.values()))
+    print(f"{len(counts)} of {len(shipped)} kernels ran, {100 - 100 * rest / total:.2f} % of their {total} lines")
     for name, lines in sorted(new.items()):
         if lines:
             print(f"{name}: not run, and not in {LIST.name}: {ranges_of(lines, shipped[name])}")

@@ -55,11 +55,7 @@ static size_t parse_size(const char* s) {
 }
 static std::vector<std::string> split(const std::string& s) {
     std::vector<std::string> out;
-    for (size_t i = 0; i <= s.size();) {
-        size_t j = std::min(s.find(',', i), s.size());
-        if (j > i) out.push_back(s.substr(i, j - i));
-        i = j + 1;
-    }
+    for (size_t i = 0; i <= s.size();) { size_t j = std::min(s.find(',', i), s.size()); if (j > i) out.push_back(s.substr(i, j - i)); i = j + 1; }
     return out;
 }
 
@@ -155,10 +151,7 @@ static Context* new_context(Device* d) {  // null: it does not fit
 static void destroy_context(Context* c) {  // the real driver frees everything the context owns
     drain_ctx(c);
     std::vector<uintptr_t> owned;
-    {
-        std::lock_guard<std::mutex> l(c->dev->mu);
-        for (auto& [p, a] : c->dev->live) if (a.ctx == c) owned.push_back(p), c->dev->stats.leaked_bytes += a.size;
-    }
+    { std::lock_guard<std::mutex> l(c->dev->mu); for (auto& [p, a] : c->dev->live) if (a.ctx == c) owned.push_back(p), c->dev->stats.leaked_bytes += a.size; }
     uncharge(c, c->charged);
     for (uintptr_t p : owned) device_free(p);
     free_host_of(c);
@@ -214,10 +207,7 @@ EXPORT uint64_t fake_cuda_stat(const char* name, int device) {
     for (auto& [key, v] : d->stats.all()) if (n == key) return *v;
     return ~0ull;
 }
-EXPORT void fake_cuda_last_error(char* out, size_t n) {
-    std::lock_guard<std::mutex> l(g_mu);
-    snprintf(out, n, "%s", g_last_error.c_str());
-}
+EXPORT void fake_cuda_last_error(char* out, size_t n) { std::lock_guard<std::mutex> l(g_mu); snprintf(out, n, "%s", g_last_error.c_str()); }
 
 // What was found since the last call, a line each, as much as there is room for; all of it is written at exit.
 EXPORT void fake_cuda_findings(char* out, size_t n) { snprintf(out, n, "%s", new_findings().c_str()); }

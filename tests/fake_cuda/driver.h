@@ -10,7 +10,7 @@
 #include <set>
 
 #include "errors.h"
-#include "ptx.h"
+#include "engine.h"
 
 namespace fk {
 

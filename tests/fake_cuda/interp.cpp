@@ -16,7 +16,7 @@ u32 g_rng_state = 1;
 
 static u64 now_us() { timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return t.tv_sec * 1000000ull + t.tv_nsec / 1000; }
 
-struct Launch_ {
+struct Running {
     const LaunchDesc* l;
     std::vector<u32> order;
     std::atomic<u32> next{0};
@@ -27,7 +27,7 @@ struct Launch_ {
 };
 
 static bool same(uint3 a, uint3 b) { return a.x == b.x && a.y == b.y && a.z == b.z; }
-static void start_block(Block& b, Launch_& run, u32 id) {
+static void start_block(Block& b, Running& run, u32 id) {
     const LaunchDesc& l = *run.l;
     u32 threads = l.block.x * l.block.y * l.block.z, warps = (threads + 31) / 32;
     const bool is_new = b.k != l.kernel || !same(b.grid, l.grid) || !same(b.block, l.block);
@@ -214,10 +214,7 @@ static bool run_block(Block& b, u32 turns) {
                 pc = at;
             }
             if (ended) finding(b, "bar.sync after some threads of the block have returned", b.k->code[pc].line);
-            for (Warp& w : b.warps) {
-                for (u32 t = w.alive; t; t &= t - 1) w.pc[__builtin_ctz(t)]++;
-                w.blocked = w.at_barrier = 0;
-            }
+            for (Warp& w : b.warps) { for (u32 t = w.alive; t; t &= t - 1) w.pc[__builtin_ctz(t)]++; w.blocked = w.at_barrier = 0; }
             b.last_bar = b.clock++;
             continue;
         }
@@ -229,7 +226,7 @@ static bool run_block(Block& b, u32 turns) {
 }
 
 // Until all blocks of the launch are taken, or `most` are done.
-static void work(Launch_& run, u64 most) {
+static void work(Running& run, u64 most) {
     u32 window = g_engine.resident ? g_engine.resident : g_engine.chaos ? 2 * run.l->multiprocessors : 1;
     if (g_engine.threads > 1 && !g_engine.race) window = 1;
     std::vector<std::unique_ptr<Block>> blocks;
@@ -268,7 +265,7 @@ RunResult run_grid(const LaunchDesc& l) {
     static auto& alone = *new std::mutex;  // the detector and the random schedule know one launch at a time
     std::unique_lock<std::mutex> turn(alone, std::defer_lock);
     if (g_engine.race || g_engine.chaos) turn.lock();
-    Launch_ run;
+    Running run;
     run.l = &l;
     run.result.launch = ++launches;
     u64 n = (u64)l.grid.x * l.grid.y * l.grid.z;

@@ -3,7 +3,7 @@
 and says which of them the kernel cases notice under the race detector.
 
 BINARY is the built tests/cuda_kernels.rs. Of each mutant at most --tests cases run (4), quickest first, of those that reach
-its line. redundant.txt lists what orders nothing: a kernel, lines of its PTX, `#`, and why. It takes hours without --sample.
+its line. redundant.txt lists what orders nothing: a file, lines of its PTX, `#`, and why. It takes hours without --sample.
 """
 import argparse
 import os
@@ -17,8 +17,7 @@ import time
 HERE = pathlib.Path(__file__).resolve().parent
 ORDERS = re.compile(r"\b(bar\.sync|bar\.warp\.sync|membar\.gl|cp\.async\.wait_group|griddepcontrol\.wait)\b")
 CAPABILITIES = ["9.0", "7.5"]
-# Those that run others again, and those that are long.
-SKIPPED = re.compile("a_barrier_that|without_a_compiler|page_locked|products_are_the_same")
+SKIPPED = re.compile("a_barrier_that|without_a_compiler|page_locked|products_are_the_same")  # long, or no kernels
 
 
 def run(binary, test, capability, limit=None, **settings):
@@ -51,13 +50,14 @@ def main():
     for option, default in [("--sample", 0), ("--seed", 1), ("--tests", 4)]:
         parser.add_argument(option, type=int, default=default)
     options = parser.parse_args()
-    redundant = dict(re.findall(r"^(\w+) ([^#\n]*)#", (HERE / "redundant.txt").read_text(), re.M))
+    redundant = re.findall(r"^(\w+) ([^#\n]*)#", (HERE / "redundant.txt").read_text(), re.M)
+    redundant = {(file, int(at)) for file, lines in redundant for at in lines.split()}
     mutants, kernel = [], None
     for ptx in sorted((HERE.parents[1] / "src/backend/cuda/kernels").glob("*.ptx")):
         for at, line in enumerate(ptx.read_text().splitlines(), 1):
             if entry := re.search(r"\.entry (\w+)\(", line):
                 kernel = entry[1]
-            if ORDERS.search(line) and str(at) not in redundant.get(kernel, "").split():
+            if ORDERS.search(line) and (ptx.stem, at) not in redundant:
                 mutants.append((kernel, at, line.strip()))
     if options.sample:
         mutants = random.Random(options.seed).sample(mutants, options.sample)

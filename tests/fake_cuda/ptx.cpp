@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <unordered_map>
 
-#include "ptx.h"
+#include "engine.h"
 
 namespace fk {
 
@@ -206,11 +206,7 @@ struct Parser {
             u32 at = line;
             statement(trim(until(';')), at);
         }
-        for (auto& [i, label] : jumps) {
-            auto it = labels.find(label);
-            if (it == labels.end()) fail("no label " + label);
-            k->code[i].target = it->second;
-        }
+        for (auto& [i, label] : jumps) { auto it = labels.find(label); if (it == labels.end()) fail("no label " + label); k->code[i].target = it->second; }
         if (k->code.empty() || k->code.back().kind != RET) { Ins i{}; i.kind = RET, i.line = line; k->code.push_back(i); defs_of.push_back(0); is_vreg.emplace_back(); }
         allocate();
         k->hits.assign(k->code.size(), 0);
@@ -309,11 +305,7 @@ struct Parser {
             }
             if (w[0] == '!') fail("inverted operand");
             int v = vreg(w);
-            if (v >= 0) {
-                if (widths[v] != o->size[i]) fail("width of " + w + " in `" + s + "`");
-                ins.op[i] = v, vr.push_back(1);
-                continue;
-            }
+            if (v >= 0) { if (widths[v] != o->size[i]) fail("width of " + w + " in `" + s + "`"); ins.op[i] = v, vr.push_back(1); continue; }
             u64 value;
             if (!number(w, value)) value = symbol(w).at;
             if (i < o->defs) fail("constant destination in `" + s + "`");
@@ -396,10 +388,7 @@ struct Parser {
 }  // namespace
 
 struct Loaded { KernelMap kernels; int version; std::string target; };
-static std::unordered_map<std::string, Loaded>& cache() {
-    static auto& all = *new std::unordered_map<std::string, Loaded>;
-    return all;
-}
+static std::unordered_map<std::string, Loaded>& cache() { static auto& all = *new std::unordered_map<std::string, Loaded>; return all; }
 std::string load_ptx(const char* text, KernelMap& kernels, int& version, std::string& target) {
     static auto& mu = *new std::mutex;
     std::string key = text;

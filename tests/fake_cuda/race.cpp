@@ -55,11 +55,7 @@ void report_findings() {
     for (auto& [key, found] : g_found) if (f != stderr || !is_note(key)) fprintf(f, "fake_cuda: %s\n", text_of(key, found).c_str());
     if (f != stderr) fclose(f);
 }
-void begin_launch(u32 launch) {
-    g_launch = launch;
-    g_released.clear();
-    if (g_pages.size() > 10000) g_pages.clear(), g_last_page_at = ~0ull;
-}
+void begin_launch(u32 launch) { g_launch = launch; g_released.clear(); if (g_pages.size() > 10000) g_pages.clear(), g_last_page_at = ~0ull; }
 void reset_shadow(Block& b) { static u32 runs = 0; b.run_number = ++runs; b.shadow.resize((b.shared.size() + 3) / 4); }
 
 // 0: not ordered; 1: by the warp's meeting alone; 2: ordered. For accesses of one block.
@@ -105,7 +101,7 @@ void race_shared(Warp& w, int lane, u32 addr, u32 size, u8 access, const void* w
     }
 }
 
-static bool covered(const Entry_& e, const GlobalAcc& a) { return a.clock <= e.cover || a.clock <= (*e.fences)[a.tid]; }
+static bool covered(const Released& e, const GlobalAcc& a) { return a.clock <= e.cover || a.clock <= (*e.fences)[a.tid]; }
 // Whether thread `tid` has seen what the block of `a` released after it.
 static bool ordered_between(const Block& b, u32 tid, const GlobalAcc& a, u64 word) {
     for (const Acquired& q : b.acquired) {
@@ -122,11 +118,7 @@ static bool ordered_between(const Block& b, u32 tid, const GlobalAcc& a, u64 wor
 
 static GlobalCell& cell_at(u64 addr) {
     u64 at = addr / (4 * kPageWords);
-    if (at != g_last_page_at) {
-        auto& page = g_pages[at];
-        if (!page) page = std::make_unique<Page>();
-        g_last_page = page.get(), g_last_page_at = at;
-    }
+    if (at != g_last_page_at) { auto& page = g_pages[at]; if (!page) page = std::make_unique<Page>(); g_last_page = page.get(), g_last_page_at = at; }
     return g_last_page->cells[addr / 4 % kPageWords];
 }
 void race_global(Warp& w, int lane, u64 addr, u32 size, u8 access, const void* written) {
@@ -186,10 +178,7 @@ void race_global(Warp& w, int lane, u64 addr, u32 size, u8 access, const void* w
 void race_fence(Warp& w, u32 mask) {
     Block& b = *w.b;
     b.has_fenced = true;
-    for (u32 t = mask; t; t &= t - 1) {
-        u32 tid = w.first_thread + __builtin_ctz(t);
-        b.fence[tid] = b.clock, b.fence_covers[tid] = b.last_bar;
-    }
+    for (u32 t = mask; t; t &= t - 1) { u32 tid = w.first_thread + __builtin_ctz(t); b.fence[tid] = b.clock, b.fence_covers[tid] = b.last_bar; }
 }
 void race_atom(Warp& w, int lane, u64 addr, bool acquires) {
     Block& b = *w.b;
@@ -199,7 +188,7 @@ void race_atom(Warp& w, int lane, u64 addr, bool acquires) {
     auto& word = g_released[addr];
     auto seen = word;
     // What this thread may release: what was fenced by its thread before the last barrier, and its own.
-    Entry_ e{b.fence_covers[tid], std::make_shared<std::vector<u32>>(b.fence)};
+    Released e{b.fence_covers[tid], std::make_shared<std::vector<u32>>(b.fence)};
     for (u32 i = 0; i < b.fence.size(); i++) {
         if (i == tid) continue;
         if (b.fence[i] <= b.last_bar) e.cover = std::max(e.cover, b.fence_covers[i]);

@@ -7,7 +7,9 @@ use evenkeel::footprint::{CudaAttention, KvLayout};
 use evenkeel::model_config::NormKind;
 use evenkeel::quant::{KvDtype, WeightDtype};
 
-use super::{buffer, download, floats, halves, near, near_each, placed, random, rounded, scratch, upload, vector};
+use super::{
+    DTYPES, buffer, download, floats, halves, near, near_each, placed, random, rounded, scratch, upload, vector,
+};
 
 /// A cache of one dtype: vectors as the host stores them, on the GPU, and as they read back.
 struct TestCache {
@@ -113,11 +115,22 @@ pub fn attention_equals_the_reference(gpu: &Arc<Gpu>) {
         // So many blocks that no keys are shared out: several tiles of them for each.
         (8, 8, 24, 100, 130, 0, 0.0),
         // Scores far beyond their cap, for each kernel.
-        (2, 1, 128, 30, 12, 0, 0.3),
-        (2, 2, 40, 70, 9, 0, 0.3),
-        (1, 1, 136, 3, 10, 0, 0.3),
+        (2, 1, 128, 30, 35, 0, 0.3),
+        (2, 2, 40, 70, 70, 0, 0.3),
+        (7, 1, 136, 3, 10, 0, 0.3),
+        (2, 1, 128, 30, 35, 0, 3.0),
+        (7, 1, 136, 3, 10, 0, 3.0),
+        (1, 1, 12, 300, 1, 0, 3.0),
+        (4, 1, 64, 300, 1, 0, 3.0),
         (4, 1, 20, 300, 2, 0, 0.3),
-        (4, 1, 16, 300, 1, 0, 0.3),
+        (4, 1, 16, 300, 1, 0, 3.0),
+        (4, 1, 20, 140, 1, 0, 3.0),
+        // Parts that are added up, some of them by a remainder.
+        (4, 2, 64, 600, 9, 0, 0.0),
+        (4, 2, 128, 700, 9, 0, 0.0),
+        (4, 2, 136, 1000, 9, 0, 0.0),
+        (4, 1, 16, 900, 1, 0, 0.0),
+        (2, 2, 16, 900, 1, 0, 0.0),
         (1, 1, 64, 300, 1, 0, 0.3),
         (4, 1, 6, 40, 1, 7, 0.0),
     ] {
@@ -297,7 +310,8 @@ pub fn rotation_equals_the_reference(gpu: &Arc<Gpu>) {
             y
         };
         let before = random(kv_heads * slots * head_dim, 19);
-        for dtype in KvDtype::ALL {
+        for (case, dtype) in KvDtype::ALL.into_iter().enumerate() {
+            let [of_weight, of_shift] = [case, case + 1].map(|case| DTYPES[case % DTYPES.len()]);
             let queries = halves(gpu, &query);
             let cache = TestCache::new(gpu, dtype, [kv_heads, head_dim], [&before, &before]);
             let table = floats(gpu, &frequencies);
@@ -311,8 +325,8 @@ pub fn rotation_equals_the_reference(gpu: &Arc<Gpu>) {
             for kind in [NormKind::Rms, NormKind::Layer] {
                 let affines = [20, 21].map(|seed| {
                     let [weight, shift] = [seed, seed + 10].map(|seed| random(head_dim, seed));
-                    let shift = (kind == NormKind::Layer).then(|| vector(gpu, WeightDtype::F32, &shift));
-                    Affine::new(vector(gpu, WeightDtype::Bf16, &weight), shift)
+                    let shift = (kind == NormKind::Layer).then(|| vector(gpu, of_shift, &shift));
+                    Affine::new(vector(gpu, of_weight, &weight), shift)
                 });
                 let norms = affines.each_ref().map(|affine| Norm { kind, epsilon: 1e-5, affine });
                 let [on_the_way, first] = [true, false].map(|on_the_way| {

@@ -182,6 +182,8 @@ pub fn norms_equal_the_reference(gpu: &Arc<Gpu>) {
                 (WeightDtype::F32, 1.0, Output::F16),
                 (WeightDtype::Bf16, 0.5, Output::F32),
                 (WeightDtype::F16, 3.0, Output::Add),
+                (WeightDtype::F16, 1.0, Output::F32),
+                (WeightDtype::F32, 1.0, Output::F32),
             ] {
                 let x_dtype = if output == Output::F32 { WeightDtype::F16 } else { WeightDtype::F32 };
                 let x = decode(x_dtype, &encode(x_dtype, &random(rows * width, 8)));

@@ -7,14 +7,14 @@ use evenkeel::model_config::{Activation, NormKind};
 use evenkeel::quant::{Matrix, MatrixLayout, Storage, WeightDtype, reference};
 
 use super::{
-    STORAGES, buffer, download, encode, floats, halves, near, near_each, packed, product_scratch, random, rounded,
-    upload, vector,
+    DTYPES, STORAGES, buffer, decode, download, encode, floats, halves, near, near_each, packed, product_scratch,
+    random, rounded, upload, vector,
 };
 
 pub fn products_equal_the_reference(gpu: &Arc<Gpu>) {
     let scratch = product_scratch(gpu);
     for storage in STORAGES {
-        for (rows, cols, tokens) in [
+        for (case, (rows, cols, tokens)) in [
             (1, 1, 1),
             (3, 5, 2),
             (17, 31, 3),
@@ -33,14 +33,19 @@ pub fn products_equal_the_reference(gpu: &Arc<Gpu>) {
             (3, 16_500, 1),
             (700, 1100, 1),
             (300, 2100, 3),
-        ] {
+        ]
+        .into_iter()
+        .enumerate()
+        {
             let layout = MatrixLayout::new(storage, rows, cols).unwrap();
             let bytes = packed(&layout, &random(rows * cols, 4));
             let matrix = DeviceMatrix::new(layout.clone(), upload(gpu, &bytes));
             let x = rounded(&random(tokens * cols, 5));
             let product = reference::matmul(&Matrix::new(&layout, &bytes), &x, tokens);
-            let shift = random(rows, 6);
-            let bias = vector(gpu, WeightDtype::F32, &shift);
+            let [(bias, shift), (other_bias, other_shift)] = [case, case + 1].map(|case| {
+                let (dtype, shift) = (DTYPES[case % DTYPES.len()], random(rows, 6));
+                (vector(gpu, dtype, &shift), decode(dtype, &encode(dtype, &shift)))
+            });
             let before = random(tokens * rows, 7);
             for (output, factor) in [(Output::F16, 1.0), (Output::F32, 0.5), (Output::Add, 2.0)] {
                 let bias = (output == Output::F32).then_some(&bias);
@@ -62,11 +67,11 @@ pub fn products_equal_the_reference(gpu: &Arc<Gpu>) {
             // Some of the rows, as those of a fused matrix.
             let (first, last) = (rows / 3, rows - rows / 4);
             let y = buffer(gpu, tokens * (last - first) * 4);
-            let affine = Affine::new(matrix, Some(bias)).slice(first..last);
+            let affine = Affine::new(matrix, Some(other_bias)).slice(first..last);
             gpu.matmul(&affine, Input::Half(&halves(gpu, &x)), tokens, (&y, Output::F32, 1.0), &scratch).unwrap();
             let exact: Vec<f64> = (0..tokens)
                 .flat_map(|token| (first..last).map(move |row| (token, row)))
-                .map(|(token, row)| product[token * rows + row] + f64::from(shift[row]))
+                .map(|(token, row)| product[token * rows + row] + f64::from(other_shift[row]))
                 .collect();
             let what = format!("{storage:?} {rows}×{cols}, rows {first} to {last}");
             near(&what, &download(&y, WeightDtype::F32), &exact, 2e-6 * (cols as f64).sqrt(), Output::F32);
@@ -78,7 +83,7 @@ pub fn products_equal_the_reference(gpu: &Arc<Gpu>) {
 fn random_affine(gpu: &Arc<Gpu>, storage: Storage, rows: usize, cols: usize, seed: u64) -> Affine {
     let layout = MatrixLayout::new(storage, rows, cols).unwrap();
     let bytes = packed(&layout, &random(rows * cols, seed));
-    let bias = vector(gpu, WeightDtype::F32, &random(rows, seed + 100));
+    let bias = vector(gpu, DTYPES[seed as usize % DTYPES.len()], &random(rows, seed + 100));
     Affine::new(DeviceMatrix::new(layout, upload(gpu, &bytes)), Some(bias))
 }
 
@@ -253,9 +258,9 @@ pub fn products_of_bf16_weights_are_right_at_any_magnitude(gpu: &Arc<Gpu>) {
 pub fn every_activation_ends_a_product(gpu: &Arc<Gpu>) {
     let scratch = product_scratch(gpu);
     for storage in STORAGES {
-        for (rows, tokens) in [(5, 1), (9, 5), (40, 9), (1600, 9)] {
+        for (rows, tokens) in [(5, 1), (9, 5), (40, 9), (41, 9), (1600, 9), (1601, 9)] {
             let x = halves(gpu, &random(tokens * 40, 60));
-            let [gate, up] = [61, 62].map(|seed| random_affine(gpu, storage, rows, 40, seed));
+            let [gate, up] = [61, 62].map(|seed| random_affine(gpu, storage, rows, 40, (seed + rows + tokens) as u64));
             for activation in [Activation::GeluTanh, Activation::Gelu, Activation::QuickGelu, Activation::Relu] {
                 for gate in [Some(&gate), None] {
                     let [together, y, apart] = [0; 3].map(|_| buffer(gpu, tokens * rows * 2));
@@ -283,11 +288,13 @@ pub fn hidden_states_are_normalized_on_the_way(gpu: &Arc<Gpu>) {
             let affine = random_affine(gpu, storage, rows, cols, 50);
             let other = Affine { bias: None, ..random_affine(gpu, Storage::Int8, rows, cols, 51) };
             let states = floats(gpu, &random(tokens * cols, 52).iter().map(|v| v * 5.0 + 1.0).collect::<Vec<_>>());
-            let weight = vector(gpu, WeightDtype::Bf16, &random(cols, 53));
-            let shift = vector(gpu, WeightDtype::F32, &random(cols, 54));
-            for kind in [None, Some(NormKind::Rms), Some(NormKind::RmsPlusOne), Some(NormKind::Layer)] {
-                let bias = (kind == Some(NormKind::Layer)).then(|| shift.clone());
-                let of_norm = Affine::new(weight.clone(), bias);
+            let kinds = [None, Some(NormKind::Rms), Some(NormKind::RmsPlusOne)].into_iter();
+            for (case, kind) in kinds.chain([Some(NormKind::Layer); 3]).enumerate() {
+                let dtype = |at: usize| DTYPES[at % DTYPES.len()];
+                let weight = vector(gpu, dtype(case), &random(cols, 53));
+                let has_bias = kind == Some(NormKind::Layer);
+                let bias = has_bias.then(|| vector(gpu, dtype(case + 1), &random(cols, 54)));
+                let of_norm = Affine::new(weight, bias);
                 let norm = kind.map(|kind| Norm { kind, epsilon: 1e-5, affine: &of_norm });
                 let [before, normed] = [0; 2].map(|_| buffer(gpu, tokens * cols * 2));
                 let shape = (tokens, cols);
