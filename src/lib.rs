@@ -52,7 +52,7 @@ rooms! {
 #[cfg(feature = "hub")]
 pub mod hub;
 
-pub use backend::cuda::{GpuInfo, Installation, uuids as gpu_uuids};
+pub use backend::cuda::{GpuInfo, Installation, Mode, Occupant, uuids as gpu_uuids};
 pub use bytes::{Bytes, GIB, KIB, MIB};
 pub use cancel::Cancel;
 pub use checkpoint::{Checkpoint, Note, Origin, Source, Tensor};

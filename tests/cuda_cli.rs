@@ -6,6 +6,7 @@ mod command;
 mod fake_cuda;
 mod support;
 
+use std::io::BufRead;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
@@ -268,10 +269,102 @@ fn devices_are_listed() {
     assert_eq!((&gpu["is_usable"], &shown["cuda_visible_devices"]), (&true.into(), &"3,5".into()));
     let text = stdout(&run_with(on_gpus(&["devices"], &[("DRIVER", "12020")]).unwrap(), b""));
     let first = "cuda:0  is not used: its driver is for CUDA 12.2; evenkeel needs compute capability 7.5";
-    assert!(text.starts_with(first) && text.contains("\n        24.0 GiB; Fake GPU 0, GPU-fafafafa-"), "{text}");
+    assert!(text.starts_with(first) && text.contains("\n        24.0 GiB; Fake GPU 0\n"), "{text}");
     assert!(text.contains("\ndriver  for CUDA 12.2\n") && text.contains("\ncpu     "), "{text}");
     let text = stdout(&run_with(evenkeel(&["devices", "--offload-dir", "/"]), b""));
     assert!(text.contains("disk    ") && text.contains("`/`\n"), "{text}");
+}
+
+/// Puts the stand-in for NVIDIA's management library on the library path too.
+fn with_management(mut command: Command, settings: &[(&str, &str)]) -> (tempfile::TempDir, Command) {
+    let directory = tempfile::tempdir().unwrap();
+    let library = directory.path().join("libnvidia-ml.so.1");
+    let arguments = ["-shared", "-fPIC", "-O1", "-w", "-o", library.to_str().unwrap(), "tests/support/fake_nvml.c"];
+    let built = Command::new("gcc").current_dir(env!("CARGO_MANIFEST_DIR")).args(arguments).status().unwrap();
+    assert!(built.success());
+    let path = [directory.path(), fake_cuda::directory().unwrap()].map(|path| path.to_str().unwrap()).join(":");
+    command.env("LD_LIBRARY_PATH", path).envs(settings.iter().copied());
+    (directory, command)
+}
+
+#[test]
+fn who_has_a_gpus_memory_is_said() {
+    let own = std::process::id().to_string();
+    let processes = format!("999999999:2147483648,{own}:3221225472");
+    let settings = [("COMPUTE_MODE", "3"), ("CLOCK_KHZ", "9751000"), ("BUS_BITS", "384"), ("SMS", "82")];
+    let Some(command) = on_gpus(&["devices"], &settings) else { return };
+    let (_directory, command) = with_management(command, &[("FAKE_NVML_PROCESSES", &processes)]);
+    let text = stdout(&run_with(command, b""));
+    let name = std::fs::read_to_string("/proc/self/comm").unwrap();
+    for line in [
+        "        compute capability 8.6, 82 multiprocessors, 936.096GB/s, compute mode exclusive\n",
+        &format!("           3.0 GiB  process {own}, {name}"),
+        "           2.0 GiB  process 999999999, whose name is not to be seen\n",
+        "\ndriver  550.54.15, for CUDA 12.8\n",
+    ] {
+        assert!(text.contains(line), "{line}: {text}");
+    }
+    let (_directory, command) = with_management(
+        on_gpus(&["devices", "--format", "json"], &[]).unwrap(),
+        &[("FAKE_NVML_PROCESSES", &processes)],
+    );
+    let shown: Value = serde_json::from_str(&stdout(&run_with(command, b""))).unwrap();
+    assert_eq!(shown["gpus"][0]["processes"][0]["used"], 3u64 << 30);
+    assert_eq!(
+        [&shown["gpus"][1]["processes"], &shown["driver_version"]],
+        [&Value::Array(vec![]), &"550.54.15".into()]
+    );
+}
+
+#[test]
+fn a_context_is_measured_where_the_management_library_tells_what_was_free() {
+    for (before, context) in [(24u64 << 30, 300u64 << 20), (23 << 30, 40 << 20), (21 << 30, 40 << 20)] {
+        let Some(command) = on_gpus(&["devices", "--format", "json"], &[("CONTEXT_BYTES", "300MiB")]) else { return };
+        let (_directory, command) = with_management(command, &[("FAKE_NVML_FREE", &before.to_string())]);
+        let shown: Value = serde_json::from_str(&stdout(&run_with(command, b""))).unwrap();
+        assert_eq!(shown["gpus"][0]["context"], context, "{before}");
+        assert_eq!(shown["gpus"][0]["free"], (24u64 << 30) - (300 << 20) + context, "{before}");
+    }
+}
+
+#[test]
+fn memory_that_a_gpu_shares_with_the_host_is_counted_once() {
+    let Some(command) = on_gpus(&["devices", "--format", "json"], &[("INTEGRATED", "1"), ("DEVICES", "900GiB")]) else {
+        return;
+    };
+    let shown: Value = serde_json::from_str(&stdout(&run_with(command, b""))).unwrap();
+    let free = |device: &Value| device["free"].as_u64().unwrap();
+    let (gpu, cpu) = (&shown["gpus"][0], &shown["cpu"]);
+    assert_eq!(gpu["is_shared"], true);
+    assert!(free(cpu) <= 2 << 30 && free(gpu) + free(cpu) <= cpu["total"].as_u64().unwrap(), "{shown}");
+    let plan = run_with(on_gpus(&["plan", FERRIS], &[("INTEGRATED", "1")]).unwrap(), b"");
+    assert!(
+        stdout(&plan).contains("\ncuda:0 shares the host's memory: 2.0 GiB are counted as the host's\n"),
+        "{}",
+        stdout(&plan)
+    );
+}
+
+#[test]
+fn a_part_of_a_divided_gpu_has_a_name_and_a_speed_of_its_own() {
+    let settings =
+        [("NAME", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"), ("MIG", "1"), ("CLOCK_KHZ", "1215000"), ("BUS_BITS", "5120")];
+    let Some(command) = on_gpus(&["devices", "--format", "json"], &settings) else { return };
+    let gpu = &serde_json::from_str::<Value>(&stdout(&run_with(command, b""))).unwrap()["gpus"][0];
+    assert!(gpu["uuid"].as_str().unwrap().starts_with("MIG-"), "{gpu}");
+    assert_eq!(gpu["bandwidth"]["bytes_per_second"], 1_555_000_000_000u64 / 8);
+}
+
+#[test]
+fn devices_are_watched_until_interrupted() {
+    let mut command = evenkeel(&["devices", "--watch=1"]);
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = std::io::BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
+    // Twice.
+    assert!(lines.by_ref().filter(|line| line.starts_with("driver ")).nth(1).is_some());
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130));
 }
 
 #[test]

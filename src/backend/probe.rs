@@ -9,7 +9,7 @@ use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::error::Result;
 use crate::fs;
-use crate::machine::{self, Bandwidth, Device, Inventory};
+use crate::machine::{self, Bandwidth, Device, Fault, Inventory};
 use crate::pool::Pool;
 use crate::quant::{GROUP_SIZE, Matrix, MatrixLayout, Storage};
 
@@ -23,8 +23,13 @@ impl Inventory {
     /// process's control group, the space in `offload_directory`, and the GPUs;
     /// those that cannot be used are listed as idle.
     pub fn of_machine(offload_directory: &Path) -> Result<Self> {
+        Self::of(cuda::Installation::find(), offload_directory)
+    }
+
+    /// As [`Inventory::of_machine`], with the GPUs that were found.
+    pub fn of(found: Result<Option<cuda::Installation>, Fault>, offload_directory: &Path) -> Result<Self> {
         let mut inventory = Self::default();
-        match cuda::Installation::find() {
+        match found {
             Ok(installation) => installation.into_iter().for_each(|found| found.list(&mut inventory)),
             Err(fault) => inventory.driver = Some(fault),
         }

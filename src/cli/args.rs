@@ -183,6 +183,17 @@ pub struct DevicesArguments {
     /// How the devices are written to standard output.
     #[arg(long, value_enum, value_name = "FORMAT", default_value_t = Format::Text, help_heading = "Output")]
     pub format: Format,
+    /// Write them again every so many seconds, until interrupted.
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "2",
+        value_parser = clap::value_parser!(u64).range(1..=86_400),
+        help_heading = "Output"
+    )]
+    pub watch: Option<u64>,
 }
 
 /// What is done where a device has less free than when the plan was made.

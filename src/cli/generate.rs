@@ -4,7 +4,6 @@ use std::io::{IsTerminal, Read, stdin};
 use std::thread;
 use std::time::Duration;
 
-use evenkeel::random::Draws;
 use evenkeel::{
     Bytes, ChatTemplate, Error, ErrorKind, Finish, GenerateOptions, GenerateReport, GenerationDefaults, LoadReport,
     LoadTimes, MIB, MeasuredGpu, Message, Result, Sampling, read_capped,
@@ -48,8 +47,7 @@ pub fn run(arguments: &GenerateArguments, process: &Process) -> Result<Exit> {
         Err(error) if error.kind() == ErrorKind::Shortfall && arguments.on_shortfall == OnShortfall::Replan => {
             printer.note(&format!("{error}; planning again with what is left"));
             // Whoever has taken it may have failed as well, and be about to try again.
-            let slots = Draws::new(u64::from(std::process::id())).below(4);
-            thread::sleep(SHORTEST_PAUSE * (1 + u32::try_from(slots).unwrap_or_default()));
+            thread::sleep(SHORTEST_PAUSE * (1 + std::process::id() % 4));
             load()?
         }
         loaded => loaded?,

@@ -43,6 +43,11 @@ impl Printer {
         self.write(&escaped(text))
     }
 
+    /// Has a terminal show what is written next alone.
+    pub fn clear_screen(&self) -> Result<()> {
+        if stdout().is_terminal() { self.write("\x1b[H\x1b[2J") } else { Ok(()) }
+    }
+
     /// Writes a result in JSON, which has escapes of its own.
     pub fn json(&self, json: &str) -> Result<()> {
         self.write(&escaped_json(json))

@@ -1,5 +1,6 @@
 //! The driver that is installed, and its GPUs.
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use cudarc::driver::CudaContext;
@@ -7,11 +8,26 @@ use cudarc::driver::sys::CUdevice_attribute;
 
 use super::driver::{Handle, context, count, driver_version};
 use super::fault;
-use crate::bytes::Bytes;
+use super::occupancy::{Management, Occupant};
+use crate::bytes::{Bytes, GIB, MIB};
 use crate::device::DeviceId;
 use crate::machine::{
     self, Bandwidth, Card, Device, Fault, Idle, Inventory, Kept, NEEDED_CAPABILITY, NEEDED_CUDA, needs,
 };
+use crate::name::named;
+
+/// Who may compute on a GPU at once: its compute mode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// All.
+    Shared,
+    /// One process.
+    Exclusive,
+    /// Nobody.
+    Prohibited,
+}
+
+named!(Mode, "a compute mode", { Shared => "shared", Exclusive => "exclusive", Prohibited => "prohibited" });
 
 /// A GPU that the driver shows.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,14 +40,28 @@ pub struct GpuInfo {
     pub bus: String,
     /// Its compute capability, major and minor.
     pub capability: (i32, i32),
+    /// Its multiprocessors.
+    pub multiprocessors: u64,
+    /// Who may compute on it at once.
+    pub mode: Mode,
+    /// The processes that use it; `None` where nobody tells.
+    pub occupants: Option<Vec<Occupant>>,
     /// Why it cannot be used.
     pub fault: Option<Fault>,
 }
 
 impl GpuInfo {
     fn unknown(index: u32) -> Self {
-        let (device, uuid, bus) = (Device::new(DeviceId::Cuda(index), Bytes::ZERO), String::new(), String::new());
-        Self { device, uuid, bus, capability: (0, 0), fault: None }
+        Self {
+            device: Device::new(DeviceId::Cuda(index), Bytes::ZERO),
+            uuid: String::new(),
+            bus: String::new(),
+            capability: (0, 0),
+            multiprocessors: 0,
+            mode: Mode::Shared,
+            occupants: None,
+            fault: None,
+        }
     }
 }
 
@@ -40,6 +70,8 @@ impl GpuInfo {
 pub struct Installation {
     /// The version of CUDA that the driver is for, major and minor.
     pub version: (i32, i32),
+    /// The driver's own version, such as 550.54.15, where it tells.
+    pub driver: Option<String>,
     /// The GPUs, in the driver's order.
     pub gpus: Vec<GpuInfo>,
     /// The contexts of those that can be used.
@@ -54,10 +86,13 @@ impl Installation {
     pub fn find() -> Result<Option<Self>, Fault> {
         let failed = |e| fault::fault("the NVIDIA driver cannot be used", e);
         let Some(version) = driver_version().map_err(failed)? else { return Ok(None) };
-        let described: Vec<_> = (0..count().map_err(failed)?).map(|index| describe(index, version)).collect();
+        let management = Management::open();
+        let count = count().map_err(failed)?;
+        let described: Vec<_> = (0..count).map(|index| describe(index, version, &management)).collect();
         let (gpus, contexts): (Vec<_>, Vec<_>) = described.into_iter().unzip();
         let kept = Kept::new(contexts.into_iter().flatten());
-        Ok(Some(Self { version: (version / 1000, version % 1000 / 10), gpus, kept }))
+        let version = (version / 1000, version % 1000 / 10);
+        Ok(Some(Self { version, driver: management.driver(), gpus, kept }))
     }
 
     /// Puts the GPUs into an inventory.
@@ -83,12 +118,13 @@ pub fn uuids() -> Vec<String> {
 }
 
 /// What the GPU at `index` is, under a driver for this version of CUDA, and its context if it can be used.
-fn describe(index: u32, version: i32) -> (GpuInfo, Option<Arc<CudaContext>>) {
+fn describe(index: u32, version: i32, management: &Management) -> (GpuInfo, Option<Arc<CudaContext>>) {
     let mut gpu = GpuInfo::unknown(index);
     let opened = identify(&mut gpu, index).and_then(|()| match age(gpu.capability, version) {
         Some(fault) => Err(fault),
-        None => open(&mut gpu.device, index),
+        None => open(&mut gpu.device, index, management.free(&gpu.uuid)),
     });
+    gpu.occupants = management.occupants(&gpu.uuid);
     match opened {
         Ok(context) => (gpu, Some(context)),
         Err(fault) => (GpuInfo { fault: Some(fault), ..gpu }, None),
@@ -136,17 +172,30 @@ fn identify(gpu: &mut GpuInfo, index: u32) -> Result<(), Fault> {
     let known = Card::of(&name).map(|card| card.bytes_per_second);
     let told = Some(told).filter(|told| *told > 0 && kind == "GPU");
     gpu.device.bandwidth = told.or(known).map(Bandwidth::stated);
-    gpu.device.context = machine::context(Some(attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)));
+    gpu.multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
+    gpu.device.context = machine::context(Some(gpu.multiprocessors));
+    // As cuda.h numbers them.
+    gpu.mode = match attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_MODE) {
+        0 => Mode::Shared,
+        2 => Mode::Prohibited,
+        _ => Mode::Exclusive,
+    };
     gpu.device.is_shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_INTEGRATED) > 0;
     gpu.device.name = Some(name);
     Ok(())
 }
 
-/// What is free. What this process's context takes of it counts as free: the plan counts that itself.
-fn open(device: &mut Device, index: u32) -> Result<Arc<CudaContext>, Fault> {
+/// What is free. What this process's context takes of it counts as free: the plan counts that itself. It is known where
+/// what was free without it is.
+fn open(device: &mut Device, index: u32, before: Option<Bytes>) -> Result<Arc<CudaContext>, Fault> {
+    // What a context has taken; anything else is somebody else's doing, or it was there already.
+    const LIKELY: RangeInclusive<Bytes> = Bytes(32 * MIB)..=Bytes(2 * GIB);
     let context = context(index).map_err(|e| fault::fault("it cannot be opened", e))?;
     let (free, total) = context.mem_get_info().map_err(|e| fault::fault("it does not tell its memory", e))?;
     device.total = Bytes(total as u64);
+    if let Some(taken) = before.map(|before| before - Bytes(free as u64)).filter(|taken| LIKELY.contains(taken)) {
+        device.context = taken;
+    }
     device.free = (Bytes(free as u64) + device.context).min(device.total);
     Ok(context)
 }

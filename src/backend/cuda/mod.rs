@@ -11,6 +11,7 @@ mod fault;
 mod installation;
 mod kernels;
 mod modules;
+mod occupancy;
 mod operands;
 mod repeat;
 mod stage;
@@ -19,8 +20,9 @@ mod workspace;
 
 pub use compile::Compiling;
 pub use driver::{Copying, Gpu, Pinned, Region, arena};
-pub use installation::{GpuInfo, Installation, uuids};
+pub use installation::{GpuInfo, Installation, Mode, uuids};
 pub use kernels::Choosing;
+pub use occupancy::Occupant;
 pub use operands::{Affine, Attention, Cache, DeviceMatrix, GATED, Input, MAX_HEAD_DIM, Norm, Output, Scratch};
 pub use stage::CudaStage;
 pub use upload::{InFlight, Upload};
