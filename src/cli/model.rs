@@ -127,6 +127,9 @@ pub fn show(event: &LoadEvent, what: &'static str, bar: &mut Option<ProgressBar>
         (LoadEvent::Compiling { capability: (major, minor) }, _) => {
             printer.note(&format!("compiling kernels for compute capability {major}.{minor}; they are kept"));
         }
+        (LoadEvent::ThroughHost { from, to }, _) => printer.note(&format!(
+            "warning: copies from {from} to {to} do not arrive whole, and go through host memory (an IOMMU or ACS may be on)"
+        )),
         (LoadEvent::Started { bytes }, _) => *bar = Some(progress::bar(printer, what, bytes.0, BYTES)),
         (LoadEvent::Placed { module, device, bytes }, Some(bar)) => {
             progress::say(bar, &format!("{module} to {device}"));

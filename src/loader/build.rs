@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
-use super::LoadOptions;
 use super::arenas::Arenas;
+use super::{LoadEvent, LoadOptions};
 use crate::architecture::{ModuleKind, Part, Role};
 use crate::backend::block::{Finder, Modules};
 use crate::backend::cpu::{self, Arena, CpuStage, KvCache, Parameter, Workspace};
@@ -24,7 +24,12 @@ type Measured = BTreeMap<DeviceId, Bytes>;
 type Parameters<P> = HashMap<(usize, Role, Part), P>;
 
 /// Builds the stages, and sums up what the arenas hold; of GPUs, what they say that was taken.
-pub fn build(plan: &Plan, arenas: Arenas, options: &LoadOptions) -> Result<(Pipeline, Measured)> {
+pub fn build(
+    plan: &Plan,
+    arenas: Arenas,
+    options: &LoadOptions,
+    on_event: &mut dyn FnMut(LoadEvent),
+) -> Result<(Pipeline, Measured)> {
     let config = &plan.checkpoint().config;
     let Arenas { memory, disk, mut gpus } = arenas;
     let mut host = BTreeMap::<_, Arc<Arena>>::from([(DeviceId::Cpu, Arc::new(memory) as _)]);
@@ -53,8 +58,16 @@ pub fn build(plan: &Plan, arenas: Arenas, options: &LoadOptions) -> Result<(Pipe
     let mut taken = Bytes(buffers as u64) + gpus.values().map(|_| CUDA_ANSWERS).sum();
     let workspace: Arc<Mutex<Workspace>> = Arc::new(Mutex::new(workspace));
 
+    let runs = runs(plan);
+    for pair in runs.windows(2) {
+        if let (Some(from), Some(to)) = (gpus.get(&pair[0].0), gpus.get(&pair[1].0)) {
+            if !to.workspace.hidden.check_copies_from(&from.workspace.hidden)? {
+                on_event(LoadEvent::ThroughHost { from: pair[0].0, to: pair[1].0 });
+            }
+        }
+    }
     let mut stages: Vec<Box<dyn Stage>> = Vec::new();
-    for (device, range) in runs(plan) {
+    for (device, range) in runs {
         if let Some(gpu) = gpus.get_mut(&device) {
             let modules = modules(plan, range, |key| on_gpus.remove(&key))?;
             let caches = gpu.caches.drain(..modules.blocks.len()).collect();

@@ -54,6 +54,13 @@ pub enum LoadEvent<'a> {
         /// Major and minor.
         capability: (i32, i32),
     },
+    /// What one GPU copies to another does not arrive whole: hidden states go through host memory.
+    ThroughHost {
+        /// Whence.
+        from: DeviceId,
+        /// Where to.
+        to: DeviceId,
+    },
     /// Reading begins.
     Started {
         /// Bytes that will be read.
@@ -211,7 +218,7 @@ impl Plan {
             Err(error) => return tokenizer.wait().and(Err(error)),
         };
         let gpus: BTreeMap<_, _> = arenas.gpus.iter().map(|(id, arenas)| (*id, Arc::clone(&arenas.gpu))).collect();
-        let (mut pipeline, mut measured) = build::build(self, arenas, options)?;
+        let (mut pipeline, mut measured) = build::build(self, arenas, options, &mut on_event)?;
         pipeline.prepare()?;
         *measured.entry(DeviceId::Cpu).or_default() += staged;
         let tokenizer = tokenizer.wait()?;

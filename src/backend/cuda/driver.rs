@@ -5,12 +5,12 @@
 //! launch reaches beyond it. Page-locked memory belongs to the copy that is on its way.
 #![expect(unsafe_code, reason = "the driver's interface is C")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 
-use cudarc::driver::sys::{CUdevice_attribute, CUresult};
+use cudarc::driver::sys::{CUdevice_attribute, CUevent_flags, CUresult};
 use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, DriverError, result, sys};
 
 use super::fault;
@@ -19,6 +19,7 @@ use crate::device::{DeviceError, DeviceId};
 use crate::error::{Error, ErrorKind, Hint, Result, Setting};
 use crate::footprint::{WORD, aligned};
 use crate::pool::lock;
+use crate::random::Draws;
 
 /// What a GPU that fails later than it is told has done.
 const FAILED: &str = "has failed at work that was queued";
@@ -152,6 +153,10 @@ pub struct Gpu {
     copies: Arc<CudaStream>,
     /// Those that are loaded, by the number of each.
     pub(super) functions: BTreeMap<usize, CudaFunction>,
+    /// The GPUs from which copies go through the host.
+    through_host: Mutex<BTreeSet<u32>>,
+    /// How many blocks of a kernel run at once, by its number and that of a block's threads.
+    pub(super) at_once: Mutex<BTreeMap<(usize, u32), usize>>,
     /// What launches are given while they are captured.
     pub(super) captured: Mutex<Option<Vec<Region>>>,
     pub(super) multiprocessors: usize,
@@ -175,8 +180,18 @@ impl Gpu {
         let multiprocessors =
             context.attribute(attribute).map_err(|e| failed("does not tell its number of multiprocessors", e))?;
         let multiprocessors = usize::try_from(multiprocessors).unwrap_or(0).max(1);
-        let (functions, captured) = (BTreeMap::new(), Mutex::default());
-        Ok(Self { index, context, capability, stream, copies, functions, captured, multiprocessors })
+        Ok(Self {
+            index,
+            context,
+            capability,
+            stream,
+            copies,
+            functions: BTreeMap::new(),
+            through_host: Mutex::default(),
+            at_once: Mutex::default(),
+            captured: Mutex::default(),
+            multiprocessors,
+        })
     }
 
     /// Its name in maps.
@@ -263,7 +278,8 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         // A context that has failed does no more work, and takes the memory with it.
         let _ = self.gpu.synchronize();
-        if self.gpu.bind().is_ok() {
+        // An error of something else may stand in the way of the first.
+        if self.gpu.bind().or_else(|_| self.gpu.bind()).is_ok() {
             // SAFETY: allocated by `Gpu::allocate` and freed here only; the work that was queued on it is done.
             let _ = unsafe { result::free_sync(self.pointer) };
         }
@@ -374,7 +390,7 @@ impl Region {
         // SAFETY: both are that long; `Copying` keeps `pinned` until the copy is done.
         let queued = unsafe { result::memcpy_htod_async(self.pointer(), bytes, gpu.copies.cu_stream()) };
         let queued = queued.and_then(|()| gpu.stream.join(&gpu.copies));
-        Copying::on(gpu, &gpu.copies, pinned, queued)
+        Copying::on(gpu, &gpu.copies, pinned, queued, Wait::Sleep)
             .map_err(|e| gpu.failure(&format!("cannot take {} from the host", Bytes(len as u64)), e))
     }
 
@@ -388,7 +404,8 @@ impl Region {
         let bytes = &mut pinned[..self.len];
         // SAFETY: both are that long; `Copying` keeps `pinned` until the copy is done.
         let queued = unsafe { result::memcpy_dtoh_async(bytes, self.pointer(), gpu.stream.cu_stream()) };
-        Copying::on(gpu, &gpu.stream, pinned, queued).map_err(|e| gpu.failure("cannot give bytes to the host", e))
+        Copying::on(gpu, &gpu.stream, pinned, queued, Wait::Spin)
+            .map_err(|e| gpu.failure("cannot give bytes to the host", e))
     }
 
     /// Queues a copy of all of `source`, which may be on another GPU: it waits
@@ -400,7 +417,14 @@ impl Region {
         assert!(source.len <= self.len, "a copy beyond its region");
         let (gpu, other) = (self.gpu(), source.gpu());
         gpu.bind()?;
-        let copied = gpu.stream.join(&other.stream).and_then(|()| {
+        if lock(&gpu.through_host).contains(&other.index) {
+            let mut bytes = vec![0; source.len];
+            return source.read(&mut bytes).and_then(|()| self.write(&bytes));
+        }
+        let joined = gpu.stream.join(&other.stream);
+        // What joins binds the other context on the way.
+        gpu.bind()?;
+        let copied = joined.and_then(|()| {
             let (to, from) = (gpu.context.cu_ctx(), other.context.cu_ctx());
             // SAFETY: both regions are that long, and each belongs to the context that is named with it.
             unsafe {
@@ -416,6 +440,26 @@ impl Region {
         });
         let done = copied.and_then(|()| other.stream.join(&gpu.stream));
         done.map_err(|e| gpu.failure(&format!("cannot copy from {}", other.id()), e))
+    }
+}
+
+impl Region {
+    /// Whether a pattern arrives whole from the start of `source`, which it overwrites as the start of this region.
+    /// Some machines lose what goes from one GPU to another; where it is lost, copies go through the host from now on.
+    pub fn check_copies_from(&self, source: &Self) -> Result<bool> {
+        const PATTERN: usize = 64 << 10;
+        let len = PATTERN.min(self.len).min(source.len);
+        let mut draws = Draws::new(u64::from(self.gpu().index) << 32 | u64::from(source.gpu().index));
+        let sent: Vec<u8> = (0..len).map(|_| draws.draw().to_le_bytes()[0]).collect();
+        let mut arrived = vec![0; len];
+        source.write(&sent)?;
+        self.part(0, len).clear()?;
+        self.part(0, len).copy_from(&source.part(0, len))?;
+        self.read(&mut arrived)?;
+        if arrived != sent {
+            lock(&self.gpu().through_host).insert(source.gpu().index);
+        }
+        Ok(arrived == sent)
     }
 }
 
@@ -483,6 +527,14 @@ pub struct Copying {
     done: CudaEvent,
 }
 
+/// How the host waits for a copy.
+enum Wait {
+    /// It leaves the processor to others.
+    Sleep,
+    /// It is told at once.
+    Spin,
+}
+
 impl Copying {
     /// The copy that `stream` was given last, where it could be queued.
     fn on(
@@ -490,8 +542,13 @@ impl Copying {
         stream: &CudaStream,
         pinned: Pinned,
         queued: Result<(), DriverError>,
+        wait: Wait,
     ) -> Result<Self, DriverError> {
-        match queued.and_then(|()| stream.record_event(None)) {
+        let flags = match wait {
+            Wait::Sleep => CUevent_flags::CU_EVENT_BLOCKING_SYNC,
+            Wait::Spin => CUevent_flags::CU_EVENT_DISABLE_TIMING,
+        };
+        match queued.and_then(|()| stream.record_event(Some(flags))) {
             Ok(done) => Ok(Self { gpu: Arc::clone(gpu), pinned: Some(pinned), done }),
             Err(error) => {
                 // Something may be under way all the same, and the memory is freed next.

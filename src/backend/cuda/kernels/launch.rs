@@ -154,10 +154,17 @@ impl Gpu {
 
     /// The most blocks of `threads` threads of a kernel that run at once.
     pub(super) fn blocks_at_once(&self, kernel: Kernel, threads: u32) -> Result<usize> {
+        let key = (kernel as usize, threads);
+        if let Some(known) = lock(&self.at_once).get(&key) {
+            return Ok(*known);
+        }
+        self.bind()?;
         let each = self.function(kernel).occupancy_max_active_blocks_per_multiprocessor(threads, 0, None);
         let failed = |e| self.failure(&format!("does not tell how much of `{kernel:?}` it runs at once"), e);
         let each = each.map_err(failed)?;
-        Ok(self.multiprocessors * each.max(1) as usize)
+        let blocks = self.multiprocessors * each.max(1) as usize;
+        lock(&self.at_once).insert(key, blocks);
+        Ok(blocks)
     }
 
     /// Keeps the launches that `queue` would queue, and queues nothing. `queue` does nothing else, and waits for nothing.
