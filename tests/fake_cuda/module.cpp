@@ -100,23 +100,6 @@ static CUresult load(Module** out, const void* image, std::string& wrong) {
     return CUDA_SUCCESS;
 }
 API cuModuleLoadData(Module** out, const void* image) { std::string wrong; return load(out, image, wrong); }
-API cuModuleLoadDataEx(Module** out, const void* image, unsigned n, const int* options, void** values) {
-    enum { ERROR_LOG_BUFFER = 5, ERROR_LOG_BUFFER_SIZE = 6 };  // of CUjit_option; the others are not looked at
-    std::string wrong;
-    CUresult r = load(out, image, wrong);
-    char* log = nullptr;
-    void** size = nullptr;
-    for (unsigned i = 0; i < n; i++) {
-        if (options[i] == ERROR_LOG_BUFFER) log = (char*)values[i];
-        if (options[i] == ERROR_LOG_BUFFER_SIZE) size = &values[i];
-    }
-    if (log && size && *size) {
-        size_t room = (uintptr_t)*size;
-        snprintf(log, room, "%s%s", wrong.empty() ? "" : "ptxas ", wrong.c_str());
-        *size = (void*)strlen(log);
-    }
-    return r;
-}
 struct Linking {
     std::string image;
     char* log;

@@ -10,4 +10,4 @@ for seed in $(seq "${1:-5}"); do
 done
 env FAKE_CUDA_RACE=1 FAKE_CUDA_FORCE_CC=9.0 cargo test --locked --test cuda
 binary=$(cargo test --locked --test cuda_kernels --no-run 2>&1 | sed -n 's/.*(\(.*\))$/\1/p')
-tests/fake_cuda/mutate.py "$binary"
+tests/mutations/mutate.py "$binary"
