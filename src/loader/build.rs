@@ -60,10 +60,10 @@ pub fn build(
 
     let runs = runs(plan);
     for pair in runs.windows(2) {
-        if let (Some(from), Some(to)) = (gpus.get(&pair[0].0), gpus.get(&pair[1].0)) {
-            if !to.workspace.hidden.check_copies_from(&from.workspace.hidden)? {
-                on_event(LoadEvent::ThroughHost { from: pair[0].0, to: pair[1].0 });
-            }
+        let [(from, _), (to, _)] = pair else { continue };
+        let Some((source, target)) = gpus.get(from).zip(gpus.get(to)) else { continue };
+        if !target.workspace.hidden.check_copies_from(&source.workspace.hidden)? {
+            on_event(LoadEvent::ThroughHost { from: *from, to: *to });
         }
     }
     let mut stages: Vec<Box<dyn Stage>> = Vec::new();

@@ -26,8 +26,11 @@ pub struct Compiling {
     /// Stops before the next file of kernels.
     pub cancel: Cancel,
     /// Told of the compute capability that kernels are compiled for, before each file.
-    pub on_file: Option<Arc<dyn Fn((i32, i32)) + Send + Sync>>,
+    pub on_file: Option<Arc<OnFile>>,
 }
+
+/// Takes a compute capability, major and minor.
+pub type OnFile = dyn Fn((i32, i32)) + Send + Sync;
 
 /// What the code of a file of kernels follows from.
 #[derive(Clone, Copy)]

@@ -64,7 +64,7 @@ impl Handle {
         let mut uuid = sys::CUuuid { bytes: [0; 16] };
         // SAFETY: writes 16 bytes, to a variable that outlives the call.
         unsafe { sys::cuDeviceGetUuid_v2(&raw mut uuid, self.0) }.result()?;
-        Ok(uuid.bytes.map(|byte| byte.cast_unsigned()))
+        Ok(uuid.bytes.map(i8::cast_unsigned))
     }
 
     pub fn total(self) -> Result<Bytes, DriverError> {
@@ -528,6 +528,7 @@ pub struct Copying {
 }
 
 /// How the host waits for a copy.
+#[derive(Clone, Copy)]
 enum Wait {
     /// It leaves the processor to others.
     Sleep,
