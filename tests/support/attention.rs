@@ -2,92 +2,13 @@
 
 use std::sync::Arc;
 
-use evenkeel::backend::cuda::{Affine, Attention, Cache, Gpu, Norm, Output, Region};
+use evenkeel::backend::cuda::{Affine, Attention, Cache, Gpu, Norm, Output};
 use evenkeel::footprint::{CudaAttention, KvLayout};
 use evenkeel::model_config::NormKind;
 use evenkeel::quant::{KvDtype, WeightDtype};
+use evenkeel::verify;
 
-use super::{buffer, download, floats, halves, near, near_each, placed, random, rounded, scratch, upload, vector};
-
-/// A cache of one dtype: vectors as the host stores them, on the GPU, and as they read back.
-struct TestCache {
-    layout: KvLayout,
-    regions: [Region; 2],
-    stored: [Vec<f32>; 2],
-}
-
-impl TestCache {
-    fn new(gpu: &Arc<Gpu>, dtype: KvDtype, [kv_heads, head_dim]: [usize; 2], values: [&[f32]; 2]) -> Self {
-        let layout = KvLayout::new(dtype, kv_heads, head_dim, values[0].len() / head_dim / kv_heads).unwrap();
-        let each = values.map(|values| {
-            let mut bytes = vec![0u8; layout.codes + layout.scales];
-            for (at, vector) in values.chunks(head_dim).enumerate() {
-                let width = dtype.code_bytes(head_dim);
-                let mut words = vec![0u32; width.div_ceil(4)];
-                let scale = dtype.encode(vector, &mut bytemuck::cast_slice_mut(&mut words)[..width]);
-                bytes[at * width..][..width].copy_from_slice(&bytemuck::cast_slice(&words)[..width]);
-                if layout.scales > 0 {
-                    bytes[layout.codes + at * 4..][..4].copy_from_slice(&scale.to_le_bytes());
-                }
-            }
-            (upload(gpu, &bytes), Self::decode(layout, head_dim, &bytes))
-        });
-        let [(keys, stored_keys), (values, stored_values)] = each;
-        Self { layout, regions: [keys, values], stored: [stored_keys, stored_values] }
-    }
-
-    fn decode(layout: KvLayout, head_dim: usize, bytes: &[u8]) -> Vec<f32> {
-        let width = layout.dtype.code_bytes(head_dim);
-        let mut values = Vec::new();
-        for (at, codes) in bytes[..layout.codes / width * width].chunks(width).enumerate() {
-            let scale = bytes[layout.codes..].as_chunks().0.get(at).map_or(1.0, |bytes| f32::from_le_bytes(*bytes));
-            let mut vector = vec![0.0; head_dim];
-            layout.dtype.decode(codes, scale, &mut vector);
-            values.extend(vector);
-        }
-        values
-    }
-
-    fn cache(&self) -> Cache {
-        Cache::new(self.layout, &self.regions)
-    }
-
-    fn read_back(&self, which: usize, head_dim: usize) -> Vec<f32> {
-        let mut bytes = vec![0; self.regions[which].len()];
-        self.regions[which].read(&mut bytes).unwrap();
-        Self::decode(self.layout, head_dim, &bytes)
-    }
-}
-
-/// Softmax over all keys that each query sees, in f64; and for each element the root of the sum of the squares
-/// of its terms, by which what comes of their rounding is measured.
-fn attention(shape: &Attention, slots: usize, query: &[f32], [keys, values]: [&[f32]; 2]) -> (Vec<f64>, Vec<f64>) {
-    let width = shape.head_dim;
-    let (mut out, mut spread) = (Vec::new(), Vec::new());
-    for (at, query) in query.chunks(width).enumerate() {
-        let (token, head) = (at / shape.heads, at % shape.heads);
-        let last = shape.position + token;
-        let first = if shape.window > 0 { (last + 1).saturating_sub(shape.window) } else { 0 };
-        let row = |cache: &'_ [f32], key: usize, d: usize| {
-            let slot = head * shape.kv_heads / shape.heads * slots + key % slots;
-            f64::from(cache[slot * width + d])
-        };
-        let score = |key: usize| {
-            let dot: f64 =
-                (0..width).map(|d| f64::from(query[d]) * row(keys, key, d)).sum::<f64>() * f64::from(shape.scale);
-            let cap = f64::from(shape.softcap);
-            if cap > 0.0 { cap * (dot / cap).tanh() } else { dot }
-        };
-        let weights: Vec<f64> = (first..=last).map(|key| score(key).exp()).collect();
-        let sum: f64 = weights.iter().sum();
-        for d in 0..width {
-            let terms = (first..=last).map(|key| weights[key - first] / sum * row(values, key, d));
-            out.push(terms.clone().sum());
-            spread.push(terms.map(|term| term * term).sum::<f64>().sqrt());
-        }
-    }
-    (out, spread)
-}
+use super::{buffer, download, floats, halves, near, placed, random, rounded, scratch, vector};
 
 pub fn attention_equals_the_reference(gpu: &Arc<Gpu>) {
     for (heads, kv_heads, head_dim, position, tokens, window, softcap) in [
@@ -153,24 +74,8 @@ pub fn attention_over_a_ring_equals_the_reference(gpu: &Arc<Gpu>) {
 
 #[track_caller]
 fn attends_as_the_reference(gpu: &Arc<Gpu>, shape: &Attention, slots: usize) {
-    let Attention { heads, kv_heads, head_dim, tokens, .. } = *shape;
-    let random_cache = |seed| random(kv_heads * slots * head_dim, seed).iter().map(|v| v * 2.0).collect::<Vec<_>>();
-    let query = rounded(&random(tokens * heads * head_dim, 13));
-    let scratch = scratch(gpu, CudaAttention::scratch(heads, kv_heads, head_dim, tokens, slots));
     for dtype in KvDtype::ALL {
-        let cache = TestCache::new(gpu, dtype, [kv_heads, head_dim], [&random_cache(14), &random_cache(15)]);
-        let (exact, spread) = attention(shape, slots, &query, cache.stored.each_ref().map(Vec::as_slice));
-        // A step leaves the counts as the next one needs them.
-        for _ in 0..2 {
-            let out = buffer(gpu, tokens * heads * head_dim * 2);
-            let (query, cache) = (halves(gpu, &query), cache.cache());
-            gpu.attend(shape, &query, &cache, &out, &placed(gpu, shape.position), &scratch).unwrap();
-            let ours = download(&out, WeightDtype::F16);
-            // Tensor cores take weights and values as f16.
-            let rounding = if tokens > 8 { 1.5e-3 } else { 0.0 };
-            let what = format!("{shape:?} over {slots} {dtype}");
-            near_each(&what, &ours, &exact, |i| 1e-5 + rounding * spread[i], Output::F16);
-        }
+        verify::attended(gpu, shape, slots, dtype).unwrap();
     }
 }
 
@@ -284,27 +189,12 @@ pub fn rotation_equals_the_reference(gpu: &Arc<Gpu>) {
         let frequencies: Vec<f32> = (0..pairs).map(|i| 10f32.powf(-(i as f32) / 4.0)).collect();
         let input = |heads: usize, seed| rounded(&random(tokens * heads * head_dim, seed));
         let (query, key, value) = (input(heads, 16), input(kv_heads, 17), input(kv_heads, 18));
-        let rotate = |x: &[f32], heads: usize| -> Vec<f64> {
-            let mut y: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
-            for (at, head) in y.chunks_mut(head_dim).enumerate() {
-                for i in 0..pairs {
-                    let angle = f64::from((position + at / heads) as f32 * frequencies[i]);
-                    let (sin, cos) = (angle.sin() * f64::from(factor), angle.cos() * f64::from(factor));
-                    let (a, b) = (head[i], head[i + pairs]);
-                    (head[i], head[i + pairs]) = (a * cos - b * sin, b * cos + a * sin);
-                }
-            }
-            y
-        };
         let before = random(kv_heads * slots * head_dim, 19);
         for dtype in KvDtype::ALL {
-            let queries = halves(gpu, &query);
-            let cache = TestCache::new(gpu, dtype, [kv_heads, head_dim], [&before, &before]);
+            verify::stored(gpu, &shape, pairs, factor, slots, dtype).unwrap();
             let table = floats(gpu, &frequencies);
             let rope = (pairs > 0).then_some((&table, factor));
-            let inputs = [&queries, &halves(gpu, &key), &halves(gpu, &value)];
-            let (at, no_norms) = (placed(gpu, position), [None; 2]);
-            gpu.rotate_and_store(&shape, inputs, no_norms, &cache.cache(), &at, rope).unwrap();
+            let at = placed(gpu, position);
             let what = format!("{shape:?}, {pairs} pairs, {dtype}");
 
             // What is normalized on the way is what is normalized before.
@@ -316,7 +206,7 @@ pub fn rotation_equals_the_reference(gpu: &Arc<Gpu>) {
                 });
                 let norms = affines.each_ref().map(|affine| Norm { kind, epsilon: 1e-5, affine });
                 let [on_the_way, first] = [true, false].map(|on_the_way| {
-                    let cache = TestCache::new(gpu, dtype, [kv_heads, head_dim], [&before, &before]);
+                    let cache = verify::Stored::new(gpu, dtype, &shape, [&before, &before]).unwrap();
                     let (query, key) = (halves(gpu, &query), halves(gpu, &key));
                     let given = norms.each_ref().map(|norm| on_the_way.then_some(norm));
                     for (x, heads, norm) in [(&query, heads, &norms[0]), (&key, kv_heads, &norms[1])] {
@@ -327,30 +217,10 @@ pub fn rotation_equals_the_reference(gpu: &Arc<Gpu>) {
                     }
                     let inputs = [&query, &key, &halves(gpu, &value)];
                     gpu.rotate_and_store(&shape, inputs, given, &cache.cache(), &at, rope).unwrap();
-                    [download(&query, WeightDtype::F16), cache.read_back(0, head_dim), cache.read_back(1, head_dim)]
+                    let [keys, values] = [0, 1].map(|which| cache.read_back(which).unwrap());
+                    [download(&query, WeightDtype::F16), keys, values]
                 });
                 assert_eq!(on_the_way, first, "{what}, {kind:?}");
-            }
-
-            near(&what, &download(&queries, WeightDtype::F16), &rotate(&query, heads), 1e-6, Output::F16);
-            let stored = |rows: &[f64], unchanged: &[f32]| {
-                let mut all: Vec<f64> = unchanged.iter().map(|v| f64::from(*v)).collect();
-                for (at, row) in rows.chunks(head_dim).enumerate() {
-                    let (token, head) = (at / kv_heads, at % kv_heads);
-                    all[(head * slots + (position + token) % slots) * head_dim..][..head_dim].copy_from_slice(row);
-                }
-                all
-            };
-            let step = match dtype {
-                KvDtype::F32 => 1e-6,
-                KvDtype::F16 => 1e-3,
-                KvDtype::Bf16 => 1e-2,
-                KvDtype::Int8 => 1.3 / 127.0,
-            };
-            let value: Vec<f64> = value.iter().map(|v| f64::from(*v)).collect();
-            for (which, rows) in [rotate(&key, kv_heads), value].iter().enumerate() {
-                let exact = stored(rows, &cache.stored[which]);
-                near(&what, &cache.read_back(which, head_dim), &exact, step, Output::F32);
             }
         }
     }

@@ -2,45 +2,27 @@
 
 use std::collections::HashMap;
 
-use evenkeel::backend::cuda::Choosing;
 use evenkeel::backend::{Choice, Chooser, Draws};
-use evenkeel::footprint::CudaChoice;
+use evenkeel::verify::Choices;
 
 use super::*;
 
 /// What a GPU chooses in.
-struct OnGpu<'a> {
-    gpu: &'a Arc<Gpu>,
-    scratch: Region,
-    seen: Region,
-    chosen: Region,
-}
+struct OnGpu<'a>(Choices<'a>);
 
 impl<'a> OnGpu<'a> {
     fn new(gpu: &'a Arc<Gpu>, count: usize) -> Self {
-        let needed = CudaChoice::new(count);
-        let [scratch, seen, chosen] = [needed.scratch, needed.seen, CudaChoice::CHOSEN].map(|len| buffer(gpu, len));
-        scratch.clear().unwrap();
-        seen.clear().unwrap();
-        Self { gpu, scratch, seen, chosen }
+        Self(Choices::new(gpu, count).unwrap())
     }
 
-    fn mark(&self, tokens: &[usize]) {
-        let mut bits = vec![0u32; self.seen.len() / 4];
-        for token in tokens {
-            bits[token / 32] |= 1 << (token % 32);
-        }
-        self.seen.write(bytemuck::cast_slice(&bits)).unwrap();
+    fn mark(&self, tokens: &[u32]) {
+        self.0.mark(tokens).unwrap();
     }
 
     /// The token, and whether all logits are finite.
-    fn choose(&self, choice: &Choice, softcap: f32, logits: &Region, uniform: u32) -> (usize, bool) {
-        self.chosen.part(8, 4).fill(uniform).unwrap();
-        let choosing = Choosing { scratch: &self.scratch, seen: &self.seen, chosen: &self.chosen };
-        self.gpu.choose(choice, softcap, logits, logits.len() / 4, &choosing).unwrap();
-        let mut words = [0u32; 3];
-        self.chosen.read(bytemuck::cast_slice_mut(&mut words)).unwrap();
-        (words[0] as usize, words[1] == 0)
+    fn choose(&self, choice: &Choice, softcap: f32, logits: &[f32], uniform: u32) -> (usize, bool) {
+        let chosen = self.0.choose(choice, softcap, logits, uniform).unwrap();
+        (chosen.token as usize, chosen.is_finite)
     }
 }
 
@@ -49,7 +31,7 @@ pub fn the_first_of_the_largest_logits_is_found(gpu: &Arc<Gpu>) {
         let on_gpu = OnGpu::new(gpu, count);
         let largest = |logits: &[f32]| {
             let on_host = Chooser::new(Choice::GREEDY, &[]).choose(&mut logits.to_vec(), 0);
-            let chosen = on_gpu.choose(&Choice::GREEDY, 0.0, &floats(gpu, logits), 0);
+            let chosen = on_gpu.choose(&Choice::GREEDY, 0.0, logits, 0);
             assert_eq!((on_host.token as usize, on_host.is_finite), chosen);
             chosen
         };
@@ -63,7 +45,7 @@ pub fn the_first_of_the_largest_logits_is_found(gpu: &Arc<Gpu>) {
         }
     }
     let on_gpu = OnGpu::new(gpu, 3);
-    let largest = |logits: [f32; 3]| on_gpu.choose(&Choice::GREEDY, 0.0, &floats(gpu, &logits), 0);
+    let largest = |logits: [f32; 3]| on_gpu.choose(&Choice::GREEDY, 0.0, &logits, 0);
     assert_eq!(largest([-1.0, -0.0, 0.0]), (1, true), "zeros are the same");
     assert_eq!(largest([f32::MIN; 3]), (0, true));
 }
@@ -81,12 +63,12 @@ pub fn a_logit_that_is_not_finite_is_found(gpu: &Arc<Gpu>) {
                 logits[at] = value;
                 // A soft cap makes no number of what is none.
                 for softcap in [0.0, 30.0] {
-                    let (_, is_finite) = on_gpu.choose(&choice, softcap, &floats(gpu, &logits), 1 << 31);
+                    let (_, is_finite) = on_gpu.choose(&choice, softcap, &logits, 1 << 31);
                     assert!(!is_finite, "{value} at {at}, {choice:?}");
                 }
             }
             logits[at] = 0.5;
-            assert!(on_gpu.choose(&choice, 0.0, &floats(gpu, &logits), 1 << 31).1, "{choice:?}");
+            assert!(on_gpu.choose(&choice, 0.0, &logits, 1 << 31).1, "{choice:?}");
         }
     }
 }
@@ -168,8 +150,8 @@ pub fn a_token_is_drawn_as_the_reference_draws_it(gpu: &Arc<Gpu>) {
                 let weights = weights(&choice, &seen, &capped);
                 let ids: Vec<u32> = seen.iter().map(|token| u32::try_from(*token).unwrap()).collect();
                 for uniform in [1, u32::MAX, draws.draw(), draws.draw()] {
-                    on_gpu.mark(&seen);
-                    let (token, _) = on_gpu.choose(&choice, softcap, &floats(gpu, &logits), uniform);
+                    on_gpu.mark(&ids);
+                    let (token, _) = on_gpu.choose(&choice, softcap, &logits, uniform);
                     let exact = drawn(&weights, uniform);
                     let on_host = Chooser::new(choice, &ids).choose(&mut capped.clone(), uniform);
                     assert_eq!(
@@ -188,7 +170,7 @@ pub fn a_token_that_was_chosen_is_penalized(gpu: &Arc<Gpu>) {
         let choice = Choice { temperature, penalty: 2.0, ..Choice::GREEDY };
         let on_gpu = OnGpu::new(gpu, 4);
         on_gpu.mark(&[3]);
-        let chosen = [0; 4].map(|_| on_gpu.choose(&choice, 0.0, &floats(gpu, &[1.0, 1.1, 1.2, 1.9]), 7).0);
+        let chosen = [0; 4].map(|_| on_gpu.choose(&choice, 0.0, &[1.0, 1.1, 1.2, 1.9], 7).0);
         assert_eq!(chosen, [2, 1, 0, 3], "at {temperature}");
     }
 }
@@ -205,7 +187,7 @@ pub fn tokens_are_drawn_as_often_as_they_are_likely(gpu: &Arc<Gpu>) {
     ] {
         let (mut draws, mut counts) = (Draws::new(11), HashMap::<usize, u32>::new());
         for _ in 0..ROUNDS {
-            *counts.entry(on_gpu.choose(&choice, 0.0, &floats(gpu, &logits), draws.draw()).0).or_default() += 1;
+            *counts.entry(on_gpu.choose(&choice, 0.0, &logits, draws.draw()).0).or_default() += 1;
         }
         let total: f64 = left.iter().sum();
         for (token, share) in left.iter().map(|p| p / total).enumerate() {

@@ -2,34 +2,11 @@
 
 use std::sync::Arc;
 
-use evenkeel::backend::cuda::{DeviceMatrix, Gpu};
-use evenkeel::pool::Pool;
-use evenkeel::quant::{MatrixLayout, PackedRows, Storage, WeightDtype, quantize_rows};
+use evenkeel::backend::cuda::Gpu;
+use evenkeel::quant::{MatrixLayout, Storage, WeightDtype};
+use evenkeel::verify;
 
-use super::{DTYPES, buffer, download, encode, random, upload};
-
-/// Quantizes `weights` from row `first` of a matrix on; gives the rows, and whether it failed.
-fn quantized(
-    gpu: &Arc<Gpu>,
-    layout: &MatrixLayout,
-    first: usize,
-    dtype: WeightDtype,
-    bytes: &[u8],
-) -> (PackedRows, bool) {
-    let rows = bytes.len() / (layout.cols * dtype.size());
-    let region = buffer(gpu, layout.size().as_usize().unwrap());
-    let failed = upload(gpu, &[0; 4]);
-    let matrix = DeviceMatrix::new(layout.clone(), region.clone());
-    gpu.quantize(&matrix, first, rows, dtype, &upload(gpu, bytes), &failed).unwrap();
-    let packed = [0, 1, 2].map(|section| {
-        let mut bytes = vec![0; rows * layout.row_bytes[section]];
-        if !bytes.is_empty() {
-            region.part(layout.sections(first)[section] as usize, bytes.len()).read(&mut bytes).unwrap();
-        }
-        bytes
-    });
-    (PackedRows(packed), download(&failed, WeightDtype::F32)[0].to_bits() != 0)
-}
+use super::{DTYPES, encode, random};
 
 /// Rows that try the corners of the search: zeros, ties, extremes and numbers of every size.
 fn corners(cols: usize) -> Vec<Vec<f32>> {
@@ -54,28 +31,15 @@ pub fn quantizing_is_bit_for_bit_the_hosts(gpu: &Arc<Gpu>) {
                 for (first, weights) in
                     [(0, random(rows * cols, 1)), (4, random(rows * cols, 2).iter().map(|w| w * w * w).collect())]
                 {
-                    same(gpu, storage, first, rows, cols, dtype, &weights);
+                    verify::quantized(gpu, storage, (first, cols), dtype, &weights).unwrap();
                 }
             }
             for cols in [5, 32, 96] {
                 for (at, weights) in corners(cols).into_iter().enumerate() {
-                    same(gpu, storage, at, 1, cols, dtype, &weights);
+                    verify::quantized(gpu, storage, (at, cols), dtype, &weights).unwrap();
                 }
             }
         }
-    }
-}
-
-fn same(gpu: &Arc<Gpu>, storage: Storage, first: usize, rows: usize, cols: usize, dtype: WeightDtype, weights: &[f32]) {
-    let what = format!("{storage:?} from {dtype:?}, {rows} rows of {cols} from row {first}");
-    let layout = MatrixLayout::new(storage, first + rows + 1, cols).unwrap();
-    let bytes = encode(dtype, weights);
-    let mut host = PackedRows::default();
-    quantize_rows(&Pool::default(), &layout, dtype, &bytes, &mut host).unwrap();
-    let (ours, failed) = quantized(gpu, &layout, first, dtype, &bytes);
-    assert!(!failed, "{what}");
-    for (at, section) in ["codes", "sub-scales", "scales"].into_iter().enumerate().rev() {
-        assert_eq!(ours.0[at], host.0[at], "{what}: {section}");
     }
 }
 
@@ -94,7 +58,8 @@ pub fn what_cannot_be_packed_is_noticed(gpu: &Arc<Gpu>) {
         let mut weights = random(rows * cols, 3);
         weights[cols + 66] = value;
         let layout = MatrixLayout::new(storage, rows, cols).unwrap();
-        let (_, failed) = quantized(gpu, &layout, 0, WeightDtype::F32, &encode(WeightDtype::F32, &weights));
+        let bytes = encode(WeightDtype::F32, &weights);
+        let (_, failed) = verify::pack(gpu, &layout, 0, WeightDtype::F32, &bytes).unwrap();
         assert!(failed, "{storage:?} {value}");
     }
 }

@@ -5,7 +5,7 @@
 //! launch reaches beyond it. Page-locked memory belongs to the copy that is on its way.
 #![expect(unsafe_code, reason = "the driver's interface is C")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock, Weak};
@@ -154,6 +154,8 @@ pub struct Gpu {
     pub(super) functions: BTreeMap<usize, CudaFunction>,
     /// What launches are given while they are captured.
     pub(super) captured: Mutex<Option<Vec<Region>>>,
+    /// The numbers of those that are launched, while someone asks.
+    pub(super) launched: Mutex<Option<BTreeSet<usize>>>,
     pub(super) multiprocessors: usize,
 }
 
@@ -175,8 +177,8 @@ impl Gpu {
         let multiprocessors =
             context.attribute(attribute).map_err(|e| failed("does not tell its number of multiprocessors", e))?;
         let multiprocessors = usize::try_from(multiprocessors).unwrap_or(0).max(1);
-        let (functions, captured) = (BTreeMap::new(), Mutex::default());
-        Ok(Self { index, context, capability, stream, copies, functions, captured, multiprocessors })
+        let (functions, captured, launched) = (BTreeMap::new(), Mutex::default(), Mutex::default());
+        Ok(Self { index, context, capability, stream, copies, functions, captured, launched, multiprocessors })
     }
 
     /// Its name in maps.

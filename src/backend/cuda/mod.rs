@@ -21,6 +21,7 @@ pub use compile::Compiling;
 pub use driver::{Copying, Gpu, Pinned, Region, arena};
 pub use installation::{GpuInfo, Installation, uuids};
 pub use kernels::Choosing;
+pub use modules::fingerprint;
 pub use operands::{Affine, Attention, Cache, DeviceMatrix, GATED, Input, MAX_HEAD_DIM, Norm, Output, Scratch};
 pub use stage::CudaStage;
 pub use upload::{InFlight, Upload};
