@@ -1,12 +1,15 @@
 //! How fast the first GPU is, beside what its memory gives in the same run: products, quantizing,
-//! attention, the choice of a token, a step, and a whole model: load, prefill, decode by a graph and by launches.
+//! attention, the choice of a token, a step, and a whole model: load, prefill, decode by a graph and by launches;
+//! and what its driver takes of memory and time.
 //!
-//! `cargo bench --bench gpu [-- PART... SHAPE]` prints a page for benches/results. The parts are `products`,
-//! `quantize`, `attention`, `choice`, `step` and `model`, and all without any; the shapes are those of
+//! `cargo bench --bench gpu [-- PART... SHAPE]` prints a page for benches/results. The parts are `driver`, `products`,
+//! `quantize`, `attention`, `choice`, `step`, `late` and `model`, and all without any; the shapes are those of
 //! support/synthetic.rs, `8b` unless another is named. `model` writes the checkpoint to `target/` once.
 //! Without a GPU nothing is measured, and `cargo test --bench gpu` fails.
 #![allow(clippy::print_stdout, reason = "a page is what this is for")]
 
+#[path = "support/gpu_driver.rs"]
+mod gpu_driver;
 #[path = "support/gpu_model.rs"]
 mod gpu_model;
 #[path = "support/synthetic.rs"]
@@ -20,7 +23,7 @@ use std::time::Instant;
 
 use evenkeel::backend::Choice;
 use evenkeel::backend::cuda::{
-    Affine, Attention, Cache, Choosing, DeviceMatrix, Gpu, Input, Installation, Output, Region, Scratch,
+    Affine, Attention, Cache, Choosing, DeviceMatrix, Gpu, Input, Installation, Output, Region, Scratch, uuids,
 };
 use evenkeel::bytes::Bytes;
 use evenkeel::footprint::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS, CudaAttention, CudaChoice, KvLayout};
@@ -31,12 +34,15 @@ use table::{Amount, head, row, seconds};
 
 type Part = (&'static str, fn(&Bench));
 
-const PARTS: [Part; 6] = [
+/// Comes first, before this process has opened the GPU.
+const DRIVER: &str = "driver";
+const PARTS: [Part; 7] = [
     ("products", products),
     ("quantize", quantize),
     ("attention", attention),
     ("choice", choice),
-    ("step", step),
+    ("step", |bench| step(bench, "")),
+    ("late", late),
     ("model", |bench| gpu_model::model(&bench.gpu, &bench.shape)),
 ];
 const STORAGES: [(&str, Storage); 4] = [
@@ -47,6 +53,8 @@ const STORAGES: [(&str, Storage); 4] = [
 ];
 /// The last compute capability whose kernels do without tensor cores.
 const PLAIN: (i32, i32) = (7, 5);
+/// The last compute capability whose kernels begin when those before them have ended.
+const LATE: (i32, i32) = (8, 9);
 /// Bytes of 0x38 are small numbers as codes, as scales, in f16 and in bf16.
 const SMALL: u32 = 0x3838_3838;
 
@@ -60,19 +68,21 @@ fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
     let (shapes, parts): (Vec<_>, Vec<_>) = arguments.iter().partition(|name| Shape::named(name).is_some());
     for part in &parts {
-        assert!(PARTS.iter().any(|(name, _)| name == part), "`{part}` is no part and no shape");
+        assert!(*part == DRIVER || PARTS.iter().any(|(name, _)| name == part), "`{part}` is no part and no shape");
     }
-    let gpu = match Gpu::open(0) {
-        Ok(gpu) => gpu,
-        Err(error) if std::env::args().any(|argument| argument == "--bench") => {
-            return println!("nothing to measure: {error}");
-        }
-        Err(error) => panic!("{error}"),
-    };
+    let is_wanted = |name: &str| parts.is_empty() || parts.iter().any(|part| *part == name);
+    if uuids().is_empty() {
+        assert!(std::env::args().any(|argument| argument == "--bench"), "no GPU");
+        return println!("nothing to measure: no GPU");
+    }
     let shape = shapes.last().map_or("8b", |name| name.as_str());
     describe(shape, &arguments);
+    if is_wanted(DRIVER) {
+        gpu_driver::driver();
+    }
+    let gpu = Gpu::open(0).expect("a GPU that works");
     let bench = Bench { gpu, shape: Shape::named(shape).expect("a known shape") };
-    for (_, run) in PARTS.iter().filter(|(name, _)| parts.is_empty() || parts.iter().any(|part| part == name)) {
+    for (_, run) in PARTS.iter().filter(|(name, _)| is_wanted(name)) {
         run(&bench);
     }
 }
@@ -316,10 +326,16 @@ fn attention(Bench { gpu, shape }: &Bench) {
     }
 }
 
+/// A step in which each kernel waits until the one before it has ended, on a GPU that can begin it earlier.
+fn late(Bench { shape, .. }: &Bench) {
+    let gpu = Gpu::open_as(0, LATE).expect("the same GPU");
+    step(&Bench { gpu, shape: *shape }, ", no kernel begun early");
+}
+
 /// The products of a block that share a launch; then the products and the attention of all blocks. The
 /// weights of some blocks are used in turn, so that no cache holds them.
-fn step(Bench { gpu, shape }: &Bench) {
-    head("A step of one token");
+fn step(Bench { gpu, shape }: &Bench, how: &str) {
+    head(&format!("A step of one token{how}"));
     let copy = copy(gpu);
     let (hidden, wide) = (shape.hidden, shape.feed_forward);
     let keys = hidden / shape.heads * shape.kv_heads;
@@ -337,9 +353,9 @@ fn step(Bench { gpu, shape }: &Bench) {
         (wide, hidden),
         (hidden, wide),
     ];
-    for (name, storage) in [("int8", Storage::Int8), ("int4", Storage::Int4)] {
+    for (name, storage) in &STORAGES[1..] {
         let blocks: [[Affine; 7]; 4] =
-            std::array::from_fn(|_| sizes.map(|(rows, cols)| matrix(gpu, storage, rows, cols)));
+            std::array::from_fn(|_| sizes.map(|(rows, cols)| matrix(gpu, *storage, rows, cols)));
         let in_turn = |at: usize| blocks[at % blocks.len()].as_slice();
         let inputs = |block: &[Affine]| {
             let parts = [(&block[0], &result), (&block[1], &result), (&block[2], &result)];

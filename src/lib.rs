@@ -22,7 +22,7 @@
 //!
 //! | floor | rooms |
 //! | --- | --- |
-//! | 5 | `export`, `generate`, `hub` |
+//! | 5 | `export`, `generate`, `hub`, `verify` |
 //! | 4 | `backend`, `engine`, `loader` |
 //! | 3 | `device_map`, `plan` |
 //! | 2 | `quant`, `architecture`, `footprint` |
@@ -47,7 +47,7 @@ macro_rules! rooms {
 
 rooms! {
     architecture backend bytes cancel checkpoint device device_map engine error export footprint fs generate json
-    loader machine model_config module_path name plan pool quant random simd source text
+    loader machine model_config module_path name plan pool quant random simd source text verify
 }
 #[cfg(feature = "hub")]
 pub mod hub;
@@ -76,3 +76,4 @@ pub use plan::{
 pub use pool::Pool;
 pub use quant::{KvDtype, QuantizeError, QuantizeRules, Scheme};
 pub use text::{ChatTemplate, Message, Sandbox, Tokenizer, serve as serve_sandbox};
+pub use verify::{Verification, VerifiedGpu, VerifiedHop, verify, verify_once};

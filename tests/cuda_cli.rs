@@ -9,6 +9,7 @@ mod support;
 use std::io::BufRead;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::sync::Once;
 
 use command::{evenkeel, run_with, stderr, stdout};
 use serde_json::Value;
@@ -17,8 +18,19 @@ use support::bent::Bent;
 const FERRIS: &str = "tests/fixtures/ferris-7m";
 const LLAMA: &str = "tests/fixtures/parity/llama";
 
-/// The binary with the stand-in first on its library path, under these settings.
+/// The binary with the stand-in first on its library path, under these settings, where both GPUs were used before.
 fn on_gpus(arguments: &[&str], settings: &[(&str, &str)]) -> Option<Command> {
+    static ARE_USED: Once = Once::new();
+    ARE_USED.call_once(|| {
+        let (_directory, map) = map(r#"{"": "cuda:0", "model.layers.1": "cuda:1"}"#);
+        let generate = ["generate", LLAMA, "--prompt", "a", "--max-new-tokens", "1", "--device-map", &map];
+        let output = stand_in(&generate, &[]).map(|command| run_with(command, b""));
+        assert!(output.is_none_or(|output| output.status.success()));
+    });
+    stand_in(arguments, settings)
+}
+
+fn stand_in(arguments: &[&str], settings: &[(&str, &str)]) -> Option<Command> {
     let mut command = evenkeel(arguments);
     command.env("LD_LIBRARY_PATH", fake_cuda::directory()?).env("FAKE_CUDA_QUIET", "1");
     command.env("FAKE_CUDA_DEVICES", "24GiB,8GiB").env_remove("CUDA_VISIBLE_DEVICES");
@@ -222,7 +234,8 @@ fn kernels_are_compiled_once_and_kept() {
     };
     let compiled = "compiling kernels for compute capability 8.6; they are kept\n";
     let Some(said) = run() else { return };
-    assert_eq!(said, compiled);
+    // What was compiled is tried, too.
+    assert!(said.starts_with(compiled) && said.lines().count() == 3, "{said}");
     assert_eq!(run().unwrap(), "");
     let kernels = caches.path().join("evenkeel/kernels");
     let file = std::fs::read_dir(&kernels).unwrap().next().unwrap().unwrap().path();
@@ -525,4 +538,113 @@ fn values_that_no_f16_holds_are_told_with_what_helps() {
         let output = run_with(on_gpus(&helped, &[]).unwrap(), b"");
         assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     }
+}
+
+/// Where an instruction of a kernel stands for the first time, as the stand-in is told to leave it out.
+fn left_out(file: &str, kernel: &str, instruction: &str) -> String {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/backend/cuda/kernels");
+    let ptx = std::fs::read_to_string(directory.join(file).with_extension("ptx")).unwrap();
+    let start = format!(".visible .entry {kernel}(");
+    let lines = ptx.lines().zip(1..).skip_while(|(line, _)| !line.starts_with(&start)).skip(1);
+    let mut its = lines.take_while(|(line, _)| !line.starts_with(".visible .entry"));
+    let (_, at) = its.find(|(line, _)| line.trim().starts_with(instruction)).expect(instruction);
+    format!("{kernel}:{at}")
+}
+
+/// `devices --verify` with caches of its own, and what it says of that in JSON.
+fn verified(settings: &[(&str, &str)]) -> Option<(Output, Value)> {
+    let caches = tempfile::tempdir().unwrap();
+    let mut command = on_gpus(&["devices", "--verify", "--format", "json"], settings)?;
+    command.env("XDG_CACHE_HOME", caches.path());
+    let output = run_with(command, b"");
+    let said: Value = serde_json::from_str(&stdout(&output)).unwrap_or_else(|e| panic!("{e}: {}", stderr(&output)));
+    // That a GPU is right is kept.
+    let gpus = said["verification"]["gpus"].as_array().unwrap();
+    let right = gpus.iter().filter(|gpu| gpu["wrong"].as_array().unwrap().is_empty()).count();
+    let kept = std::fs::read_dir(caches.path().join("evenkeel/verified")).map_or(0, Iterator::count);
+    assert_eq!(kept, right);
+    Some((output, said["verification"].clone()))
+}
+
+#[test]
+fn every_kernel_that_a_gpu_has_is_verified() {
+    for (capability, kernels) in [("7.5", 26), ("8.6", 34), ("9.0", 34)] {
+        let Some((output, said)) = verified(&[("CC", capability), ("CONTEXT_BYTES", "40MiB")]) else { return };
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        for gpu in said["gpus"].as_array().unwrap() {
+            assert_eq!(gpu["untried"], Value::Array(Vec::new()), "{capability}");
+            assert_eq!(gpu["kernels"].as_array().unwrap().len(), kernels, "{capability}");
+            let models = gpu["models"].as_array().unwrap();
+            assert!(models.len() == 8 && models.iter().all(|of| of["planned"] == of["measured"]), "{gpu}");
+        }
+        assert_eq!(said["hops"].as_array().unwrap().len(), 2);
+    }
+    let text = stdout(&run_with(on_gpus(&["devices", "--verify"], &[]).unwrap(), b""));
+    assert!(
+        text.contains("cuda:1  34 of 34 kernels tried, in ") && text.contains("\nverify  all is right, in "),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_kernel_that_lacks_an_instruction_is_named() {
+    for (file, kernel, instruction) in [
+        ("attention", "rotate_and_store", "st.global.u16"),
+        ("attention_mma", "attend_many_128", "mma.sync"),
+        ("choose", "draw", "ex2.approx"),
+        ("elementwise", "gather", "st.global.u16"),
+        ("matmul", "few_bf16", "fma.rn.f32"),
+        ("mma_few", "mma_few_int4", "mma.sync"),
+        ("mma_many", "mma_many_int8_64", "mma.sync"),
+        ("norm", "normalize", "sqrt.rn"),
+        ("quantize", "quantize_nl4", "st.global.f32"),
+    ] {
+        let drop = left_out(file, kernel, instruction);
+        let Some((output, said)) = verified(&[("DROP", &drop), ("DEVICES", "24GiB")]) else { return };
+        assert_eq!(output.status.code(), Some(3), "{drop}: {}", stderr(&output));
+        let named = format!("cuda:0 gives something else than the reference with `{kernel}`: ");
+        let wrong = said["gpus"][0]["wrong"].as_array().unwrap();
+        let is_named = |error: &&Value| error.as_str().unwrap().contains(&format!("`{kernel}`"));
+        assert!(wrong.iter().filter(is_named).count() > 0 && wrong.iter().all(|error| is_named(&error)), "{wrong:?}");
+        assert!(kernel == "draw" || stderr(&output).contains(&named), "{drop}: {}", stderr(&output));
+    }
+}
+
+#[test]
+fn a_copy_between_gpus_that_is_wrong_is_named() {
+    let Some((output, said)) = verified(&[("BREAK_PEER", "1")]) else { return };
+    assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+    let named = "error: cuda:1 does not get what cuda:0 has: 65536 words, element 32768: ";
+    assert!(stderr(&output).contains(named), "{}", stderr(&output));
+    assert!(said["hops"].as_array().unwrap().iter().all(|hop| hop["wrong"].as_array().unwrap().len() == 1), "{said}");
+    assert!(said["gpus"].as_array().unwrap().iter().all(|gpu| gpu["wrong"].as_array().unwrap().is_empty()), "{said}");
+}
+
+#[test]
+fn there_has_to_be_a_gpu_to_verify() {
+    let Some(command) = on_gpus(&["devices", "--verify"], &[("DEVICES", "")]) else { return };
+    assert_refused(&run_with(command, b""), "CUDA_ERROR_NO_DEVICE");
+}
+
+#[test]
+fn a_gpu_is_verified_before_its_first_use() {
+    let caches = tempfile::tempdir().unwrap();
+    let (_directory, map) = map(r#"{"": "cuda:0"}"#);
+    let generate = ["generate", LLAMA, "--prompt", "a", "--max-new-tokens", "2", "--device-map", &map];
+    let run = |settings: &[(&str, &str)]| {
+        let mut command = on_gpus(&generate, settings)?;
+        command.env("XDG_CACHE_HOME", caches.path());
+        Some(run_with(command, b""))
+    };
+    let drop = left_out("mma_many", "mma_many_int8_64", "mma.sync");
+    let Some(output) = run(&[("DROP", &drop)]) else { return };
+    assert_refused(
+        &output,
+        "cuda:0 gives something else than the reference with `mma_many_int8_64`: int8 70×72 by 66, ",
+    );
+    let said = [(); 2].map(|()| stderr(&run(&[]).unwrap()));
+    assert!(said[0].contains("cuda:0 is used for the first time: 34 kernels are right, in "), "{}", said[0]);
+    assert_eq!(said[1], "");
+    // Another driver may compile something else.
+    assert!(stderr(&run(&[("DRIVER", "12090")]).unwrap()).contains(" is used for the first time: "));
 }

@@ -38,6 +38,7 @@ const ROOMS: &[(u8, &str)] = &[
     (5, "export"),
     (5, "generate"),
     (5, "hub"),
+    (5, "verify"),
     (6, "cli"),
 ];
 

@@ -96,7 +96,7 @@ pub fn model(gpu: &Arc<Gpu>, shape: &Shape) {
     let link = link(gpu);
     row("copy from the host", size / link, Amount::Bytes(size), None);
     let slower = link.min(size / cached);
-    for scheme in [Scheme::Int4, Scheme::Int8] {
+    for scheme in [Scheme::Int4, Scheme::Int8, Scheme::Nl4] {
         let plan = plan(&checkpoint, shape, scheme);
         // The driver compiles the kernels once, and keeps them for later runs.
         drop(load(&plan));

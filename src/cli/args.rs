@@ -177,6 +177,10 @@ fn budget(text: &str) -> Result<(DeviceId, Bytes), Box<dyn Error + Send + Sync>>
 
 #[derive(Debug, Args)]
 pub struct DevicesArguments {
+    /// Hold every kernel of each GPU against plain scalar code, copies between GPUs against what was sent, and the
+    /// logits and the memory of small models against the CPU's and the plan's; takes up to a minute.
+    #[arg(long)]
+    pub verify: bool,
     /// The directory for weights that go on the disk [default: $TMPDIR, or /var/tmp].
     #[arg(long, value_name = "DIRECTORY", help_heading = "Placement")]
     pub offload_dir: Option<PathBuf>,

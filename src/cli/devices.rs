@@ -1,13 +1,18 @@
 //! `evenkeel devices`.
 
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use evenkeel::{Bytes, Device, DeviceId, Fault, GpuInfo, Installation, Inventory, Mode, Occupant, Result};
+use evenkeel::{
+    Bytes, Device, DeviceId, Fault, GpuInfo, Installation, Inventory, LoadOptions, Mode, Occupant, Result,
+    Verification, verify,
+};
 use serde::Serialize;
 
 use super::args::{DevicesArguments, Format};
-use super::{Exit, Process, signal};
+use super::{Exit, Process, model, signal, turn};
 
 /// How often an interruption is looked for while the devices are watched.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -28,6 +33,9 @@ struct Machine<'a> {
     offload_directory: String,
     cuda_visible_devices: Option<&'a str>,
     notes: &'a [String],
+    /// What is right and what is wrong, if that was wanted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    verification: Option<&'a Verification>,
 }
 
 #[derive(Serialize)]
@@ -106,6 +114,7 @@ fn show(arguments: &DevicesArguments, process: &Process) -> Result<()> {
     let inventory = Inventory::of(found.clone(), &directory)?;
     let installation = found.as_ref().ok().and_then(Option::as_ref);
     let gpus = installation.into_iter().flat_map(|found| &found.gpus);
+    let verification = arguments.verify.then(|| verification(directory.clone(), process)).transpose()?;
     let machine = Machine {
         driver: installation.map(|found| format!("{}.{}", found.version.0, found.version.1)),
         driver_version: installation.and_then(|found| found.driver.as_deref()),
@@ -117,12 +126,58 @@ fn show(arguments: &DevicesArguments, process: &Process) -> Result<()> {
         offload_directory: directory.display().to_string(),
         cuda_visible_devices: process.environment.visible_gpus(),
         notes: &inventory.notes,
+        verification: verification.as_ref(),
     };
     match arguments.format {
-        Format::Text => process.printer.result(&machine.text()),
+        Format::Text => process.printer.result(&machine.text())?,
         // Numbers, texts and lists of such cannot fail to serialize.
-        Format::Json => process.printer.json(&(serde_json::to_string_pretty(&machine).unwrap_or_default() + "\n")),
+        Format::Json => process.printer.json(&(serde_json::to_string_pretty(&machine).unwrap_or_default() + "\n"))?,
     }
+    verification.map_or(Ok(()), Verification::into_result)
+}
+
+/// Verifies all GPUs while no other load takes memory of them.
+fn verification(offload_directory: PathBuf, process: &Process) -> Result<Verification> {
+    let cancel = signal::cancel_by_interrupt()?;
+    let _turn = turn::wait(&cancel, process)?;
+    let environment = &process.environment;
+    let options = LoadOptions {
+        offload_directory,
+        cancel,
+        pool: Arc::clone(&process.pool),
+        kernel_cache: environment.kernel_cache(),
+        ..LoadOptions::default()
+    };
+    verify(&options, environment.verified().as_deref(), &mut |event| {
+        model::show(&event, "", &mut None, &process.printer)
+    })
+}
+
+/// A line for each GPU's kernels, for its models, for copies, and for all that is wrong.
+fn lines(verification: &Verification) -> Vec<String> {
+    let mut lines = Vec::new();
+    for gpu in &verification.gpus {
+        let (id, tried, all) = (gpu.id, gpu.kernels.len(), gpu.kernels.len() + gpu.untried.len());
+        lines.push(format!("{id:<8}{tried} of {all} kernels tried, in {:.1} s", gpu.seconds));
+        if gpu.wrong.is_empty() {
+            let (planned, measured): (Bytes, Bytes) =
+                (gpu.models.iter().map(|of| of.planned).sum(), gpu.models.iter().map(|of| of.measured).sum());
+            let models = gpu.models.len();
+            lines.push(format!("        {models} small models as on the CPU; planned {planned}, measured {measured}"));
+        }
+    }
+    if !verification.hops.is_empty() {
+        let right = verification.hops.iter().filter(|hop| hop.wrong.is_empty()).count();
+        lines.push(format!("hops    {right} of {} between GPUs give what was sent", verification.hops.len()));
+    }
+    lines.extend(verification.wrong().map(|error| format!("wrong   {error}")));
+    let is_right = verification.wrong().next().is_none();
+    lines.push(format!(
+        "verify  {} in {:.1} s",
+        if is_right { "all is right," } else { "not right," },
+        verification.seconds
+    ));
+    lines
 }
 
 impl Machine<'_> {
@@ -138,6 +193,7 @@ impl Machine<'_> {
             (None, _, Some(fault)) => format!("driver  no GPU is used: {fault}"),
             (None, _, None) => "driver  none: no GPUs".to_owned(),
         });
+        lines.extend(self.verification.into_iter().flat_map(self::lines));
         lines.extend(self.cuda_visible_devices.map(|devices| format!("CUDA_VISIBLE_DEVICES={devices}")));
         lines.extend(self.notes.iter().cloned());
         lines.join("\n") + "\n"

@@ -4,7 +4,7 @@
 //! | variable | effect |
 //! | --- | --- |
 //! | `HF_HOME`, `HF_HUB_CACHE`, `HUGGINGFACE_HUB_CACHE`, `XDG_CACHE_HOME` | where the Hub's cache is |
-//! | `XDG_CACHE_HOME` | where measured errors and compiled kernels are kept |
+//! | `XDG_CACHE_HOME` | where measured errors, compiled kernels and which GPUs were verified are kept |
 //! | `HF_TOKEN`, `HUGGING_FACE_HUB_TOKEN`, `HF_TOKEN_PATH`, `HF_HUB_DISABLE_IMPLICIT_TOKEN` | the token for the Hub |
 //! | `HF_ENDPOINT` | the Hub's address |
 //! | `HF_HUB_OFFLINE`, `TRANSFORMERS_OFFLINE` | only the cache is used |
@@ -56,6 +56,16 @@ impl Environment {
     /// Where measured errors are kept; nowhere without a home.
     pub fn cache_directory(&self) -> Option<PathBuf> {
         Some(self.caches()?.join("evenkeel"))
+    }
+
+    /// Where compiled kernels are kept.
+    pub fn kernel_cache(&self) -> Option<PathBuf> {
+        Some(self.cache_directory()?.join("kernels"))
+    }
+
+    /// Where it is kept which GPUs were verified.
+    pub fn verified(&self) -> Option<PathBuf> {
+        Some(self.cache_directory()?.join("verified"))
     }
 
     /// The GPUs that the driver was told to show.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use evenkeel::{
     Cancel, Checkpoint, DeviceMap, Error, Hint, Inventory, LoadEvent, LoadOptions, Model, Note, Plan, PlanOptions,
-    Result, Strategy,
+    Result, Strategy, verify_once,
 };
 use indicatif::ProgressBar;
 
@@ -113,6 +113,12 @@ pub fn load(checkpoint: &Checkpoint, options: &PlanOptions, load: &LoadOptions, 
         return Err(process.command_line.does_not_fit(&plan));
     }
     let mut bar = None;
+    let used = plan.devices.iter().filter(|device| device.modules > 0).map(|device| device.id);
+    let kept = process.environment.verified();
+    for gpu in verify_once(used, load, kept.as_deref(), &mut |event| show(&event, "", &mut bar, &process.printer))? {
+        let (id, count, seconds) = (gpu.id, gpu.kernels.len(), gpu.seconds);
+        process.printer.note(&format!("{id} is used for the first time: {count} kernels are right, in {seconds:.1} s"));
+    }
     plan.load(load, |event| {
         if matches!(event, LoadEvent::Started { .. }) {
             turn = None;
@@ -161,7 +167,7 @@ impl PlacementArguments {
             offload_directory,
             cancel,
             pool: Arc::clone(&process.pool),
-            kernel_cache: process.environment.cache_directory().map(|directory| directory.join("kernels")),
+            kernel_cache: process.environment.kernel_cache(),
             sandbox,
             ..LoadOptions::default()
         })

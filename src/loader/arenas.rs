@@ -39,7 +39,8 @@ impl Arenas {
     pub fn take(plan: &Plan, options: &LoadOptions, on_event: &mut dyn FnMut(LoadEvent)) -> Result<Self> {
         let disk = plan.sum(DeviceId::Disk, Purpose::Weights);
         let used: Vec<_> = plan.devices.iter().filter(|device| device.id.is_gpu() && device.modules > 0).collect();
-        let opened = open(&used, options, on_event)?;
+        let ids: Vec<_> = used.iter().map(|device| device.id).collect();
+        let opened = open(&ids, options, on_event)?;
         let take = |(device, gpu): (&&DevicePlan, _)| Ok((device.id, GpuArenas::take(device, gpu, plan, options)?));
         Ok(Self {
             gpus: used.iter().zip(opened).map(take).collect::<Result<_>>()?,
@@ -50,11 +51,11 @@ impl Arenas {
 }
 
 /// Opens GPUs side by side.
-fn open(devices: &[&DevicePlan], options: &LoadOptions, on_event: &mut dyn FnMut(LoadEvent)) -> Result<Vec<Arc<Gpu>>> {
+pub fn open(ids: &[DeviceId], options: &LoadOptions, on_event: &mut dyn FnMut(LoadEvent)) -> Result<Vec<Arc<Gpu>>> {
     let (told, events) = mpsc::channel();
     std::thread::scope(|scope| {
-        let begin = |device: &DevicePlan| {
-            let DeviceId::Cuda(index) = device.id else { unreachable!("{} is no GPU", device.id) };
+        let begin = |id: &DeviceId| {
+            let DeviceId::Cuda(index) = *id else { unreachable!("{id} is no GPU") };
             let told = told.clone();
             let on_file = move |capability| {
                 // Whoever listens does so until all are opened.
@@ -68,7 +69,7 @@ fn open(devices: &[&DevicePlan], options: &LoadOptions, on_event: &mut dyn FnMut
             let open = move || Gpu::open_with(index, &compiling);
             std::thread::Builder::new().spawn_scoped(scope, open).map_err(Error::no_thread)
         };
-        let threads: Vec<_> = devices.iter().map(|device| begin(device)).collect();
+        let threads: Vec<_> = ids.iter().map(begin).collect();
         drop(told);
         let mut capabilities = BTreeSet::new();
         for capability in events {

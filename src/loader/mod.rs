@@ -32,6 +32,7 @@ use crate::plan::{DevicePlan, Plan};
 use crate::pool::Pool;
 use crate::text::{Sandbox, Tokenizer};
 use arenas::Arenas;
+pub(crate) use arenas::open as open_gpus;
 
 pub use fill::WeightError;
 pub(crate) use fill::broken_weight;

@@ -102,7 +102,7 @@ static const std::map<std::string, Setter>& settings() {
             g_cfg.cc = (int)(atof(forced && !strcmp(v, "8.6") ? forced : v) * 10 + 0.5);
         }},
         {"SMS", number(g_cfg.multiprocessors)}, {"DRIVER", number(g_cfg.driver)}, {"STREAMS", [](const char* v) { g_cfg.lazy = !strcmp(v, "lazy"); }},
-        {"GRAPHS", flag(g_cfg.graphs)}, {"PDL", flag(g_cfg.early)}, {"POISON", bytes(g_cfg.poison)}, {"THREADS", number(g_engine.threads)},
+        {"GRAPHS", flag(g_cfg.graphs)}, {"BREAK_PEER", flag(g_cfg.break_peer)}, {"PDL", flag(g_cfg.early)}, {"POISON", bytes(g_cfg.poison)}, {"THREADS", number(g_engine.threads)},
         {"TIMEOUT_MS", number(g_engine.timeout_ms)}, {"RACE", flag(g_engine.race)}, {"CHAOS", flag(g_engine.chaos)}, {"SEED", number(g_engine.seed)},
         {"RESIDENT", number(g_engine.resident)}, {"JITTER", number(g_engine.jitter)}, {"MMA", [](const char* v) { g_engine.mma_truncates = !strcmp(v, "truncate"); }},
         {"COVERAGE", text(g_engine.coverage)}, {"LOG", text(g_engine.log)}, {"REPORT", text(g_cfg.report)}, {"QUIET", flag(g_cfg.quiet)},

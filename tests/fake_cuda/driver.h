@@ -35,7 +35,7 @@ struct Countdown {  // "N[+][:code]": the Nth event from now fails; with +, all 
     bool hit();
 };
 struct Config {
-    bool lazy = false, quiet = false, graphs = true, early = true, integrated = false, mig = false;
+    bool lazy = false, quiet = false, graphs = true, early = true, break_peer = false, integrated = false, mig = false;
     int cc = 86, driver = 12080, multiprocessors = 8, clock_khz = 0, bus_bits = 0, compute_mode = 0, init_code = 0;
     size_t context_bytes = 0, module_bytes = 0, graph_bytes = 0, poison = MiB;
     std::map<int, int> context_codes, meminfo_codes;  // of the devices that fail

@@ -159,6 +159,8 @@ pub struct Gpu {
     pub(super) at_once: Mutex<BTreeMap<(usize, u32), usize>>,
     /// What launches are given while they are captured.
     pub(super) captured: Mutex<Option<Vec<Region>>>,
+    /// The numbers of those that are launched, while someone asks.
+    pub(super) launched: Mutex<Option<BTreeSet<usize>>>,
     pub(super) multiprocessors: usize,
 }
 
@@ -190,6 +192,7 @@ impl Gpu {
             through_host: Mutex::default(),
             at_once: Mutex::default(),
             captured: Mutex::default(),
+            launched: Mutex::default(),
             multiprocessors,
         })
     }

@@ -110,11 +110,13 @@ impl Installation {
 /// The UUIDs of all GPUs that the driver shows and tells them of, for which no context is made.
 pub fn uuids() -> Vec<String> {
     let count = driver_version().ok().flatten().and_then(|_| count().ok()).unwrap_or(0);
-    let identified = (0..count).filter_map(|index| {
-        let mut gpu = GpuInfo::unknown(index);
-        identify(&mut gpu, index).ok().map(|()| gpu.uuid)
-    });
-    identified.collect()
+    (0..count).filter_map(uuid).collect()
+}
+
+/// The UUID of the GPU at `index`, for which no context is made.
+pub fn uuid(index: u32) -> Option<String> {
+    let mut gpu = GpuInfo::unknown(index);
+    identify(&mut gpu, index).ok().map(|()| gpu.uuid)
 }
 
 /// What the GPU at `index` is, under a driver for this version of CUDA, and its context if it can be used.

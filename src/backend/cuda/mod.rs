@@ -22,6 +22,7 @@ pub use compile::Compiling;
 pub use driver::{Copying, Gpu, Pinned, Region, arena};
 pub use installation::{GpuInfo, Installation, Mode, uuids};
 pub use kernels::Choosing;
+pub use modules::fingerprint;
 pub use occupancy::Occupant;
 pub use operands::{Affine, Attention, Cache, DeviceMatrix, GATED, Input, MAX_HEAD_DIM, Norm, Output, Scratch};
 pub use stage::CudaStage;

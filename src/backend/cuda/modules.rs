@@ -1,7 +1,8 @@
 //! The kernels by name, the files that they are in, and a GPU with them loaded.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::thread::ScopedJoinHandle;
@@ -10,8 +11,10 @@ use cudarc::driver::CudaFunction;
 
 use super::compile::{Compiling, Source};
 use super::driver::{Gpu, LinkError, driver_version};
+use super::installation::uuid;
 use crate::error::{Error, Result};
 use crate::machine::NEEDED_CAPABILITY;
+use crate::pool::lock;
 
 /// The first compute capability whose tensor cores the kernels use.
 pub(super) const TENSOR_CORES: (i32, i32) = (8, 0);
@@ -62,6 +65,15 @@ modules! {
     quantize(NEEDED_CAPABILITY) quantize_int4 quantize_int8 quantize_nl4;
 }
 
+impl Kernel {
+    /// Whether tensor cores do the same: a GPU of `capability` never launches it.
+    fn is_replaced(self, capability: (i32, i32)) -> bool {
+        use Kernel::{few_int4, few_int8, few_nl4, many_bf16, many_f16, many_int4, many_int8, many_nl4};
+        let replaced = [few_int4, few_int8, few_nl4, many_bf16, many_f16, many_int4, many_int8, many_nl4];
+        capability >= TENSOR_CORES && replaced.contains(&self)
+    }
+}
+
 /// The PTX of a file for a GPU of `capability`: with the instructions that it has, and the file's own has not.
 fn ptx_for(ptx: &'static str, capability: (i32, i32)) -> Cow<'static, str> {
     if capability < EARLY {
@@ -71,6 +83,22 @@ fn ptx_for(ptx: &'static str, capability: (i32, i32)) -> Cow<'static, str> {
         if line.starts_with(".target ") { ".target sm_90".to_owned() } else { line.replace(EARLY_MARK, "") }
     };
     ptx.lines().map(target).collect::<Vec<_>>().join("\n").into()
+}
+
+/// The names of the kernels whose number is wanted.
+fn named(is_wanted: impl Fn(usize) -> bool) -> impl Iterator<Item = String> {
+    let all = MODULES.iter().flat_map(|module| module.kernels);
+    all.filter(move |kernel| is_wanted(**kernel as usize)).map(|kernel| format!("{kernel:?}"))
+}
+
+/// A name for what the GPU at `index` computes with: itself, the version of its driver, and a hash of all PTX.
+pub fn fingerprint(index: u32) -> Option<String> {
+    let driver = driver_version().ok().flatten()?;
+    let mut hasher = DefaultHasher::new();
+    for module in MODULES {
+        module.ptx.hash(&mut hasher);
+    }
+    Some(format!("{}-{driver}-{:016x}", uuid(index)?, hasher.finish()))
 }
 
 impl Gpu {
@@ -120,7 +148,7 @@ impl Gpu {
                 gpu.failure(&format!("cannot load the kernels `{name}`{said}"), error)
             })?;
             let module = module.ok_or_else(Error::interrupted)?;
-            for kernel in *kernels {
+            for kernel in kernels.iter().filter(|kernel| !kernel.is_replaced(capability)) {
                 let function = module.load_function(&format!("{kernel:?}"));
                 let function = function.map_err(|e| gpu.failure(&format!("has no kernel `{kernel:?}`"), e))?;
                 gpu.load_now(&function).map_err(|e| gpu.failure(&format!("cannot load the kernel `{kernel:?}`"), e))?;
@@ -129,6 +157,19 @@ impl Gpu {
         }
         gpu.functions = functions;
         Ok(Arc::new(gpu))
+    }
+
+    /// The names of the kernels that are loaded.
+    pub fn kernels(&self) -> impl Iterator<Item = String> {
+        named(|kernel| self.functions.contains_key(&kernel))
+    }
+
+    /// Does what launches kernels, and names those.
+    pub fn traced<T>(&self, launches: impl FnOnce() -> T) -> (T, Vec<String>) {
+        *lock(&self.launched) = Some(BTreeSet::new());
+        let done = launches();
+        let numbers = lock(&self.launched).take().unwrap_or_default();
+        (done, named(|kernel| numbers.contains(&kernel)).collect())
     }
 
     pub(super) fn function(&self, kernel: Kernel) -> &CudaFunction {

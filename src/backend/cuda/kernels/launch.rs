@@ -124,6 +124,9 @@ impl Gpu {
             };
             captured.extend(arguments.iter().filter_map(region));
         }
+        if let Some(launched) = &mut *lock(&self.launched) {
+            launched.insert(kernel as usize);
+        }
         let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect();
         self.bind()?;
         let function = self.function(kernel).cu_function();

@@ -49,6 +49,16 @@ impl Gpu {
         self.product(&[(affine, y)], x, tokens, Epilogue { output, factor, activation: None }, scratch)
     }
 
+    /// The fewest rows of a matrix of which up to 64 tokens take wide blocks.
+    pub fn wide_rows(&self) -> usize {
+        WIDE_SLOTS * self.enough_wide()
+    }
+
+    /// From so many wide blocks on, narrow ones fill no more of the GPU.
+    fn enough_wide(&self) -> usize {
+        self.multiprocessors * 3 / 2
+    }
+
     /// [`Gpu::matmul`] of the same `x` into f16 for several matrices, in one launch where their storage is one.
     pub fn matmuls(&self, parts: &[(&Affine, &Region)], x: Input, tokens: usize, scratch: &Scratch) -> Result<()> {
         let storage = |part: &(&Affine, &Region)| part.0.weight.layout.storage;
@@ -161,7 +171,7 @@ impl Gpu {
             let tiles = tokens.div_ceil(TILE);
             let is_mma = many_kernels[0] != many_kernels[1];
             // A wide block needs less of shared memory and of the caches; narrow ones fill more of the GPU.
-            let is_wide = is_mma && blocks_of(WIDE_SLOTS) * tiles >= self.multiprocessors * 3 / 2;
+            let is_wide = is_mma && blocks_of(WIDE_SLOTS) * tiles >= self.enough_wide();
             let (slots, threads) = (if is_wide { WIDE_SLOTS } else { TILE }, if is_mma { 128 } else { 256 });
             return self.launch(many_kernels[usize::from(is_wide)], (blocks_of(slots), tiles), threads, &arguments);
         }
