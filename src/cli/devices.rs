@@ -149,7 +149,7 @@ fn verification(offload_directory: PathBuf, process: &Process) -> Result<Verific
         ..LoadOptions::default()
     };
     verify(&options, environment.verified().as_deref(), &mut |event| {
-        model::show(&event, "", &mut None, &process.printer)
+        model::show(&event, "", &mut None, &process.printer);
     })
 }
 
