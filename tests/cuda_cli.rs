@@ -156,7 +156,7 @@ fn a_shortfall_is_planned_again_if_that_is_wished() {
     for (setting, refused) in [
         (("FAIL_ALLOC", "1"), "cuda:0 cannot give "),
         (("FAIL_PINNED", "1"), "cannot take 8 B of page-locked host memory: CUDA_ERROR_OUT_OF_MEMORY"),
-        (("FAIL_MODULE", "3:2"), "cuda:0 cannot load the kernels `"),
+        (("FAIL_MODULE", "3:2"), " cannot load the kernels `"),
         (("FAIL_LAUNCH", "1:2"), "cuda:0 cannot run the kernel "),
     ] {
         let Some(command) = on_gpus(&generate, &[setting]) else { return };

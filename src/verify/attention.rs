@@ -7,7 +7,7 @@ use super::numbers::{
 };
 use crate::backend::cuda::{Attention, Cache, Gpu, Output, Region};
 use crate::error::Result;
-use crate::footprint::{CudaAttention, KvLayout, WORD};
+use crate::footprint::{CudaAttention, HALF, KvLayout, WORD};
 use crate::quant::{KvDtype, WeightDtype};
 
 /// A cache of one dtype: vectors as the host stores them, on the GPU, and as they read back.
@@ -111,7 +111,7 @@ pub fn attended(gpu: &Arc<Gpu>, shape: &Attention, slots: usize, dtype: KvDtype)
     let stored = Stored::new(gpu, dtype, shape, [&random_cache(14), &random_cache(15)])?;
     let (exact, spread) = exact(shape, slots, &query, stored.vectors.each_ref().map(Vec::as_slice));
     for _ in 0..2 {
-        let (query, out) = (halves(gpu, &query)?, buffer(gpu, tokens * heads * head_dim * 2)?);
+        let (query, out) = (halves(gpu, &query)?, buffer(gpu, tokens * heads * head_dim * HALF)?);
         gpu.attend(shape, &query, &stored.cache(), &out, &placed(gpu, shape.position)?, &scratch)?;
         // Tensor cores take weights and values as f16.
         let rounding = if tokens > 8 { 1.5e-3 } else { 0.0 };

@@ -6,10 +6,10 @@ use super::numbers::{
     buffer, download, encode, equal, floats, halves, layout, matrix, mismatch, near, packed, packed_rows,
     product_scratch, random, rounded, upload, vector, words,
 };
-use crate::backend::cuda::{Affine, Choosing, Gpu, Input, Norm, Output, Region};
+use crate::backend::cuda::{Affine, Choosing, GATED, Gpu, Input, Norm, Output, Region};
 use crate::backend::{Choice, Chooser, Chosen};
 use crate::error::Result;
-use crate::footprint::{CudaChoice, WORD};
+use crate::footprint::{CudaChoice, HALF, WORD};
 use crate::model_config::{Activation, NormKind};
 use crate::quant::{Matrix, MatrixLayout, PackedRows, Storage, WeightDtype, reference};
 
@@ -37,6 +37,32 @@ pub fn product(gpu: &Arc<Gpu>, storage: Storage, (rows, cols, tokens): (usize, u
         near(&what, &download(&y, dtype)?, &exact, 2e-6 * (cols as f64).sqrt(), output)?;
     }
     Ok(())
+}
+
+/// What stands before a feed-forward layer's last matrix, of states that are normalized on the way.
+pub fn gated(gpu: &Arc<Gpu>, storage: Storage, (rows, cols, tokens): (usize, usize, usize)) -> Result<()> {
+    let (scratch, layout) = (product_scratch(gpu)?, layout(storage, rows, cols));
+    let states = floats(gpu, &random(tokens * cols, 52))?;
+    let affine = Affine::new(vector(gpu, WeightDtype::F32, &random(cols, 53))?, None);
+    let norm = Some(&Norm { kind: NormKind::Rms, epsilon: 1e-5, affine: &affine });
+    let normed = buffer(gpu, tokens * cols * HALF)?;
+    gpu.normalize(norm, (&states, WeightDtype::F32), (tokens, cols), &normed, Output::F16, 1.0)?;
+    let x = download(&normed, WeightDtype::F16)?;
+    let of = |seed| {
+        let bytes = packed(&layout, &random(rows * cols, seed))?;
+        let product = reference::matmul(&Matrix::new(&layout, &bytes), &x, tokens);
+        Ok((Affine::new(matrix(gpu, &layout, &bytes)?, None), product))
+    };
+    let ((gate, of_gate), (up, of_up)) = (of(40)?, of(41)?);
+    let pairs = of_gate.iter().zip(&of_up);
+    let exact: Vec<f64> = pairs.map(|(gate, up)| activated(Activation::Silu, *gate) * up * f64::from(GATED)).collect();
+    let (y, apart) = (buffer(gpu, tokens * rows * HALF)?, buffer(gpu, tokens * rows * HALF)?);
+    let x = Input::Hidden { states: &states, norm, normed: &normed };
+    gpu.gated(Activation::Silu, (Some(&gate), &up), x, tokens, [&y, &apart], &scratch)?;
+    let what = format!("gate and up of {}, {rows}×{cols} by {tokens}", storage.name());
+    // Each sum is off by as much as that of a product, times the other.
+    let tolerance = 2e-5 * (cols as f64).sqrt() * f64::from(GATED);
+    near(&what, &download(&y, WeightDtype::F16)?, &exact, tolerance, Output::F16)
 }
 
 /// Rows into f32 or f16, or onto f32, with weights of three types.
@@ -139,7 +165,7 @@ pub fn activation(gpu: &Arc<Gpu>, activation: Activation, count: usize) -> Resul
 /// The rows of an expert's tokens.
 pub fn gathered(gpu: &Arc<Gpu>, width: usize) -> Result<()> {
     let (tokens, x) = ([4u32, 0, 2], rounded(WeightDtype::F16, &random(5 * width, 24)));
-    let out = buffer(gpu, tokens.len() * width * 2)?;
+    let out = buffer(gpu, tokens.len() * width * HALF)?;
     gpu.gather(&halves(gpu, &x)?, &words(gpu, &tokens)?, width, &out)?;
     let rows: Vec<f32> = tokens.iter().flat_map(|token| x[*token as usize * width..][..width].to_vec()).collect();
     equal("rows of tokens", &download(&out, WeightDtype::F16)?, &rows)

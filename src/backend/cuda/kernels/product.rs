@@ -49,9 +49,9 @@ impl Gpu {
         self.product(&[(affine, y)], x, tokens, Epilogue { output, factor, activation: None }, scratch)
     }
 
-    /// The fewest rows of a matrix of which up to 64 tokens take wide blocks.
-    pub fn wide_rows(&self) -> usize {
-        WIDE_SLOTS * self.enough_wide()
+    /// The fewest rows of a matrix of which so many tokens take wide blocks, where there are such.
+    pub fn wide_rows(&self, tokens: usize) -> usize {
+        WIDE_SLOTS * self.enough_wide().div_ceil(tokens.div_ceil(TILE))
     }
 
     /// From so many wide blocks on, narrow ones fill no more of the GPU.
