@@ -112,7 +112,7 @@ fn more_room_never_loses_more_and_never_overflows() {
 #[test]
 fn a_higher_scheme_that_fits_whole_is_chosen_whole() {
     let (checkpoint, cache) = (Checkpoint::open(fixture("ferris-7m")).unwrap(), tempfile::tempdir().unwrap());
-    for (scheme, budget) in [(Scheme::None, "cuda:0=1GiB"), (Scheme::Int8, "cuda:0=347MiB")] {
+    for (scheme, budget) in [(Scheme::None, "cuda:0=1GiB"), (Scheme::Int8, "cuda:0=673MiB")] {
         let options = options(Quantize::Auto, cache.path());
         let plan = Plan::new(&checkpoint, &Inventory::described(budget).unwrap(), &options).unwrap();
         assert_eq!(Quantize::Rules(plan.quantize), scheme.into());
