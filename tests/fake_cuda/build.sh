@@ -4,6 +4,8 @@ set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 out=$1
 mkdir -p "$out"
+# Those of other sources would be linked, too.
+rm -f "$out"/*.o
 compile() {
     source=$1
     shift
