@@ -69,7 +69,12 @@ fn decode(layout: KvLayout, head_dim: usize, bytes: &[u8]) -> Vec<f32> {
 
 /// Softmax over all keys that each query sees, in f64; and for each element the root of the sum of the squares
 /// of its terms, by which what comes of their rounding is measured.
-fn exact(shape: &Attention, slots: usize, query: &[f32], [keys, values]: [&[f32]; 2]) -> (Vec<f64>, Vec<f64>) {
+pub fn exact_attention(
+    shape: &Attention,
+    slots: usize,
+    query: &[f32],
+    [keys, values]: [&[f32]; 2],
+) -> (Vec<f64>, Vec<f64>) {
     let width = shape.head_dim;
     let (mut out, mut spread) = (Vec::new(), Vec::new());
     for (at, query) in query.chunks(width).enumerate() {
@@ -109,7 +114,7 @@ pub fn attended(gpu: &Arc<Gpu>, shape: &Attention, slots: usize, dtype: KvDtype)
     let query = rounded(WeightDtype::F16, &random(tokens * heads * head_dim, 13));
     let scratch = scratch(gpu, CudaAttention::scratch(heads, kv_heads, head_dim, tokens, slots))?;
     let stored = Stored::new(gpu, dtype, shape, [&random_cache(14), &random_cache(15)])?;
-    let (exact, spread) = exact(shape, slots, &query, stored.vectors.each_ref().map(Vec::as_slice));
+    let (exact, spread) = exact_attention(shape, slots, &query, stored.vectors.each_ref().map(Vec::as_slice));
     for _ in 0..2 {
         let (query, out) = (halves(gpu, &query)?, buffer(gpu, tokens * heads * head_dim * HALF)?);
         gpu.attend(shape, &query, &stored.cache(), &out, &placed(gpu, shape.position)?, &scratch)?;

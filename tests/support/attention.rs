@@ -6,6 +6,7 @@ use evenkeel::backend::cuda::{Affine, Attention, Cache, Gpu, Norm, Output, Regio
 use evenkeel::footprint::{CudaAttention, KvLayout};
 use evenkeel::model_config::NormKind;
 use evenkeel::quant::{KvDtype, WeightDtype};
+use evenkeel::verify::exact_attention;
 
 use super::{
     DTYPES, buffer, download, floats, halves, near, near_each, placed, random, rounded, scratch, upload, vector,
@@ -59,36 +60,6 @@ impl TestCache {
         self.regions[which].read(&mut bytes).unwrap();
         Self::decode(self.layout, head_dim, &bytes)
     }
-}
-
-/// Softmax over all keys that each query sees, in f64; and for each element the root of the sum of the squares
-/// of its terms, by which what comes of their rounding is measured.
-fn attention(shape: &Attention, slots: usize, query: &[f32], [keys, values]: [&[f32]; 2]) -> (Vec<f64>, Vec<f64>) {
-    let width = shape.head_dim;
-    let (mut out, mut spread) = (Vec::new(), Vec::new());
-    for (at, query) in query.chunks(width).enumerate() {
-        let (token, head) = (at / shape.heads, at % shape.heads);
-        let last = shape.position + token;
-        let first = if shape.window > 0 { (last + 1).saturating_sub(shape.window) } else { 0 };
-        let row = |cache: &'_ [f32], key: usize, d: usize| {
-            let slot = head * shape.kv_heads / shape.heads * slots + key % slots;
-            f64::from(cache[slot * width + d])
-        };
-        let score = |key: usize| {
-            let dot: f64 =
-                (0..width).map(|d| f64::from(query[d]) * row(keys, key, d)).sum::<f64>() * f64::from(shape.scale);
-            let cap = f64::from(shape.softcap);
-            if cap > 0.0 { cap * (dot / cap).tanh() } else { dot }
-        };
-        let weights: Vec<f64> = (first..=last).map(|key| score(key).exp()).collect();
-        let sum: f64 = weights.iter().sum();
-        for d in 0..width {
-            let terms = (first..=last).map(|key| weights[key - first] / sum * row(values, key, d));
-            out.push(terms.clone().sum());
-            spread.push(terms.map(|term| term * term).sum::<f64>().sqrt());
-        }
-    }
-    (out, spread)
 }
 
 pub fn attention_equals_the_reference(gpu: &Arc<Gpu>) {
@@ -172,7 +143,7 @@ fn attends_as_the_reference(gpu: &Arc<Gpu>, shape: &Attention, slots: usize) {
     let scratch = scratch(gpu, CudaAttention::scratch(heads, kv_heads, head_dim, tokens, slots));
     for dtype in KvDtype::ALL {
         let cache = TestCache::new(gpu, dtype, [kv_heads, head_dim], [&random_cache(14), &random_cache(15)]);
-        let (exact, spread) = attention(shape, slots, &query, cache.stored.each_ref().map(Vec::as_slice));
+        let (exact, spread) = exact_attention(shape, slots, &query, cache.stored.each_ref().map(Vec::as_slice));
         // A step leaves the counts as the next one needs them.
         for _ in 0..2 {
             let out = buffer(gpu, tokens * heads * head_dim * 2);

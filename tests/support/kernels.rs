@@ -57,14 +57,7 @@ macro_rules! every_case {
 pub(crate) use every_case;
 
 pub const DTYPES: [WeightDtype; 3] = [WeightDtype::Bf16, WeightDtype::F16, WeightDtype::F32];
-pub const STORAGES: [Storage; 6] = [
-    Storage::Plain(WeightDtype::Bf16),
-    Storage::Plain(WeightDtype::F16),
-    Storage::Plain(WeightDtype::F32),
-    Storage::Int8,
-    Storage::Int4,
-    Storage::Nl4,
-];
+pub use evenkeel::verify::STORAGES;
 
 /// Numbers between −1 and 1, the same for the same seed.
 pub fn random(count: usize, seed: u64) -> Vec<f32> {
