@@ -254,7 +254,7 @@ impl Attending {
             scale: 0.1,
             softcap: 0.0,
         };
-        let layout = KvLayout::new(dtype, shape.kv_heads, head_dim, context).expect("a cache");
+        let layout = KvLayout::flat(dtype, shape.kv_heads, head_dim, context).expect("a cache");
         let bytes = layout.bytes().as_usize().expect("a size");
         let position = allocate(gpu, 4);
         position.fill(u32::try_from(context - tokens).expect("a position")).expect("a GPU that works");

@@ -24,6 +24,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ErrorKind {
+    /// Others are served first, and no more can wait.
+    Busy,
     /// A device that was there failed.
     Device,
     /// The model does not fit, or a device or the disk ran out.

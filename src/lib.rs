@@ -63,8 +63,9 @@ pub use export::{DEFAULT_SHARD_SIZE, SaveFormat, SaveOptions, SaveReport, save_q
 pub use footprint::{Allocation, Placed, Purpose};
 pub use fs::{SCRATCH_DIRECTORY, read_capped, write_atomic};
 pub use generate::{
-    Comparison, DEFAULT_WINDOW, Divergence, Finish, GenerateOptions, GenerateReport, Generation, Perplexity, Piece,
-    Predictions, Sampling, TooLong, Windows, start_tokens,
+    Answer, Comparison, Constraint, DEFAULT_WINDOW, Divergence, Engine, EngineOptions, EngineState, Event, Finish,
+    GenerateOptions, GenerateReport, Generation, Logprobs, Perplexity, Piece, Predictions, Request, Sampling, TooLong,
+    Windows, start_tokens,
 };
 pub use loader::{LoadEvent, LoadOptions, LoadReport, LoadTimes, MeasuredDevice, MeasuredGpu, Model, WeightError};
 pub use machine::{Bandwidth, Device, Fault, Idle, Inventory};

@@ -632,9 +632,10 @@ fn frequencies_follow_the_length_of_a_sequence() {
         // A prompt that is short, the steps over the border, and a short prompt again.
         for _ in 0..2 {
             for (start, end) in [(0, 10), (10, 11), (11, 12), (12, 16), (16, 17), (17, 18), (18, 19), (19, 40)] {
-                let run = Run { slot: 0, position: start, tokens: end - start, length: end };
+                let pages: Vec<u32> = (0..64).collect();
+                let run = Run { slot: 0, pages: &pages, position: start, tokens: end - start, length: end };
                 let logits = |model: &mut Model| {
-                    let pipeline = model.engine().pipeline();
+                    let pipeline = model.core().pipeline();
                     pipeline.run(&tokens[start..end], &[run]).unwrap();
                     pipeline.logits(end - start - 1).unwrap().to_vec()
                 };

@@ -258,7 +258,7 @@ fn no_value_of_a_configuration_is_too_odd_to_be_read_or_refused() {
                     Ok(config) => {
                         let tree = ModuleTree::new(&config);
                         assert!(tree.parameters().all(|(_, parameter)| !parameter.shape().is_empty()));
-                        let extent = Extent { context: 512, chunk: 512, sequences: 3 };
+                        let extent = Extent::new(512, 512, 3);
                         assert_eq!(CpuBuffers::sizes(&config, extent).each().count(), 13);
                         assert_eq!(CudaBuffers::sizes(&config, extent).each().count(), 21);
                         config.ropes.iter().for_each(|rope| assert_eq!(rope.frequencies(9).len(), rope.rotary_dim / 2));

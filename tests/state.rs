@@ -90,9 +90,11 @@ fn a_ring_on_a_gpu_gives_what_transformers_gives() {
                 let options =
                     PlanOptions { device_map: Some(on("cuda:0")), kv_cache: Some(kv_cache), ..PlanOptions::default() };
                 let (mut model, _) = windowed(name, *chunk, options, &machine());
-                let pipeline = model.engine().pipeline();
+                let pipeline = model.core().pipeline();
                 for (at, piece) in tokens.chunks(*chunk).enumerate() {
-                    let run = Run { slot: 0, position: at * chunk, tokens: piece.len(), length: tokens.len() };
+                    let pages: Vec<u32> = (0..4).collect();
+                    let run =
+                        Run { slot: 0, pages: &pages, position: at * chunk, tokens: piece.len(), length: tokens.len() };
                     pipeline.run(piece, &[run]).unwrap();
                 }
                 let ours = pipeline.logits((tokens.len() - 1) % chunk).unwrap();
@@ -107,8 +109,9 @@ fn a_ring_on_a_gpu_gives_what_transformers_gives() {
 /// The logits behind the last tokens of two sequences that begin at different times and go on in the same steps;
 /// and the same of each alone.
 fn together_and_alone(model: &mut Model, [a, b]: [&[u32]; 2]) -> [Vec<Vec<f32>>; 2] {
-    let pipeline = model.engine().pipeline();
-    let run = |slot, position, tokens| Run { slot, position, tokens, length: position + tokens };
+    let pipeline = model.core().pipeline();
+    let run =
+        |slot, position, tokens| Run { slot, pages: &[[0], [1]][slot], position, tokens, length: position + tokens };
     let mut together = Vec::new();
     pipeline.run(&a[..5], &[run(0, 0, 5)]).unwrap();
     let (rest, first) = (a.len() - 5, b.len() - 4);
@@ -167,7 +170,7 @@ fn windows_of_a_large_model_take_a_sixth_of_its_contexts() {
         "rope_theta": 1e6, "rope_local_base_freq": 1e4, "rms_norm_eps": 1e-6, "hidden_activation": "gelu_pytorch_tanh",
     });
     let config = ModelConfig::parse("config.json", config.to_string().into()).unwrap();
-    let extent = Extent { context: 131_072, chunk: 512, sequences: 1 };
+    let extent = Extent::new(131_072, 512, 1);
     let bytes = |layer| State::new(&config, layer, extent, KvDtype::F16).unwrap().bytes().0;
     let windows: u64 = config.layers.iter().map(|layer| bytes(*layer)).sum();
     let whole = 62u64 * 2 * 131_072 * 16 * 128 * 2;

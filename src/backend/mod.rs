@@ -19,9 +19,11 @@ pub use pipeline::Pipeline;
 
 /// Rows of a step: tokens of one sequence that follow on each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Run {
+pub struct Run<'a> {
     /// Which of the sequences it is that there is room for.
     pub slot: usize,
+    /// The pages that it has, one for each [`PAGE`](crate::footprint::PAGE) tokens, those of this step too.
+    pub pages: &'a [u32],
     /// Position of the first token in its sequence.
     pub position: usize,
     /// Number of tokens.

@@ -4,6 +4,7 @@ mod sampling;
 
 use crate::backend::{Chooser, Chosen, DeviceChooser, Draws, Pipeline, Run};
 use crate::error::{Error, Hint, Result, Setting};
+use crate::footprint::Extent;
 
 pub use sampling::Sampling;
 
@@ -13,6 +14,7 @@ pub struct Sequence {
     tokens: Vec<u32>,
     position: usize,
     slot: usize,
+    pages: Vec<u32>,
     /// What chooses tokens, unless the head's device does.
     chooser: Chooser,
     /// A random number for each token.
@@ -31,10 +33,6 @@ impl Sequence {
     pub fn is_ahead(&self) -> bool {
         self.position == self.tokens.len()
     }
-
-    fn run(&self, tokens: usize, length: usize) -> Run {
-        Run { slot: self.slot, position: self.position, tokens, length }
-    }
 }
 
 /// Runs sequences through a model's stages.
@@ -43,6 +41,7 @@ pub struct Engine {
     context: usize,
     chunk: usize,
     restart_beyond: Option<usize>,
+    pages: Vec<u32>,
 }
 
 impl Engine {
@@ -50,7 +49,9 @@ impl Engine {
     /// longer than `restart_beyond`.
     pub fn new(pipeline: Pipeline, context: usize, restart_beyond: Option<usize>) -> Self {
         let chunk = pipeline.largest_chunk();
-        Self { pipeline, context, chunk, restart_beyond }
+        #[expect(clippy::cast_possible_truncation, reason = "below 2^28")]
+        let pages = (0..Extent::pages_of(context) as u32).collect();
+        Self { pipeline, context, chunk, restart_beyond, pages }
     }
 
     /// Whether a sequence of which so many tokens have been run begins again at so many.
@@ -86,6 +87,7 @@ impl Engine {
             tokens: prompt.to_vec(),
             position: 0,
             slot: 0,
+            pages: self.pages.clone(),
             chooser: Chooser::new(sampling.choice(), prompt),
             draws: Draws::new(sampling.seed),
             chosen: None,
@@ -135,7 +137,9 @@ impl Engine {
         for start in new.clone().step_by(self.chunk) {
             each_chunk()?;
             let chunk = start..new.end.min(start + self.chunk);
-            self.pipeline.run(&sequence.tokens[chunk.clone()], &[sequence.run(chunk.len(), new.end)])?;
+            let Sequence { slot, ref pages, .. } = *sequence;
+            let run = Run { slot, pages, position: start, tokens: chunk.len(), length: new.end };
+            self.pipeline.run(&sequence.tokens[chunk.clone()], &[run])?;
             sequence.position = chunk.end;
             last = chunk.len() - 1;
         }
@@ -153,7 +157,8 @@ impl Engine {
 
     /// Has a device run one token, `token` or that which was chosen last, and choose the one behind it.
     fn step(&mut self, sequence: &mut Sequence, token: Option<u32>) -> Result<()> {
-        let run = sequence.run(1, sequence.position + 1);
+        let Sequence { slot, ref pages, position, .. } = *sequence;
+        let run = Run { slot, pages, position, tokens: 1, length: position + 1 };
         if let Some(chooser) = self.pipeline.chooser() {
             chooser.step(token, run, sequence.draws.draw())?;
         }
@@ -169,7 +174,10 @@ impl Engine {
         self.check(tokens)?;
         for (at, chunk) in tokens.chunks(self.chunk).enumerate() {
             let position = at * self.chunk;
-            self.pipeline.run(chunk, &[Run { slot: 0, position, tokens: chunk.len(), length: tokens.len() }])?;
+            self.pipeline.run(
+                chunk,
+                &[Run { slot: 0, pages: &self.pages, position, tokens: chunk.len(), length: tokens.len() }],
+            )?;
             for row in 0..chunk.len() {
                 let logits = self.pipeline.logits(row)?;
                 if !logits.iter().all(|logit| logit.is_finite()) {

@@ -32,15 +32,33 @@ pub fn aligned(bytes: u64) -> Bytes {
     Bytes(bytes.checked_next_multiple_of(ALIGNMENT).unwrap_or(u64::MAX))
 }
 
+/// Tokens of a page: what a sequence is given of the room for keys and values, and gives back.
+pub const PAGE: usize = 64;
+
 /// What there is to be room for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
     /// The longest sequence, in tokens.
     pub context: usize,
-    /// Tokens of a step: so many of a prompt at once.
+    /// Tokens of a step, of all sequences together.
     pub chunk: usize,
     /// Sequences at once.
     pub sequences: usize,
+    /// Pages that these share, of all blocks that keep the whole context.
+    pub pages: usize,
+}
+
+impl Extent {
+    /// Room for so many sequences, each of the whole context.
+    pub fn new(context: usize, chunk: usize, sequences: usize) -> Self {
+        let pages = sequences.saturating_mul(Self::pages_of(context));
+        Self { context, chunk, sequences, pages }
+    }
+
+    /// Pages of so many tokens.
+    pub fn pages_of(tokens: usize) -> usize {
+        tokens.div_ceil(PAGE)
+    }
 }
 
 /// What an allocation is for.

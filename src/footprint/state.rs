@@ -1,27 +1,29 @@
 //! What a block keeps of the tokens that it has seen.
 
-use super::{Extent, MAX_BYTES, aligned};
+use super::{Extent, MAX_BYTES, PAGE, aligned};
 use crate::bytes::Bytes;
 use crate::model_config::{Layer, ModelConfig};
 use crate::quant::KvDtype;
 
-/// A ring's slots are a multiple of this: keys that a backend reads together never stand on both of its ends.
-const RING_TILE: usize = 64;
-
-/// What a block keeps of one sequence, by its kind.
+/// What a block keeps of all sequences, by its kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
-    /// Keys and values: of the whole context, or where the block sees a window, of that and a
-    /// chunk of prefill, in a ring.
+    /// Keys and values: of the whole context in pages that sequences share out among themselves, or where the
+    /// block sees a window, of that and a step, in a ring of each sequence's own.
     KeysValues(KvLayout),
 }
 
 impl State {
-    /// What a block that is `layer` of a model keeps of a sequence; `None` where it is beyond what a plan can hold.
+    /// What a block that is `layer` of a model keeps; `None` where it is beyond what a plan can hold.
     pub fn new(config: &ModelConfig, layer: Layer, extent: Extent, dtype: KvDtype) -> Option<Self> {
-        let ring = |window: usize| window.checked_add(extent.chunk)?.checked_next_multiple_of(RING_TILE);
-        let slots = layer.window.and_then(ring).map_or(extent.context, |slots| slots.min(extent.context));
-        KvLayout::new(dtype, config.num_key_value_heads, config.head_dim, slots).map(Self::KeysValues)
+        let ring = |window: usize| window.checked_add(extent.chunk)?.checked_next_multiple_of(PAGE);
+        let whole = extent.context.checked_next_multiple_of(PAGE)?;
+        let (slots, pages, is_ring) = match layer.window.and_then(ring).filter(|slots| *slots < whole) {
+            Some(slots) => (slots, extent.sequences.checked_mul(slots / PAGE)?, true),
+            None => (whole, extent.pages, false),
+        };
+        let of_page = (config.num_key_value_heads, config.head_dim);
+        KvLayout::new(dtype, of_page, pages).map(|layout| Self::KeysValues(KvLayout { slots, is_ring, ..layout }))
     }
 
     /// What it takes, each region of it aligned.
@@ -31,28 +33,44 @@ impl State {
     }
 }
 
-/// The keys, or the values, that a block keeps of a sequence: codes as `[kv_heads][slots][head_dim]`, then
-/// scales as `[kv_heads][slots]`. The token at a position has the slot that is left of it over `slots`.
-/// On the CPU, the elements of some keys in turn stand side by side.
+/// The keys, or the values, that a block keeps: codes as `[pages][kv_heads][PAGE][head_dim]`, then scales as
+/// `[pages][kv_heads][PAGE]`. The token at a position has the slot that is left of it over `slots`; those of a
+/// page follow on each other. On the CPU, the elements of some keys in turn stand side by side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvLayout {
     /// The type of the elements.
     pub dtype: KvDtype,
-    /// Tokens that there is room for.
+    /// Tokens that a sequence has room for, a multiple of [`PAGE`].
     pub slots: usize,
-    /// Bytes of all codes, a multiple of 4.
+    /// Whether a sequence has pages of its own, those of sequence `n` behind those of `n - 1`; else which pages it has
+    /// is in a table that all such blocks share.
+    pub is_ring: bool,
+    /// Pages of all sequences.
+    pub pages: usize,
+    /// Bytes of all codes.
     pub codes: usize,
     /// Bytes of all scales.
     pub scales: usize,
 }
 
 impl KvLayout {
-    /// The layout for heads of `head_dim` elements; `None` where it is beyond what a plan can hold.
-    pub fn new(dtype: KvDtype, kv_heads: usize, head_dim: usize, slots: usize) -> Option<Self> {
+    /// The layout of `pages` for so many heads of so many elements, all of them one sequence's; `None` where it is
+    /// beyond what a plan can hold.
+    pub fn new(dtype: KvDtype, (kv_heads, head_dim): (usize, usize), pages: usize) -> Option<Self> {
+        let slots = pages.checked_mul(PAGE)?;
+        let vectors = kv_heads.checked_mul(slots)?;
+        let codes = vectors.checked_mul(dtype.code_bytes(head_dim))?;
+        let scales = vectors.checked_mul(dtype.scale_bytes())?;
+        let is_sane = codes.checked_add(scales)? as u64 <= MAX_BYTES / 2;
+        is_sane.then_some(Self { dtype, slots, is_ring: false, pages, codes, scales })
+    }
+
+    /// A layout of `[kv_heads][slots]`, as GPUs have it of each sequence.
+    pub fn flat(dtype: KvDtype, kv_heads: usize, head_dim: usize, slots: usize) -> Option<Self> {
         let vectors = kv_heads.checked_mul(slots)?;
         let codes = vectors.checked_mul(dtype.code_bytes(head_dim))?.checked_next_multiple_of(size_of::<f32>())?;
         let scales = vectors.checked_mul(dtype.scale_bytes())?;
-        (codes.checked_add(scales)? as u64 <= MAX_BYTES / 2).then_some(Self { dtype, slots, codes, scales })
+        Some(Self { dtype, slots, is_ring: false, pages: 1, codes, scales })
     }
 
     /// What codes and scales take of an arena.

@@ -1,5 +1,6 @@
 //! Prompt to text, and how well a text is predicted.
 
+mod engine;
 mod perplexity;
 
 use std::time::Instant;
@@ -13,6 +14,7 @@ use crate::loader::Model;
 use crate::text::TextStream;
 
 pub use crate::engine::Sampling;
+pub use engine::{Answer, Constraint, Engine, EngineOptions, EngineState, Event, Request};
 pub use perplexity::{Comparison, DEFAULT_WINDOW, Divergence, Perplexity, Predictions, Windows, start_tokens};
 
 /// How to generate.
@@ -54,12 +56,23 @@ pub enum Finish {
 }
 
 /// A token and the text that it made complete, which may be none.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Piece {
     /// The token; `None` for text that was held back until the end.
     pub token: Option<u32>,
     /// Whole characters.
     pub text: String,
+    /// How likely it was, where that was asked for.
+    pub logprobs: Option<Logprobs>,
+}
+
+/// How likely a token was, before temperature and cuts.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Logprobs {
+    /// The natural logarithm of its probability.
+    pub logprob: f32,
+    /// The likeliest tokens and theirs, the likeliest first.
+    pub top: Vec<(u32, f32)>,
 }
 
 /// Counts and times of a generation.
@@ -199,10 +212,10 @@ impl Generation<'_> {
         self.report.generated_tokens += 1;
         if !self.options.ignore_eos && self.model.eos_token_ids.contains(&token) {
             self.report.finish = Finish::EndOfText;
-            return Ok(Piece { token: Some(token), text: String::new() });
+            return Ok(Piece { token: Some(token), text: String::new(), logprobs: None });
         }
         let (text, stopped) = self.stream.push(token, &self.model.tokenizer)?;
-        let piece = Piece { token: Some(token), text };
+        let piece = Piece { token: Some(token), text, logprobs: None };
         if stopped {
             self.report.finish = Finish::Stop;
         } else if self.options.max_new_tokens == Some(self.report.generated_tokens) {
@@ -235,7 +248,7 @@ impl Iterator for Generation<'_> {
         let text = self.stream.finish(&self.model.tokenizer);
         match text {
             Ok(text) if text.is_empty() => None,
-            text => Some(text.map(|text| Piece { token: None, text })),
+            text => Some(text.map(|text| Piece { token: None, text, logprobs: None })),
         }
     }
 }

@@ -104,7 +104,7 @@ impl GpuArenas {
 
         // Whoever gets all of it first has it: there is no part to fail behind another.
         let weights = here.iter().map(|at| plan.weights[*at].bytes());
-        let kept = states().flat_map(|State::KeysValues(kv)| vec![kv.bytes(); 2 * plan.batch]);
+        let kept = states().flat_map(|State::KeysValues(kv)| [kv.bytes(); 2]);
         let buffers = workspace.each().map(|(_, bytes)| *bytes);
         let slab = plan.staging()?.slab;
         let sizes: Vec<Bytes> = weights.chain(kept).chain(buffers).chain(Upload::sizes(slab)).collect();
@@ -115,9 +115,8 @@ impl GpuArenas {
             |(at, region): (&usize, Region)| (*at, DeviceMatrix::new(plan.weights[*at].layout.clone(), region));
         let matrices = here.iter().zip(regions.by_ref()).map(matrix).collect();
         let mut pair = || regions.next().zip(regions.next()).map(<[Region; 2]>::from);
-        let cache =
-            |State::KeysValues(kv)| (0..plan.batch).filter_map(|_| pair()).map(|pair| Cache::new(kv, &pair)).collect();
-        let caches = states().map(cache).collect();
+        let cache = |State::KeysValues(kv)| pair().map(|pair| Cache::of_sequences(kv, &pair, plan.batch));
+        let caches = states().filter_map(cache).collect();
         let workspace = Arc::new(Workspace::new(&gpu, config, plan.batch, &mut regions)?);
         Ok(Self {
             matrices,

@@ -74,7 +74,7 @@ pub fn build(
             stages.push(Box::new(CudaStage::new(config, (modules, caches), Arc::clone(&gpu.workspace))));
         } else {
             let kept = plan.modules[range.clone()].iter().filter_map(|module| Some((module.state?, module.kv_cache)));
-            let cache = |(State::KeysValues(kv), bytes)| KvCache::new(kv, plan.batch, bytes);
+            let cache = |(State::KeysValues(kv), bytes)| KvCache::new(kv, bytes);
             let caches: Vec<_> = kept.map(cache).collect::<Result<_>>()?;
             taken += caches.iter().map(KvCache::bytes).sum();
             let parts = (modules(plan, range, |key| on_host.remove(&key))?, caches);

@@ -176,7 +176,7 @@ pub struct Model {
     /// The plan that it was loaded by.
     pub plan: Plan,
     /// Its tokenizer.
-    pub tokenizer: Tokenizer,
+    pub tokenizer: Arc<Tokenizer>,
     /// The tokens that end a text.
     pub eos_token_ids: Vec<u32>,
     /// What loading it did.
@@ -240,7 +240,7 @@ impl Plan {
         };
         Ok(Model {
             plan: self.clone(),
-            tokenizer,
+            tokenizer: Arc::new(tokenizer),
             eos_token_ids: checkpoint.config.eos_token_ids.clone(),
             report,
             engine: Engine::new(pipeline, self.context, checkpoint.config.restart_beyond()),
@@ -251,7 +251,7 @@ impl Plan {
 #[cfg(feature = "testing")]
 impl Model {
     /// What runs it, for tests of that.
-    pub fn engine(&mut self) -> &mut Engine {
+    pub fn core(&mut self) -> &mut Engine {
         &mut self.engine
     }
 }

@@ -204,7 +204,7 @@ impl Conditions {
         }
         Ok(Self {
             quantize,
-            extent: Extent { context, chunk, sequences },
+            extent: Extent::new(context, chunk.max(sequences), sequences),
             kv_cache: options.kv_cache.or_else(|| map?.kv_cache).unwrap_or_default(),
             max_memory: options.max_memory.clone().or_else(|| map?.max_memory.clone()).unwrap_or_default(),
             reserve: options.reserve.unwrap_or(DEFAULT_RESERVE),

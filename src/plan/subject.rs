@@ -134,8 +134,7 @@ impl<'a> Subject<'a> {
             let ModuleKind::Block(index) = module.kind else { continue };
             let too_large = || Error::input("the KV cache is too large to plan for");
             module.state = State::new(config, config.layers[index], conditions.extent, conditions.kv_cache);
-            let bytes = module.state.and_then(|state| state.bytes().0.checked_mul(conditions.extent.sequences as u64));
-            module.kv_cache = Bytes(bytes.ok_or_else(too_large)?);
+            module.kv_cache = module.state.ok_or_else(too_large)?.bytes();
             all = all.checked_add(module.kv_cache.0).filter(|all| *all <= MAX_BYTES).ok_or_else(too_large)?;
         }
         Ok(modules)

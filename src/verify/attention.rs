@@ -22,7 +22,7 @@ impl Stored {
     /// Keys and values, `[kv_heads][slots][head_dim]`.
     pub fn new(gpu: &Arc<Gpu>, dtype: KvDtype, shape: &Attention, values: [&[f32]; 2]) -> Result<Self> {
         let (kv_heads, head_dim) = (shape.kv_heads, shape.head_dim);
-        let layout = KvLayout::new(dtype, kv_heads, head_dim, values[0].len() / head_dim / kv_heads);
+        let layout = KvLayout::flat(dtype, kv_heads, head_dim, values[0].len() / head_dim / kv_heads);
         let layout = layout.ok_or_else(|| mismatch("a cache that no plan holds"))?;
         let each = values.map(|values| {
             let mut bytes = vec![0u8; layout.codes + layout.scales];

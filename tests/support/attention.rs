@@ -21,7 +21,7 @@ struct TestCache {
 
 impl TestCache {
     fn new(gpu: &Arc<Gpu>, dtype: KvDtype, [kv_heads, head_dim]: [usize; 2], values: [&[f32]; 2]) -> Self {
-        let layout = KvLayout::new(dtype, kv_heads, head_dim, values[0].len() / head_dim / kv_heads).unwrap();
+        let layout = KvLayout::flat(dtype, kv_heads, head_dim, values[0].len() / head_dim / kv_heads).unwrap();
         let each = values.map(|values| {
             let mut bytes = vec![0u8; layout.codes + layout.scales];
             for (at, vector) in values.chunks(head_dim).enumerate() {
@@ -168,7 +168,7 @@ pub fn attention_over_what_is_no_number_is_none(gpu: &Arc<Gpu>) {
         for (broken, softcap, value) in
             [("key", 0.0, f32::NAN), ("key", 30.0, f32::NAN), ("value", 0.0, f32::NAN), ("query", 30.0, 60_000.0)]
         {
-            let layout = KvLayout::new(dtype, kv_heads, head_dim, slots).unwrap();
+            let layout = KvLayout::flat(dtype, kv_heads, head_dim, slots).unwrap();
             let cache = Cache::new(layout, &[0; 2].map(|_| buffer(gpu, layout.codes + layout.scales)));
             let run = |position: usize, tokens: usize, broken: Option<&str>| {
                 let vectors = |name: &str, heads: usize, seed| {
@@ -217,7 +217,7 @@ pub fn a_ring_gives_what_the_whole_context_does(gpu: &Arc<Gpu>) {
         for dtype in KvDtype::ALL {
             // What has not been written reads as NaN.
             let empty = |slots: usize| {
-                let layout = KvLayout::new(dtype, kv_heads, head_dim, slots).unwrap();
+                let layout = KvLayout::flat(dtype, kv_heads, head_dim, slots).unwrap();
                 let keys_and_values = [0; 2].map(|_| buffer(gpu, layout.codes + layout.scales));
                 for region in &keys_and_values {
                     region.fill(u32::MAX).unwrap();

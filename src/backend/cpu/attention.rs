@@ -14,7 +14,7 @@ const PART: usize = 16 * KEY_TILE;
 /// Tasks for each thread that are enough to keep all threads busy.
 const TASKS: usize = 4;
 
-impl Cache {
+impl Cache<'_> {
     /// Causal attention with grouped queries: `softmax(scores) · v` for each
     /// query of `[tokens][heads][head_dim]`, over the keys up to its own
     /// position, those of its window if there is one. `attended` begins with
@@ -36,7 +36,7 @@ impl Cache {
 }
 
 struct Attention<'a> {
-    cache: &'a Cache,
+    cache: &'a Cache<'a>,
     isa: Isa,
     query: &'a [f32],
     stored: [Stored<'a>; 2],
@@ -164,8 +164,9 @@ vectorized! {
 mod tests {
     use std::num::NonZeroUsize;
 
-    use super::super::kv::Scores;
+    use super::super::kv::{Pages, Scores};
     use super::*;
+    use crate::footprint::PAGE;
     use crate::quant::KvDtype;
 
     /// Softmax in f64, all scores at once.
@@ -192,18 +193,22 @@ mod tests {
     }
 
     /// Keys and values of `context` tokens, as they were given and as `cache` has them.
-    struct Case {
-        cache: Cache,
+    struct Case<'a> {
+        cache: Cache<'a>,
         rows: [Vec<f32>; 2],
         cells: [Vec<u32>; 2],
         scales: [Vec<f32>; 2],
     }
 
-    impl Case {
-        /// In as many slots as `cache` has.
-        fn new(cache: Cache, context: usize) -> Self {
+    impl<'a> Case<'a> {
+        /// In as many pages as `cache` has.
+        fn new(cache: Cache<'a>, context: usize) -> Self {
             let rows = [0.31, 0.17].map(|step| wave(cache.kv_heads * context * cache.head_dim, step));
-            let vectors = cache.kv_heads * cache.slots;
+            let slots = match cache.pages {
+                Pages::Ring { slots, .. } => slots,
+                Pages::Table(pages) => PAGE * (1 + *pages.iter().max().unwrap() as usize),
+            };
+            let vectors = cache.kv_heads * slots;
             let mut cells = [0, 1].map(|_| vec![0u32; (vectors * cache.dtype.code_bytes(cache.head_dim)).div_ceil(4)]);
             let mut scales = [0, 1].map(|_| vec![0.0; vectors * cache.dtype.scale_bytes() / 4]);
             let row = cache.kv_heads * cache.head_dim;
@@ -241,6 +246,11 @@ mod tests {
         }
     }
 
+    /// Pages in order, for so many tokens.
+    fn whole(context: usize) -> Pages<'static> {
+        Pages::Ring { first: 0, slots: context.next_multiple_of(PAGE) }
+    }
+
     /// Heads, heads of keys and values, and their width, of models that there are and at the edges.
     const SHAPES: [(usize, usize, usize); 7] =
         [(1, 1, 16), (4, 2, 4), (3, 3, 44), (6, 2, 64), (8, 1, 128), (40, 1, 8), (1, 1, 300)];
@@ -261,7 +271,8 @@ mod tests {
                     (None, Some(PART + 10), 3 * PART, 2),
                 ] {
                     let scores = Scores { scale: 1.0 / head_dim as f32, softcap, window };
-                    let case = Case::new(Cache { heads, kv_heads, head_dim, slots: context, dtype, scores }, context);
+                    let case =
+                        Case::new(Cache { heads, kv_heads, head_dim, pages: whole(context), dtype, scores }, context);
                     let query = case.queries(tokens);
                     let position = context - tokens;
                     let wanted = case.attend(&pool(1, Isa::PORTABLE), &query, position, 0);
@@ -287,7 +298,7 @@ mod tests {
             for window in [None, Some(50)] {
                 let (context, tokens) = (2 * PART + 30, 70);
                 let scores = Scores { scale: 0.1, softcap: None, window };
-                let cache = Cache { heads, kv_heads, head_dim, slots: context, dtype: KvDtype::F16, scores };
+                let cache = Cache { heads, kv_heads, head_dim, pages: whole(context), dtype: KvDtype::F16, scores };
                 let case = Case::new(cache, context);
                 let (query, position) = (case.queries(tokens), context - tokens);
                 let together = case.attend(&pool(3, Isa::best()), &query, position, 0);
@@ -313,8 +324,8 @@ mod tests {
                     let scores = Scores { scale: 0.1, softcap: None, window: Some(window) };
                     for context in [slots - 1, slots + 1, 2 * slots, 3 * slots + 41] {
                         let case =
-                            |slots| Case::new(Cache { heads, kv_heads, head_dim, slots, dtype, scores }, context);
-                        let (whole, ring) = (case(context), case(slots));
+                            |pages| Case::new(Cache { heads, kv_heads, head_dim, pages, dtype, scores }, context);
+                        let (whole, ring) = (case(whole(context)), case(whole(slots)));
                         let (query, position) = (whole.queries(tokens), context - tokens);
                         let attend = |case: &Case| case.attend(&pool(2, Isa::best()), &query, position, 0);
                         assert!(
@@ -328,10 +339,28 @@ mod tests {
     }
 
     #[test]
+    fn pages_in_any_order_give_what_pages_in_order_give() {
+        for dtype in [KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Int8] {
+            for (heads, kv_heads, head_dim) in SHAPES {
+                for (context, tokens) in [(1, 1), (PAGE, 3), (5 * PAGE + 7, 1), (PART + 3 * PAGE, 70)] {
+                    let scores = Scores { scale: 0.1, softcap: None, window: None };
+                    let case = |pages| Case::new(Cache { heads, kv_heads, head_dim, pages, dtype, scores }, context);
+                    let backwards: Vec<u32> =
+                        (0..context.div_ceil(PAGE) as u32).map(|page| 3 * page + 2).rev().collect();
+                    let (ordered, paged) = (case(whole(context)), case(Pages::Table(&backwards)));
+                    let (query, position) = (ordered.queries(tokens), context - tokens);
+                    let attend = |case: &Case| case.attend(&pool(2, Isa::best()), &query, position, 0);
+                    assert!(attend(&paged) == attend(&ordered), "{dtype} {heads}×{head_dim} {context}");
+                }
+            }
+        }
+    }
+
+    #[test]
     fn what_is_no_number_stays_with_its_token() {
         let scores = Scores { scale: 0.1, softcap: None, window: None };
         for (at, broken) in [(0, f32::NAN), (1, f32::NAN), (1, f32::INFINITY)] {
-            let cache = Cache { heads: 4, kv_heads: 1, head_dim: 8, slots: 40, dtype: KvDtype::F32, scores };
+            let cache = Cache { heads: 4, kv_heads: 1, head_dim: 8, pages: whole(40), dtype: KvDtype::F32, scores };
             let mut case = Case::new(cache, 40);
             let query = case.queries(40);
             let pool = pool(1, Isa::best());

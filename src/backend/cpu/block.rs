@@ -78,22 +78,26 @@ impl Setup {
             ops::rotate(pool, key, config.head_dim, half, cos, sin);
         }
 
-        let cache = Cache {
-            heads: config.num_attention_heads,
-            kv_heads: config.num_key_value_heads,
-            head_dim: config.head_dim,
-            slots: kv.layout.slots,
-            dtype: kv.layout.dtype,
-            scores: Scores { scale: config.attention_scale, softcap: config.attention_softcap, window: layer.window },
-        };
         let mut start = 0;
         for run in runs {
+            let cache = Cache {
+                heads: config.num_attention_heads,
+                kv_heads: config.num_key_value_heads,
+                head_dim: config.head_dim,
+                pages: kv.pages(run),
+                dtype: kv.layout.dtype,
+                scores: Scores {
+                    scale: config.attention_scale,
+                    softcap: config.attention_softcap,
+                    window: layer.window,
+                },
+            };
             let rows = start..start + run.tokens;
-            let [of_key, of_value] = kv.of(run.slot);
+            let [of_key, of_value] = kv.halves();
             let of_keys = rows.start * keys..rows.end * keys;
             cache.append_keys(&key[of_keys.clone()], of_key, run.position);
             cache.append_values(&value[of_keys], of_value, run.position);
-            let stored = kv.of(run.slot).map(|(codes, scales)| (&*codes, &*scales));
+            let stored = kv.halves().map(|(codes, scales)| (&*codes, &*scales));
             let of_queries = rows.start * queries..rows.end * queries;
             cache.attend(pool, &query[of_queries.clone()], stored, run.position, &mut attended[of_queries.start..]);
             start = rows.end;

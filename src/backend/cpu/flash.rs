@@ -74,11 +74,11 @@ pub fn attend(
             continue;
         };
         let all = first..end;
-        let slot = start % cache.slots;
+        let slot = cache.vector(kv_head, start);
 
         let mut weights = [[0.0f32; KEY_TILE]; QUERIES];
         for piece in pieces(width) {
-            read_keys(cache, isa, keys, kv_head, slot, piece.clone(), &mut tile);
+            read_keys(cache, isa, keys, slot, piece.clone(), &mut tile);
             for (queries, weights) in queries.chunks(TOGETHER).zip(weights.chunks_mut(TOGETHER)) {
                 let vector = |at: usize| &queries[at].vector[piece.clone()];
                 if queries.len() == TOGETHER {
@@ -91,13 +91,13 @@ pub fn attend(
                 }
             }
         }
-        let scales = keys.1.get(kv_head * cache.slots + slot..).unwrap_or_default();
+        let scales = keys.1.get(slot..).unwrap_or_default();
         let mut rescale = [1.0f32; QUERIES];
         for (at, seen) in seen.iter().enumerate().filter(|(_, seen)| !seen.is_empty()) {
             rescale[at] = weigh(isa, cache.scores, scales, &mut weights[at], seen, &mut softmax[at]);
         }
         for piece in pieces(width) {
-            read_values(cache, isa, values, kv_head * cache.slots + slot, &all, piece.clone(), &mut tile);
+            read_values(cache, isa, values, slot, &all, piece.clone(), &mut tile);
             let groups = mixed.chunks_mut(TOGETHER * width).zip(seen.chunks(TOGETHER));
             for (at, (mixed, seen)) in (0..).step_by(TOGETHER).zip(groups) {
                 let same = seen.len() == TOGETHER && seen.iter().all(|other| *other == seen[0]);
@@ -120,28 +120,13 @@ fn pieces(width: usize) -> impl Iterator<Item = Range<usize>> {
     (0..width).step_by(DIMENSIONS).map(move |start| start..width.min(start + DIMENSIONS))
 }
 
-/// Some dimensions of the keys of the tile at slot `start`, as they stand in the cache but in f32 and
-/// without scales: `[dimensions][KEY_TILE]`, where there may be less keys than that at the end.
-fn read_keys(
-    cache: &Cache,
-    isa: Isa,
-    (codes, _): Stored,
-    kv_head: usize,
-    start: usize,
-    dimensions: Range<usize>,
-    tile: &mut [f32],
-) {
+/// Some dimensions of the keys of the tile that begins with vector `start`, as they stand in the cache but in f32
+/// and without scales: `[dimensions][KEY_TILE]`.
+fn read_keys(cache: &Cache, isa: Isa, (codes, _): Stored, start: usize, dimensions: Range<usize>, tile: &mut [f32]) {
     let element = cache.dtype.code_bytes(1);
-    let stride = KEY_TILE.min(cache.slots - start);
-    let first = (kv_head * cache.slots + start) * cache.head_dim + dimensions.start * stride;
-    let codes = &codes[first * element..][..dimensions.len() * stride * element];
-    if stride == KEY_TILE {
-        decode(isa, cache.dtype, codes, 1.0, &mut tile[..dimensions.len() * KEY_TILE]);
-    } else {
-        for (codes, row) in codes.chunks(stride * element).zip(tile.chunks_mut(KEY_TILE)) {
-            decode(isa, cache.dtype, codes, 1.0, &mut row[..stride]);
-        }
-    }
+    let first = start * cache.head_dim + dimensions.start * KEY_TILE;
+    let count = dimensions.len() * KEY_TILE;
+    decode(isa, cache.dtype, &codes[first * element..][..count * element], 1.0, &mut tile[..count]);
 }
 
 /// Some dimensions of the values at `rows` behind `start` in f32, `[KEY_TILE][dimensions]`; rows beyond are not written.

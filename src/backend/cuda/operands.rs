@@ -2,7 +2,7 @@
 
 use super::driver::Region;
 use crate::backend::block::Linear;
-use crate::footprint::{CudaAttention, KvLayout};
+use crate::footprint::{CudaAttention, KvLayout, PAGE};
 pub(super) use crate::footprint::{HALF, WORD};
 use crate::model_config::NormKind;
 use crate::quant::{KvDtype, MatrixLayout};
@@ -130,6 +130,20 @@ impl Cache {
     ///
     /// # Panics
     /// A region is shorter than the layout.
+    pub fn of_sequences(layout: KvLayout, regions: &[Region; 2], sequences: usize) -> Vec<Self> {
+        let pages = layout.slots / PAGE;
+        let [codes, scales] = [layout.codes, layout.scales].map(|bytes| bytes / layout.pages * pages);
+        let of = |at: usize, region: &Region| {
+            [region.part(at * codes, codes), region.part(layout.codes + at * scales, scales)]
+        };
+        let cache = |at| {
+            let [[a, b], [c, d]] = regions.each_ref().map(|region| of(at, region));
+            Self { dtype: layout.dtype, slots: layout.slots, regions: [a, b, c, d] }
+        };
+        (0..sequences).map(cache).collect()
+    }
+
+    /// X
     pub fn new(layout: KvLayout, [keys, values]: &[Region; 2]) -> Self {
         let split = |region: &Region| (region.part(0, layout.codes), region.part(layout.codes, layout.scales));
         let ((key_codes, key_scales), (value_codes, value_scales)) = (split(keys), split(values));

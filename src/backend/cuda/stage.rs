@@ -353,7 +353,7 @@ impl Stage for CudaStage {
             return Ok(());
         }
         let w = Arc::clone(&self.workspace);
-        let run = Run { slot: 0, position: 0, tokens: 1, length: 1 };
+        let run = Run { slot: 0, pages: &[0], position: 0, tokens: 1, length: 1 };
         let states = w.hidden.part(0, self.config.hidden_size * WORD);
         self.place(&[run])?;
         self.place_draw(0)?;
