@@ -637,7 +637,7 @@ fn frequencies_follow_the_length_of_a_sequence() {
                 let logits = |model: &mut Model| {
                     let pipeline = model.core().pipeline();
                     pipeline.run(&tokens[start..end], &[run]).unwrap();
-                    pipeline.logits(end - start - 1).unwrap().to_vec()
+                    pipeline.logits(&[end - start - 1]).unwrap().to_vec()
                 };
                 assert_near(&format!("{name}, {end} tokens"), &logits(&mut model), &logits(&mut exact));
             }

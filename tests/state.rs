@@ -97,7 +97,7 @@ fn a_ring_on_a_gpu_gives_what_transformers_gives() {
                         Run { slot: 0, pages: &pages, position: at * chunk, tokens: piece.len(), length: tokens.len() };
                     pipeline.run(piece, &[run]).unwrap();
                 }
-                let ours = pipeline.logits((tokens.len() - 1) % chunk).unwrap();
+                let ours = pipeline.logits(&[(tokens.len() - 1) % chunk]).unwrap();
                 let difference = difference(ours, &wanted) / largest(&wanted);
                 assert!(difference < allowed, "{name}, {kv_cache}, {capability}, chunks of {chunk}: {difference}");
             }
@@ -116,17 +116,17 @@ fn together_and_alone(model: &mut Model, [a, b]: [&[u32]; 2]) -> [Vec<Vec<f32>>;
     pipeline.run(&a[..5], &[run(0, 0, 5)]).unwrap();
     let (rest, first) = (a.len() - 5, b.len() - 4);
     pipeline.run(&[&a[5..], &b[..first]].concat(), &[run(0, 5, rest), run(1, 0, first)]).unwrap();
-    together.push(pipeline.logits(rest - 1).unwrap().to_vec());
+    together.push(pipeline.logits(&[rest - 1]).unwrap().to_vec());
     for at in first..b.len() {
         pipeline.run(&[b[at], a[at]], &[run(1, at, 1), run(0, a.len() + at - first, 1)]).unwrap();
     }
-    together.push(pipeline.logits(0).unwrap().to_vec());
+    together.push(pipeline.logits(&[0]).unwrap().to_vec());
     let mut alone = Vec::new();
     for (slot, tokens) in [a, b].into_iter().enumerate() {
         for (at, token) in tokens.iter().enumerate() {
             pipeline.run(&[*token], &[run(1 - slot, at, 1)]).unwrap();
         }
-        alone.push(pipeline.logits(0).unwrap().to_vec());
+        alone.push(pipeline.logits(&[0]).unwrap().to_vec());
     }
     [together, alone]
 }

@@ -25,17 +25,31 @@ impl Chooser {
         Self { choice, seen, isa: Isa::best() }
     }
 
+    /// Lowers the logits of tokens that occurred, where that is wanted.
+    ///
+    /// # Panics
+    /// There is none for a token that occurred.
+    pub fn penalize(&self, logits: &mut [f32]) {
+        for token in &self.seen {
+            let logit = &mut logits[*token as usize];
+            *logit = if *logit >= 0.0 { *logit / self.choice.penalty } else { *logit * self.choice.penalty };
+        }
+    }
+
+    /// Takes note of a token that occurred.
+    pub fn see(&mut self, token: u32) {
+        if self.choice.is_penalized() {
+            self.seen.insert(token);
+        }
+    }
+
     /// The token at which the weights up to it pass the share `uniform` / 2^32 of all; the first of the
     /// largest, where that is wanted; the first whose logit is not finite, if there is one. The logits
     /// are used up.
     ///
     /// # Panics
-    /// There are no logits, or there is none for a token that occurred.
-    pub fn choose(&mut self, logits: &mut [f32], uniform: u32) -> Chosen {
-        for token in &self.seen {
-            let logit = &mut logits[*token as usize];
-            *logit = if *logit >= 0.0 { *logit / self.choice.penalty } else { *logit * self.choice.penalty };
-        }
+    /// There are no logits.
+    pub fn choose(&self, logits: &mut [f32], uniform: u32) -> Chosen {
         let (mut most, mut piece) = (0, 0);
         for (at, logits) in logits.chunks(PIECE).enumerate() {
             let here = logits.iter().map(|logit| rank(*logit)).fold(0, u32::max);
@@ -47,11 +61,7 @@ impl Chooser {
         let is_finite = most < u32::MAX;
         let is_drawn = is_finite && !self.choice.is_greedy();
         let at = if is_drawn { self.draw(logits, logits[first], uniform) } else { first };
-        let token = u32::try_from(at).unwrap_or_default();
-        if is_finite && self.choice.is_penalized() {
-            self.seen.insert(token);
-        }
-        Chosen { token, is_finite }
+        Chosen { token: u32::try_from(at).unwrap_or_default(), is_finite }
     }
 
     fn draw(&self, logits: &mut [f32], largest: f32, uniform: u32) -> usize {

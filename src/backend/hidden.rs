@@ -40,12 +40,22 @@ impl Hidden {
         self.rows.len()
     }
 
-    /// Makes the token at `row` of the chunk the only one, until [`Hidden::restore`].
-    pub fn select(&mut self, row: usize) -> Chunk {
-        Chunk(std::mem::replace(&mut self.rows, row..row + 1), self.gpu.clone())
+    /// Makes some tokens of the chunk the only ones, until [`Hidden::restore`]: one where it is, several, in ascending
+    /// order, at the chunk's beginning, where those are lost that were there.
+    pub fn select(&mut self, rows: &[usize]) -> Result<Chunk> {
+        let first = if let [row] = *rows { row } else { 0 };
+        for (to, &from) in (first..).zip(rows).filter(|(to, from)| to != *from) {
+            let (width, bytes) = (self.width, self.width * size_of::<f32>());
+            if let Some(region) = &self.gpu {
+                region.part(to * bytes, bytes).copy_from(&region.part(from * bytes, bytes))?;
+            } else {
+                self.host.copy_within(from * width..(from + 1) * width, to * width);
+            }
+        }
+        Ok(Chunk(std::mem::replace(&mut self.rows, first..first + rows.len()), self.gpu.clone()))
     }
 
-    /// Makes the chunk whole again. The rows that were not selected have stayed where they were.
+    /// Makes the chunk whole again.
     pub fn restore(&mut self, Chunk(rows, gpu): Chunk) {
         (self.rows, self.gpu) = (rows, gpu);
     }

@@ -47,7 +47,7 @@ pub trait Stage: Send {
     /// Normalizes the hidden states, if the stage holds the last norm.
     fn norm(&mut self, hidden: &mut Hidden) -> Result<()>;
 
-    /// The logits of one token's normalized hidden state, if the stage holds the head.
+    /// The logits of normalized hidden states, `[rows][vocab_size]`, if the stage holds the head.
     fn logits(&mut self, hidden: &mut Hidden, logits: &mut [f32]) -> Result<()>;
 
     /// What chooses tokens where the logits are; `None` where the host does, or the head is elsewhere.
@@ -76,20 +76,22 @@ pub trait Stage: Send {
 
 /// A device that chooses tokens by itself, and goes on while the host does something else.
 pub trait DeviceChooser {
-    /// Makes ready to choose tokens behind those that occurred.
-    fn begin(&mut self, choice: &Choice, seen: &[u32]) -> Result<()>;
+    /// Makes ready to choose tokens for the sequence in a slot, behind those that occurred.
+    fn begin(&mut self, slot: usize, choice: &Choice, seen: &[u32]) -> Result<()>;
 
-    /// Begins to choose the token behind the one hidden state, which is normalized, by a random number.
-    fn choose(&mut self, hidden: &mut Hidden, draw: u32) -> Result<()>;
+    /// Begins to choose the token behind each of the hidden states, which are normalized: for the sequence in which
+    /// slot, and by which random number.
+    fn choose(&mut self, hidden: &mut Hidden, rows: &[(usize, u32)]) -> Result<()>;
 
-    /// Whether it does whole steps, from a token to the choice of the next.
+    /// Whether it does whole steps, from tokens to the choice of the next.
     fn does_whole_steps(&self) -> bool;
 
-    /// Begins a whole step of one token: of `token`, or without one of that which was chosen last.
-    fn step(&mut self, token: Option<u32>, run: Run, draw: u32) -> Result<()>;
+    /// Begins a whole step of one token of each run: of `tokens`, or without them of those that were chosen last, in
+    /// the same rows.
+    fn step(&mut self, tokens: Option<&[u32]>, runs: &[Run], draws: &[u32]) -> Result<()>;
 
-    /// The first token that was chosen and not asked for yet.
-    fn chosen(&mut self) -> Result<Chosen>;
+    /// The tokens of the first step or choice that were not asked for yet, in the order of its rows.
+    fn chosen(&mut self) -> Result<Vec<Chosen>>;
 }
 
 /// A token that a device has chosen.

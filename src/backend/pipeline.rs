@@ -2,6 +2,7 @@
 
 use super::{DeviceChooser, Hidden, Run, Stage};
 use crate::error::{Error, Result};
+use crate::footprint::Extent;
 use crate::model_config::ModelConfig;
 
 /// The stages of a model.
@@ -11,13 +12,19 @@ pub struct Pipeline {
     /// The most tokens that the hidden states have room for.
     largest_chunk: usize,
     logits: Vec<f32>,
+    vocab_size: usize,
 }
 
 impl Pipeline {
-    /// A pipeline over `stages`, with room for `largest_chunk` tokens at once.
-    pub fn new(stages: Vec<Box<dyn Stage>>, config: &ModelConfig, largest_chunk: usize) -> Self {
-        let (hidden, logits) = (Hidden::new(largest_chunk, config.hidden_size), vec![0.0; config.vocab_size]);
-        Self { stages, hidden, largest_chunk, logits }
+    /// A pipeline over `stages`.
+    pub fn new(stages: Vec<Box<dyn Stage>>, config: &ModelConfig, extent: Extent) -> Self {
+        Self {
+            stages,
+            hidden: Hidden::new(extent.chunk, config.hidden_size),
+            largest_chunk: extent.chunk,
+            logits: vec![0.0; extent.logit_rows() * config.vocab_size],
+            vocab_size: config.vocab_size,
+        }
     }
 
     /// Bytes of the buffers that the pipeline itself holds.
@@ -50,42 +57,58 @@ impl Pipeline {
         self.stages.iter().any(|stage| stage.keeps_halves())
     }
 
+    /// Sees to it that all tokens are the model's.
+    pub fn check(&self, tokens: &[u32]) -> Result<()> {
+        let Some(token) = tokens.iter().find(|token| **token as usize >= self.vocab_size) else { return Ok(()) };
+        Err(Error::input(format!("token {token} is not among the {} of the model", self.vocab_size)))
+    }
+
     /// Runs the tokens of `runs`, at most [`Pipeline::largest_chunk`] of them, through all blocks. Their hidden states
     /// stay until the next step.
     pub fn run(&mut self, tokens: &[u32], runs: &[Run]) -> Result<()> {
         debug_assert_eq!(tokens.len(), runs.iter().map(|run| run.tokens).sum::<usize>());
-        if let Some(token) = tokens.iter().find(|token| **token as usize >= self.logits.len()) {
-            return Err(Error::input(format!("token {token} is not among the {} of the model", self.logits.len())));
-        }
+        self.check(tokens)?;
         self.hidden.begin(tokens.len());
         self.stages.iter_mut().try_for_each(|stage| stage.embed(tokens, &mut self.hidden))?;
         self.stages.iter_mut().try_for_each(|stage| stage.run_blocks(&mut self.hidden, runs))
     }
 
-    /// The logits behind a row of the last step, to be used up.
-    pub fn logits(&mut self, row: usize) -> Result<&mut [f32]> {
-        let chunk = self.hidden.select(row);
+    /// The logits behind rows of the last step, at most [`LOGIT_ROWS`](crate::footprint::LOGIT_ROWS) and in ascending
+    /// order, to be used up. Rows behind these stay as they are.
+    pub fn logits(&mut self, rows: &[usize]) -> Result<&mut [f32]> {
+        let chunk = self.hidden.select(rows)?;
         self.stages.iter_mut().try_for_each(|stage| stage.norm(&mut self.hidden))?;
-        self.stages.iter_mut().try_for_each(|stage| stage.logits(&mut self.hidden, &mut self.logits))?;
+        let logits = &mut self.logits[..rows.len() * self.vocab_size];
+        self.stages.iter_mut().try_for_each(|stage| stage.logits(&mut self.hidden, logits))?;
         self.hidden.restore(chunk);
-        Ok(&mut self.logits)
+        Ok(logits)
     }
 
-    /// What chooses tokens where the head is, if that is no matter of the host.
-    pub fn chooser(&mut self) -> Option<&mut dyn DeviceChooser> {
-        self.stages.iter_mut().find_map(|stage| stage.chooser())
+    /// Whether the head's device chooses tokens, and not the host.
+    pub fn can_choose(&mut self) -> bool {
+        self.chooser().is_ok()
     }
 
-    /// Has the head's device begin to choose the token behind a row of the last step, by a random number.
+    /// What chooses tokens where the head is.
+    ///
+    /// # Errors
+    /// That is a matter of the host.
+    pub fn chooser(&mut self) -> Result<&mut dyn DeviceChooser> {
+        let chooser = self.stages.iter_mut().find_map(|stage| stage.chooser());
+        chooser.ok_or_else(|| Error::device("the head's device chooses no tokens"))
+    }
+
+    /// Has the head's device begin to choose the tokens behind rows of the last step, in ascending order: each for the
+    /// sequence in a slot, by a random number.
     ///
     /// # Errors
     /// A device fails, or none chooses by itself.
-    pub fn choose(&mut self, row: usize, draw: u32) -> Result<()> {
-        let chunk = self.hidden.select(row);
+    pub fn choose(&mut self, rows: &[usize], of: &[(usize, u32)]) -> Result<()> {
+        let chunk = self.hidden.select(rows)?;
         self.stages.iter_mut().try_for_each(|stage| stage.norm(&mut self.hidden))?;
-        let chooser = self.stages.iter_mut().find_map(|stage| stage.chooser());
-        let chooser = chooser.ok_or_else(|| Error::device("the head's device chooses no tokens"))?;
-        chooser.choose(&mut self.hidden, draw)?;
+        for chooser in self.stages.iter_mut().filter_map(|stage| stage.chooser()) {
+            chooser.choose(&mut self.hidden, of)?;
+        }
         self.hidden.restore(chunk);
         Ok(())
     }

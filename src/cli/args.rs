@@ -417,6 +417,9 @@ pub struct PlanArguments {
     /// Sequences at once [default: the map's, or 1].
     #[arg(long, value_name = "N", help_heading = "Placement")]
     pub batch: Option<usize>,
+    /// What all sequences share to keep keys and values in, as `4GiB`; room for the context of each by default.
+    #[arg(long, value_name = "SIZE", help_heading = "Placement")]
+    pub kv_memory: Option<Bytes>,
     /// Plan for the longest context that fits without leaving the GPUs for it.
     #[arg(long, conflicts_with_all = ["context", "max_batch"], help_heading = "Placement")]
     pub max_context: bool,

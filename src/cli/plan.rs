@@ -10,6 +10,7 @@ pub fn run(arguments: &PlanArguments, process: &Process) -> Result<Exit> {
     let printer = &process.printer;
     let mut options = arguments.placement.options(arguments.check.as_deref(), process)?;
     options.batch = arguments.batch;
+    options.kv_memory = arguments.kv_memory;
     options.alternatives = true;
     options.kinds = arguments.verbose;
     let inventory = if arguments.device.is_empty() {

@@ -46,6 +46,8 @@ pub struct DeviceMap {
     pub batch: Option<usize>,
     /// The type of the KV cache's elements.
     pub kv_cache: Option<KvDtype>,
+    /// What sequences share to keep keys and values in.
+    pub kv_memory: Option<Bytes>,
     /// Budgets.
     pub max_memory: Option<MaxMemory>,
     entries: Vec<Entry>,
@@ -100,6 +102,7 @@ impl DeviceMap {
                 "context" => map.context = Some(value.size("context", MAX_CONTEXT)?),
                 "batch" => map.batch = Some(value.size("batch", MAX_BATCH as u64)?),
                 "kv_cache" => map.kv_cache = Some(value.spelled()?),
+                "kv_memory" => map.kv_memory = Some(value.spelled()?),
                 "max_memory" => map.max_memory = Some(max_memory(value)?),
                 "device_map" => map.entries = entries(value)?,
                 other => return Err(unknown_key(member, other)),
@@ -111,7 +114,7 @@ impl DeviceMap {
 }
 
 const KEYS: &[&str] =
-    &["schema_version", "model", "quantize", "context", "batch", "kv_cache", "max_memory", "device_map"];
+    &["schema_version", "model", "quantize", "context", "batch", "kv_cache", "kv_memory", "max_memory", "device_map"];
 
 fn unknown_key(member: &Member, name: &str) -> Error {
     let error = member.key.error(format!("`{}` is no key of a device map", printable(name)));

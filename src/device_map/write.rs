@@ -12,12 +12,15 @@ impl DeviceMap {
     /// neighbouring blocks on one device as a range, modules in the order they run, sizes in the
     /// largest unit that divides them.
     pub(crate) fn to_json(&self, tree: &ModuleTree, devices: &[DeviceId]) -> String {
-        let Self { model, quantize, context, batch, kv_cache, max_memory, .. } = self;
+        let Self { model, quantize, context, batch, kv_cache, kv_memory, max_memory, .. } = self;
         let mut map = json!({
             "schema_version": SCHEMA_VERSION, "model": model, "quantize": quantize, "context": context, "batch": batch,
         });
         if let Some(kv_cache) = kv_cache.filter(|dtype| *dtype != KvDtype::default()) {
             map["kv_cache"] = kv_cache.name().into();
+        }
+        if let Some(kv_memory) = kv_memory {
+            map["kv_memory"] = kv_memory.exact().into();
         }
         let budgets = max_memory.iter().flatten().map(|(device, bytes)| (device.to_string(), bytes.exact().into()));
         map["max_memory"] = Value::Object(budgets.collect());

@@ -52,9 +52,9 @@ buffers! {
 }
 
 /// The host's own buffers, wherever a model is computed: the hidden states that pass from stage to stage,
-/// and the logits.
+/// and the logits of some rows.
 pub fn host_state(config: &ModelConfig, extent: Extent) -> [(&'static str, Bytes); 2] {
-    [("hidden", f32s(extent.chunk * config.hidden_size)), ("logits", f32s(config.vocab_size))]
+    [("hidden", f32s(extent.chunk * config.hidden_size)), ("logits", f32s(extent.logit_rows() * config.vocab_size))]
 }
 
 /// What the program takes beside what it allocates by a plan, with a tokenizer whose file has so many bytes: an

@@ -35,6 +35,9 @@ pub fn aligned(bytes: u64) -> Bytes {
 /// Tokens of a page: what a sequence is given of the room for keys and values, and gives back.
 pub const PAGE: usize = 64;
 
+/// The most rows whose logits are computed at once.
+pub const LOGIT_ROWS: usize = 16;
+
 /// What there is to be room for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
@@ -53,6 +56,11 @@ impl Extent {
     pub fn new(context: usize, chunk: usize, sequences: usize) -> Self {
         let pages = sequences.saturating_mul(Self::pages_of(context));
         Self { context, chunk, sequences, pages }
+    }
+
+    /// Rows whose logits there is room for at once.
+    pub fn logit_rows(&self) -> usize {
+        self.sequences.min(LOGIT_ROWS)
     }
 
     /// Pages of so many tokens.

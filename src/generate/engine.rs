@@ -1,12 +1,15 @@
 //! Many requests at once, from several threads.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
+use std::time::Instant;
 
+use super::output::Output;
 use super::{GenerateOptions, GenerateReport, Piece};
 use crate::cancel::Cancel;
+use crate::engine::{Constraint, EngineState, Sequence, Stepped};
 use crate::error::{Error, ErrorKind, Result};
 use crate::loader::{LoadReport, Model};
 use crate::plan::Plan;
@@ -39,21 +42,6 @@ pub struct Request {
     pub constraint: Option<Box<dyn Constraint>>,
 }
 
-/// Says which tokens may come, as a grammar does.
-pub trait Constraint: Send {
-    /// Makes the logits of tokens that may not come next [`f32::MIN`].
-    ///
-    /// # Errors
-    /// No token may come.
-    fn mask(&mut self, logits: &mut [f32]) -> Result<()>;
-
-    /// Takes note of the token that came.
-    ///
-    /// # Errors
-    /// It may not come.
-    fn accept(&mut self, token: u32) -> Result<()>;
-}
-
 /// What a request is told.
 #[derive(Debug)]
 pub enum Event {
@@ -65,37 +53,24 @@ pub enum Event {
     Failed(Error),
 }
 
-/// What an engine has and does.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct EngineState {
-    /// Requests that are computed.
-    pub running: usize,
-    /// Requests that wait for room.
-    pub waiting: usize,
-    /// Pages of the room for state.
-    pub pages: usize,
-    /// Those of them that requests have.
-    pub pages_used: usize,
-    /// Pages of beginnings that are kept for requests to come, and given up where room is needed.
-    pub pages_kept: usize,
-    /// Tokens of prompts so far.
-    pub prompt_tokens: u64,
-    /// Those of them that were kept from an earlier request.
-    pub kept_tokens: u64,
-    /// Tokens that were generated so far.
-    pub generated_tokens: u64,
-    /// Times that a request had to give its pages back and was computed again.
-    pub preemptions: u64,
-}
-
 type OnEvent = Box<dyn FnMut(Event) + Send>;
+type Received = (Request, OnEvent, Ticket);
+
+/// A request that counts until this is dropped.
+struct Ticket(Arc<AtomicUsize>);
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 /// A model that answers requests in a thread of its own. Clones are one and the same; once all of them are dropped,
 /// it finishes what was begun.
 #[derive(Clone)]
 pub struct Engine {
     shared: Arc<Shared>,
-    requests: Arc<Mutex<Option<Sender<(Request, OnEvent)>>>>,
+    requests: Arc<Mutex<Option<Sender<Received>>>>,
 }
 
 struct Shared {
@@ -105,7 +80,7 @@ struct Shared {
     max_waiting: usize,
     state: Mutex<EngineState>,
     /// Requests that were submitted and are not over.
-    open: AtomicUsize,
+    open: Arc<AtomicUsize>,
     /// Once the thread has ended: what it failed with, until somebody asks.
     end: Mutex<Option<Result<()>>>,
     ended: Condvar,
@@ -124,7 +99,7 @@ impl Model {
             tokenizer: Arc::clone(&self.tokenizer),
             max_waiting: options.max_waiting,
             state: Mutex::default(),
-            open: AtomicUsize::new(0),
+            open: Arc::default(),
             end: Mutex::new(None),
             ended: Condvar::new(),
         });
@@ -139,20 +114,107 @@ impl Model {
     }
 }
 
-fn run(mut model: Model, received: &Receiver<(Request, OnEvent)>, shared: &Shared) -> Result<()> {
-    while let Ok((request, mut on_event)) = received.recv() {
-        let mut generate = || -> Result<GenerateReport> {
-            let mut generation = model.generate_from(&request.prompt, request.options.clone())?;
-            for piece in &mut generation {
-                on_event(Event::Piece(piece?));
+/// A request that is not over.
+struct Open {
+    id: u64,
+    output: Output,
+    on_event: OnEvent,
+    /// When it came, then when its last token did.
+    since: Instant,
+    _ticket: Ticket,
+}
+
+impl Open {
+    fn end(mut self, tokenizer: &Tokenizer) {
+        let event = match self.output.rest(tokenizer) {
+            Ok(rest) => {
+                rest.into_iter().for_each(|piece| (self.on_event)(Event::Piece(piece)));
+                Event::Done(self.output.report)
             }
-            Ok(generation.report())
+            Err(error) => Event::Failed(error),
         };
-        let event = generate().map_or_else(Event::Failed, Event::Done);
-        on_event(event);
-        shared.open.fetch_sub(1, Ordering::Relaxed);
+        (self.on_event)(event);
     }
-    Ok(())
+
+    fn fail(mut self, error: Error) {
+        (self.on_event)(Event::Failed(error));
+    }
+}
+
+/// Answers requests until there are no more to come, or a device fails.
+fn run(mut model: Model, received: &Receiver<Received>, shared: &Shared) -> Result<()> {
+    let mut open: Vec<Open> = Vec::new();
+    let failed = loop {
+        if !take(&mut model, received, &mut open) && open.is_empty() {
+            return Ok(());
+        }
+        let (cancelled, others) = open.into_iter().partition(|open| open.output.options.cancel.is_cancelled());
+        open = others;
+        for one in cancelled {
+            model.core.remove(one.id);
+            one.end(&model.tokenizer);
+        }
+        match model.core.step() {
+            Ok(stepped) => stepped.into_iter().for_each(|stepped| tell(&mut model, &mut open, stepped)),
+            Err(error) => break error,
+        }
+        *lock(&shared.state) = model.core.state();
+    };
+    let again = || Error::new(failed.kind(), failed.to_string());
+    open.into_iter().for_each(|open| open.fail(again()));
+    while let Ok((_, mut on_event, _ticket)) = received.try_recv() {
+        on_event(Event::Failed(again()));
+    }
+    Err(failed)
+}
+
+/// Takes requests that have come, or waits for one where there is nothing else to do. Whether more can come.
+fn take(model: &mut Model, received: &Receiver<Received>, open: &mut Vec<Open>) -> bool {
+    loop {
+        let next =
+            if open.is_empty() { received.recv().map_err(|_| TryRecvError::Disconnected) } else { received.try_recv() };
+        let (Request { prompt, options, logprobs, constraint }, mut on_event, ticket) = match next {
+            Ok(request) => request,
+            Err(error) => return error == TryRecvError::Empty,
+        };
+        let most = options.max_new_tokens.unwrap_or(model.plan.context);
+        let sequence = Sequence::new(&prompt, most, &options.sampling).with_logprobs(logprobs).within(constraint);
+        match model.core.add(sequence) {
+            Ok(id) => open.push(Open {
+                id,
+                output: Output::new(&prompt, options),
+                on_event,
+                since: Instant::now(),
+                _ticket: ticket,
+            }),
+            Err(error) => on_event(Event::Failed(error)),
+        }
+    }
+}
+
+/// Tells a request of its token, and ends it where that is the last one.
+fn tell(model: &mut Model, open: &mut Vec<Open>, Stepped { id, token }: Stepped) {
+    let Some(at) = open.iter().position(|open| open.id == id) else { return };
+    let Open { output, on_event, since, .. } = &mut open[at];
+    let now = Instant::now();
+    let report = &mut output.report;
+    let seconds = if report.generated_tokens == 0 { &mut report.prefill_seconds } else { &mut report.decode_seconds };
+    *seconds += (now - *since).as_secs_f64();
+    *since = now;
+    let taken = token.and_then(|token| output.take(token, &model.tokenizer, &model.eos_token_ids, model.plan.context));
+    match taken {
+        Ok((piece, is_over)) => {
+            on_event(Event::Piece(piece));
+            if is_over {
+                model.core.remove(id);
+                open.remove(at).end(&model.tokenizer);
+            }
+        }
+        Err(error) => {
+            model.core.remove(id);
+            open.remove(at).fail(error);
+        }
+    }
 }
 
 impl Engine {
@@ -161,24 +223,16 @@ impl Engine {
     /// # Errors
     /// The request is not as it must be or too long, too many wait ([`ErrorKind::Busy`]), or the engine is over.
     pub fn submit(&self, request: Request, on_event: impl FnMut(Event) + Send + 'static) -> Result<()> {
-        let open = self.shared.open.fetch_add(1, Ordering::Relaxed);
-        let refused = |error| {
-            self.shared.open.fetch_sub(1, Ordering::Relaxed);
-            Err(error)
-        };
-        if open >= self.shared.max_waiting {
-            return refused(Error::new(ErrorKind::Busy, format!("{open} requests wait already")));
+        let Shared { plan, open, max_waiting, .. } = &*self.shared;
+        request.options.check(&request.prompt, plan)?;
+        let waiting = open.fetch_add(1, Ordering::Relaxed).saturating_sub(plan.batch);
+        let ticket = Ticket(Arc::clone(open));
+        if waiting >= *max_waiting {
+            return Err(Error::new(ErrorKind::Busy, format!("{waiting} requests wait already")));
         }
-        let requests = lock(&self.requests);
         let over = || Error::device("the engine takes no more requests");
-        match requests
-            .as_ref()
-            .ok_or_else(over)
-            .and_then(|to| to.send((request, Box::new(on_event))).map_err(|_| over()))
-        {
-            Ok(()) => Ok(()),
-            Err(error) => refused(error),
-        }
+        let requests = lock(&self.requests);
+        requests.as_ref().ok_or_else(over)?.send((request, Box::new(on_event), ticket)).map_err(|_| over())
     }
 
     /// Generates behind a prompt; the answer ends where it is dropped.

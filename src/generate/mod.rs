@@ -1,6 +1,7 @@
 //! Prompt to text, and how well a text is predicted.
 
 mod engine;
+mod output;
 mod perplexity;
 
 use std::time::Instant;
@@ -9,12 +10,13 @@ use serde::Serialize;
 
 use crate::cancel::Cancel;
 use crate::engine::Sequence;
-use crate::error::{Error, ErrorKind, Hint, Result, Setting};
+use crate::error::{Error, Hint, Result, Setting};
 use crate::loader::Model;
-use crate::text::TextStream;
+use crate::plan::Plan;
+use output::Output;
 
-pub use crate::engine::Sampling;
-pub use engine::{Answer, Constraint, Engine, EngineOptions, EngineState, Event, Request};
+pub use crate::engine::{Constraint, EngineState, Logprobs, Sampling};
+pub use engine::{Answer, Engine, EngineOptions, Event, Request};
 pub use perplexity::{Comparison, DEFAULT_WINDOW, Divergence, Perplexity, Predictions, Windows, start_tokens};
 
 /// How to generate.
@@ -66,15 +68,6 @@ pub struct Piece {
     pub logprobs: Option<Logprobs>,
 }
 
-/// How likely a token was, before temperature and cuts.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Logprobs {
-    /// The natural logarithm of its probability.
-    pub logprob: f32,
-    /// The likeliest tokens and theirs, the likeliest first.
-    pub top: Vec<(u32, f32)>,
-}
-
 /// Counts and times of a generation.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct GenerateReport {
@@ -122,49 +115,30 @@ impl Model {
     /// # Errors
     /// As [`Model::generate`].
     pub fn generate_from(&mut self, prompt: &[u32], options: GenerateOptions) -> Result<Generation<'_>> {
-        options.sampling.check()?;
-        let context = self.plan.context;
-        if prompt.is_empty() {
-            return Err(Error::input("the prompt is empty"));
+        options.check(prompt, &self.plan)?;
+        let begun = Instant::now();
+        self.core.clear()?;
+        let most = options.max_new_tokens.unwrap_or(self.plan.context);
+        if most > 0 {
+            self.core.add(Sequence::new(prompt, most, &options.sampling))?;
         }
-        let wanted = options.max_new_tokens.unwrap_or(0);
-        if prompt.len().checked_add(wanted).is_none_or(|needed| needed > context) {
-            return Err(self.too_long(prompt.len(), wanted));
-        }
-        let start = Instant::now();
-        let mut sequence = self.engine.begin(prompt, &options.sampling)?;
-        let next = match options.max_new_tokens {
-            Some(0) => None,
-            _ => Some(self.engine.next(&mut sequence, false, || options.cancel.check())?),
-        };
-        Ok(Generation {
-            report: GenerateReport {
-                prompt_tokens: prompt.len(),
-                generated_tokens: 0,
-                prefill_seconds: start.elapsed().as_secs_f64(),
-                decode_seconds: 0.0,
-                finish: if next.is_none() { Finish::MaxNewTokens } else { Finish::Interrupted },
-                launched_apart: None,
-            },
-            next,
-            since: Instant::now(),
-            stream: TextStream::new(prompt, options.stop.clone()),
+        let mut generation = Generation {
+            output: Output::new(prompt, options),
+            first: None,
+            is_over: most == 0,
+            since: begun,
             model: self,
-            sequence,
-            options,
-        })
-    }
-
-    fn too_long(&self, prompt: usize, wanted: usize) -> Error {
-        let (context, longest) = (self.plan.context, self.plan.longest_context);
-        let needed = prompt.checked_add(wanted).filter(|needed| *needed <= longest);
-        Error::input(TooLong { context, prompt, wanted }).hint(if let Some(needed) = needed {
-            Hint::naming("{} makes room", [Setting::Context(needed)])
-        } else if prompt < longest {
-            Hint::naming("{} is the most that the model has room for", [Setting::MaxNewTokens(longest - prompt)])
+        };
+        if most == 0 {
+            generation.output.report.finish = Finish::MaxNewTokens;
         } else {
-            format!("the model was made for {longest} tokens; shorten the prompt").into()
-        })
+            generation.output.options.cancel.check()?;
+            let first = generation.advance()?;
+            generation.first = Some(first.ok_or_else(Error::interrupted)?);
+        }
+        generation.since = Instant::now();
+        generation.output.report.prefill_seconds = (generation.since - begun).as_secs_f64();
+        Ok(generation)
     }
 
     /// Calls `visit` with the position of each of `tokens` and the logits behind it.
@@ -172,30 +146,52 @@ impl Model {
     /// # Errors
     /// The tokens are none, too many, or not the model's, or the model fails.
     pub fn score(&mut self, tokens: &[u32], visit: impl FnMut(usize, &[f32])) -> Result<()> {
-        self.engine.score(tokens, visit)
+        self.core.score(tokens, visit)
     }
 
     /// Takes prompts in chunks of at most `tokens`; no more than the plan counts.
     pub fn limit_prefill_chunk(&mut self, tokens: usize) {
-        self.engine.limit_chunk(tokens);
+        self.core.limit_chunk(tokens);
     }
 
     /// Launches every kernel of a step by itself from now on, where GPUs would repeat them as one; to
     /// measure what that saves.
     pub fn launch_each_kernel(&mut self) {
-        self.engine.pipeline().launch_each_kernel();
+        self.core.pipeline().launch_each_kernel();
+    }
+}
+
+impl GenerateOptions {
+    /// Sees to it that a prompt can be answered so.
+    fn check(&self, prompt: &[u32], plan: &Plan) -> Result<()> {
+        self.sampling.check()?;
+        if prompt.is_empty() {
+            return Err(Error::input("the prompt is empty"));
+        }
+        let (prompt, wanted) = (prompt.len(), self.max_new_tokens.unwrap_or(0));
+        let (context, longest) = (plan.context, plan.longest_context);
+        let needed = prompt.checked_add(wanted);
+        if needed.is_some_and(|needed| needed <= context) {
+            return Ok(());
+        }
+        let needed = needed.filter(|needed| *needed <= longest);
+        Err(Error::input(TooLong { context, prompt, wanted }).hint(if let Some(needed) = needed {
+            Hint::naming("{} makes room", [Setting::Context(needed)])
+        } else if prompt < longest {
+            Hint::naming("{} is the most that the model has room for", [Setting::MaxNewTokens(longest - prompt)])
+        } else {
+            format!("the model was made for {longest} tokens; shorten the prompt").into()
+        }))
     }
 }
 
 /// A generation that runs as it is iterated.
 pub struct Generation<'m> {
     model: &'m mut Model,
-    sequence: Sequence,
-    stream: TextStream,
-    options: GenerateOptions,
-    next: Option<u32>,
-    /// Interrupted, unless it has ended otherwise.
-    report: GenerateReport,
+    output: Output,
+    /// The first token, until it is given out.
+    first: Option<u32>,
+    is_over: bool,
     /// When the last token was known.
     since: Instant,
 }
@@ -203,38 +199,37 @@ pub struct Generation<'m> {
 impl Generation<'_> {
     /// Counts and times so far.
     pub fn report(&self) -> GenerateReport {
-        let launched_apart = self.model.engine.why_apart().map(str::to_owned);
-        GenerateReport { launched_apart, ..self.report.clone() }
+        let launched_apart = self.model.core.why_apart().map(str::to_owned);
+        GenerateReport { launched_apart, ..self.output.report.clone() }
     }
 
-    /// Gives out `token` and chooses the one behind it.
-    fn step(&mut self, token: u32) -> Result<Piece> {
-        self.report.generated_tokens += 1;
-        if !self.options.ignore_eos && self.model.eos_token_ids.contains(&token) {
-            self.report.finish = Finish::EndOfText;
-            return Ok(Piece { token: Some(token), text: String::new(), logprobs: None });
-        }
-        let (text, stopped) = self.stream.push(token, &self.model.tokenizer)?;
-        let piece = Piece { token: Some(token), text, logprobs: None };
-        if stopped {
-            self.report.finish = Finish::Stop;
-        } else if self.options.max_new_tokens == Some(self.report.generated_tokens) {
-            self.report.finish = Finish::MaxNewTokens;
-        } else if self.options.cancel.is_cancelled() {
-            self.report.finish = Finish::Interrupted;
-        } else if self.sequence.tokens().len() > self.model.plan.context {
-            self.report.finish = Finish::Context;
-        } else {
-            let start = if self.sequence.is_ahead() { self.since } else { Instant::now() };
-            let more = self.options.max_new_tokens.is_none_or(|most| self.report.generated_tokens + 1 < most);
-            match self.model.engine.next(&mut self.sequence, more, || self.options.cancel.check()) {
-                Err(error) if error.kind() == ErrorKind::Interrupted => self.report.finish = Finish::Interrupted,
-                next => self.next = Some(next?),
+    /// The next token, unless the caller wants to stop.
+    fn advance(&mut self) -> Result<Option<u32>> {
+        while !self.output.options.cancel.is_cancelled() {
+            if let Some(stepped) = self.model.core.step()?.pop() {
+                return stepped.token.map(|(token, _)| Some(token));
             }
-            self.since = Instant::now();
-            self.report.decode_seconds += (self.since - start).as_secs_f64();
         }
-        Ok(piece)
+        Ok(None)
+    }
+
+    /// Gives out the next token.
+    fn step(&mut self) -> Result<Option<Piece>> {
+        let token = match self.first.take() {
+            Some(token) => Some(token),
+            None => {
+                let start = if self.model.core.is_ahead() { self.since } else { Instant::now() };
+                let token = self.advance()?;
+                self.since = Instant::now();
+                self.output.report.decode_seconds += (self.since - start).as_secs_f64();
+                token
+            }
+        };
+        let Some(token) = token else { return Ok(None) };
+        let Model { tokenizer, eos_token_ids, plan, .. } = &*self.model;
+        let (piece, is_over) = self.output.take((token, None), tokenizer, eos_token_ids, plan.context)?;
+        self.is_over = is_over;
+        Ok(Some(piece))
     }
 }
 
@@ -242,13 +237,16 @@ impl Iterator for Generation<'_> {
     type Item = Result<Piece>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if let Some(token) = self.next.take() {
-            return Some(self.step(token));
+        if !self.is_over {
+            match self.step() {
+                Ok(None) => self.is_over = true,
+                Ok(Some(piece)) => return Some(Ok(piece)),
+                Err(error) => {
+                    self.is_over = true;
+                    return Some(Err(error));
+                }
+            }
         }
-        let text = self.stream.finish(&self.model.tokenizer);
-        match text {
-            Ok(text) if text.is_empty() => None,
-            text => Some(text.map(|text| Piece { token: None, text, logprobs: None })),
-        }
+        self.output.rest(&self.model.tokenizer).transpose()
     }
 }

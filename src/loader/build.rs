@@ -82,7 +82,7 @@ pub fn build(
             stages.push(Box::new(CpuStage::new(config, parts, workspace, pool)));
         }
     }
-    let pipeline = Pipeline::new(stages, config, plan.chunk);
+    let pipeline = Pipeline::new(stages, config, plan.extent());
     for (device, arena) in &host {
         let used = plan.weights.iter().any(|placed| placed.device == *device);
         measured.insert(*device, if used { Bytes(arena.len() as u64) } else { Bytes::ZERO });

@@ -24,7 +24,7 @@ use crate::backend::cuda::Gpu;
 use crate::bytes::Bytes;
 use crate::cancel::Cancel;
 use crate::device::DeviceId;
-use crate::engine::Engine;
+use crate::engine::EngineCore;
 use crate::error::Result;
 use crate::footprint::CUDA_GRANULE;
 use crate::fs;
@@ -181,7 +181,7 @@ pub struct Model {
     pub eos_token_ids: Vec<u32>,
     /// What loading it did.
     pub report: LoadReport,
-    pub(crate) engine: Engine,
+    pub(crate) core: EngineCore,
 }
 
 impl Plan {
@@ -243,7 +243,7 @@ impl Plan {
             tokenizer: Arc::new(tokenizer),
             eos_token_ids: checkpoint.config.eos_token_ids.clone(),
             report,
-            engine: Engine::new(pipeline, self.context, checkpoint.config.restart_beyond()),
+            core: EngineCore::new(pipeline, Arc::clone(&checkpoint.config), self.extent()),
         })
     }
 }
@@ -251,7 +251,7 @@ impl Plan {
 #[cfg(feature = "testing")]
 impl Model {
     /// What runs it, for tests of that.
-    pub fn core(&mut self) -> &mut Engine {
-        &mut self.engine
+    pub fn core(&mut self) -> &mut EngineCore {
+        &mut self.core
     }
 }

@@ -24,7 +24,7 @@ use crate::checkpoint::Checkpoint;
 use crate::device::DeviceId;
 use crate::device_map::{self, DeviceMap, MAX_BATCH, MaxMemory};
 use crate::error::{Error, Result};
-use crate::footprint::{self, Allocation, HostStaging, Placed, Purpose, STAGING_SLABS};
+use crate::footprint::{self, Allocation, Extent, HostStaging, Placed, Purpose, STAGING_SLABS};
 use crate::machine::{Fault, Idle, Inventory};
 use crate::quant::{KvDtype, QuantizeRules};
 use scheme::{choose, kinds};
@@ -57,6 +57,8 @@ pub struct Plan {
     pub longest_context: usize,
     /// Sequences at once.
     pub batch: usize,
+    /// Pages that they share, of 64 tokens each.
+    pub pages: usize,
     /// Tokens of a prompt that are taken at once.
     pub chunk: usize,
     /// The type of the KV cache's elements.
@@ -124,6 +126,18 @@ impl Plan {
         &self.checkpoint
     }
 
+    /// What there is room for.
+    pub(crate) fn extent(&self) -> Extent {
+        Extent { context: self.context, chunk: self.chunk, sequences: self.batch, pages: self.pages }
+    }
+
+    /// What sequences share to keep keys and values in, where that is less than the whole context of each.
+    fn shared_state(&self) -> Option<Bytes> {
+        let state = self.allocations.iter().filter(|allocation| allocation.purpose == Purpose::State);
+        let whole = Extent::new(self.context, self.chunk, self.batch);
+        (whole.pages > self.pages).then(|| state.map(|allocation| allocation.bytes).sum())
+    }
+
     /// Bytes of a device that are for a purpose.
     pub fn sum(&self, device: DeviceId, purpose: Purpose) -> Bytes {
         device_plan::sum(&self.allocations, device, purpose)
@@ -189,6 +203,7 @@ impl Plan {
         conditions.quantize = Some(self.quantize.clone());
         (conditions.context, conditions.batch) = (Some(self.context), Some(self.batch));
         conditions.kv_cache = Some(self.kv_cache);
+        conditions.kv_memory = self.shared_state();
         conditions.max_memory = Some(self.max_memory.clone());
         conditions.to_json(&ModuleTree::new(&self.checkpoint.config), &self.placement())
     }

@@ -5,11 +5,13 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use super::bisect;
 use crate::bytes::{Bytes, MIB};
 use crate::checkpoint::Checkpoint;
 use crate::device_map::{DeviceMap, MAX_BATCH, MaxMemory};
 use crate::error::{Error, Hint, ParseError, Result, Setting};
-use crate::footprint::Extent;
+use crate::footprint::{Extent, State};
+use crate::model_config::{Layer, ModelConfig};
 use crate::name::{named, unknown};
 use crate::pool::Pool;
 use crate::quant::{KvDtype, QuantizeRules, Scheme};
@@ -32,6 +34,8 @@ pub struct PlanOptions {
     pub context: Option<usize>,
     /// Sequences at once; 1 by default.
     pub batch: Option<usize>,
+    /// What all sequences share to keep keys and values in; room for the longest context of each by default.
+    pub kv_memory: Option<Bytes>,
     /// Tokens of a prompt that are taken at once, at most the context; [`DEFAULT_CHUNK`] by default.
     pub chunk: Option<usize>,
     /// The type of the KV cache's elements; f16 by default.
@@ -202,12 +206,41 @@ impl Conditions {
         if sequences > MAX_BATCH {
             return Err(Error::usage(format!("a batch of {sequences} is above {MAX_BATCH}, which is the most")));
         }
+        // A step has room for a token of each.
+        let extent = Extent::new(context, chunk.max(sequences), sequences);
+        let kv_cache = options.kv_cache.or_else(|| map?.kv_cache).unwrap_or_default();
+        let extent = match options.kv_memory.or_else(|| map?.kv_memory) {
+            Some(memory) => sharing(memory, &checkpoint.config, extent, kv_cache)?,
+            None => extent,
+        };
         Ok(Self {
             quantize,
-            extent: Extent::new(context, chunk.max(sequences), sequences),
-            kv_cache: options.kv_cache.or_else(|| map?.kv_cache).unwrap_or_default(),
+            extent,
+            kv_cache,
             max_memory: options.max_memory.clone().or_else(|| map?.max_memory.clone()).unwrap_or_default(),
             reserve: options.reserve.unwrap_or(DEFAULT_RESERVE),
         })
     }
+}
+
+/// `extent` with as many pages as `memory` holds beside what each sequence keeps by itself, but no more than sequences
+/// can use.
+fn sharing(memory: Bytes, config: &ModelConfig, extent: Extent, dtype: KvDtype) -> Result<Extent> {
+    let kept = |pages| {
+        let extent = Extent { pages, ..extent };
+        let state = |layer: &Layer| State::new(config, *layer, extent, dtype).map(|state| state.bytes());
+        config.layers.iter().map(state).sum::<Option<Bytes>>()
+    };
+    let fits = |pages| kept(pages).is_some_and(|kept| kept <= memory);
+    let one = Extent::pages_of(extent.context);
+    if !fits(one) {
+        let needed = kept(one).map_or_else(|| "more than can be planned".to_owned(), |bytes| bytes.to_string());
+        return Err(Error::usage(format!(
+            "{memory} for keys and values do not hold a context of {} tokens, which takes {needed}",
+            extent.context
+        ))
+        .hint(Hint::naming("a shorter context takes less: {}", [Setting::Context(extent.context.div_ceil(2))])));
+    }
+    let pages = bisect(one, extent.pages, |pages| Ok(fits(pages)))?;
+    Ok(Extent { pages, ..extent })
 }

@@ -11,6 +11,7 @@ use crate::checkpoint::{Checkpoint, Origin};
 use crate::device::DeviceId;
 use crate::device_map::DeviceMap;
 use crate::error::{Error, Result};
+use crate::footprint::Purpose;
 use crate::machine::{Bandwidth, Device, Inventory};
 
 /// What of a plan's JSON the rest follows from, and what must follow.
@@ -74,9 +75,13 @@ impl Plan {
             inventory.devices.push(Device { name: product, bandwidth, context, ..Device::new(id, free) });
             reserve = reserve.max(left);
         }
+        let is_state = |allocation: &&Value| allocation["purpose"] == Purpose::State.name();
+        let states = saved.allocations.as_array().into_iter().flatten().filter(is_state);
+        let kept = Bytes(states.filter_map(|allocation| allocation["bytes"].as_u64()).fold(0, u64::saturating_add));
         let options = PlanOptions {
             device_map: Some(DeviceMap::parse(name, map.to_string().into_bytes())?),
             chunk: Some(saved.chunk),
+            kv_memory: Some(kept),
             reserve: Some(reserve),
             ..PlanOptions::default()
         };

@@ -79,6 +79,7 @@ impl<'a> Subject<'a> {
             context: extent.context,
             longest_context: config.max_position_embeddings,
             batch: extent.sequences,
+            pages: extent.pages,
             chunk: extent.chunk,
             kv_cache: conditions.kv_cache,
             quantize: conditions.quantize,

@@ -340,10 +340,14 @@ impl Stage for CudaStage {
 
     fn logits(&mut self, hidden: &mut Hidden, logits: &mut [f32]) -> Result<()> {
         let Some(head) = &self.modules.head else { return Ok(()) };
-        self.head_of(head, &hidden.on_gpu(&self.workspace.hidden)?, None)?;
-        self.workspace.logits.read(bytemuck::must_cast_slice_mut(logits))?;
-        for logit in logits {
-            *logit = soft_cap(*logit, self.config.logit_softcap);
+        let states = hidden.on_gpu(&self.workspace.hidden)?;
+        let width = self.config.hidden_size * WORD;
+        for (row, logits) in logits.chunks_mut(self.config.vocab_size).enumerate() {
+            self.head_of(head, &states.part(row * width, width), None)?;
+            self.workspace.logits.read(bytemuck::must_cast_slice_mut(logits))?;
+            for logit in logits {
+                *logit = soft_cap(*logit, self.config.logit_softcap);
+            }
         }
         Ok(())
     }
@@ -388,7 +392,7 @@ impl Stage for CudaStage {
 }
 
 impl DeviceChooser for CudaStage {
-    fn begin(&mut self, choice: &Choice, seen: &[u32]) -> Result<()> {
+    fn begin(&mut self, _: usize, choice: &Choice, seen: &[u32]) -> Result<()> {
         self.choice = *choice;
         self.workspace.answers().forget()?;
         if choice.is_penalized() {
@@ -401,7 +405,8 @@ impl DeviceChooser for CudaStage {
         Ok(())
     }
 
-    fn choose(&mut self, hidden: &mut Hidden, draw: u32) -> Result<()> {
+    fn choose(&mut self, hidden: &mut Hidden, rows: &[(usize, u32)]) -> Result<()> {
+        let draw = rows[0].1;
         if let Some(head) = &self.modules.head {
             self.head_of(head, &hidden.on_gpu(&self.workspace.hidden)?, None)?;
         }
@@ -414,10 +419,11 @@ impl DeviceChooser for CudaStage {
         self.whole().is_some()
     }
 
-    fn step(&mut self, token: Option<u32>, run: Run, draw: u32) -> Result<()> {
+    fn step(&mut self, tokens: Option<&[u32]>, runs: &[Run], draws: &[u32]) -> Result<()> {
         let w = Arc::clone(&self.workspace);
-        if let Some(token) = token {
-            w.chosen().part(0, WORD).fill(token)?;
+        let (run, draw) = (runs[0], draws[0]);
+        if let Some(tokens) = tokens {
+            w.chosen().part(0, WORD).fill(tokens[0])?;
         }
         self.place(&[run])?;
         self.place_draw(draw)?;
@@ -426,7 +432,7 @@ impl DeviceChooser for CudaStage {
         w.answers().send(&w.chosen())
     }
 
-    fn chosen(&mut self) -> Result<Chosen> {
-        self.workspace.answers().receive()
+    fn chosen(&mut self) -> Result<Vec<Chosen>> {
+        self.workspace.answers().receive().map(|chosen| vec![chosen])
     }
 }
