@@ -29,7 +29,11 @@ struct Serving {
 
 impl Serving {
     fn start(arguments: &[&str]) -> Self {
-        Self::start_with(evenkeel(&[&["serve", FERRIS, "--listen", "127.0.0.1:0"], arguments].concat()))
+        Self::of(FERRIS, arguments)
+    }
+
+    fn of(model: &str, arguments: &[&str]) -> Self {
+        Self::start_with(evenkeel(&[&["serve", model, "--listen", "127.0.0.1:0"], arguments].concat()))
     }
 
     fn start_with(mut command: Command) -> Self {
@@ -286,6 +290,88 @@ fn what_is_asked_wrongly_is_answered_in_openais_form() {
 }
 
 #[test]
+fn an_answer_is_of_the_schema_that_is_asked_for() {
+    let serving = Serving::start(&[]);
+    let schema = json!({
+        "type": "object",
+        "properties": {
+            "crab": {"type": "string", "maxLength": 9},
+            "legs": {"type": "integer", "minimum": 0, "maximum": 99},
+            "is_red": {"enum": ["yes", "no"]},
+        },
+        "required": ["crab", "legs", "is_red"],
+        "additionalProperties": false,
+    });
+    let format = json!({"type": "json_schema", "json_schema": {"name": "crab", "strict": true, "schema": schema}});
+    for sampling in [json!({"temperature": 0}), json!({"temperature": 1.5, "seed": 3, "n": 4})] {
+        let mut body = json!({"messages": [{"role": "user", "content": "A crab."}], "response_format": format});
+        body.as_object_mut().unwrap().extend(sampling.as_object().unwrap().clone());
+        let answer = serving.post("/v1/chat/completions", &body);
+        assert_eq!(answer.status, 200, "{}", answer.text);
+        for choice in answer.json()["choices"].as_array().unwrap() {
+            assert_eq!(choice["finish_reason"], "stop", "{choice}");
+            let crab: Value = serde_json::from_str(text(choice)).unwrap_or_else(|e| panic!("{e}: {choice}"));
+            assert!(crab["crab"].as_str().unwrap().chars().count() <= 9, "{crab}");
+            assert!(crab["legs"].as_u64().unwrap() <= 99 && ["yes", "no"].contains(&crab["is_red"].as_str().unwrap()));
+        }
+    }
+    let format = json!({"type": "json_schema", "json_schema": {"schema": {"type": "crab"}}});
+    let body = json!({"messages": [{"role": "user", "content": "A crab."}], "response_format": format});
+    let answer = serving.post("/v1/chat/completions", &body);
+    assert_eq!((answer.status, answer.json()["error"]["param"].as_str()), (400, Some("response_format")));
+    assert!(answer.text.contains("crab"), "{}", answer.text);
+}
+
+#[test]
+fn log_probabilities_are_those_of_the_tokens() {
+    let serving = Serving::start(&[]);
+    let body = json!({"prompt": "Ownership is", "max_tokens": 5, "logprobs": 2});
+    let answer = serving.post("/v1/completions", &body).json();
+    let (choice, logprobs) = (&answer["choices"][0], &answer["choices"][0]["logprobs"]);
+    let tokens: Vec<_> = logprobs["tokens"].as_array().unwrap().iter().map(|token| token.as_str().unwrap()).collect();
+    assert_eq!(tokens.concat(), text(choice));
+    for (at, token) in tokens.iter().enumerate() {
+        // Of the likeliest tokens, the first was taken.
+        let top = logprobs["top_logprobs"][at].as_object().unwrap();
+        let logprob = logprobs["token_logprobs"][at].as_f64().unwrap();
+        assert!(top.len() == 2 && top[*token] == logprob && logprob < 0.0, "{top:?}");
+        assert!(top.values().all(|other| other.as_f64().unwrap() <= logprob), "{top:?}");
+    }
+    let mut body = json!({"messages": [{"role": "user", "content": "What is a trait?"}], "max_tokens": 5});
+    body.as_object_mut().unwrap().extend([("logprobs".to_owned(), true.into()), ("top_logprobs".to_owned(), 3.into())]);
+    let answer = serving.post("/v1/chat/completions", &body).json();
+    body["stream"] = true.into();
+    let events = serving.post("/v1/chat/completions", &body).events();
+    let content = |choice: &Value| choice["logprobs"]["content"].as_array().cloned().unwrap_or_default();
+    let whole = content(&answer["choices"][0]);
+    assert_eq!(events.iter().flat_map(|event| content(&event["choices"][0])).collect::<Vec<_>>(), whole);
+    assert!(whole.len() == 5 && whole.iter().all(|entry| entry["top_logprobs"].as_array().unwrap().len() == 3));
+    assert_eq!(whole[0]["top_logprobs"][0]["token"], whole[0]["token"]);
+}
+
+#[test]
+fn a_prompt_that_is_too_much_for_the_tokenizer_harms_no_other() {
+    let directory = tempfile::tempdir().unwrap();
+    for entry in Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/parity/llama").read_dir().unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, directory.path().join(path.file_name().unwrap())).unwrap();
+    }
+    let path = directory.path().join("tokenizer.json");
+    let mut tokenizer: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let grow = json!({"type": "Replace", "pattern": {"String": "x"}, "content": "x".repeat(1000)});
+    tokenizer["normalizer"] = json!({"type": "Sequence", "normalizers": vec![grow; 6]});
+    std::fs::write(&path, tokenizer.to_string()).unwrap();
+    let serving = Serving::of(directory.path().to_str().unwrap(), &[]);
+    let body = |prompt: &str| json!({"prompt": prompt, "max_tokens": 2, "ignore_eos": true});
+    for (prompt, status) in [("t1 t2", 200), ("t1 x", 400), ("t1 t2", 200)] {
+        let answer = serving.post("/v1/completions", &body(prompt));
+        assert_eq!(answer.status, status, "{prompt}: {}", answer.text);
+    }
+    let answer = serving.post("/v1/chat/completions", &json!({"messages": [{"role": "user", "content": "t1"}]}));
+    assert!(answer.status == 400 && answer.text.contains("has no chat template"), "{}", answer.text);
+}
+
+#[test]
 fn a_key_is_asked_for() {
     let mut command = evenkeel(&["serve", FERRIS, "--listen", "127.0.0.1:0"]);
     command.env("EVENKEEL_API_KEY", "crab");
@@ -367,7 +453,10 @@ fn a_client_that_leaves_is_worked_for_no_more() {
     let answer = serving.post("/v1/completions", &json!({"prompt": "fn", "max_tokens": 4}));
     assert_eq!(answer.status, 200, "{}", answer.text);
     assert!(start.elapsed() < PATIENCE / 2, "{:?}", start.elapsed());
-    assert_eq!(serving.ask("GET", "/plan", "").json()["pages_used"], 0);
+    while serving.ask("GET", "/plan", "").json()["pages_used"] != 0 {
+        assert!(start.elapsed() < PATIENCE, "pages are not given back");
+        thread::sleep(Duration::from_millis(10));
+    }
 }
 
 #[test]

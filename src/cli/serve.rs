@@ -42,7 +42,9 @@ fn serve(arguments: &ServeArguments, cancel: &Cancel, process: &Process) -> Resu
     let engine = model.engine(&EngineOptions { max_waiting: arguments.max_waiting })?;
     let sequences = engine.plan().batch;
     let api = Api::new(engine, &checkpoint, arguments.served_model_name.clone(), sandbox)?;
-    let (name, address) = (api.name(), server.address());
+    let name = api.name().to_owned();
+    server.open(api)?;
+    let address = server.address();
     process.printer.result(&format!("{name} listens on http://{address}, {sequences} sequences at once\n"))?;
-    server.run(api)
+    server.wait()
 }

@@ -120,6 +120,10 @@ impl Body {
                 (Subject::Prompts(prompt.0), logprobs)
             }
         };
+        let max_tokens = common.max_completion_tokens.or(common.max_tokens);
+        if max_tokens == Some(0) {
+            return Err(BadField::error("max_tokens", "is 0; 1 is the least"));
+        }
         let prompts = if let Subject::Prompts(prompts) = &subject { prompts.len() } else { 1 };
         let n = common.n.unwrap_or(1);
         if n == 0 || n.checked_mul(prompts).is_none_or(|choices| choices > MAX_CHOICES) {
@@ -140,7 +144,7 @@ impl Body {
             stream: common.stream.unwrap_or(false),
             include_usage: common.stream_options.as_ref().and_then(|options| options.include_usage).unwrap_or(false),
             n,
-            max_tokens: common.max_completion_tokens.or(common.max_tokens),
+            max_tokens,
             usual_tokens: (form == Form::Text).then_some(COMPLETION_TOKENS),
             logprobs,
             seed: common.seed.map(i64::cast_unsigned),

@@ -18,10 +18,10 @@ use serde_json::{Value, json};
 use crate::cancel::Cancel;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::generate::{Engine, Event, GenerateOptions, Request, Sampling, TooLong};
+use crate::generate::{Engine, Event, GenerateOptions, Request, Sampling};
 use crate::text::{ChatTemplate, Sandbox};
 use body::{Body, Subject};
-use grammar::Grammars;
+use grammar::{Grammar, Grammars};
 use prompt::Prompt;
 
 pub use answer::{Writer, finish_reason};
@@ -116,37 +116,33 @@ impl Api {
     /// The body is not as it must be, asks for what is not done, or has a prompt that is too long.
     pub fn call(&self, form: Form, body: &[u8]) -> Result<Call> {
         let body = Body::parse(form, body)?;
-        let sampling = body.sampling(&self.sampling);
-        sampling.check()?;
-        let context = self.engine.plan().context;
+        let plan = self.engine.plan();
         let prompts = self.prompts(&body.subject)?;
         let bytes = body.logprobs.map(|_| self.engine.tokenizer().token_bytes()).transpose()?;
-        let constraint = self.grammar(body.schema.as_ref())?;
+        let grammar = self.grammar(body.schema.as_ref())?;
         let seed = body.seed.unwrap_or_else(fresh);
         let cancel = Cancel::new();
         let mut requests = Vec::new();
         for prompt in &prompts {
-            let room = context.checked_sub(prompt.len()).filter(|room| *room > 0);
-            let (Some(room), wanted) = (room, body.max_tokens.unwrap_or(0)) else {
-                return Err(too_long(context, prompt, 0));
-            };
-            if wanted > room {
-                return Err(too_long(context, prompt, wanted));
-            }
+            let room = plan.context.saturating_sub(prompt.len()).max(1);
             let usual = self.max_new_tokens.or(body.usual_tokens).map_or(room, |usual| usual.min(room));
+            let options = GenerateOptions {
+                sampling: body.sampling(&self.sampling),
+                max_new_tokens: Some(body.max_tokens.unwrap_or(usual)),
+                stop: body.stop.clone(),
+                ignore_eos: body.ignore_eos,
+                cancel: cancel.clone(),
+            };
+            // Before there is one for each choice.
+            options.check(prompt, plan)?;
             for _ in 0..body.n {
                 let seed = seed.wrapping_add(requests.len() as u64);
+                let sampling = Sampling { seed, ..options.sampling.clone() };
                 requests.push(Request {
                     prompt: prompt.clone(),
-                    options: GenerateOptions {
-                        sampling: Sampling { seed, ..sampling.clone() },
-                        max_new_tokens: Some(body.max_tokens.unwrap_or(usual)),
-                        stop: body.stop.clone(),
-                        ignore_eos: body.ignore_eos,
-                        cancel: cancel.clone(),
-                    },
+                    options: GenerateOptions { sampling, ..options.clone() },
                     logprobs: body.logprobs,
-                    constraint: constraint.as_ref().map(|grammar| grammar.start()),
+                    constraint: grammar.as_ref().map(Grammar::start),
                 });
             }
         }
@@ -202,13 +198,12 @@ impl Api {
     fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         let context = self.engine.plan().context;
         if text.len() > context.saturating_mul(LONGEST_TOKEN) {
-            let (bytes, most) = (text.len(), self.engine.plan().context);
-            return Err(Error::input(Lengthy { bytes, most }));
+            return Err(Error::input(Lengthy { bytes: text.len(), most: context }));
         }
         self.engine.tokenizer().encode(text, special)
     }
 
-    fn grammar(&self, schema: Option<&Value>) -> Result<Option<grammar::Grammar>> {
+    fn grammar(&self, schema: Option<&Value>) -> Result<Option<Grammar>> {
         let Some(schema) = schema else { return Ok(None) };
         if self.grammars.get().is_none() {
             let made = Grammars::new(&*self.engine.tokenizer().token_bytes()?, &self.eos_token_ids)?;
@@ -225,14 +220,6 @@ impl Api {
 struct Lengthy {
     bytes: usize,
     most: usize,
-}
-
-fn too_long(context: usize, prompt: &[u32], wanted: usize) -> Error {
-    let error = Error::input(TooLong { context, prompt: prompt.len(), wanted });
-    match context.checked_sub(prompt.len()).filter(|room| *room > 0) {
-        Some(room) => error.hint(format!("`max_tokens` may be {room}")),
-        None => error.hint("shorten the prompt"),
-    }
 }
 
 /// Seconds since 1970.

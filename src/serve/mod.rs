@@ -108,20 +108,27 @@ impl Server {
         self.address
     }
 
-    /// Has `api` answer from now on, and waits until the server has ended: it was to stop, and those requests that ran
-    /// have ended or had their time.
+    /// Has `api` answer from now on.
     ///
     /// # Errors
-    /// The engine failed, or no thread can be started.
-    pub fn run(mut self, api: Api) -> Result<()> {
+    /// No thread can be started.
+    pub fn open(&self, api: Api) -> Result<()> {
         let (engine, shared) = (api.engine().clone(), Arc::clone(&self.shared));
         let watch = move || {
             let end = engine.wait();
             *lock(&shared.end) = Some(end);
         };
         thread::Builder::new().name("evenkeel-end".to_owned()).spawn(watch).map_err(Error::no_thread)?;
-        // Nobody else sets it.
+        // The first one stays.
         let _ = self.shared.api.set(Arc::new(api));
+        Ok(())
+    }
+
+    /// Waits until the server has ended: it was to stop, and those requests that ran have ended or had their time.
+    ///
+    /// # Errors
+    /// The engine failed.
+    pub fn wait(mut self) -> Result<()> {
         if let Some(Err(_)) = self.thread.take().map(JoinHandle::join) {
             return Err(Error::device("the server has ended by itself"));
         }
