@@ -3,6 +3,8 @@
 
 #[path = "support/command.rs"]
 mod command;
+#[path = "support/fake_cuda.rs"]
+mod fake_cuda;
 #[path = "support/serving.rs"]
 mod serving;
 
@@ -382,6 +384,24 @@ fn a_server_that_is_to_end_lets_requests_end() {
     thread::sleep(Duration::from_millis(200));
     serving.signal(Signal::TERM);
     assert_eq!(serving.exit_code(), Some(143));
+}
+
+#[test]
+fn a_device_that_fails_ends_the_server() {
+    let Some(directory) = fake_cuda::directory() else { return };
+    let model = "tests/fixtures/parity/llama";
+    let mut command = evenkeel(&["serve", model, "--listen", "127.0.0.1:0", "--device-map", "cuda:0"]);
+    command.env("LD_LIBRARY_PATH", directory).env_remove("CUDA_VISIBLE_DEVICES");
+    // Beyond what the load launches, and what the kernels' first use does.
+    let settings = [("QUIET", "1"), ("DEVICES", "8GiB"), ("FAIL_LAUNCH", "1000")];
+    command.envs(settings.map(|(name, value)| (format!("FAKE_CUDA_{name}"), value)));
+    let serving = Serving::start_with(command);
+    let body = json!({"prompt": "t5 t6 t7", "max_tokens": 40, "ignore_eos": true});
+    let failed = (0..100).map(|_| serving.post("/v1/completions", &body)).find(|answer| answer.status != 200).unwrap();
+    assert_eq!(failed.status, 500, "{}", failed.text);
+    assert_eq!(failed.json()["error"]["type"], "server_error");
+    assert!(failed.text.contains("cuda:0"), "{}", failed.text);
+    assert_eq!(serving.exit_code(), Some(3));
 }
 
 #[test]

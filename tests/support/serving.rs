@@ -15,7 +15,7 @@ use crate::command::evenkeel;
 /// The model that is served.
 pub const FERRIS: &str = "tests/fixtures/ferris-7m";
 /// As long as nothing that is waited for takes, unless something is wrong.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_mins(1);
 
 /// The binary that serves a model; it is ended where this is dropped.
 pub struct Serving {
