@@ -112,8 +112,9 @@ fn answers_are_those_of_generate() {
 #[test]
 fn examples_of_the_readme_are_answered() {
     let readme = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
-    assert!(readme.contains("\nferris-7m listens on http://127.0.0.1:8080, 8 sequences at once\n"));
     let serving = Serving::start(&[]);
+    let ready = serving.ready.replace(&serving.address, "127.0.0.1:8080");
+    assert!(readme.contains(&format!("\n> evenkeel serve {FERRIS}\n{ready}")), "{ready}");
     let examples: Vec<_> = readme.lines().filter_map(|line| line.strip_prefix("curl http://127.0.0.1:8080")).collect();
     assert!(examples.len() >= 3);
     for example in examples {

@@ -21,6 +21,8 @@ pub const PATIENCE: Duration = Duration::from_mins(1);
 pub struct Serving {
     child: Child,
     pub address: String,
+    /// The line that says that it is ready.
+    pub ready: String,
 }
 
 impl Serving {
@@ -34,10 +36,10 @@ impl Serving {
 
     pub fn start_with(mut command: Command) -> Self {
         let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let address = line.split_once("http://").and_then(|(_, rest)| rest.split_once(',')).expect(&line).0;
-        Self { child, address: address.to_owned() }
+        let mut ready = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut ready).unwrap();
+        let address = ready.split_once("http://").and_then(|(_, rest)| rest.split_once(',')).expect(&ready).0;
+        Self { child, address: address.to_owned(), ready }
     }
 
     pub fn ask(&self, method: &str, path: &str, body: &str) -> Answer {
