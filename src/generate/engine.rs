@@ -98,7 +98,7 @@ impl Model {
             report: self.report.clone(),
             tokenizer: Arc::clone(&self.tokenizer),
             max_waiting: options.max_waiting,
-            state: Mutex::default(),
+            state: Mutex::new(self.core.state()),
             open: Arc::default(),
             end: Mutex::new(None),
             ended: Condvar::new(),
