@@ -36,6 +36,8 @@ pub struct Arguments {
 pub enum Command {
     /// Answer the lines of a file, many at once.
     Batch(Box<BatchArguments>),
+    /// Talk with a model on the terminal.
+    Chat(Box<ChatArguments>),
     /// Show the devices of this machine: GPUs, CPU and disk.
     Devices(DevicesArguments),
     /// Generate text behind a prompt.
@@ -59,6 +61,7 @@ impl Command {
         match self {
             Self::Devices(_) | Self::Plan(_) | Self::Sandbox => None,
             Self::Batch(arguments) => arguments.threads.threads,
+            Self::Chat(arguments) => arguments.threads.threads,
             Self::Generate(arguments) => arguments.threads.threads,
             Self::Perplexity(arguments) => arguments.threads.threads,
             Self::Quantize(arguments) => arguments.threads.threads,
@@ -310,6 +313,21 @@ pub struct SamplingArguments {
     /// Go on behind an end-of-text token.
     #[arg(long)]
     pub ignore_eos: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct ChatArguments {
+    #[command(flatten)]
+    pub model: ModelArguments,
+    /// What the model is told before all else.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, help_heading = "Conversation")]
+    pub system: Option<String>,
+    #[command(flatten)]
+    pub placement: PlacementArguments,
+    #[command(flatten)]
+    pub threads: ThreadsArguments,
+    #[command(flatten)]
+    pub sampling: SamplingArguments,
 }
 
 #[derive(Debug, Args)]

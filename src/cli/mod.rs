@@ -4,6 +4,7 @@
 
 mod args;
 mod batch;
+mod chat;
 mod command_line;
 mod devices;
 mod env;
@@ -89,6 +90,7 @@ pub fn run() -> ExitCode {
     signal::survive_size_limits();
     let outcome = match arguments.command {
         Command::Batch(arguments) => batch::run(&arguments, &process),
+        Command::Chat(arguments) => chat::run(&arguments, &process),
         Command::Devices(arguments) => devices::run(&arguments, &process),
         Command::Generate(arguments) => generate::run(&arguments, &process),
         Command::Perplexity(arguments) => perplexity::run(&arguments, &process),
