@@ -3,8 +3,6 @@
 
 #[path = "support/command.rs"]
 mod command;
-#[path = "support/fake_cuda.rs"]
-mod fake_cuda;
 #[path = "support/serving.rs"]
 mod serving;
 
@@ -20,7 +18,7 @@ use evenkeel::Cancel;
 use evenkeel::serve::{ServeOptions, Server};
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use serving::{Answer, FERRIS, PATIENCE, Serving};
+use serving::{Answer, FERRIS, PATIENCE, Serving, send, text};
 
 fn generate(arguments: &[&str]) -> String {
     let output = run(&[&["generate", FERRIS, "--max-new-tokens", "12"], arguments].concat());
@@ -31,13 +29,6 @@ fn generate(arguments: &[&str]) -> String {
 /// Whether a number is that one.
 fn is(number: f64, value: f64) -> bool {
     (number - value).abs() < f64::EPSILON
-}
-
-fn text(choice: &Value) -> &str {
-    [&choice["text"], &choice["message"]["content"], &choice["delta"]["content"]]
-        .into_iter()
-        .find_map(Value::as_str)
-        .unwrap_or_default()
 }
 
 #[test]
@@ -328,9 +319,7 @@ fn a_client_that_leaves_is_worked_for_no_more() {
     drop(endless(&serving, 256));
     // Without a stream there is nothing to read before one leaves.
     let body = json!({"prompt": "Ownership is", "max_tokens": 500, "ignore_eos": true, "n": 256}).to_string();
-    let mut stream = TcpStream::connect(&serving.address).unwrap();
-    let (host, length) = (&serving.address, body.len());
-    write!(stream, "POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-length: {length}\r\n\r\n{body}").unwrap();
+    let stream = send(&serving.address, "POST", "/v1/completions", &[], &body);
     thread::sleep(Duration::from_millis(200));
     drop(stream);
     let start = Instant::now();
@@ -385,24 +374,6 @@ fn a_server_that_is_to_end_lets_requests_end() {
     thread::sleep(Duration::from_millis(200));
     serving.signal(Signal::TERM);
     assert_eq!(serving.exit_code(), Some(143));
-}
-
-#[test]
-fn a_device_that_fails_ends_the_server() {
-    let Some(directory) = fake_cuda::directory() else { return };
-    let model = "tests/fixtures/parity/llama";
-    let mut command = evenkeel(&["serve", model, "--listen", "127.0.0.1:0", "--device-map", "cuda:0"]);
-    command.env("LD_LIBRARY_PATH", directory).env_remove("CUDA_VISIBLE_DEVICES");
-    // Beyond what the load launches, and what the kernels' first use does.
-    let settings = [("QUIET", "1"), ("DEVICES", "8GiB"), ("FAIL_LAUNCH", "1000")];
-    command.envs(settings.map(|(name, value)| (format!("FAKE_CUDA_{name}"), value)));
-    let serving = Serving::start_with(command);
-    let body = json!({"prompt": "t5 t6 t7", "max_tokens": 40, "ignore_eos": true});
-    let failed = (0..100).map(|_| serving.post("/v1/completions", &body)).find(|answer| answer.status != 200).unwrap();
-    assert_eq!(failed.status, 500, "{}", failed.text);
-    assert_eq!(failed.json()["error"]["type"], "server_error");
-    assert!(failed.text.contains("cuda:0"), "{}", failed.text);
-    assert_eq!(serving.exit_code(), Some(3));
 }
 
 #[test]

@@ -25,9 +25,9 @@ const BODY_TIME: Duration = Duration::from_secs(30);
 /// Seconds after which a client may try again.
 const PAUSE: &str = "1";
 const PAGE: &str = include_str!("page.html");
-/// Of the page, which has its script and its style in it.
-const PAGE_POLICY: &str =
-    "default-src 'self' 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'";
+/// Of the page, which has its script, its style and its icon in it.
+const PAGE_POLICY: &str = "default-src 'self' 'unsafe-inline'; img-src data:; frame-ancestors 'none'; \
+    base-uri 'none'; form-action 'none'";
 
 type Answer = Response<Either<Full<Bytes>, Stream>>;
 

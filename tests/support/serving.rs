@@ -3,6 +3,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -34,12 +35,29 @@ impl Serving {
         Self::start_with(evenkeel(&[&["serve", model, "--listen", "127.0.0.1:0"], arguments].concat()))
     }
 
+    /// On the stand-in for NVIDIA's driver that lies in `library`, under these settings of it.
+    pub fn on_gpu(library: &Path, model: &str, arguments: &[&str], settings: &[(&str, &str)]) -> Self {
+        let serve = ["serve", model, "--listen", "127.0.0.1:0", "--device-map", "cuda:0"];
+        let mut command = evenkeel(&[&serve, arguments].concat());
+        command.env("LD_LIBRARY_PATH", library).env_remove("CUDA_VISIBLE_DEVICES");
+        command.env("FAKE_CUDA_QUIET", "1").env("FAKE_CUDA_DEVICES", "8GiB");
+        command.envs(settings.iter().map(|(name, value)| (format!("FAKE_CUDA_{name}"), value)));
+        Self::start_with(command)
+    }
+
     pub fn start_with(mut command: Command) -> Self {
         let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut ready = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut ready).unwrap();
-        let address = ready.split_once("http://").and_then(|(_, rest)| rest.split_once(',')).expect(&ready).0;
-        Self { child, address: address.to_owned(), ready }
+        let mut serving = Self { child, address: String::new(), ready };
+        let address = serving.ready.split_once("http://").and_then(|(_, rest)| rest.split_once(','));
+        serving.address = address.map(|(address, _)| address.to_owned()).unwrap_or_default();
+        serving
+    }
+
+    /// Whether its model was loaded.
+    pub fn is_ready(&self) -> bool {
+        !self.address.is_empty()
     }
 
     pub fn ask(&self, method: &str, path: &str, body: &str) -> Answer {
@@ -56,17 +74,12 @@ impl Serving {
 
     /// Sends a request and reads the head of the answer.
     pub fn open(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
-        let mut stream = TcpStream::connect(&self.address).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut all = vec![("connection", "close"), ("host", self.address.as_str())];
-        all.retain(|(name, _)| headers.iter().all(|(other, _)| other != name));
-        let length = body.len().to_string();
-        if headers.iter().all(|(name, _)| *name != "content-length") {
-            all.push(("content-length", &length));
-        }
-        let all: Vec<_> = all.iter().chain(headers).map(|(name, value)| format!("{name}: {value}\r\n")).collect();
-        write!(stream, "{method} {path} HTTP/1.1\r\n{}\r\n{body}", all.concat()).unwrap();
-        Answer::head(BufReader::new(stream))
+        Answer::head(send(&self.address, method, path, headers, body))
+    }
+
+    /// The number of its process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
     pub fn signal(&self, signal: Signal) {
@@ -98,6 +111,29 @@ impl Drop for Serving {
     }
 }
 
+/// Sends a request, of which the answer is to be read.
+pub fn send(address: &str, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> BufReader<TcpStream> {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut all = vec![("connection", "close"), ("host", address)];
+    all.retain(|(name, _)| headers.iter().all(|(other, _)| other != name));
+    let length = body.len().to_string();
+    if headers.iter().all(|(name, _)| *name != "content-length") {
+        all.push(("content-length", &length));
+    }
+    let all: Vec<_> = all.iter().chain(headers).map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+    write!(stream, "{method} {path} HTTP/1.1\r\n{}\r\n{body}", all.concat()).unwrap();
+    BufReader::new(stream)
+}
+
+/// The text of a choice, whatever it is of.
+pub fn text(choice: &Value) -> &str {
+    [&choice["text"], &choice["message"]["content"], &choice["delta"]["content"]]
+        .into_iter()
+        .find_map(Value::as_str)
+        .unwrap_or_default()
+}
+
 /// An answer, of which the body may not be read yet.
 pub struct Answer {
     pub status: u16,
@@ -115,12 +151,13 @@ impl Answer {
         };
         let status = line().split(' ').nth(1).unwrap().parse().unwrap();
         let headers = std::iter::from_fn(|| Some(line()).filter(|line| !line.is_empty()));
-        let headers = headers.map(|line| line.split_once(": ").map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap());
+        let parted = |line: String| line.split_once(':').map(|(a, b)| (a.to_owned(), b.trim().to_owned())).unwrap();
+        let headers = headers.map(parted);
         Self { status, headers: headers.collect(), text: String::new(), from }
     }
 
     pub fn header(&self, name: &str) -> Option<&str> {
-        self.headers.iter().find(|(header, _)| header == name).map(|(_, value)| value.as_str())
+        self.headers.iter().find(|(header, _)| header.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
     }
 
     /// A chunk of the body; none is the last.
@@ -139,7 +176,9 @@ impl Answer {
                 self.text += &chunk;
             }
         } else {
-            self.from.read_to_string(&mut self.text).unwrap();
+            // Not all close what they say that they close.
+            let length = self.header("content-length").map_or(u64::MAX, |length| length.parse().unwrap());
+            self.from.by_ref().take(length).read_to_string(&mut self.text).unwrap();
         }
         self
     }
