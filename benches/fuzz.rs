@@ -140,7 +140,7 @@ fn surfaces() -> Vec<Surface> {
         "{%- generation %}{{ {'a': [1, none]}|string|upper|replace('A', 'bb')|batch(2)|list }}{% endgeneration -%}{{ raise_exception('no') }}",
     ];
     let sandbox = Sandbox::new(env!("CARGO_BIN_EXE_evenkeel"), ["sandbox".into()], Cancel::new());
-    let message = [Message { role: "user".to_owned(), content: "hello".to_owned() }];
+    let message = [Message::new("user", "hello")];
     vec![
         Surface {
             name: "header",
@@ -189,7 +189,7 @@ fn surfaces() -> Vec<Surface> {
             seeds: templates.map(Into::into).into(),
             run: Box::new(move |bytes, directory| {
                 std::fs::write(directory.join("chat_template.jinja"), bytes).expect("a file");
-                sandbox.render(&ChatTemplate::open(directory)?, &message).map(drop)
+                sandbox.render(&ChatTemplate::open(directory)?, &message, &[]).map(drop)
             }),
         },
     ]

@@ -22,6 +22,8 @@
 //!
 //! | floor | rooms |
 //! | --- | --- |
+//! | 7 | `serve` |
+//! | 6 | `openai` |
 //! | 5 | `export`, `generate`, `hub`, `verify` |
 //! | 4 | `backend`, `engine`, `loader` |
 //! | 3 | `device_map`, `plan` |
@@ -51,6 +53,9 @@ rooms! {
 }
 #[cfg(feature = "hub")]
 pub mod hub;
+pub mod openai;
+#[cfg(feature = "serve")]
+pub mod serve;
 
 pub use backend::cuda::{GpuInfo, Installation, Mode, Occupant, uuids as gpu_uuids};
 pub use bytes::{Bytes, GIB, KIB, MIB};

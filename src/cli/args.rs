@@ -2,6 +2,8 @@
 
 use std::convert::Infallible;
 use std::error::Error;
+#[cfg(feature = "serve")]
+use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -42,6 +44,9 @@ pub enum Command {
     Plan(Box<PlanArguments>),
     /// Write a checkpoint whose weights are quantized, which loads faster.
     Quantize(Box<QuantizeArguments>),
+    /// Answer over HTTP, in the form of OpenAI's.
+    #[cfg(feature = "serve")]
+    Serve(Box<ServeArguments>),
     /// Run a tokenizer or a template for another process, on standard input and output.
     #[command(hide = true)]
     Sandbox,
@@ -54,6 +59,8 @@ impl Command {
             Self::Generate(arguments) => arguments.threads.threads,
             Self::Perplexity(arguments) => arguments.threads.threads,
             Self::Quantize(arguments) => arguments.threads.threads,
+            #[cfg(feature = "serve")]
+            Self::Serve(arguments) => arguments.threads.threads,
         }
     }
 }
@@ -364,6 +371,36 @@ pub enum PackedFormat {
     Evenkeel,
     /// In the form of compressed-tensors, for vLLM and Transformers.
     CompressedTensors,
+}
+
+#[cfg(feature = "serve")]
+#[derive(Debug, Args)]
+pub struct ServeArguments {
+    #[command(flatten)]
+    pub model: ModelArguments,
+    #[command(flatten)]
+    pub placement: PlacementArguments,
+    /// Sequences at once.
+    #[arg(long, value_name = "N", default_value_t = 8, help_heading = "Placement")]
+    pub batch: usize,
+    #[command(flatten)]
+    pub threads: ThreadsArguments,
+    /// Where to listen; a port of 0 takes one that is free.
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8080", help_heading = "Server")]
+    pub listen: SocketAddr,
+    /// What clients have to send as `Authorization: Bearer KEY`; others see it here, and not in the variable
+    /// EVENKEEL_API_KEY, which does the same.
+    #[arg(long, value_name = "KEY", help_heading = "Server")]
+    pub api_key: Option<String>,
+    /// Let everybody ask who reaches an address that is not of this machine alone.
+    #[arg(long, conflicts_with = "api_key", help_heading = "Server")]
+    pub no_api_key: bool,
+    /// Requests that wait for room at most; more are refused with status 429.
+    #[arg(long, value_name = "N", default_value_t = 1024, help_heading = "Server")]
+    pub max_waiting: usize,
+    /// The name that the model goes by [default: the checkpoint's].
+    #[arg(long, value_name = "NAME", help_heading = "Server")]
+    pub served_model_name: Option<String>,
 }
 
 #[derive(Debug, Args)]

@@ -10,6 +10,7 @@
 //! | `HF_HUB_OFFLINE`, `TRANSFORMERS_OFFLINE` | only the cache is used |
 //! | `HF_HUB_DISABLE_PROGRESS_BARS` | no bars |
 //! | `CUDA_VISIBLE_DEVICES` | the GPUs that the driver shows; `devices` names it |
+//! | `EVENKEEL_API_KEY` | what clients of `serve` have to know |
 //! | `NO_COLOR`, `CLICOLOR_FORCE`, `TERM` | colour |
 //! | `TMPDIR` | where weights on the disk go |
 //! | `TZ` | the zone of a chat template's `strftime_now` |
@@ -71,6 +72,12 @@ impl Environment {
     /// The GPUs that the driver was told to show.
     pub fn visible_gpus(&self) -> Option<&str> {
         self.text("CUDA_VISIBLE_DEVICES")
+    }
+
+    /// What clients of a server have to know.
+    #[cfg(feature = "serve")]
+    pub fn api_key(&self) -> Option<&str> {
+        self.text("EVENKEEL_API_KEY")
     }
 
     /// Whether messages are coloured: by the environment's wish, else on a terminal.

@@ -5,8 +5,8 @@ use std::thread;
 use std::time::Duration;
 
 use evenkeel::{
-    Bytes, ChatTemplate, Error, ErrorKind, Finish, GenerateOptions, GenerateReport, GenerationDefaults, LoadReport,
-    LoadTimes, MIB, MeasuredGpu, Message, Result, Sampling, read_capped,
+    Bytes, ChatTemplate, Error, ErrorKind, Finish, GenerateOptions, GenerateReport, LoadReport, LoadTimes, MIB,
+    MeasuredGpu, Message, Result, Sampling, read_capped,
 };
 use serde::Serialize;
 
@@ -30,15 +30,12 @@ pub fn run(arguments: &GenerateArguments, process: &Process) -> Result<Exit> {
     let load_options = arguments.placement.load_options(cancel.clone(), process)?;
     let checkpoint = model::open(&arguments.model, Need::Weights, &cancel, process)?;
     let defaults = &checkpoint.config.generation;
-    if !defaults.undone.is_empty() {
-        let keys: Vec<_> = defaults.undone.iter().map(|key| format!("`{key}`")).collect();
-        printer.note(&format!("warning: {} has what is not done: {}", GenerationDefaults::FILE, keys.join(", ")));
-    }
+    model::note_undone(&checkpoint, process);
     // Before anything is loaded.
     let prompt = if arguments.prompt.chat {
         let template = ChatTemplate::open(checkpoint.local_directory()?)?;
         let sandbox = sandbox::of_this_program(cancel.clone())?;
-        sandbox.render(&template, &messages(&arguments.prompt, prompt))?
+        sandbox.render(&template, &messages(&arguments.prompt, prompt), &[])?
     } else {
         prompt
     };
@@ -136,9 +133,8 @@ fn read_prompt(arguments: &PromptArguments) -> Result<String> {
 }
 
 fn messages(arguments: &PromptArguments, prompt: String) -> Vec<Message> {
-    let message = |role: &str, content| Message { role: role.to_owned(), content };
-    let system = arguments.system.clone().map(|text| message("system", text));
-    system.into_iter().chain([message("user", prompt)]).collect()
+    let system = arguments.system.clone().map(|text| Message::new("system", text));
+    system.into_iter().chain([Message::new("user", prompt)]).collect()
 }
 
 impl SamplingArguments {

@@ -15,6 +15,8 @@ mod printer;
 mod progress;
 mod quantize;
 mod sandbox;
+#[cfg(feature = "serve")]
+mod serve;
 mod signal;
 mod turn;
 
@@ -89,6 +91,8 @@ pub fn run() -> ExitCode {
         Command::Plan(arguments) => plan::run(&arguments, &process),
         Command::Quantize(arguments) => quantize::run(&arguments, &process),
         Command::Sandbox => sandbox::run(),
+        #[cfg(feature = "serve")]
+        Command::Serve(arguments) => serve::run(&arguments, &process),
     };
     let code = match outcome {
         Ok(exit) => exit as u8,

@@ -4,8 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use evenkeel::{
-    Cancel, Checkpoint, DeviceMap, Error, Hint, Inventory, LoadEvent, LoadOptions, Model, Note, Plan, PlanOptions,
-    Result, Strategy, verify_once,
+    Cancel, Checkpoint, DeviceMap, Error, GenerationDefaults, Hint, Inventory, LoadEvent, LoadOptions, Model, Note,
+    Plan, PlanOptions, Result, Strategy, verify_once,
 };
 use indicatif::ProgressBar;
 
@@ -45,6 +45,16 @@ pub fn open(arguments: &ModelArguments, need: Need, cancel: &Cancel, process: &P
         process.printer.note(&format!("warning: `{}`: {note}", checkpoint.name));
     }
     Ok(checkpoint)
+}
+
+/// Says what generation_config.json asks for and is not done.
+pub fn note_undone(checkpoint: &Checkpoint, process: &Process) {
+    let undone = &checkpoint.config.generation.undone;
+    if !undone.is_empty() {
+        let keys: Vec<_> = undone.iter().map(|key| format!("`{key}`")).collect();
+        let (file, keys) = (GenerationDefaults::FILE, keys.join(", "));
+        process.printer.note(&format!("warning: {file} has what is not done: {keys}"));
+    }
 }
 
 #[cfg(feature = "hub")]

@@ -15,9 +15,21 @@ pub fn cancel_by_interrupt() -> Result<Cancel> {
         // In this order, so that the first signal finds the flag unset.
         flag::register_conditional_shutdown(signal, code, Arc::clone(&interrupted))
             .and_then(|_| flag::register(signal, Arc::clone(&interrupted)))
-            .map_err(|e| Error::input("interrupts cannot be handled").caused_by(e))?;
+            .map_err(not_handled)?;
     }
     Ok(interrupted.into())
+}
+
+/// Whether the process is asked to end, as a service is, rather than interrupted.
+#[cfg(feature = "serve")]
+pub fn is_terminated() -> Result<Arc<AtomicBool>> {
+    let terminated = Arc::new(AtomicBool::new(false));
+    let registered = flag::register(SIGTERM, Arc::clone(&terminated));
+    registered.map_err(not_handled).map(|_| terminated)
+}
+
+fn not_handled(error: std::io::Error) -> Error {
+    Error::input("interrupts cannot be handled").caused_by(error)
 }
 
 /// Makes a write beyond the limit of a file's size fail, where it would end the process.

@@ -137,7 +137,7 @@ impl Scheduler {
         let goes_on = |sequence: &Sequence| {
             let next = sequence.tokens.len();
             let is_wanted = sequence.position == next && next < context && next + 1 < sequence.most;
-            is_wanted && !sequence.is_for_host() && !restarts(config, next, next + 1)
+            is_wanted && !sequence.is_for_host() && !restarts(config, sequence, next + 1)
         };
         running.iter().all(goes_on)
             && running.iter_mut().all(|sequence| pages.grow(&mut sequence.held, sequence.position + 1))
@@ -151,7 +151,7 @@ impl Scheduler {
     fn is_at_prompt(&mut self, at: usize) -> bool {
         let sequence = &mut self.running[at];
         let length = sequence.tokens.len();
-        if restarts(&self.config, sequence.position, length) {
+        if restarts(&self.config, sequence, length) {
             (sequence.position, sequence.prompt) = (0, length);
         }
         length - sequence.position > 1
@@ -195,7 +195,8 @@ impl Scheduler {
     }
 }
 
-/// Whether a sequence of which so many tokens have been run begins again at so many.
-fn restarts(config: &ModelConfig, position: usize, length: usize) -> bool {
-    config.restart_beyond().is_some_and(|border| (1..=border).contains(&position) && length > border)
+/// Whether a sequence begins again before its next token: what was computed of it is for shorter ones.
+fn restarts(config: &ModelConfig, sequence: &Sequence, length: usize) -> bool {
+    let Some(border) = config.restart_beyond() else { return false };
+    sequence.position > 0 && sequence.length_at(sequence.position - 1) <= border && length > border
 }

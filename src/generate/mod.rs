@@ -163,7 +163,7 @@ impl Model {
 
 impl GenerateOptions {
     /// Sees to it that a prompt can be answered so.
-    fn check(&self, prompt: &[u32], plan: &Plan) -> Result<()> {
+    pub(crate) fn check(&self, prompt: &[u32], plan: &Plan) -> Result<()> {
         self.sampling.check()?;
         if prompt.is_empty() {
             return Err(Error::input("the prompt is empty"));

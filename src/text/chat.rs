@@ -5,6 +5,7 @@ use std::path::Path;
 
 use minijinja::{Value, context};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value as Json};
 
 use super::jinja::{environment, translate};
 use super::parsed::caught;
@@ -23,10 +24,20 @@ const MAX_TEMPLATE: Bytes = Bytes(MIB);
 /// What somebody said.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Message {
-    /// `system`, `user` or `assistant`.
+    /// `system`, `user`, `assistant` or `tool`.
     pub role: String,
-    /// The text.
-    pub content: String,
+    /// The text; an assistant that calls tools may have none.
+    pub content: Option<String>,
+    /// What else a template may ask for, such as `tool_calls`.
+    #[serde(flatten)]
+    pub more: Map<String, Json>,
+}
+
+impl Message {
+    /// A text alone.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Self { role: role.into(), content: Some(content.into()), more: Map::new() }
+    }
 }
 
 /// A checkpoint's chat template and the special tokens that it may name.
@@ -76,18 +87,19 @@ impl ChatTemplate {
         Ok(None)
     }
 
-    /// The prompt of a conversation, up to where the assistant is to speak. The template runs in this
-    /// process, and only its steps are limited; `Sandbox::render` limits all that it does.
+    /// The prompt of a conversation in which `tools` may be called, up to where the assistant is to speak. The
+    /// template runs in this process, and only its steps are limited; `Sandbox::render` limits all that it does.
     ///
     /// # Errors
     /// The template fails, raises an exception, or takes too many steps.
-    pub fn render(&self, messages: &[Message]) -> Result<String> {
+    pub fn render(&self, messages: &[Message], tools: &[Json]) -> Result<String> {
         let render = || {
             let source = translate(&self.source);
             environment().template_from_str(&source)?.render(context! {
                 messages => messages,
                 add_generation_prompt => true,
-                tools => (),
+                // None where there are none, as in Transformers.
+                tools => (!tools.is_empty()).then_some(tools),
                 documents => (),
                 ..Value::from_serialize(&self.special)
             })
@@ -132,7 +144,7 @@ mod tests {
     }
 
     fn hello() -> [Message; 1] {
-        [Message { role: "user".into(), content: "  Hello & <bye>".into() }]
+        [Message::new("user", "  Hello & <bye>")]
     }
 
     #[test]
@@ -164,7 +176,32 @@ mod tests {
             ("{{ '7'.zfill(3) }}{{ 'ab'.center(5, '*') }}{{ 'aB'.swapcase() }}", "007**ab*Ab"),
             ("{% if add_generation_prompt %}\n    {{- '<a>' }}\n{% endif %}", "<a>\n"),
         ] {
-            assert_eq!(template(TEMPLATE_FILES[0], source).unwrap().render(&hello()).unwrap(), rendered, "{source}");
+            assert_eq!(
+                template(TEMPLATE_FILES[0], source).unwrap().render(&hello(), &[]).unwrap(),
+                rendered,
+                "{source}"
+            );
+        }
+    }
+
+    #[test]
+    fn calls_and_tools_reach_the_template() {
+        let message = |json: &str| serde_json::from_str::<Message>(json).unwrap();
+        let messages = [
+            message(r#"{"role": "assistant", "content": null, "tool_calls": [{"function": {"name": "add"}}]}"#),
+            message(r#"{"role": "tool", "content": "3", "tool_call_id": "a"}"#),
+        ];
+        let tools = [serde_json::json!({"type": "function", "function": {"name": "add"}})];
+        for (source, rendered) in [
+            ("{{ messages[0].tool_calls[0].function.name }} {{ messages[1].tool_call_id }}", "add a"),
+            ("{{ messages[0].content is none }} {{ 'tool_calls' in messages[1] }}", "True False"),
+            (
+                "{% for tool in tools %}{{ tool | tojson }}{% endfor %}",
+                r#"{"type": "function", "function": {"name": "add"}}"#,
+            ),
+        ] {
+            let template = template(TEMPLATE_FILES[0], source).unwrap();
+            assert_eq!(template.render(&messages, &tools).unwrap(), rendered, "{source}");
         }
     }
 
@@ -176,7 +213,7 @@ mod tests {
             r#"{"chat_template": "{{ bos_token }}x", "tokenizer_class": "LlamaTokenizerFast"}"#,
             r#"{"chat_template": [{"name": "tool", "template": "t"}, {"name": "default", "template": "{{ bos_token }}x"}], "bos_token": {"content": "<s>"}}"#,
         ] {
-            assert_eq!(template(CONFIG_FILE, config).unwrap().render(&hello()).unwrap(), "<s>x");
+            assert_eq!(template(CONFIG_FILE, config).unwrap().render(&hello(), &[]).unwrap(), "<s>x");
         }
         assert!(template(CONFIG_FILE, "{}").unwrap_err().to_string().ends_with("has no chat template"));
     }
@@ -203,7 +240,11 @@ mod tests {
                 std::fs::create_dir_all(path.parent().unwrap()).unwrap();
                 std::fs::write(path, content).unwrap();
             }
-            assert_eq!(ChatTemplate::open(directory.path()).unwrap().render(&hello()).unwrap(), "<s>x", "{files:?}");
+            assert_eq!(
+                ChatTemplate::open(directory.path()).unwrap().render(&hello(), &[]).unwrap(),
+                "<s>x",
+                "{files:?}"
+            );
         }
     }
 
@@ -214,7 +255,7 @@ mod tests {
             ("{% for i in range(9999) %}{% for j in range(9999) %}x{% endfor %}{% endfor %}", "fuel"),
             ("{% for %}", "syntax error"),
         ] {
-            let error = template(TEMPLATE_FILES[0], source).unwrap().render(&hello()).unwrap_err();
+            let error = template(TEMPLATE_FILES[0], source).unwrap().render(&hello(), &[]).unwrap_err();
             let text = std::error::Error::source(&error).unwrap().to_string();
             assert!(text.contains(cause), "{source}: {text}");
         }

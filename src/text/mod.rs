@@ -12,7 +12,7 @@ mod stream;
 mod tokenizer;
 
 pub use chat::{ChatTemplate, Message};
-pub use parsed::FILE;
+pub use parsed::{FILE, TokenBytes};
 pub use sandbox::{Sandbox, serve};
 pub use stream::TextStream;
 pub use tokenizer::{Opening, Tokenizer};

@@ -1,11 +1,12 @@
 //! tokenizer.json, read and run in this process.
 
 use std::borrow::Cow;
+use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
 use serde::de::Error as _;
+use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use tokenizers::models::bpe::BPE;
 use tokenizers::models::unigram::Unigram;
@@ -97,6 +98,31 @@ fn model(raw: &RawValue) -> serde_json::Result<ModelWrapper> {
     }
 }
 
+/// What each token of a vocabulary stands for.
+#[derive(Deserialize, Serialize)]
+pub struct TokenBytes {
+    bytes: Vec<Vec<u8>>,
+    /// In order.
+    special: Vec<u32>,
+}
+
+impl TokenBytes {
+    /// The bytes of a token; of a special one its name, of one that is not there none.
+    pub fn of(&self, id: u32) -> &[u8] {
+        self.bytes.get(id as usize).map_or(&[], Vec::as_slice)
+    }
+
+    /// Whether a token is no text.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.special.binary_search(&id).is_ok()
+    }
+
+    /// Number of ids.
+    pub fn count(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
 /// A tokenizer in this process.
 pub struct Parsed(pub tokenizers::Tokenizer);
 
@@ -121,15 +147,58 @@ impl Parsed {
         caught(|| self.0.decode(ids, true), || Error::input("the tokens cannot be decoded"))
     }
 
+    /// What the tokens before `count` stand for, as the decoder has it inside of a text.
+    pub fn bytes(&self, count: usize) -> TokenBytes {
+        let [is_fallback, is_level, has_spaces] = ["ByteFallback", "ByteLevel", "▁"].map(|name| self.decodes(name));
+        let has_spaces = has_spaces || self.decodes("Metaspace");
+        let levels = is_level.then(byte_level);
+        let added = self.0.get_added_tokens_decoder();
+        let mut special: Vec<_> = added.iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect();
+        special.sort_unstable();
+        let bytes = |id: u32| -> Vec<u8> {
+            let Some(token) = self.0.id_to_token(id) else { return Vec::new() };
+            if special.binary_search(&id).is_ok() {
+                return token.into_bytes();
+            }
+            if let Some(byte) = Some(&token).filter(|_| is_fallback).and_then(|token| fallback_byte(token)) {
+                return vec![byte];
+            }
+            let leveled = levels.as_ref().and_then(|levels| token.chars().map(|c| levels.get(&c).copied()).collect());
+            leveled.unwrap_or_else(|| if has_spaces { token.replace('▁', " ") } else { token }.into_bytes())
+        };
+        let bytes = (0..u32::try_from(count).unwrap_or(u32::MAX)).map(bytes).collect();
+        TokenBytes { bytes, special }
+    }
+
+    /// Whether the decoder has a part of this name.
+    fn decodes(&self, name: &str) -> bool {
+        serde_json::to_string(&self.0.get_decoder()).is_ok_and(|json| json.contains(name))
+    }
+
     /// The tokens `<0x00>` to `<0xFF>`, where the decoder takes them for bytes.
     pub fn byte_ids(&self) -> Vec<u32> {
-        let is_fallback = serde_json::to_string(&self.0.get_decoder()).is_ok_and(|json| json.contains("ByteFallback"));
+        let is_fallback = self.decodes("ByteFallback");
         let tokens =
             (0..=255).filter(|_| is_fallback).filter_map(|byte| self.0.token_to_id(&format!("<0x{byte:02X}>")));
         let mut ids: Vec<_> = tokens.collect();
         ids.sort_unstable();
         ids
     }
+}
+
+/// The byte of a token such as `<0x0A>`.
+fn fallback_byte(token: &str) -> Option<u8> {
+    let digits = token.strip_prefix("<0x")?.strip_suffix('>').filter(|digits| digits.len() == 2)?;
+    u8::from_str_radix(digits, 16).ok()
+}
+
+/// The characters that byte-level tokenizers write bytes as: bytes that are printed stand for themselves, others for
+/// what follows Latin-1, in order.
+fn byte_level() -> HashMap<char, u8> {
+    let is_printed = |byte: &u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+    let others = (0..=u8::MAX).filter(|byte| !is_printed(byte));
+    let printed = (0..=u8::MAX).filter(is_printed).map(|byte| (char::from(byte), byte));
+    printed.chain(('\u{100}'..).zip(others)).collect()
 }
 
 /// What `run` gives. It can fail, and on what was made to, panic: both are the fault of a file.

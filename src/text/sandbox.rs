@@ -15,9 +15,10 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, Rlimit, setrlimit};
 use serde::{Deserialize, Serialize};
+use serde_json::Value as Json;
 
 use super::chat::{ChatTemplate, Message};
-use super::parsed::Parsed;
+use super::parsed::{Parsed, TokenBytes};
 use crate::bytes::{Bytes, GIB, MIB};
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
@@ -49,7 +50,8 @@ pub(super) enum Request<'a> {
     Open { directory: Cow<'a, Path> },
     Encode { text: Cow<'a, str>, special: bool },
     Decode { sequences: Vec<Cow<'a, [u32]>> },
-    Render { template: Cow<'a, ChatTemplate>, messages: Cow<'a, [Message]> },
+    Render { template: Cow<'a, ChatTemplate>, messages: Cow<'a, [Message]>, tools: Cow<'a, [Json]> },
+    Tokens { count: usize },
 }
 
 #[derive(Deserialize, Serialize)]
@@ -57,6 +59,7 @@ pub(super) enum Answer {
     Opened { byte_ids: Vec<u32>, seconds: f64 },
     Ids(Vec<u32>),
     Texts(Vec<String>),
+    Tokens(TokenBytes),
 }
 
 /// An [`Error`] on its way.
@@ -79,11 +82,12 @@ impl Sandbox {
     ///
     /// # Errors
     /// As there, and the limits.
-    pub fn render(&self, template: &ChatTemplate, messages: &[Message]) -> Result<String> {
+    pub fn render(&self, template: &ChatTemplate, messages: &[Message], tools: &[Json]) -> Result<String> {
         let what = template.failed();
         let mut cell =
             Cell::start(self, format!("{what}: it may take {TEMPLATE_MEMORY} and {} s", PATIENCE.as_secs()))?;
-        cell.send(&Request::Render { template: Cow::Borrowed(template), messages: messages.into() })?;
+        let template = Cow::Borrowed(template);
+        cell.send(&Request::Render { template, messages: messages.into(), tools: tools.into() })?;
         cell.receive()?.text()
     }
 }
@@ -114,6 +118,7 @@ pub(super) struct Cell {
     beyond: String,
     /// How long the answer to the last request may take.
     patience: Duration,
+    has_ended: bool,
 }
 
 impl Cell {
@@ -146,8 +151,8 @@ impl Cell {
             }
         };
         let carrier = thread::Builder::new().name("evenkeel-sandbox".to_owned()).spawn(carry);
-        let cell =
-            Self { child, requests, replies, ready: None, cancel: sandbox.cancel.clone(), beyond, patience: PATIENCE };
+        let (cancel, patience) = (sandbox.cancel.clone(), PATIENCE);
+        let cell = Self { child, requests, replies, ready: None, cancel, beyond, patience, has_ended: false };
         carrier.map(|_| cell).map_err(|e| Error::device("no thread can be started").caused_by(e))
     }
 
@@ -201,7 +206,13 @@ impl Cell {
         self.receive()
     }
 
+    /// Whether it broke a limit, and answers nothing more.
+    pub(super) fn has_ended(&self) -> bool {
+        self.has_ended
+    }
+
     fn end(&mut self) {
+        self.has_ended = true;
         // It may have ended by itself.
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -254,10 +265,11 @@ fn answer(request: Request, tokenizer: &mut Option<Parsed>) -> Result<Answer> {
             let tokenizer = tokenizer.as_ref().ok_or_else(unexpected)?;
             sequences.iter().map(|ids| tokenizer.decode(ids)).collect::<Result<_>>().map(Answer::Texts)
         }
-        Request::Render { template, messages } => {
+        Request::Render { template, messages, tools } => {
             limit(Resource::As, TEMPLATE_MEMORY.0).map_err(not_limited)?;
-            template.render(&messages).map(|text| Answer::Texts(vec![text]))
+            template.render(&messages, &tools).map(|text| Answer::Texts(vec![text]))
         }
+        Request::Tokens { count } => Ok(Answer::Tokens(tokenizer.as_ref().ok_or_else(unexpected)?.bytes(count))),
     }
 }
 

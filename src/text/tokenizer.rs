@@ -1,12 +1,12 @@
 //! tokenizer.json: text to token ids and back.
 
 use std::borrow::Cow;
-use std::path::Path;
-use std::sync::Mutex;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
-use super::parsed::{Parsed, file};
+use super::parsed::{Parsed, TokenBytes, file};
 use super::sandbox::{Answer, Cell, Request, Sandbox, unexpected};
 use crate::error::{Error, Result};
 use crate::pool::lock;
@@ -17,12 +17,38 @@ pub struct Tokenizer {
     vocab_size: usize,
     /// The tokens that stand for a byte each, in order; none where bytes are not decoded so.
     byte_ids: Vec<u32>,
+    bytes: Mutex<Option<Arc<TokenBytes>>>,
     seconds: f64,
 }
 
 enum Runs {
     Here(Box<Parsed>),
-    Apart(Mutex<Cell>),
+    Apart(Mutex<Apart>),
+}
+
+/// A process that can be started again.
+struct Apart {
+    cell: Cell,
+    sandbox: Sandbox,
+    directory: PathBuf,
+}
+
+impl Apart {
+    fn start(sandbox: Sandbox, directory: PathBuf) -> Result<Self> {
+        let beyond = format!("the tokenizer in `{}` takes more than it may", directory.display());
+        let mut cell = Cell::start(&sandbox, beyond)?;
+        cell.send(&Request::Open { directory: Cow::Borrowed(&directory) })?;
+        Ok(Self { cell, sandbox, directory })
+    }
+
+    /// The answer to `request`. A text that was too much for the process is the end of it, and of nothing else.
+    fn ask(&mut self, request: &Request) -> Result<Answer> {
+        if self.cell.has_ended() {
+            *self = Self::start(self.sandbox.clone(), self.directory.clone())?;
+            self.cell.receive()?;
+        }
+        self.cell.ask(request)
+    }
 }
 
 /// A tokenizer that is being read.
@@ -30,7 +56,7 @@ pub struct Opening(Begun);
 
 enum Begun {
     Here(JoinHandle<Result<Tokenizer>>),
-    Apart(Cell, usize),
+    Apart(Box<Apart>, usize),
     Done(Result<Tokenizer>),
 }
 
@@ -44,7 +70,8 @@ impl Tokenizer {
         let begun = Instant::now();
         let parsed = Parsed::open(directory)?;
         let seconds = begun.elapsed().as_secs_f64();
-        Ok(Self { byte_ids: parsed.byte_ids(), runs: Runs::Here(Box::new(parsed)), vocab_size, seconds })
+        let (byte_ids, runs) = (parsed.byte_ids(), Runs::Here(Box::new(parsed)));
+        Ok(Self { runs, vocab_size, byte_ids, bytes: Mutex::default(), seconds })
     }
 
     /// Begins to read the tokenizer in `directory`, while the caller does something else; in the process of
@@ -53,7 +80,7 @@ impl Tokenizer {
     /// # Errors
     /// There is no tokenizer.json, or no thread or process can be started.
     pub fn begin(directory: &Path, vocab_size: usize, sandbox: Option<&Sandbox>) -> Result<Opening> {
-        let path = file(directory)?;
+        file(directory)?;
         let directory = directory.to_owned();
         let Some(sandbox) = sandbox else {
             let open = move || Self::open(&directory, vocab_size);
@@ -61,9 +88,7 @@ impl Tokenizer {
             let thread = thread.map_err(|e| Error::device("no thread can be started").caused_by(e))?;
             return Ok(Opening(Begun::Here(thread)));
         };
-        let mut cell = Cell::start(sandbox, format!("the tokenizer in `{}` takes more than it may", path.display()))?;
-        cell.send(&Request::Open { directory: Cow::Owned(directory) })?;
-        Ok(Opening(Begun::Apart(cell, vocab_size)))
+        Ok(Opening(Begun::Apart(Box::new(Apart::start(sandbox.clone(), directory)?), vocab_size)))
     }
 
     /// The ids of `text`; with `special`, what the tokenizer puts around a text (such as a start token) too.
@@ -73,7 +98,7 @@ impl Tokenizer {
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         let ids = match &self.runs {
             Runs::Here(parsed) => parsed.encode(text, special)?,
-            Runs::Apart(cell) => match lock(cell).ask(&Request::Encode { text: text.into(), special })? {
+            Runs::Apart(apart) => match lock(apart).ask(&Request::Encode { text: text.into(), special })? {
                 Answer::Ids(ids) => ids,
                 _ => return Err(unexpected()),
             },
@@ -101,15 +126,35 @@ impl Tokenizer {
     pub(super) fn decode_each<const N: usize>(&self, sequences: [&[u32]; N]) -> Result<[String; N]> {
         let texts = match &self.runs {
             Runs::Here(parsed) => sequences.iter().map(|ids| parsed.decode(ids)).collect::<Result<Vec<_>>>()?,
-            Runs::Apart(cell) => {
+            Runs::Apart(apart) => {
                 let request = Request::Decode { sequences: sequences.map(Cow::Borrowed).into() };
-                match lock(cell).ask(&request)? {
+                match lock(apart).ask(&request)? {
                     Answer::Texts(texts) => texts,
                     _ => return Err(unexpected()),
                 }
             }
         };
         texts.try_into().map_err(|_| unexpected())
+    }
+
+    /// What each token of the model stands for; found out when it is first asked for.
+    ///
+    /// # Errors
+    /// The tokenizer fails.
+    pub fn token_bytes(&self) -> Result<Arc<TokenBytes>> {
+        let mut known = lock(&self.bytes);
+        if let Some(bytes) = &*known {
+            return Ok(Arc::clone(bytes));
+        }
+        let count = self.vocab_size;
+        let bytes = match &self.runs {
+            Runs::Here(parsed) => parsed.bytes(count),
+            Runs::Apart(apart) => match lock(apart).ask(&Request::Tokens { count })? {
+                Answer::Tokens(bytes) => bytes,
+                _ => return Err(unexpected()),
+            },
+        };
+        Ok(Arc::clone(known.insert(Arc::new(bytes))))
     }
 
     /// Whether a token stands for a byte, whose character others may make whole.
@@ -128,7 +173,7 @@ impl Opening {
     pub fn has_failed(&mut self) -> bool {
         let is_over = match &mut self.0 {
             Begun::Here(thread) => thread.is_finished(),
-            Begun::Apart(cell, _) => cell.is_ready(),
+            Begun::Apart(apart, _) => apart.cell.is_ready(),
             Begun::Done(_) => false,
         };
         if is_over {
@@ -145,9 +190,10 @@ impl Opening {
     pub fn wait(self) -> Result<Tokenizer> {
         match self.0 {
             Begun::Here(thread) => thread.join().unwrap_or_else(|_| Err(Error::input("the tokenizer cannot be read"))),
-            Begun::Apart(mut cell, vocab_size) => match cell.receive()? {
+            Begun::Apart(mut apart, vocab_size) => match apart.cell.receive()? {
                 Answer::Opened { byte_ids, seconds } => {
-                    Ok(Tokenizer { runs: Runs::Apart(Mutex::new(cell)), vocab_size, byte_ids, seconds })
+                    let runs = Runs::Apart(Mutex::new(*apart));
+                    Ok(Tokenizer { runs, vocab_size, byte_ids, bytes: Mutex::default(), seconds })
                 }
                 _ => Err(unexpected()),
             },
@@ -254,5 +300,21 @@ mod tests {
             streamed += &stream.finish(&tokenizer).unwrap();
             assert_eq!(streamed, text, "{tokens:?}");
         }
+        let bytes = tokenizer.token_bytes().unwrap();
+        for (token, of) in [("<0xE4>", &b"\xe4"[..]), ("▁h", b" h"), ("i", b"i")] {
+            assert_eq!(bytes.of(id(token)), of, "{token}");
+        }
+        assert_eq!((bytes.count(), bytes.of(63)), (64, &b""[..]));
+    }
+
+    #[test]
+    fn bytes_of_tokens_are_those_of_texts() {
+        let ferris = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/ferris-7m");
+        let tokenizer = Tokenizer::open(&ferris, 4096).unwrap();
+        let bytes = tokenizer.token_bytes().unwrap();
+        let text = "fn main() {\n\tlet crab = \"🦀 grüße\";\r\n}";
+        let ids = tokenizer.encode(text, false).unwrap();
+        assert_eq!(ids.iter().flat_map(|id| bytes.of(*id)).copied().collect::<Vec<_>>(), text.as_bytes());
+        assert!(bytes.is_special(0) && bytes.of(0) == b"<|endoftext|>" && !bytes.is_special(ids[0]));
     }
 }
