@@ -568,7 +568,7 @@ fn a_logit_that_is_no_number_is_reported_behind_its_token() {
     broken.write(shard, &bytes);
     for devices in [&["cpu"][..], &["cuda:0", "cuda:1"], &["cuda:0"]] {
         let (before, error) = run(devices);
-        assert_eq!(before, tokens[..at], "{devices:?}");
+        assert_eq!(before, tokens[..=at], "{devices:?}");
         assert_eq!(error, format!("a logit behind token {} is not a number", 3 + at + 1), "{devices:?}");
     }
     assert_nothing_left(fake, "the model failed");

@@ -203,6 +203,7 @@ __device__ __forceinline__ void attend(const Attention& a) {
     size_t first_row = (size_t)token * a.heads + kv_head * sharing + first_head;
     int position = a.positions[token], behind = position + 1, first = max(0, behind - a.window);
     if (position < 0) {
+#pragma unroll 1
         for (int i = threadIdx.x; split == 0 && i < count * head_dim; i += SPAN) a.out[first_row * head_dim + i] = to_half(0.0f);
         return;
     }
