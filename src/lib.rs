@@ -62,7 +62,7 @@ pub use bytes::{Bytes, GIB, KIB, MIB};
 pub use cancel::Cancel;
 pub use checkpoint::{Checkpoint, Note, Origin, Source, Tensor};
 pub use device::{DeviceError, DeviceId};
-pub use device_map::{DeviceMap, MaxMemory};
+pub use device_map::{DeviceMap, MAX_BATCH, MaxMemory};
 pub use error::{Error, ErrorKind, Hint, ParseError, Result, Setting, escaped, is_unseen};
 pub use export::{DEFAULT_SHARD_SIZE, SaveFormat, SaveOptions, SaveReport, save_quantized};
 pub use footprint::{Allocation, Placed, Purpose};

@@ -3,166 +3,34 @@
 
 #[path = "support/command.rs"]
 mod command;
+#[path = "support/fake_cuda.rs"]
+mod fake_cuda;
+#[path = "support/serving.rs"]
+mod serving;
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufReader, Write};
 use std::net::TcpStream;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use command::{evenkeel, run, stderr, stdout};
 use evenkeel::Cancel;
 use evenkeel::serve::{ServeOptions, Server};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use serde_json::{Value, json};
-
-const FERRIS: &str = "tests/fixtures/ferris-7m";
-/// As long as nothing that is waited for takes, unless something is wrong.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-/// The binary that serves a model; it is ended where this is dropped.
-struct Serving {
-    child: Child,
-    address: String,
-}
-
-impl Serving {
-    fn start(arguments: &[&str]) -> Self {
-        Self::of(FERRIS, arguments)
-    }
-
-    fn of(model: &str, arguments: &[&str]) -> Self {
-        Self::start_with(evenkeel(&[&["serve", model, "--listen", "127.0.0.1:0"], arguments].concat()))
-    }
-
-    fn start_with(mut command: Command) -> Self {
-        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let address = line.split_once("http://").and_then(|(_, rest)| rest.split_once(',')).expect(&line).0;
-        Self { child, address: address.to_owned() }
-    }
-
-    fn ask(&self, method: &str, path: &str, body: &str) -> Answer {
-        self.ask_with(method, path, &[], body)
-    }
-
-    fn ask_with(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
-        self.open(method, path, headers, body).rest()
-    }
-
-    fn post(&self, path: &str, body: &Value) -> Answer {
-        self.ask("POST", path, &body.to_string())
-    }
-
-    /// Sends a request and reads the head of the answer.
-    fn open(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
-        let mut stream = TcpStream::connect(&self.address).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut all = vec![("connection", "close"), ("host", self.address.as_str())];
-        all.retain(|(name, _)| headers.iter().all(|(other, _)| other != name));
-        let length = body.len().to_string();
-        if headers.iter().all(|(name, _)| *name != "content-length") {
-            all.push(("content-length", &length));
-        }
-        let all: String = all.iter().chain(headers).map(|(name, value)| format!("{name}: {value}\r\n")).collect();
-        write!(stream, "{method} {path} HTTP/1.1\r\n{all}\r\n{body}").unwrap();
-        Answer::head(BufReader::new(stream))
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.child), signal).unwrap();
-    }
-
-    fn exit_code(mut self) -> Option<i32> {
-        let end = Instant::now() + PATIENCE;
-        while Instant::now() < end {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                return status.code();
-            }
-            thread::sleep(Duration::from_millis(10));
-        }
-        panic!("it does not end");
-    }
-
-    fn metric(&self, name: &str) -> f64 {
-        let answer = self.ask("GET", "/metrics", "");
-        let line = answer.text.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{name}"));
-        line.rsplit_once(' ').unwrap().1.parse().unwrap()
-    }
-}
-
-impl Drop for Serving {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// An answer, of which the body may not be read yet.
-struct Answer {
-    status: u16,
-    headers: Vec<(String, String)>,
-    text: String,
-    from: BufReader<TcpStream>,
-}
-
-impl Answer {
-    fn head(mut from: BufReader<TcpStream>) -> Self {
-        let mut line = || {
-            let mut line = String::new();
-            from.read_line(&mut line).unwrap();
-            line.trim_end().to_owned()
-        };
-        let status = line().split(' ').nth(1).unwrap().parse().unwrap();
-        let headers = std::iter::from_fn(|| Some(line()).filter(|line| !line.is_empty()));
-        let headers = headers.map(|line| line.split_once(": ").map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap());
-        Self { status, headers: headers.collect(), text: String::new(), from }
-    }
-
-    fn header(&self, name: &str) -> Option<&str> {
-        self.headers.iter().find(|(header, _)| header == name).map(|(_, value)| value.as_str())
-    }
-
-    /// A chunk of the body; none is the last.
-    fn chunk(&mut self) -> Option<String> {
-        let mut size = String::new();
-        self.from.read_line(&mut size).unwrap();
-        let mut chunk = vec![0; usize::from_str_radix(size.trim_end(), 16).unwrap() + 2];
-        self.from.read_exact(&mut chunk).unwrap();
-        chunk.truncate(chunk.len() - 2);
-        Some(String::from_utf8(chunk).unwrap()).filter(|chunk| !chunk.is_empty())
-    }
-
-    fn rest(mut self) -> Self {
-        if self.header("transfer-encoding") == Some("chunked") {
-            while let Some(chunk) = self.chunk() {
-                self.text += &chunk;
-            }
-        } else {
-            self.from.read_to_string(&mut self.text).unwrap();
-        }
-        self
-    }
-
-    fn json(&self) -> Value {
-        serde_json::from_str(&self.text).unwrap_or_else(|e| panic!("{e}: {}", self.text))
-    }
-
-    /// The events of a stream but for its end.
-    fn events(&self) -> Vec<Value> {
-        assert_eq!(self.header("content-type"), Some("text/event-stream"), "{}", self.text);
-        let rest = self.text.strip_suffix("data: [DONE]\n\n").expect(&self.text);
-        let events = rest.split_terminator("\n\n").filter(|event| *event != ":");
-        events.map(|event| serde_json::from_str(event.strip_prefix("data: ").unwrap()).unwrap()).collect()
-    }
-}
+use serving::{Answer, FERRIS, PATIENCE, Serving};
 
 fn generate(arguments: &[&str]) -> String {
     let output = run(&[&["generate", FERRIS, "--max-new-tokens", "12"], arguments].concat());
     assert!(output.status.success(), "{}", stderr(&output));
     stdout(&output)
+}
+
+/// Whether a number is that one.
+fn is(number: f64, value: f64) -> bool {
+    (number - value).abs() < f64::EPSILON
 }
 
 fn text(choice: &Value) -> &str {
@@ -239,6 +107,21 @@ fn answers_are_those_of_generate() {
         streamed[usize::try_from(choice["index"].as_u64().unwrap()).unwrap()] += text(choice);
     }
     assert_eq!(streamed, expected);
+}
+
+#[test]
+fn examples_of_the_readme_are_answered() {
+    let readme = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
+    let serving = Serving::start(&[]);
+    let ready = serving.ready.replace(&serving.address, "127.0.0.1:8080");
+    assert!(readme.contains(&format!("\n> evenkeel serve {FERRIS}\n{ready}")), "{ready}");
+    let examples: Vec<_> = readme.lines().filter_map(|line| line.strip_prefix("curl http://127.0.0.1:8080")).collect();
+    assert!(examples.len() >= 3);
+    for example in examples {
+        let (path, body) = example.split_once(" -d ").unwrap();
+        let answer = serving.ask("POST", path, body.trim_matches('\''));
+        assert_eq!(answer.status, 200, "{example}: {}", answer.text);
+    }
 }
 
 #[test]
@@ -409,7 +292,8 @@ fn whoever_asks_before_the_model_is_there_is_told() {
 fn many_clients_get_what_each_would_alone() {
     let serving = Serving::start(&[]);
     let prompts = ["Ownership is", "A trait object", "fn main() {", "The borrow checker"];
-    let body = |at: usize| json!({"prompt": prompts[at % prompts.len()], "max_tokens": 8, "stream": at % 2 == 0});
+    let body =
+        |at: usize| json!({"prompt": prompts[at % prompts.len()], "max_tokens": 8, "stream": at.is_multiple_of(2)});
     let answered = |at: usize| {
         let answer = serving.post("/v1/completions", &body(at));
         match at % 2 {
@@ -453,6 +337,8 @@ fn a_client_that_leaves_is_worked_for_no_more() {
     let answer = serving.post("/v1/completions", &json!({"prompt": "fn", "max_tokens": 4}));
     assert_eq!(answer.status, 200, "{}", answer.text);
     assert!(start.elapsed() < PATIENCE / 2, "{:?}", start.elapsed());
+    let name = "vllm:request_success_total{model_name=\"ferris-7m\",finished_reason=\"abort\"}";
+    assert!(is(serving.metric(name), 2.0));
     while serving.ask("GET", "/plan", "").json()["pages_used"] != 0 {
         assert!(start.elapsed() < PATIENCE, "pages are not given back");
         thread::sleep(Duration::from_millis(10));
@@ -502,6 +388,24 @@ fn a_server_that_is_to_end_lets_requests_end() {
 }
 
 #[test]
+fn a_device_that_fails_ends_the_server() {
+    let Some(directory) = fake_cuda::directory() else { return };
+    let model = "tests/fixtures/parity/llama";
+    let mut command = evenkeel(&["serve", model, "--listen", "127.0.0.1:0", "--device-map", "cuda:0"]);
+    command.env("LD_LIBRARY_PATH", directory).env_remove("CUDA_VISIBLE_DEVICES");
+    // Beyond what the load launches, and what the kernels' first use does.
+    let settings = [("QUIET", "1"), ("DEVICES", "8GiB"), ("FAIL_LAUNCH", "1000")];
+    command.envs(settings.map(|(name, value)| (format!("FAKE_CUDA_{name}"), value)));
+    let serving = Serving::start_with(command);
+    let body = json!({"prompt": "t5 t6 t7", "max_tokens": 40, "ignore_eos": true});
+    let failed = (0..100).map(|_| serving.post("/v1/completions", &body)).find(|answer| answer.status != 200).unwrap();
+    assert_eq!(failed.status, 500, "{}", failed.text);
+    assert_eq!(failed.json()["error"]["type"], "server_error");
+    assert!(failed.text.contains("cuda:0"), "{}", failed.text);
+    assert_eq!(serving.exit_code(), Some(3));
+}
+
+#[test]
 fn metrics_are_prometheus_text() {
     let serving = Serving::start(&["--served-model-name", "a \"crab\"\\"]);
     let body = json!({"prompt": "Ownership is", "max_tokens": 4});
@@ -525,10 +429,8 @@ fn metrics_are_prometheus_text() {
         ("vllm:request_success_total{model_name=\"a \\\"crab\\\"\\\\\",finished_reason=\"length\"}", 1.0),
         ("vllm:time_to_first_token_seconds_count", 1.0),
         ("vllm:e2e_request_latency_seconds_count", 1.0),
-        ("vllm:num_requests_running", 0.0),
-        ("vllm:num_requests_waiting", 0.0),
     ] {
-        assert_eq!(serving.metric(name), value, "{name}");
+        assert!(is(serving.metric(name), value), "{name}");
     }
     assert!(serving.metric("evenkeel_device_planned_bytes{device=\"cpu\",purpose=\"weights\"}") > 0.0);
     assert!(serving.metric("evenkeel_device_measured_bytes{device=\"cpu\"}") > 0.0);

@@ -34,6 +34,10 @@ pub struct Arguments {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Answer the lines of a file, many at once.
+    Batch(Box<BatchArguments>),
+    /// Talk with a model on the terminal.
+    Chat(Box<ChatArguments>),
     /// Show the devices of this machine: GPUs, CPU and disk.
     Devices(DevicesArguments),
     /// Generate text behind a prompt.
@@ -56,6 +60,8 @@ impl Command {
     pub fn threads(&self) -> Option<NonZeroUsize> {
         match self {
             Self::Devices(_) | Self::Plan(_) | Self::Sandbox => None,
+            Self::Batch(arguments) => arguments.threads.threads,
+            Self::Chat(arguments) => arguments.threads.threads,
             Self::Generate(arguments) => arguments.threads.threads,
             Self::Perplexity(arguments) => arguments.threads.threads,
             Self::Quantize(arguments) => arguments.threads.threads,
@@ -310,6 +316,69 @@ pub struct SamplingArguments {
 }
 
 #[derive(Debug, Args)]
+pub struct ChatArguments {
+    #[command(flatten)]
+    pub model: ModelArguments,
+    /// What the model is told before all else.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, help_heading = "Conversation")]
+    pub system: Option<String>,
+    #[command(flatten)]
+    pub placement: PlacementArguments,
+    #[command(flatten)]
+    pub threads: ThreadsArguments,
+    #[command(flatten)]
+    pub sampling: SamplingArguments,
+}
+
+#[derive(Debug, Args)]
+#[expect(clippy::struct_excessive_bools, reason = "flags are independent of each other")]
+pub struct BatchArguments {
+    #[command(flatten)]
+    pub model: ModelArguments,
+    /// A file with a request a line, or `-` for standard input.
+    #[arg(long, value_name = "FILE", help_heading = "Lines")]
+    pub input: PathBuf,
+    /// `jsonl`: requests as in OpenAI's batch files (`custom_id`, `method`, `url`, `body`), or bodies with a `prompt` or
+    /// `messages`; `text`: a prompt a line.
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = InputFormat::Jsonl, help_heading = "Lines")]
+    pub input_format: InputFormat,
+    /// Put each line of a text into the model's chat template, as what the user says.
+    #[arg(long, help_heading = "Lines")]
+    pub chat: bool,
+    /// The file for an answer or an error a line, as they come, or `-` for standard output.
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub output: PathBuf,
+    /// Answer only lines that have no answer in the output yet, and write behind those that are there.
+    #[arg(long, conflicts_with = "force", help_heading = "Output")]
+    pub resume: bool,
+    /// Replace the output.
+    #[arg(long, help_heading = "Output")]
+    pub force: bool,
+    #[command(flatten)]
+    pub placement: PlacementArguments,
+    /// Sequences at once [default: as many as fit without leaving the GPUs for them, at most 64].
+    #[arg(long, value_name = "N", help_heading = "Placement")]
+    pub batch: Option<usize>,
+    /// As many sequences at once as fit, which is the default.
+    #[arg(long, conflicts_with = "batch", help_heading = "Placement")]
+    pub max_batch: bool,
+    /// What all sequences share to keep keys and values in, as `4GiB`; room for the context of each by default.
+    #[arg(long, value_name = "SIZE", help_heading = "Placement")]
+    pub kv_memory: Option<Bytes>,
+    #[command(flatten)]
+    pub threads: ThreadsArguments,
+    /// How lines are answered that say nothing of it.
+    #[command(flatten)]
+    pub sampling: SamplingArguments,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum InputFormat {
+    Jsonl,
+    Text,
+}
+
+#[derive(Debug, Args)]
 pub struct PerplexityArguments {
     #[command(flatten)]
     pub model: ModelArguments,
@@ -380,9 +449,12 @@ pub struct ServeArguments {
     pub model: ModelArguments,
     #[command(flatten)]
     pub placement: PlacementArguments,
-    /// Sequences at once.
-    #[arg(long, value_name = "N", default_value_t = 8, help_heading = "Placement")]
-    pub batch: usize,
+    /// Sequences at once [default: as many as fit without leaving the GPUs for them, at most 64].
+    #[arg(long, value_name = "N", help_heading = "Placement")]
+    pub batch: Option<usize>,
+    /// What all sequences share to keep keys and values in, as `4GiB`; room for the context of each by default.
+    #[arg(long, value_name = "SIZE", help_heading = "Placement")]
+    pub kv_memory: Option<Bytes>,
     #[command(flatten)]
     pub threads: ThreadsArguments,
     /// Where to listen; a port of 0 takes one that is free.

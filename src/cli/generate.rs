@@ -39,7 +39,7 @@ pub fn run(arguments: &GenerateArguments, process: &Process) -> Result<Exit> {
     } else {
         prompt
     };
-    let load = || model::load(&checkpoint, &options, &load_options, process);
+    let load = || model::load(&checkpoint, &options, None, &load_options, process);
     let mut model = match load() {
         Err(error) if error.kind() == ErrorKind::Shortfall && arguments.on_shortfall == OnShortfall::Replan => {
             printer.note(&format!("{error}; planning again with what is left"));
@@ -139,7 +139,7 @@ fn messages(arguments: &PromptArguments, prompt: String) -> Vec<Message> {
 
 impl SamplingArguments {
     /// What the user says, and of the rest what `other` has.
-    fn over(&self, other: &Sampling) -> Sampling {
+    pub fn over(&self, other: &Sampling) -> Sampling {
         Sampling {
             temperature: self.temperature.unwrap_or(other.temperature),
             top_k: self.top_k.or(other.top_k),

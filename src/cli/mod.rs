@@ -3,6 +3,8 @@
 //! Nothing outside this room prints, exits or reads the environment.
 
 mod args;
+mod batch;
+mod chat;
 mod command_line;
 mod devices;
 mod env;
@@ -39,6 +41,8 @@ pub struct PipeClosed;
 /// How a command that did not fail ends, with its exit code.
 pub enum Exit {
     Done = 0,
+    /// Some of the input was not as it must be.
+    BadInput = 1,
     /// The plan that it shows does not fit.
     DoesNotFit = 3,
     /// The user stopped it.
@@ -85,6 +89,8 @@ pub fn run() -> ExitCode {
     let process = Process { command_line: CommandLine::new(&matches), environment, printer, pool };
     signal::survive_size_limits();
     let outcome = match arguments.command {
+        Command::Batch(arguments) => batch::run(&arguments, &process),
+        Command::Chat(arguments) => chat::run(&arguments, &process),
         Command::Devices(arguments) => devices::run(&arguments, &process),
         Command::Generate(arguments) => generate::run(&arguments, &process),
         Command::Perplexity(arguments) => perplexity::run(&arguments, &process),

@@ -96,8 +96,18 @@ fn from_hub(arguments: &ModelArguments, _: Need, _: &Cancel, _: &Process) -> Res
         .hint("this build cannot reach the Hub: it was made without the feature `hub`"))
 }
 
-/// Plans for this machine as it is now, and loads by the plan.
-pub fn load(checkpoint: &Checkpoint, options: &PlanOptions, load: &LoadOptions, process: &Process) -> Result<Model> {
+/// The most sequences at once, where as many are wanted as fit.
+pub const MOST_SEQUENCES: usize = 64;
+
+/// Plans for this machine as it is now, and loads by the plan: for as many sequences as fit up to `largest`, where
+/// that is given and neither options nor map say it.
+pub fn load(
+    checkpoint: &Checkpoint,
+    options: &PlanOptions,
+    largest: Option<usize>,
+    load: &LoadOptions,
+    process: &Process,
+) -> Result<Model> {
     let budgets = || options.max_memory.iter().flatten().map(|(device, _)| device);
     let is_for_host = options.device_map.as_ref().is_some_and(|map| !map.names_gpus());
     let uses_gpus = !is_for_host || budgets().any(|device| device.is_gpu());
@@ -117,6 +127,11 @@ pub fn load(checkpoint: &Checkpoint, options: &PlanOptions, load: &LoadOptions, 
     inventory.faults().for_each(|fault| process.printer.note(&format!("warning: {fault}")));
     if options.strategy == Strategy::Fastest {
         inventory.measure_bandwidth(&options.pool);
+    }
+    let mut options = options.clone();
+    let is_open = options.batch.is_none() && options.device_map.as_ref().is_none_or(|map| map.batch.is_none());
+    if let Some(largest) = largest.filter(|_| is_open) {
+        options.batch = Plan::largest_batch(checkpoint, &inventory, &options, largest)?;
     }
     let plan = Plan::new(checkpoint, &inventory, options)?;
     if !plan.fits() {

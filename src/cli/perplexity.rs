@@ -115,7 +115,7 @@ impl Measurement<'_> {
     fn row(&self, options: &PlanOptions, comparison: Comparison) -> Result<Row> {
         let Self { checkpoint, load, process, .. } = self;
         let printer = &process.printer;
-        let mut model = model::load(checkpoint, options, load, process)?;
+        let mut model = model::load(checkpoint, options, None, load, process)?;
         let bar = progress::bar(printer, "scoring", self.tokens.len() as u64, TOKENS);
         let on_window = |tokens: usize| bar.set_position(tokens as u64);
         let measured = model.perplexity(&self.tokens, &self.windows, comparison, &load.cancel, on_window);

@@ -4,7 +4,7 @@ use super::args::{PlanArguments, PlanFormat};
 use super::command_line::CommandLine;
 use super::model::{self, Need};
 use super::{Exit, Process, signal};
-use evenkeel::{Cancel, Inventory, Plan, Result, write_atomic};
+use evenkeel::{Cancel, Inventory, MAX_BATCH, Plan, Result, write_atomic};
 
 pub fn run(arguments: &PlanArguments, process: &Process) -> Result<Exit> {
     let printer = &process.printer;
@@ -27,7 +27,7 @@ pub fn run(arguments: &PlanArguments, process: &Process) -> Result<Exit> {
         options.context = Plan::longest_context(&checkpoint, &inventory, &options)?.or(options.context);
     }
     if arguments.max_batch {
-        options.batch = Plan::largest_batch(&checkpoint, &inventory, &options)?.or(options.batch);
+        options.batch = Plan::largest_batch(&checkpoint, &inventory, &options, MAX_BATCH)?.or(options.batch);
     }
     let plan = Plan::new(&checkpoint, &inventory, &options)?;
     if let Some(file) = &arguments.output {

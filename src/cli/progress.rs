@@ -10,6 +10,8 @@ const REDRAWS: u8 = 10;
 
 /// How a bar shows bytes.
 pub const BYTES: &str = "{binary_bytes} of {binary_total_bytes}  {binary_bytes_per_sec}";
+/// How a bar shows lines.
+pub const LINES: &str = "{human_pos} of {human_len} lines";
 /// How a bar shows tokens.
 pub const TOKENS: &str = "{human_pos} of {human_len} tokens  {per_sec}";
 

@@ -7,7 +7,13 @@ use evenkeel::{Cancel, Error, Result};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::flag;
 
+/// What the first interrupt cancels.
 pub fn cancel_by_interrupt() -> Result<Cancel> {
+    interrupts().map(Cancel::from)
+}
+
+/// A flag that an interrupt sets; one that finds it set ends the process.
+pub fn interrupts() -> Result<Arc<AtomicBool>> {
     let interrupted = Arc::new(AtomicBool::new(false));
     // Under `nohup` the end of a terminal is no reason to stop.
     let hangup = (!is_ignored(SIGHUP)).then_some((SIGHUP, 129));
@@ -17,7 +23,7 @@ pub fn cancel_by_interrupt() -> Result<Cancel> {
             .and_then(|_| flag::register(signal, Arc::clone(&interrupted)))
             .map_err(not_handled)?;
     }
-    Ok(interrupted.into())
+    Ok(interrupted)
 }
 
 /// Whether the process is asked to end, as a service is, rather than interrupted.

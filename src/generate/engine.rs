@@ -7,7 +7,7 @@ use std::thread;
 use std::time::Instant;
 
 use super::output::Output;
-use super::{GenerateOptions, GenerateReport, Piece};
+use super::{Finish, GenerateOptions, GenerateReport, Piece};
 use crate::cancel::Cancel;
 use crate::engine::{Constraint, EngineState, Sequence, Stepped};
 use crate::error::{Error, ErrorKind, Result};
@@ -53,16 +53,32 @@ pub enum Event {
     Failed(Error),
 }
 
-type OnEvent = Box<dyn FnMut(Event) + Send>;
-type Received = (Request, OnEvent, Ticket);
+/// Who is told of a request: of its end in any case.
+struct Listener {
+    on_event: Box<dyn FnMut(Event) + Send>,
+    /// Requests that are open, of which this is one.
+    open: Arc<AtomicUsize>,
+    is_over: bool,
+}
 
-/// A request that counts until this is dropped.
-struct Ticket(Arc<AtomicUsize>);
-
-impl Drop for Ticket {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+impl Listener {
+    fn tell(&mut self, event: Event) {
+        self.is_over |= !matches!(event, Event::Piece(_));
+        (self.on_event)(event);
     }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if !self.is_over {
+            self.tell(Event::Failed(over()));
+        }
+        self.open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn over() -> Error {
+    Error::device("the engine takes no more requests")
 }
 
 /// A model that answers requests in a thread of its own. Clones are one and the same; once all of them are dropped,
@@ -70,7 +86,7 @@ impl Drop for Ticket {
 #[derive(Clone)]
 pub struct Engine {
     shared: Arc<Shared>,
-    requests: Arc<Mutex<Option<Sender<Received>>>>,
+    requests: Arc<Mutex<Option<Sender<(Request, Listener)>>>>,
 }
 
 struct Shared {
@@ -98,19 +114,29 @@ impl Model {
             report: self.report.clone(),
             tokenizer: Arc::clone(&self.tokenizer),
             max_waiting: options.max_waiting,
-            state: Mutex::default(),
+            state: Mutex::new(self.core.state()),
             open: Arc::default(),
             end: Mutex::new(None),
             ended: Condvar::new(),
         });
         let of_thread = Arc::clone(&shared);
         let run = move || {
-            let end = run(self, &received, &of_thread);
-            *lock(&of_thread.end) = Some(end);
-            of_thread.ended.notify_all();
+            let end = End(of_thread);
+            let result = run(self, &received, &end.0);
+            lock(&end.0.end).get_or_insert(result);
         };
         thread::Builder::new().name("evenkeel-engine".to_owned()).spawn(run).map_err(Error::no_thread)?;
         Ok(Engine { shared, requests: Arc::new(Mutex::new(Some(requests))) })
+    }
+}
+
+/// Says that an engine has ended, even if it panicked.
+struct End(Arc<Shared>);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        lock(&self.0.end).get_or_insert_with(|| Err(Error::device("the engine has panicked, which is a bug")));
+        self.0.ended.notify_all();
     }
 }
 
@@ -118,31 +144,26 @@ impl Model {
 struct Open {
     id: u64,
     output: Output,
-    on_event: OnEvent,
+    listener: Listener,
     /// When it came, then when its last token did.
     since: Instant,
-    _ticket: Ticket,
 }
 
 impl Open {
     fn end(mut self, tokenizer: &Tokenizer) {
         let event = match self.output.rest(tokenizer) {
             Ok(rest) => {
-                rest.into_iter().for_each(|piece| (self.on_event)(Event::Piece(piece)));
+                rest.into_iter().for_each(|piece| self.listener.tell(Event::Piece(piece)));
                 Event::Done(self.output.report)
             }
             Err(error) => Event::Failed(error),
         };
-        (self.on_event)(event);
-    }
-
-    fn fail(mut self, error: Error) {
-        (self.on_event)(Event::Failed(error));
+        self.listener.tell(event);
     }
 }
 
 /// Answers requests until there are no more to come, or a device fails.
-fn run(mut model: Model, received: &Receiver<Received>, shared: &Shared) -> Result<()> {
+fn run(mut model: Model, received: &Receiver<(Request, Listener)>, shared: &Shared) -> Result<()> {
     let mut open: Vec<Open> = Vec::new();
     let failed = loop {
         if !take(&mut model, received, &mut open) && open.is_empty() {
@@ -152,68 +173,69 @@ fn run(mut model: Model, received: &Receiver<Received>, shared: &Shared) -> Resu
         open = others;
         for one in cancelled {
             model.core.remove(one.id);
+            *lock(&shared.state) = model.core.state();
             one.end(&model.tokenizer);
         }
         match model.core.step() {
-            Ok(stepped) => stepped.into_iter().for_each(|stepped| tell(&mut model, &mut open, stepped)),
+            Ok(stepped) => stepped.into_iter().for_each(|stepped| tell(&mut model, &mut open, shared, stepped)),
             Err(error) => break error,
         }
         *lock(&shared.state) = model.core.state();
     };
-    let again = || Error::new(failed.kind(), failed.to_string());
-    open.into_iter().for_each(|open| open.fail(again()));
-    while let Ok((_, mut on_event, _ticket)) = received.try_recv() {
-        on_event(Event::Failed(again()));
+    let waiting = received.try_iter().map(|(_, listener)| listener);
+    for mut listener in open.into_iter().map(|open| open.listener).chain(waiting) {
+        listener.tell(Event::Failed(Error::new(failed.kind(), failed.to_string())));
     }
     Err(failed)
 }
 
 /// Takes requests that have come, or waits for one where there is nothing else to do. Whether more can come.
-fn take(model: &mut Model, received: &Receiver<Received>, open: &mut Vec<Open>) -> bool {
+fn take(model: &mut Model, received: &Receiver<(Request, Listener)>, open: &mut Vec<Open>) -> bool {
     loop {
         let next =
             if open.is_empty() { received.recv().map_err(|_| TryRecvError::Disconnected) } else { received.try_recv() };
-        let (Request { prompt, options, logprobs, constraint }, mut on_event, ticket) = match next {
+        let (Request { prompt, options, logprobs, constraint }, mut listener) = match next {
             Ok(request) => request,
             Err(error) => return error == TryRecvError::Empty,
         };
         let most = options.max_new_tokens.unwrap_or(model.plan.context);
         let sequence = Sequence::new(&prompt, most, &options.sampling).with_logprobs(logprobs).within(constraint);
+        let mut output = Output::new(&prompt, options);
+        if most == 0 {
+            output.report.finish = Finish::MaxNewTokens;
+            listener.tell(Event::Done(output.report));
+            continue;
+        }
         match model.core.add(sequence) {
-            Ok(id) => open.push(Open {
-                id,
-                output: Output::new(&prompt, options),
-                on_event,
-                since: Instant::now(),
-                _ticket: ticket,
-            }),
-            Err(error) => on_event(Event::Failed(error)),
+            Ok(id) => open.push(Open { id, output, listener, since: Instant::now() }),
+            Err(error) => listener.tell(Event::Failed(error)),
         }
     }
 }
 
 /// Tells a request of its token, and ends it where that is the last one.
-fn tell(model: &mut Model, open: &mut Vec<Open>, Stepped { id, token }: Stepped) {
+fn tell(model: &mut Model, open: &mut Vec<Open>, shared: &Shared, Stepped { id, token }: Stepped) {
     let Some(at) = open.iter().position(|open| open.id == id) else { return };
-    let Open { output, on_event, since, .. } = &mut open[at];
+    let Open { output, listener, since, .. } = &mut open[at];
     let now = Instant::now();
     let report = &mut output.report;
     let seconds = if report.generated_tokens == 0 { &mut report.prefill_seconds } else { &mut report.decode_seconds };
     *seconds += (now - *since).as_secs_f64();
     *since = now;
     let taken = token.and_then(|token| output.take(token, &model.tokenizer, &model.eos_token_ids, model.plan.context));
+    if let Ok((piece, false)) = taken {
+        return listener.tell(Event::Piece(piece));
+    }
+    // Whoever hears of the end finds that the room is free.
+    model.core.remove(id);
+    *lock(&shared.state) = model.core.state();
+    let mut one = open.remove(at);
     match taken {
-        Ok((piece, is_over)) => {
-            on_event(Event::Piece(piece));
-            if is_over {
-                model.core.remove(id);
-                open.remove(at).end(&model.tokenizer);
-            }
+        Ok((piece, _)) => {
+            one.listener.tell(Event::Piece(piece));
+            one.end(&model.tokenizer);
         }
-        Err(error) => {
-            model.core.remove(id);
-            open.remove(at).fail(error);
-        }
+        Err(error) => one.listener.tell(Event::Failed(error)),
     }
 }
 
@@ -225,14 +247,19 @@ impl Engine {
     pub fn submit(&self, request: Request, on_event: impl FnMut(Event) + Send + 'static) -> Result<()> {
         let Shared { plan, open, max_waiting, .. } = &*self.shared;
         request.options.check(&request.prompt, plan)?;
+        let requests = lock(&self.requests);
+        let to = requests.as_ref().ok_or_else(over)?;
         let waiting = open.fetch_add(1, Ordering::Relaxed).saturating_sub(plan.batch);
-        let ticket = Ticket(Arc::clone(open));
+        // One that is refused is told here alone.
+        let mut listener = Listener { on_event: Box::new(on_event), open: Arc::clone(open), is_over: true };
         if waiting >= *max_waiting {
             return Err(Error::new(ErrorKind::Busy, format!("{waiting} requests wait already")));
         }
-        let over = || Error::device("the engine takes no more requests");
-        let requests = lock(&self.requests);
-        requests.as_ref().ok_or_else(over)?.send((request, Box::new(on_event), ticket)).map_err(|_| over())
+        listener.is_over = false;
+        to.send((request, listener)).map_err(|mpsc::SendError((_, mut listener))| {
+            listener.is_over = true;
+            over()
+        })
     }
 
     /// Generates behind a prompt; the answer ends where it is dropped.

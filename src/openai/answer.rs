@@ -114,7 +114,7 @@ impl Writer {
             }
         }
         if self.include_usage && self.is_over() {
-            let mut last = self.object(true, Vec::new());
+            let mut last = self.object(true, &[]);
             last["usage"] = self.usage();
             chunks.push(last);
         }
@@ -140,7 +140,8 @@ impl Writer {
             };
             self.choice(index, name, text, self.logprobs(&choice.logprobs))
         };
-        let mut answer = self.object(false, self.choices.iter().enumerate().map(choice).collect());
+        let choices: Vec<_> = self.choices.iter().enumerate().map(choice).collect();
+        let mut answer = self.object(false, &choices);
         answer["usage"] = self.usage();
         answer
     }
@@ -157,7 +158,7 @@ impl Writer {
         Ok(())
     }
 
-    fn object(&self, is_chunk: bool, choices: Vec<Value>) -> Value {
+    fn object(&self, is_chunk: bool, choices: &[Value]) -> Value {
         let object = match (self.form, is_chunk) {
             (Form::Chat, false) => "chat.completion",
             (Form::Chat, true) => "chat.completion.chunk",
@@ -174,7 +175,7 @@ impl Writer {
 
     fn chunk(&self, index: usize, part: Value, logprobs: Option<Value>) -> Value {
         let name = if self.form == Form::Chat { "delta" } else { "text" };
-        let mut chunk = self.object(true, vec![self.choice(index, name, part, logprobs)]);
+        let mut chunk = self.object(true, &[self.choice(index, name, part, logprobs)]);
         if self.include_usage {
             chunk["usage"] = Value::Null;
         }
@@ -183,7 +184,10 @@ impl Writer {
 
     fn choice(&self, index: usize, name: &str, part: Value, logprobs: Option<Value>) -> Value {
         let finish = self.choices[index].finish.map(finish_reason);
-        json!({"index": index, name: part, "logprobs": logprobs, "finish_reason": finish})
+        let mut choice = json!({"index": index, name: null, "logprobs": null, "finish_reason": finish});
+        choice[name] = part;
+        choice["logprobs"] = logprobs.unwrap_or_default();
+        choice
     }
 
     fn usage(&self) -> Value {

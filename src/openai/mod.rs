@@ -5,6 +5,7 @@ mod answer;
 mod body;
 mod failure;
 mod grammar;
+mod lines;
 mod prompt;
 #[cfg(test)]
 mod tests;
@@ -26,6 +27,7 @@ use prompt::Prompt;
 
 pub use answer::{Writer, finish_reason};
 pub use failure::{BadField, Failure};
+pub use lines::{Line, answered, failed};
 
 /// Bytes of text that a token stands for at most, so that a text which cannot fit is not made tokens of.
 const LONGEST_TOKEN: usize = 256;
@@ -47,8 +49,10 @@ pub struct Api {
     /// Or why there is none.
     template: Result<ChatTemplate, String>,
     sandbox: Sandbox,
-    sampling: Sampling,
-    max_new_tokens: Option<usize>,
+    /// What a body leaves open.
+    usual: GenerateOptions,
+    /// Whether the seed is as usual too, and not each its own.
+    is_seeded: bool,
     eos_token_ids: Vec<u32>,
     vocab_size: usize,
     grammars: OnceLock<Grammars>,
@@ -81,8 +85,12 @@ impl Api {
             created: now(),
             template: template.map_err(|error| failure::told(&error)),
             sandbox,
-            sampling: Sampling::of_model(config),
-            max_new_tokens: config.generation.max_new_tokens,
+            usual: GenerateOptions {
+                sampling: Sampling::of_model(config),
+                max_new_tokens: config.generation.max_new_tokens,
+                ..GenerateOptions::default()
+            },
+            is_seeded: false,
             eos_token_ids: config.eos_token_ids.clone(),
             vocab_size: config.vocab_size,
             grammars: OnceLock::new(),
@@ -97,6 +105,12 @@ impl Api {
     /// What answers.
     pub fn engine(&self) -> &Engine {
         &self.engine
+    }
+
+    /// Answers as `usual` says what a body leaves open.
+    #[must_use]
+    pub fn with_usual(self, usual: GenerateOptions) -> Self {
+        Self { usual, is_seeded: true, ..self }
     }
 
     /// The model as an element of `/v1/models`.
@@ -120,17 +134,19 @@ impl Api {
         let prompts = self.prompts(&body.subject)?;
         let bytes = body.logprobs.map(|_| self.engine.tokenizer().token_bytes()).transpose()?;
         let grammar = self.grammar(body.schema.as_ref())?;
-        let seed = body.seed.unwrap_or_else(fresh);
+        let Self { usual, is_seeded, .. } = self;
+        let ignore_eos = body.ignore_eos || usual.ignore_eos;
+        let seed = body.seed.unwrap_or_else(|| if *is_seeded { usual.sampling.seed } else { fresh() });
         let cancel = Cancel::new();
         let mut requests = Vec::new();
         for prompt in &prompts {
             let room = plan.context.saturating_sub(prompt.len()).max(1);
-            let usual = self.max_new_tokens.or(body.usual_tokens).map_or(room, |usual| usual.min(room));
+            let wanted = usual.max_new_tokens.or(body.usual_tokens).map_or(room, |usual| usual.min(room));
             let options = GenerateOptions {
-                sampling: body.sampling(&self.sampling),
-                max_new_tokens: Some(body.max_tokens.unwrap_or(usual)),
-                stop: body.stop.clone(),
-                ignore_eos: body.ignore_eos,
+                sampling: body.sampling(&usual.sampling),
+                max_new_tokens: Some(body.max_tokens.unwrap_or(wanted)),
+                stop: if body.stop.is_empty() { usual.stop.clone() } else { body.stop.clone() },
+                ignore_eos,
                 cancel: cancel.clone(),
             };
             // Before there is one for each choice.
@@ -147,7 +163,7 @@ impl Api {
             }
         }
         let prompt_tokens = prompts.iter().map(Vec::len).sum();
-        let ends = if body.ignore_eos { &[][..] } else { &self.eos_token_ids };
+        let ends = if ignore_eos { &[][..] } else { &self.eos_token_ids };
         let writer =
             Writer::new(form, &self.name, requests.len(), prompt_tokens, bytes, ends).with_usage(body.include_usage);
         Ok(Call { requests, writer, stream: body.stream, cancel })

@@ -52,12 +52,11 @@ impl<'de> Visitor<'de> for Prompting {
             }
             Some(Element::Prompt(first)) => {
                 let mut prompts = vec![first];
-                while let Some(Element::Prompt(prompt)) = elements.next_element()? {
-                    prompts.push(prompt);
-                }
-                // What is left stands behind a token.
-                if elements.next_element::<IgnoredAny>()?.is_some() {
-                    return Err(A::Error::custom("a token, where a prompt is expected"));
+                while let Some(element) = elements.next_element()? {
+                    match element {
+                        Element::Prompt(prompt) => prompts.push(prompt),
+                        Element::Token(_) => return Err(A::Error::custom("a token, where a prompt is expected")),
+                    }
                 }
                 Ok(Prompts(prompts))
             }

@@ -208,7 +208,9 @@ fn told(form: Form) -> (Writer, Vec<Event>) {
 #[test]
 fn a_whole_answer_has_all() {
     let (mut writer, events) = told(Form::Chat);
-    events.into_iter().for_each(|event| writer.collect(0, event).unwrap());
+    for event in events {
+        writer.collect(0, event).unwrap();
+    }
     let answer = writer.answer();
     assert_eq!(answer["object"], "chat.completion");
     let choice = &answer["choices"][0];
@@ -226,7 +228,9 @@ fn a_whole_answer_has_all() {
     assert_eq!(content[1]["top_logprobs"][1]["logprob"], -9999.0);
 
     let (mut writer, events) = told(Form::Text);
-    events.into_iter().for_each(|event| writer.collect(0, event).unwrap());
+    for event in events {
+        writer.collect(0, event).unwrap();
+    }
     let answer = writer.answer();
     assert_eq!((&answer["object"], &answer["choices"][0]["text"]), (&json!("text_completion"), &json!(" aé")));
     let logprobs = &answer["choices"][0]["logprobs"];

@@ -181,14 +181,15 @@ impl Plan {
         largest(checkpoint, inventory, options, longest, |options, tokens| options.context = Some(tokens))
     }
 
-    /// The most sequences at once that fit, with no more modules off the GPUs
+    /// The most sequences at once that fit, up to `most`, with no more modules off the GPUs
     /// than one needs; `None` where not even one fits.
     pub fn largest_batch(
         checkpoint: &Checkpoint,
         inventory: &Inventory,
         options: &PlanOptions,
+        most: usize,
     ) -> Result<Option<usize>> {
-        largest(checkpoint, inventory, options, MAX_BATCH, |options, batch| options.batch = Some(batch))
+        largest(checkpoint, inventory, options, most.clamp(1, MAX_BATCH), |options, batch| options.batch = Some(batch))
     }
 
     /// Whether every device has room for what the plan puts there.

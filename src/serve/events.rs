@@ -81,6 +81,9 @@ impl Listening {
 impl Drop for Listening {
     fn drop(&mut self) {
         self.cancel.cancel();
+        if !self.writer.is_over() {
+            self.shared.metrics.broken_off();
+        }
     }
 }
 

@@ -70,6 +70,11 @@ impl Metrics {
         }
     }
 
+    /// A request has ended without an answer.
+    pub fn broken_off(&self) {
+        *lock(&self.0).finished.entry("abort").or_default() += 1;
+    }
+
     /// All that is known, as text.
     pub fn text(&self, api: &Api) -> String {
         let (engine, state) = (api.engine(), api.engine().state());

@@ -23,7 +23,7 @@ pub struct Tokenizer {
 
 enum Runs {
     Here(Box<Parsed>),
-    Apart(Mutex<Apart>),
+    Apart(Box<Mutex<Apart>>),
 }
 
 /// A process that can be started again.
@@ -56,7 +56,7 @@ pub struct Opening(Begun);
 
 enum Begun {
     Here(JoinHandle<Result<Tokenizer>>),
-    Apart(Box<Apart>, usize),
+    Apart(Apart, usize),
     Done(Result<Tokenizer>),
 }
 
@@ -88,7 +88,7 @@ impl Tokenizer {
             let thread = thread.map_err(|e| Error::device("no thread can be started").caused_by(e))?;
             return Ok(Opening(Begun::Here(thread)));
         };
-        Ok(Opening(Begun::Apart(Box::new(Apart::start(sandbox.clone(), directory)?), vocab_size)))
+        Ok(Opening(Begun::Apart(Apart::start(sandbox.clone(), directory)?, vocab_size)))
     }
 
     /// The ids of `text`; with `special`, what the tokenizer puts around a text (such as a start token) too.
@@ -192,7 +192,7 @@ impl Opening {
             Begun::Here(thread) => thread.join().unwrap_or_else(|_| Err(Error::input("the tokenizer cannot be read"))),
             Begun::Apart(mut apart, vocab_size) => match apart.cell.receive()? {
                 Answer::Opened { byte_ids, seconds } => {
-                    let runs = Runs::Apart(Mutex::new(*apart));
+                    let runs = Runs::Apart(Box::new(Mutex::new(apart)));
                     Ok(Tokenizer { runs, vocab_size, byte_ids, bytes: Mutex::default(), seconds })
                 }
                 _ => Err(unexpected()),
