@@ -193,8 +193,7 @@ impl EngineCore {
             return Ok(Begun { ids, chosen: Some(Vec::new()) });
         }
         let is_whole = scheduled.iter().all(|next| next.tokens.len() == 1) && sampled.len() == running.len();
-        let is_for_host =
-            sampled.iter().any(|at| running[*at].is_for_host()) || !self.pipeline.can_choose() || sampled.len() > 1;
+        let is_for_host = sampled.iter().any(|at| running[*at].is_for_host()) || !self.pipeline.can_choose();
         if is_for_host {
             // What is chosen here, the device does not see.
             for at in &sampled {

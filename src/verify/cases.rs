@@ -248,7 +248,7 @@ impl<'a> Choices<'a> {
             region.clear().map(|()| region)
         };
         let (scratch, seen) = (cleared(needed.scratch)?, cleared(needed.seen)?);
-        Ok(Self { gpu, scratch, seen, chosen: buffer(gpu, CudaChoice::CHOSEN)? })
+        Ok(Self { gpu, scratch, seen, chosen: buffer(gpu, 3 * WORD)? })
     }
 
     /// Marks tokens as those that occurred.
@@ -263,7 +263,7 @@ impl<'a> Choices<'a> {
     /// The token, and whether all logits are finite.
     pub fn choose(&self, choice: &Choice, softcap: f32, logits: &[f32], uniform: u32) -> Result<Chosen> {
         self.chosen.part(2 * WORD, WORD).fill(uniform)?;
-        let at = Choosing { scratch: &self.scratch, seen: &self.seen, chosen: &self.chosen };
+        let at = Choosing { scratch: &self.scratch, seen: &self.seen, chosen: &self.chosen, stride: 1 };
         self.gpu.choose(choice, softcap, &floats(self.gpu, logits)?, logits.len(), &at)?;
         let mut words = [0u32; 3];
         self.chosen.read(bytemuck::must_cast_slice_mut(&mut words))?;
@@ -278,7 +278,9 @@ pub fn choice(gpu: &Arc<Gpu>, choice: &Choice, count: usize) -> Result<()> {
     for uniform in [1, 1 << 31, u32::MAX - 1, u32::MAX / 3] {
         choices.mark(&seen)?;
         let ours = choices.choose(choice, 0.0, &logits, uniform)?;
-        let host = Chooser::new(*choice, &seen).choose(&mut logits.clone(), uniform);
+        let (chooser, mut penalized) = (Chooser::new(*choice, &seen), logits.clone());
+        chooser.penalize(&mut penalized);
+        let host = chooser.choose(&mut penalized, uniform);
         equal(&format!("{choice:?} of {count} logits"), &[ours], &[host])?;
     }
     Ok(())

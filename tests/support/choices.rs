@@ -19,7 +19,7 @@ struct OnGpu<'a> {
 impl<'a> OnGpu<'a> {
     fn new(gpu: &'a Arc<Gpu>, count: usize) -> Self {
         let needed = CudaChoice::new(count);
-        let [scratch, seen, chosen] = [needed.scratch, needed.seen, CudaChoice::CHOSEN].map(|len| buffer(gpu, len));
+        let [scratch, seen, chosen] = [needed.scratch, needed.seen, 12].map(|len| buffer(gpu, len));
         scratch.clear().unwrap();
         seen.clear().unwrap();
         Self { gpu, scratch, seen, chosen }
@@ -36,7 +36,7 @@ impl<'a> OnGpu<'a> {
     /// The token, and whether all logits are finite.
     fn choose(&self, choice: &Choice, softcap: f32, logits: &Region, uniform: u32) -> (usize, bool) {
         self.chosen.part(8, 4).fill(uniform).unwrap();
-        let choosing = Choosing { scratch: &self.scratch, seen: &self.seen, chosen: &self.chosen };
+        let choosing = Choosing { scratch: &self.scratch, seen: &self.seen, chosen: &self.chosen, stride: 1 };
         self.gpu.choose(choice, softcap, logits, logits.len() / 4, &choosing).unwrap();
         let mut words = [0u32; 3];
         self.chosen.read(bytemuck::cast_slice_mut(&mut words)).unwrap();
@@ -171,7 +171,9 @@ pub fn a_token_is_drawn_as_the_reference_draws_it(gpu: &Arc<Gpu>) {
                     on_gpu.mark(&seen);
                     let (token, _) = on_gpu.choose(&choice, softcap, &floats(gpu, &logits), uniform);
                     let exact = drawn(&weights, uniform);
-                    let on_host = Chooser::new(choice, &ids).choose(&mut capped.clone(), uniform);
+                    let (chooser, mut penalized) = (Chooser::new(choice, &ids), capped.clone());
+                    chooser.penalize(&mut penalized);
+                    let on_host = chooser.choose(&mut penalized, uniform);
                     assert_eq!(
                         [token, on_host.token as usize],
                         [exact; 2],
