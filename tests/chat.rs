@@ -49,7 +49,7 @@ fn commands_do_what_they_say() {
     ] {
         assert!(told.contains(part), "{part}: {told}");
     }
-    assert!(told.contains("error: `") && told.contains("said.json` exists"), "{told}");
+    assert!(told.contains("error: `") && told.contains("said.json` is there already"), "{told}");
     let said: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
     let answer = stdout(&output).strip_suffix('\n').unwrap().to_owned();
     let wanted = json!([

@@ -141,6 +141,7 @@ impl Chat<'_> {
                 self.held = 0;
             }
             "/save" if rest.is_empty() => return Err(Error::usage("`/save` needs a file")),
+            "/save" if Path::new(rest).exists() => return Err(Error::usage(format!("`{rest}` is there already"))),
             "/save" => {
                 let system = self.system.iter().map(|text| Message::new("system", text));
                 let all: Vec<_> = system.chain(self.said.iter().cloned()).collect();
