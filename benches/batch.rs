@@ -3,6 +3,7 @@
 //! `cargo bench --bench batch` measures a synthetic 1B in int4, which it leaves in `target/synthetic-1b`;
 //! `cargo bench --bench batch -- 4` with so many threads. `cargo test --bench batch` runs everything once on small
 //! shapes.
+#![expect(clippy::print_stdout, reason = "a report")]
 
 #[path = "support/synthetic.rs"]
 mod synthetic;

@@ -1,4 +1,5 @@
 //! Several threads ask one model: `cargo run --example engine -- tests/fixtures/ferris-7m`.
+#![expect(clippy::print_stdout, reason = "an example shows what it does")]
 
 use evenkeel::{Checkpoint, EngineOptions, GenerateOptions, Inventory, LoadOptions, Plan, PlanOptions, Result, Sampling};
 
