@@ -624,7 +624,7 @@ fn a_seed_gives_the_same_tokens_on_a_gpu_and_on_the_cpu() {
 fn chosen_together(model: &mut Model, texts: &[(usize, Vec<u32>, Sampling)], steps: usize) -> Vec<Vec<u32>> {
     let extent = extent_of(&model.plan);
     let each = extent.pages / extent.sequences;
-    let page = |slot: usize, at: usize| (extent.pages - 1 - (at * extent.sequences + slot)) as u32;
+    let page = |slot: usize, at: usize| u32::try_from(extent.pages - 1 - (at * extent.sequences + slot)).unwrap();
     let pages: Vec<Vec<u32>> = texts.iter().map(|(slot, ..)| (0..each).map(|at| page(*slot, at)).collect()).collect();
     let mut draws: Vec<_> = texts.iter().map(|(.., sampling)| Draws::new(sampling.seed)).collect();
     let runs = |tokens: &dyn Fn(usize) -> (usize, usize)| -> Vec<Run> {
@@ -652,8 +652,8 @@ fn chosen_together(model: &mut Model, texts: &[(usize, Vec<u32>, Sampling)], ste
     let mut tokens = vec![Vec::new(); texts.len()];
     for step in 0..=steps {
         if step < steps {
-            let drawn: Vec<u32> = draws.iter_mut().map(Draws::draw).collect();
-            chooser.step(None, &runs(&|at| (texts[at].1.len() + step, 1)), &drawn).unwrap();
+            let numbers: Vec<u32> = draws.iter_mut().map(Draws::draw).collect();
+            chooser.step(None, &runs(&|at| (texts[at].1.len() + step, 1)), &numbers).unwrap();
         }
         for (tokens, chosen) in tokens.iter_mut().zip(chooser.chosen().unwrap()) {
             assert!(chosen.is_finite);
@@ -693,7 +693,7 @@ fn several_sequences_are_chosen_for_as_each_alone() {
         for mixed in [false, true].into_iter().take(if rows > 3 { 1 } else { 2 }) {
             let text = |at: usize| {
                 let length = if rows > 3 { 5 + at % 3 } else { 62 - 20 * at };
-                let prompt = (1..=length).map(|token| (token * (at + 2) % 50) as u32).collect();
+                let prompt = (1..=length).map(|token| u32::try_from(token * (at + 2) % 50).unwrap()).collect();
                 (batch - 1 - at, prompt, samplings()[if mixed { at % 3 } else { 0 }].clone())
             };
             let texts: Vec<_> = (0..rows).map(text).collect();
