@@ -12,6 +12,7 @@ use evenkeel::backend::{Chooser, Draws, Run};
 use evenkeel::bytes::Bytes;
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device::{DeviceError, DeviceId};
+use evenkeel::engine::Sequence;
 use evenkeel::error::Setting;
 use evenkeel::export::{DEFAULT_SHARD_SIZE, SaveFormat, SaveOptions, save_quantized};
 use evenkeel::footprint::{self, Extent};
@@ -623,7 +624,7 @@ fn a_seed_gives_the_same_tokens_on_a_gpu_and_on_the_cpu() {
 fn chosen_together(model: &mut Model, texts: &[(usize, Vec<u32>, Sampling)], steps: usize) -> Vec<Vec<u32>> {
     let extent = extent_of(&model.plan);
     let each = extent.pages / extent.sequences;
-    let page = |slot: usize, at: usize| (extent.pages - 1 - (at * extent.sequences + slot)) as u32;
+    let page = |slot: usize, at: usize| u32::try_from(extent.pages - 1 - (at * extent.sequences + slot)).unwrap();
     let pages: Vec<Vec<u32>> = texts.iter().map(|(slot, ..)| (0..each).map(|at| page(*slot, at)).collect()).collect();
     let mut draws: Vec<_> = texts.iter().map(|(.., sampling)| Draws::new(sampling.seed)).collect();
     let runs = |tokens: &dyn Fn(usize) -> (usize, usize)| -> Vec<Run> {
@@ -651,8 +652,8 @@ fn chosen_together(model: &mut Model, texts: &[(usize, Vec<u32>, Sampling)], ste
     let mut tokens = vec![Vec::new(); texts.len()];
     for step in 0..=steps {
         if step < steps {
-            let drawn: Vec<u32> = draws.iter_mut().map(Draws::draw).collect();
-            chooser.step(None, &runs(&|at| (texts[at].1.len() + step, 1)), &drawn).unwrap();
+            let numbers: Vec<u32> = draws.iter_mut().map(Draws::draw).collect();
+            chooser.step(None, &runs(&|at| (texts[at].1.len() + step, 1)), &numbers).unwrap();
         }
         for (tokens, chosen) in tokens.iter_mut().zip(chooser.chosen().unwrap()) {
             assert!(chosen.is_finite);
@@ -692,7 +693,7 @@ fn several_sequences_are_chosen_for_as_each_alone() {
         for mixed in [false, true].into_iter().take(if rows > 3 { 1 } else { 2 }) {
             let text = |at: usize| {
                 let length = if rows > 3 { 5 + at % 3 } else { 62 - 20 * at };
-                let prompt = (1..=length).map(|token| (token * (at + 2) % 50) as u32).collect();
+                let prompt = (1..=length).map(|token| u32::try_from(token * (at + 2) % 50).unwrap()).collect();
                 (batch - 1 - at, prompt, samplings()[if mixed { at % 3 } else { 0 }].clone())
             };
             let texts: Vec<_> = (0..rows).map(text).collect();
@@ -709,6 +710,43 @@ fn several_sequences_are_chosen_for_as_each_alone() {
         }
     }
     fake.set("GRAPHS", "1");
+    assert_nothing_left(fake, "sequences");
+}
+
+#[test]
+fn sequences_that_an_engine_runs_on_a_gpu_are_what_they_are_alone() {
+    const NEW: usize = 8;
+    let Some((fake, _turn)) = fake_cuda::load(GPUS) else { return };
+    for (name, devices) in
+        [("parity/llama", &["cuda:0"][..]), ("parity/gemma2", &["cuda:0", "cuda:1"]), ("parity/qwen3_moe", &["cuda:0"])]
+    {
+        let checkpoint = Checkpoint::open(fixture(name)).unwrap();
+        let options = PlanOptions { batch: Some(3), ..options(Scheme::None, &map(&checkpoint, devices), Some(128)) };
+        let mut model = load(&Plan::new(&checkpoint, &machine(), options).unwrap(), true).unwrap();
+        // More than there are places for, some longer than a page.
+        let text = |at: u32| (1..=3 + 17 * at).map(|token| token * (at + 2) % 50).collect::<Vec<u32>>();
+        let texts: Vec<_> = (0..6).map(text).collect();
+        let options = GenerateOptions { max_new_tokens: Some(NEW), ignore_eos: true, ..GenerateOptions::default() };
+        let mut alone = |text: &Vec<u32>| -> Vec<u32> {
+            let generation = model.generate_from(text, options.clone()).unwrap();
+            generation.filter_map(|piece| piece.unwrap().token).collect()
+        };
+        let alone: Vec<_> = texts.iter().map(&mut alone).collect();
+        let core = model.core();
+        core.clear().unwrap();
+        let add = |text: &Vec<u32>| core.add(Sequence::new(text, NEW, &Sampling::greedy())).unwrap();
+        let ids: Vec<u64> = texts.iter().map(add).collect();
+        let (mut tokens, mut ahead) = (vec![Vec::new(); texts.len()], false);
+        for _ in 0..200 {
+            for stepped in core.step().unwrap() {
+                let at = ids.iter().position(|id| *id == stepped.id).unwrap();
+                tokens[at].push(stepped.token.unwrap().0);
+            }
+            ahead |= core.is_ahead();
+        }
+        assert_eq!(tokens, alone, "{name}");
+        assert_eq!(ahead, name == "parity/llama", "{name}");
+    }
     assert_nothing_left(fake, "sequences");
 }
 

@@ -179,7 +179,8 @@ fn three_in_a_room_for_four(name: &str, devices: &[&str], inventory: &Inventory)
         for slot in (0..3).rev().filter(|slot| counts[*slot] > 0) {
             let position = positions[slot];
             positions[slot] += counts[slot];
-            tokens.extend((position..positions[slot]).map(|at| (at * (slot + 3) + 7) as u32 % vocabulary));
+            tokens
+                .extend((position..positions[slot]).map(|at| u32::try_from(at * (slot + 3) + 7).unwrap() % vocabulary));
             let (pages, length) = (pages[slot].as_slice(), positions[slot]);
             runs.push(Run { slot: slot + 1, pages, position, tokens: counts[slot], length });
         }

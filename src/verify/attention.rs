@@ -197,7 +197,7 @@ pub fn attended(gpu: &Arc<Gpu>, shape: &Attention, places: &[Place], room: Room,
 
 /// The frequencies of each sequence, with some behind them that are none.
 fn frequencies(sequences: usize, pairs: usize) -> (Vec<f32>, usize) {
-    let one = |sequence: usize| (0..pairs + 1).map(move |i| 10f32.powf(-(i as f32) / 4.0) / (1 + sequence) as f32);
+    let one = |sequence: usize| (0..=pairs).map(move |i| 10f32.powf(-(i as f32) / 4.0) / (1 + sequence) as f32);
     ((0..sequences).flat_map(one).collect(), pairs + 1)
 }
 

@@ -63,7 +63,7 @@ pub fn attention_equals_the_reference(gpu: &Arc<Gpu>) {
 }
 
 pub fn attention_of_several_sequences_equals_the_reference(gpu: &Arc<Gpu>) {
-    let many: Vec<Place> = (0..17usize).map(|row| (row as i32 * 11 - 1, row * 5 % 17)).collect();
+    let many: Vec<Place> = (-1..).step_by(11).zip((0..17).map(|row| row * 5 % 17)).collect();
     // So many that no keys are shared out.
     let whole = [vec![(-1, 0); 512], vec![(400, 1)]].concat();
     for places in

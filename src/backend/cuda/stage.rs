@@ -413,9 +413,8 @@ impl Stage for CudaStage {
             for _ in ["launched", "kept"] {
                 if self.whole().is_some() {
                     self.step_whole(vec![RowChoice::PADDING; rows])?;
-                } else {
-                    self.step_through(rows)?;
                 }
+                self.step_through(rows)?;
             }
         }
         w.gpu.synchronize()

@@ -99,7 +99,7 @@ impl Gpu {
             let parts = shape.tokens * shape.heads * shares.parts * (shape.head_dim + 2);
             scratch.holds(parts, shape.tokens * shares.blocks);
         }
-        let shared = [
+        let split = [
             Argument::Region(out),
             Argument::optional(is_split.then_some(&scratch.parts)),
             Argument::optional(is_split.then_some(&scratch.arrivals)),
@@ -122,7 +122,7 @@ impl Gpu {
             let kernel = if shares.heads == 1 { Kernel::attend_1 } else { Kernel::attend_4 };
             (kernel, (shape.tokens * shares.parts, shares.blocks), &numbers[..numbers.len() - 1])
         };
-        let arguments = [&[Argument::Region(query)][..], &given(cache), &shared, &standing(cache, rows), numbers];
+        let arguments = [&[Argument::Region(query)][..], &given(cache), &split, &standing(cache, rows), numbers];
         self.launch(kernel, grid, 128, &arguments.concat())
     }
 }
