@@ -1,7 +1,9 @@
 //! Several threads ask one model: `cargo run --example engine -- tests/fixtures/ferris-7m`.
 #![expect(clippy::print_stdout, reason = "an example shows what it does")]
 
-use evenkeel::{Checkpoint, EngineOptions, GenerateOptions, Inventory, LoadOptions, Plan, PlanOptions, Result, Sampling};
+use evenkeel::{
+    Checkpoint, EngineOptions, GenerateOptions, Inventory, LoadOptions, Plan, PlanOptions, Result, Sampling,
+};
 
 fn main() -> Result<()> {
     let path = std::env::args().nth(1).unwrap_or_else(|| "tests/fixtures/ferris-7m".to_owned());
