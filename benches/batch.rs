@@ -3,6 +3,7 @@
 //! `cargo bench --bench batch` measures a synthetic 1B in int4, which it leaves in `target/synthetic-1b`;
 //! `cargo bench --bench batch -- 4` with so many threads. `cargo test --bench batch` runs everything once on small
 //! shapes.
+#![expect(clippy::print_stdout, reason = "a report")]
 
 #[path = "support/synthetic.rs"]
 mod synthetic;
@@ -28,7 +29,7 @@ const MIXED: usize = 64;
 fn main() {
     let is_bench = std::env::args().any(|argument| argument == "--bench");
     let threads = std::env::args().skip(1).find_map(|argument| argument.parse().ok()).unwrap_or(2);
-    let (shape, rounds, new) = if is_bench { ("1b", 5, 48) } else { ("tiny", 1, 4) };
+    let (shape, rounds, new) = if is_bench { ("1b", 3, 24) } else { ("tiny", 1, 4) };
     let shape = Shape::named(shape).expect("a known shape");
     let context = 256;
     let load = |batch: usize, share: f64| {

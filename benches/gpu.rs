@@ -23,12 +23,13 @@ use std::time::Instant;
 
 use evenkeel::backend::Choice;
 use evenkeel::backend::cuda::{
-    Affine, Attention, Cache, Choosing, DeviceMatrix, Gpu, Input, Installation, Output, Region, Scratch, uuids,
+    Affine, Attention, Cache, Choosing, DeviceMatrix, Gpu, Input, Installation, Output, Region, Rows, Scratch, uuids,
 };
 use evenkeel::bytes::Bytes;
-use evenkeel::footprint::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS, CudaAttention, CudaChoice, KvLayout};
+use evenkeel::footprint::{CUDA_FEW_BLOCKS, CUDA_FEW_PARTS, CudaAttention, CudaChoice, Extent, KvLayout};
 use evenkeel::model_config::Activation;
 use evenkeel::quant::{KvDtype, MatrixLayout, Storage, WeightDtype};
+use evenkeel::verify::{Room, run};
 use synthetic::Shape;
 use table::{Amount, head, row, seconds};
 
@@ -235,7 +236,7 @@ fn quantize(Bench { gpu, shape }: &Bench) {
 struct Attending {
     shape: Attention,
     cache: Cache,
-    position: Region,
+    rows: Rows,
     query: Region,
     out: Region,
     bytes: f64,
@@ -248,20 +249,21 @@ impl Attending {
             heads: shape.heads,
             kv_heads: shape.kv_heads,
             head_dim,
-            position: context - tokens,
             tokens,
+            is_run: true,
+            keys: context,
             window: 0,
             scale: 0.1,
             softcap: 0.0,
         };
-        let layout = KvLayout::flat(dtype, shape.kv_heads, head_dim, context).expect("a cache");
+        let pages = Extent::pages_of(context);
+        let layout = KvLayout::new(dtype, (shape.kv_heads, head_dim), pages).expect("a cache");
         let bytes = layout.bytes().as_usize().expect("a size");
-        let position = allocate(gpu, 4);
-        position.fill(u32::try_from(context - tokens).expect("a position")).expect("a GPU that works");
+        let room = Room { slots: layout.slots, is_ring: false, sequences: 1 };
         Self {
             shape: attention,
             cache: Cache::new(layout, &[small(gpu, bytes), small(gpu, bytes)]),
-            position,
+            rows: room.rows(gpu, &run(context - tokens, tokens, 0)).expect("a GPU that works"),
             query: small(gpu, tokens * shape.hidden * 2),
             out: allocate(gpu, tokens * shape.hidden * 2),
             bytes: 2.0 * bytes as f64,
@@ -269,7 +271,7 @@ impl Attending {
     }
 
     fn launch(&self, gpu: &Gpu, scratch: &Scratch) -> evenkeel::Result<()> {
-        gpu.attend(&self.shape, &self.query, &self.cache, &self.out, &self.position, scratch)
+        gpu.attend(&self.shape, &self.query, &self.cache, &self.out, &self.rows, scratch)
     }
 }
 
@@ -283,11 +285,11 @@ fn choice(Bench { gpu, shape }: &Bench) {
     let logits = allocate(gpu, numbers.len());
     logits.write(&numbers).expect("a GPU that works");
     let needed = CudaChoice::new(count);
-    let [scratch, seen, chosen] = [needed.scratch, needed.seen, CudaChoice::CHOSEN].map(|len| allocate(gpu, len));
+    let [scratch, seen, chosen] = [needed.scratch, needed.seen, 12].map(|len| allocate(gpu, len));
     for region in [&scratch, &seen, &chosen] {
         region.clear().expect("a GPU that works");
     }
-    let at = Choosing { scratch: &scratch, seen: &seen, chosen: &chosen };
+    let at = Choosing { scratch: &scratch, seen: &seen, chosen: &chosen, stride: 1 };
     let drawn = Choice { temperature: 0.8, ..Choice::GREEDY };
     let cut = Choice { top_k: 50, top_p: 0.9, ..drawn };
     for (name, choice) in [("the likeliest", Choice::GREEDY), ("drawn", drawn), ("drawn of the likeliest", cut)] {

@@ -12,9 +12,10 @@ use evenkeel::backend::{Chooser, Draws, Run};
 use evenkeel::bytes::Bytes;
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device::{DeviceError, DeviceId};
+use evenkeel::engine::Sequence;
 use evenkeel::error::Setting;
 use evenkeel::export::{DEFAULT_SHARD_SIZE, SaveFormat, SaveOptions, save_quantized};
-use evenkeel::footprint;
+use evenkeel::footprint::{self, Extent};
 use evenkeel::generate::{GenerateOptions, Sampling};
 use evenkeel::loader::{LoadEvent, LoadOptions, Model};
 use evenkeel::plan::{Plan, PlanOptions, Quantize};
@@ -32,6 +33,10 @@ use support::models::{
 use support::{CHECKPOINTS, expected, fixture, numbers};
 
 const GPUS: &str = "24GiB,8GiB";
+
+fn extent_of(plan: &Plan) -> Extent {
+    Extent { context: plan.context, chunk: plan.chunk, sequences: plan.batch, pages: plan.pages }
+}
 
 /// Nothing is left of what a model took.
 #[track_caller]
@@ -295,7 +300,7 @@ fn the_peak_of_every_gpu_is_the_planned_one() {
                 let gpus = plan.devices.iter().filter(|device| device.id.is_gpu() && device.modules > 0).count();
                 assert_eq!(
                     fake.stat("host_bytes", 0),
-                    gpus as u64 * footprint::CUDA_ANSWERS.0,
+                    gpus as u64 * footprint::CudaRows::host(extent_of(&plan)).0,
                     "{name} {scheme} {map}"
                 );
                 for device in &model.report.devices {
@@ -349,7 +354,7 @@ fn memory_that_is_taken_after_the_plan_is_noticed_before_anything_is() {
     fake.set("USED", "0,8190MiB");
     let error = load(&plan, false).err().unwrap();
     assert_eq!(error.kind(), ErrorKind::Shortfall);
-    let needed = plan.devices[1].allocated() + footprint::CUDA_GRANULE + footprint::CUDA_GRAPHS;
+    let needed = plan.devices[1].allocated() + footprint::CUDA_GRANULE + footprint::cuda_graphs(extent_of(&plan));
     let (free, missing) = (Bytes(2 << 20), needed - Bytes(2 << 20));
     assert_eq!(
         error.to_string(),
@@ -564,7 +569,7 @@ fn a_logit_that_is_no_number_is_reported_behind_its_token() {
     broken.write(shard, &bytes);
     for devices in [&["cpu"][..], &["cuda:0", "cuda:1"], &["cuda:0"]] {
         let (before, error) = run(devices);
-        assert_eq!(before, tokens[..at], "{devices:?}");
+        assert_eq!(before, tokens[..=at], "{devices:?}");
         assert_eq!(error, format!("a logit behind token {} is not a number", 3 + at + 1), "{devices:?}");
     }
     assert_nothing_left(fake, "the model failed");
@@ -612,6 +617,137 @@ fn a_seed_gives_the_same_tokens_on_a_gpu_and_on_the_cpu() {
         });
         assert_eq!(gpu, cpu, "{sampling:?}");
     }
+}
+
+/// The tokens that a device chooses behind prompts, those of all in the same steps, one of which runs ahead. Each has a
+/// slot, and its pages are far from each other.
+fn chosen_together(model: &mut Model, texts: &[(usize, Vec<u32>, Sampling)], steps: usize) -> Vec<Vec<u32>> {
+    let extent = extent_of(&model.plan);
+    let each = extent.pages / extent.sequences;
+    let page = |slot: usize, at: usize| u32::try_from(extent.pages - 1 - (at * extent.sequences + slot)).unwrap();
+    let pages: Vec<Vec<u32>> = texts.iter().map(|(slot, ..)| (0..each).map(|at| page(*slot, at)).collect()).collect();
+    let mut draws: Vec<_> = texts.iter().map(|(.., sampling)| Draws::new(sampling.seed)).collect();
+    let runs = |tokens: &dyn Fn(usize) -> (usize, usize)| -> Vec<Run> {
+        let run = |(at, (slot, ..)): (usize, &(usize, Vec<u32>, Sampling))| {
+            let (position, tokens) = tokens(at);
+            Run { slot: *slot, pages: &pages[at], position, tokens, length: position + tokens }
+        };
+        texts.iter().enumerate().map(run).collect()
+    };
+    let pipeline = model.core().pipeline();
+    for (slot, prompt, sampling) in texts {
+        pipeline.chooser().unwrap().begin(*slot, &sampling.choice(), prompt).unwrap();
+    }
+    let prompts: Vec<u32> = texts.iter().flat_map(|(_, prompt, _)| prompt.clone()).collect();
+    pipeline.run(&prompts, &runs(&|at| (0, texts[at].1.len()))).unwrap();
+    let mut end = 0;
+    let last = |(_, prompt, _): &(usize, Vec<u32>, Sampling)| {
+        end += prompt.len();
+        end - 1
+    };
+    let rows: Vec<usize> = texts.iter().map(last).collect();
+    let of: Vec<_> = texts.iter().zip(&mut draws).map(|((slot, ..), draws)| (*slot, draws.draw())).collect();
+    pipeline.choose(&rows, &of).unwrap();
+    let chooser = pipeline.chooser().unwrap();
+    let mut tokens = vec![Vec::new(); texts.len()];
+    for step in 0..=steps {
+        if step < steps {
+            let numbers: Vec<u32> = draws.iter_mut().map(Draws::draw).collect();
+            chooser.step(None, &runs(&|at| (texts[at].1.len() + step, 1)), &numbers).unwrap();
+        }
+        for (tokens, chosen) in tokens.iter_mut().zip(chooser.chosen().unwrap()) {
+            assert!(chosen.is_finite);
+            tokens.push(chosen.token);
+        }
+    }
+    // Told in place of those that were chosen last, they give the same.
+    let told: Vec<u32> = tokens.iter().map(|tokens| tokens[steps - 1]).collect();
+    if texts.iter().all(|(.., sampling)| *sampling == Sampling::greedy()) {
+        chooser.step(Some(&told), &runs(&|at| (texts[at].1.len() + steps - 1, 1)), &vec![0; texts.len()]).unwrap();
+        let again: Vec<u32> = chooser.chosen().unwrap().iter().map(|chosen| chosen.token).collect();
+        assert_eq!(again, tokens.iter().map(|tokens| tokens[steps]).collect::<Vec<_>>());
+    }
+    tokens
+}
+
+#[test]
+fn several_sequences_are_chosen_for_as_each_alone() {
+    let Some((fake, _turn)) = fake_cuda::load(GPUS) else { return };
+    for (name, batch, rows, steps, graphs) in [
+        // Three rows and one that pads; in each a page ends.
+        ("parity/llama", 4, 3, 5, "1"),
+        ("parity/gpt2", 4, 3, 4, "0"),
+        ("parity/gemma2", 3, 3, 4, "1"),
+        // More rows than logits have room for, and than those of few tokens.
+        ("parity/llama", 20, 18, 2, "1"),
+    ] {
+        fake.set("GRAPHS", graphs);
+        let checkpoint = Checkpoint::open(fixture(name)).unwrap();
+        let options =
+            PlanOptions { batch: Some(batch), ..options(Scheme::None, &map(&checkpoint, &["cuda:0"]), Some(128)) };
+        let mut model = load(&Plan::new(&checkpoint, &machine(), options).unwrap(), true).unwrap();
+        for device in &model.report.devices {
+            assert_eq!(device.planned, device.measured, "{name}: {}", device.id);
+        }
+        // What is drawn of many may differ by rounding.
+        for mixed in [false, true].into_iter().take(if rows > 3 { 1 } else { 2 }) {
+            let text = |at: usize| {
+                let length = if rows > 3 { 5 + at % 3 } else { 62 - 20 * at };
+                let prompt = (1..=length).map(|token| u32::try_from(token * (at + 2) % 50).unwrap()).collect();
+                (batch - 1 - at, prompt, samplings()[if mixed { at % 3 } else { 0 }].clone())
+            };
+            let texts: Vec<_> = (0..rows).map(text).collect();
+            let before = fake.stat("graph_launches", 0);
+            let together = chosen_together(&mut model, &texts, steps);
+            let repeated = fake.stat("graph_launches", 0) - before;
+            // The load has made ready for the largest, told or chosen; of others the first step is launched.
+            let wanted = if mixed { steps - 1 } else { steps + 1 };
+            assert_eq!(repeated, if graphs == "1" { wanted as u64 } else { 0 }, "{name}, mixed: {mixed}");
+            for (text, together) in texts.iter().zip(together) {
+                let alone = (0, text.1.clone(), text.2.clone());
+                assert_eq!(vec![together], chosen_together(&mut model, &[alone], steps), "{name}, mixed: {mixed}");
+            }
+        }
+    }
+    fake.set("GRAPHS", "1");
+    assert_nothing_left(fake, "sequences");
+}
+
+#[test]
+fn sequences_that_an_engine_runs_on_a_gpu_are_what_they_are_alone() {
+    const NEW: usize = 8;
+    let Some((fake, _turn)) = fake_cuda::load(GPUS) else { return };
+    for (name, devices) in
+        [("parity/llama", &["cuda:0"][..]), ("parity/gemma2", &["cuda:0", "cuda:1"]), ("parity/qwen3_moe", &["cuda:0"])]
+    {
+        let checkpoint = Checkpoint::open(fixture(name)).unwrap();
+        let options = PlanOptions { batch: Some(3), ..options(Scheme::None, &map(&checkpoint, devices), Some(128)) };
+        let mut model = load(&Plan::new(&checkpoint, &machine(), options).unwrap(), true).unwrap();
+        // More than there are places for, some longer than a page.
+        let text = |at: u32| (1..=3 + 17 * at).map(|token| token * (at + 2) % 50).collect::<Vec<u32>>();
+        let texts: Vec<_> = (0..6).map(text).collect();
+        let options = GenerateOptions { max_new_tokens: Some(NEW), ignore_eos: true, ..GenerateOptions::default() };
+        let mut alone = |text: &Vec<u32>| -> Vec<u32> {
+            let generation = model.generate_from(text, options.clone()).unwrap();
+            generation.filter_map(|piece| piece.unwrap().token).collect()
+        };
+        let alone: Vec<_> = texts.iter().map(&mut alone).collect();
+        let core = model.core();
+        core.clear().unwrap();
+        let add = |text: &Vec<u32>| core.add(Sequence::new(text, NEW, &Sampling::greedy())).unwrap();
+        let ids: Vec<u64> = texts.iter().map(add).collect();
+        let (mut tokens, mut ahead) = (vec![Vec::new(); texts.len()], false);
+        for _ in 0..200 {
+            for stepped in core.step().unwrap() {
+                let at = ids.iter().position(|id| *id == stepped.id).unwrap();
+                tokens[at].push(stepped.token.unwrap().0);
+            }
+            ahead |= core.is_ahead();
+        }
+        assert_eq!(tokens, alone, "{name}");
+        assert_eq!(ahead, name == "parity/llama", "{name}");
+    }
+    assert_nothing_left(fake, "sequences");
 }
 
 /// On the CPU the tokens are those of Transformers; see tests/as_found.rs.

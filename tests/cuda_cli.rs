@@ -155,7 +155,7 @@ fn a_shortfall_is_planned_again_if_that_is_wished() {
     let replan = [&generate[..], &["--on-shortfall", "replan"]].concat();
     for (setting, refused) in [
         (("FAIL_ALLOC", "1"), "cuda:0 cannot give "),
-        (("FAIL_PINNED", "1"), "cannot take 8 B of page-locked host memory: CUDA_ERROR_OUT_OF_MEMORY"),
+        (("FAIL_PINNED", "1"), "cannot take 5.0 KiB of page-locked host memory: CUDA_ERROR_OUT_OF_MEMORY"),
         (("FAIL_MODULE", "3:2"), " cannot load the kernels `"),
         (("FAIL_LAUNCH", "1:2"), "cuda:0 cannot run the kernel "),
     ] {

@@ -1,4 +1,5 @@
 //! Many sequences at once: each is what it would be alone, whoever runs beside it and however little room there is.
+#![expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "small numbers")]
 
 mod support;
 
@@ -38,7 +39,7 @@ fn whole_room(name: &str, batch: usize) -> u64 {
 fn texts(model: &Model, count: usize, longest: usize) -> Vec<(Vec<u32>, usize, Sampling)> {
     let vocabulary = model.plan.checkpoint().config.vocab_size;
     let mut draws = Draws::new(5);
-    let drawn = Sampling { temperature: 0.8, top_p: Some(0.9), ..Sampling::greedy() };
+    let warm = Sampling { temperature: 0.8, top_p: Some(0.9), ..Sampling::greedy() };
     (0..count)
         .map(|at| {
             let length = 1 + draws.below(longest);
@@ -49,8 +50,8 @@ fn texts(model: &Model, count: usize, longest: usize) -> Vec<(Vec<u32>, usize, S
             }
             let sampling = match at % 3 {
                 0 => Sampling::greedy(),
-                1 => Sampling { seed: at as u64, ..drawn.clone() },
-                _ => Sampling { repetition_penalty: 1.3, ..drawn.clone() },
+                1 => Sampling { seed: at as u64, ..warm.clone() },
+                _ => Sampling { repetition_penalty: 1.3, ..warm.clone() },
             };
             (tokens, 1 + draws.below(model.plan.context / 4), sampling)
         })

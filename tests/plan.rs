@@ -162,7 +162,7 @@ fn every_remedy_is_a_command_that_fits() {
             &["an int8 KV cache", "a context of", "GiB of host memory"],
         ),
         (
-            format!("--quantize int4 --batch 6 --context 8192 {SMALL}"),
+            format!("--quantize int4 --batch 6 --context 7936 {SMALL}"),
             &["an int8 KV cache", "a context of", "a batch of"],
         ),
         (map, &["automatic placement", "more on cuda:1"]),

@@ -14,7 +14,7 @@ use evenkeel::model_config::ModelConfig;
 use evenkeel::plan::{Plan, PlanOptions};
 use evenkeel::quant::KvDtype;
 use serde_json::{Value, json};
-use support::models::{LOGITS, difference, logits, machine};
+use support::models::{LOGITS, difference, logits, machine, map};
 use support::{fixture, load_plan, numbers, roomy};
 
 const WINDOWED: [&str; 3] = ["parity/gemma2", "parity/gemma3", "parity/mistral"];
@@ -158,6 +158,49 @@ fn sequences_of_a_step_do_not_touch_each_other_on_a_gpu() {
         let difference = difference(together, alone) / largest(alone);
         assert!(difference < LOGITS, "{name}: {difference}");
     });
+}
+
+/// The logits behind the last tokens of three sequences in a room for four: their pages are far from each other, their
+/// prompts run in one step, chunks of one beside tokens of the others, and then a token of each.
+fn three_in_a_room_for_four(name: &str, devices: &[&str], inventory: &Inventory) -> Vec<f32> {
+    let checkpoint = Checkpoint::open(fixture(name)).unwrap();
+    let device_map = Some(DeviceMap::parse("map.json", map(&checkpoint, devices).into_bytes()).unwrap());
+    let options = PlanOptions { device_map, context: Some(120), batch: Some(4), chunk: Some(48), ..Default::default() };
+    let mut model = load_plan(&Plan::new(&checkpoint, inventory, options).unwrap()).unwrap();
+    let vocabulary = u32::try_from(checkpoint.config.vocab_size).unwrap();
+    let pages: Vec<Vec<u32>> = (0..3).map(|slot| (0..2).map(|at| 7 - (at * 4 + slot)).collect()).collect();
+    let pipeline = model.core().pipeline();
+    let (mut positions, mut logits) = ([0; 3], Vec::new());
+    let counts =
+        [[20, 8, 20], [30, 0, 9], [1, 1, 40], [40, 1, 1], [1, 30, 1], [1, 1, 1], [1, 1, 1], [1, 0, 1], [1, 1, 1]];
+    for counts in counts {
+        let (mut tokens, mut runs) = (Vec::new(), Vec::new());
+        // The last slot comes first.
+        for slot in (0..3).rev().filter(|slot| counts[*slot] > 0) {
+            let position = positions[slot];
+            positions[slot] += counts[slot];
+            tokens
+                .extend((position..positions[slot]).map(|at| u32::try_from(at * (slot + 3) + 7).unwrap() % vocabulary));
+            let (pages, length) = (pages[slot].as_slice(), positions[slot]);
+            runs.push(Run { slot: slot + 1, pages, position, tokens: counts[slot], length });
+        }
+        pipeline.run(&tokens, &runs).unwrap();
+        logits.extend_from_slice(pipeline.logits(&[0, tokens.len() - 1]).unwrap());
+    }
+    logits
+}
+
+#[test]
+fn pages_may_be_anywhere() {
+    let Some(_loaded) = fake_cuda::load("24GiB,8GiB") else { return };
+    for name in ["parity/llama", "parity/gemma2", "parity/gpt2", "parity/mixtral"] {
+        let exact = three_in_a_room_for_four(name, &["cpu"], &roomy());
+        for devices in [&["cuda:0"][..], &["cuda:0", "cuda:1", "cuda:0"]] {
+            let ours = three_in_a_room_for_four(name, devices, &machine());
+            let difference = difference(&ours, &exact);
+            assert!(difference < LOGITS, "{name}, {devices:?}: {difference}");
+        }
+    }
 }
 
 #[test]

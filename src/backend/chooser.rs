@@ -43,13 +43,26 @@ impl Chooser {
         }
     }
 
+    /// Lowers the logits of tokens that occurred, picks one, and takes note of it.
+    ///
+    /// # Panics
+    /// There are no logits, or there is none for a token that occurred.
+    pub fn choose(&mut self, logits: &mut [f32], uniform: u32) -> Chosen {
+        self.penalize(logits);
+        let chosen = self.pick(logits, uniform);
+        if chosen.is_finite {
+            self.see(chosen.token);
+        }
+        chosen
+    }
+
     /// The token at which the weights up to it pass the share `uniform` / 2^32 of all; the first of the
     /// largest, where that is wanted; the first whose logit is not finite, if there is one. The logits
     /// are used up.
     ///
     /// # Panics
     /// There are no logits.
-    pub fn choose(&self, logits: &mut [f32], uniform: u32) -> Chosen {
+    pub fn pick(&self, logits: &mut [f32], uniform: u32) -> Chosen {
         let (mut most, mut piece) = (0, 0);
         for (at, logits) in logits.chunks(PIECE).enumerate() {
             let here = logits.iter().map(|logit| rank(*logit)).fold(0, u32::max);

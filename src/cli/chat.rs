@@ -5,8 +5,8 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 
 use evenkeel::{
-    Bytes, Cancel, ChatTemplate, Error, ErrorKind, Finish, GenerateOptions, MIB, Message, Model, Result, Sampling,
-    Sandbox, write_atomic,
+    Bytes, Cancel, ChatTemplate, Error, ErrorKind, Finish, GenerateOptions, LoadOptions, MIB, Message, Model, Result,
+    Sampling, Sandbox, write_atomic,
 };
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
@@ -30,12 +30,14 @@ pub fn run(arguments: &ChatArguments, process: &Process) -> Result<Exit> {
     let cancel = Cancel::from(interrupted.clone());
     arguments.sampling.over(&Sampling::greedy()).check()?;
     let options = arguments.placement.options(None, process)?;
-    let load_options = arguments.placement.load_options(cancel.clone(), process)?;
+    // An interrupt ends an answer, and not what it is read with.
+    let sandbox = sandbox::of_this_program(Cancel::new())?;
+    let load_options =
+        LoadOptions { sandbox: Some(sandbox.clone()), ..arguments.placement.load_options(cancel.clone(), process)? };
     let checkpoint = model::open(&arguments.model, Need::Weights, &cancel, process)?;
     model::note_undone(&checkpoint, process);
     // Before anything is loaded.
     let template = ChatTemplate::open(checkpoint.local_directory()?)?;
-    let sandbox = sandbox::of_this_program(cancel.clone())?;
     let model = model::load(&checkpoint, &options, None, &load_options, process)?;
     let usual = GenerateOptions {
         sampling: arguments.sampling.over(&Sampling::of_model(&checkpoint.config)),
@@ -139,6 +141,7 @@ impl Chat<'_> {
                 self.held = 0;
             }
             "/save" if rest.is_empty() => return Err(Error::usage("`/save` needs a file")),
+            "/save" if Path::new(rest).exists() => return Err(Error::usage(format!("`{rest}` is there already"))),
             "/save" => {
                 let system = self.system.iter().map(|text| Message::new("system", text));
                 let all: Vec<_> = system.chain(self.said.iter().cloned()).collect();

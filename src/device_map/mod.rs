@@ -102,7 +102,7 @@ impl DeviceMap {
                 "context" => map.context = Some(value.size("context", MAX_CONTEXT)?),
                 "batch" => map.batch = Some(value.size("batch", MAX_BATCH as u64)?),
                 "kv_cache" => map.kv_cache = Some(value.spelled()?),
-                "kv_memory" => map.kv_memory = Some(value.spelled()?),
+                "kv_memory" => map.kv_memory = Some(size(value)?),
                 "max_memory" => map.max_memory = Some(max_memory(value)?),
                 "device_map" => map.entries = entries(value)?,
                 other => return Err(unknown_key(member, other)),
@@ -132,9 +132,13 @@ fn rules(node: Node) -> Result<QuantizeRules> {
 fn max_memory(node: Node) -> Result<MaxMemory> {
     let budget = |Member { name, key, value }: Member| {
         let device = name.parse().map_err(|e: ParseError| key.error(e))?;
-        Ok((device, if value.is_text() { value.spelled()? } else { Bytes(value.whole()?) }))
+        Ok((device, size(value)?))
     };
     node.members()?.into_iter().map(budget).collect()
+}
+
+fn size(node: Node) -> Result<Bytes> {
+    if node.is_text() { node.spelled() } else { node.whole().map(Bytes) }
 }
 
 fn entries(node: Node) -> Result<Vec<Entry>> {

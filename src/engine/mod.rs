@@ -193,11 +193,12 @@ impl EngineCore {
             return Ok(Begun { ids, chosen: Some(Vec::new()) });
         }
         let is_whole = scheduled.iter().all(|next| next.tokens.len() == 1) && sampled.len() == running.len();
-        let is_for_host =
-            sampled.iter().any(|at| running[*at].is_for_host()) || !self.pipeline.can_choose() || sampled.len() > 1;
+        let is_for_host = sampled.iter().any(|at| running[*at].is_for_host()) || !self.pipeline.can_choose();
         if is_for_host {
             // What is chosen here, the device does not see.
-            sampled.iter().for_each(|at| running[*at].is_begun = false);
+            for at in &sampled {
+                running[*at].is_begun = false;
+            }
         } else {
             for next in &scheduled {
                 let sequence = &mut running[next.at];
@@ -300,13 +301,12 @@ impl EngineCore {
 
     /// Waits for what a step has chosen, and gives it to its sequences. Those that are over are there no more.
     fn finish(&mut self, begun: Begun) -> Result<Vec<Stepped>> {
-        let mut stepped = match begun.chosen {
-            Some(chosen) => chosen,
-            None => {
-                let chosen = self.pipeline.chooser()?.chosen()?;
-                let of = |(id, chosen): (&u64, Chosen)| Stepped { id: *id, token: self.told(*id, chosen) };
-                begun.ids.iter().zip(chosen).map(of).collect()
-            }
+        let mut stepped: Vec<_> = if let Some(chosen) = begun.chosen {
+            chosen
+        } else {
+            let chosen = self.pipeline.chooser()?.chosen()?;
+            let of = |(id, chosen): (&u64, Chosen)| Stepped { id: *id, token: self.told(*id, chosen) };
+            begun.ids.iter().zip(chosen).map(of).collect()
         };
         // Some were ended while their tokens were on their way.
         stepped.retain(|stepped| self.scheduler.running.iter().any(|sequence| sequence.id == stepped.id));

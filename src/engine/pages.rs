@@ -8,7 +8,7 @@ use crate::footprint::{Extent, PAGE};
 /// sequence that begins alike has it too, and so has one to come, until the page is needed.
 pub struct Pages {
     free: Vec<u32>,
-    pages: Vec<Page>,
+    all: Vec<Page>,
     /// Kept pages by what is in them.
     kept: HashMap<Beginning, u32>,
     /// Kept pages that no sequence has, by when the last one gave them back.
@@ -51,7 +51,7 @@ impl Pages {
         let free = (0..count as u32).rev().collect();
         Self {
             free,
-            pages: vec![Page::default(); count],
+            all: vec![Page::default(); count],
             kept: HashMap::new(),
             idle: BTreeMap::new(),
             clock: 0,
@@ -61,7 +61,7 @@ impl Pages {
 
     /// All that there are.
     pub fn count(&self) -> usize {
-        self.pages.len()
+        self.all.len()
     }
 
     /// Those that a sequence can get.
@@ -81,7 +81,7 @@ impl Pages {
         for tokens in tokens[..tokens.len().saturating_sub(1)].chunks_exact(PAGE) {
             let beginning = Beginning { before: held.number, tokens: tokens.into() };
             let Some(&page) = self.kept.get(&beginning) else { break };
-            let entry = &mut self.pages[page as usize];
+            let entry = &mut self.all[page as usize];
             let Some((_, number)) = entry.kept else { break };
             if entry.holders == 0 {
                 self.idle.remove(&entry.idle_since);
@@ -101,7 +101,7 @@ impl Pages {
         }
         for _ in 0..missing {
             let Some(page) = self.free.pop().or_else(|| self.give_up()) else { return false };
-            self.pages[page as usize].holders = 1;
+            self.all[page as usize].holders = 1;
             held.pages.push(page);
         }
         true
@@ -110,7 +110,7 @@ impl Pages {
     /// The page that has been idle for the longest, which is kept no more.
     fn give_up(&mut self) -> Option<u32> {
         let (_, page) = self.idle.pop_first()?;
-        if let Some((beginning, _)) = self.pages[page as usize].kept.take() {
+        if let Some((beginning, _)) = self.all[page as usize].kept.take() {
             self.kept.remove(&beginning);
         }
         Some(page)
@@ -124,13 +124,13 @@ impl Pages {
         for tokens in tokens.chunks_exact(PAGE).skip(held.kept) {
             let page = held.pages[held.kept];
             let beginning = Beginning { before: held.number, tokens: tokens.into() };
-            let known = self.kept.get(&beginning).and_then(|page| self.pages[*page as usize].kept.as_ref());
+            let known = self.kept.get(&beginning).and_then(|page| self.all[*page as usize].kept.as_ref());
             held.number = if let Some((_, number)) = known {
                 *number
             } else {
                 self.clock += 1;
                 self.kept.insert(beginning.clone(), page);
-                self.pages[page as usize].kept = Some((beginning, self.clock));
+                self.all[page as usize].kept = Some((beginning, self.clock));
                 self.clock
             };
             held.kept += 1;
@@ -142,7 +142,7 @@ impl Pages {
         let Held { pages, .. } = std::mem::take(held);
         // The last ones are given up first: what is behind them would be of no use.
         for page in pages.into_iter().rev() {
-            let entry = &mut self.pages[page as usize];
+            let entry = &mut self.all[page as usize];
             entry.holders -= 1;
             if entry.holders > 0 {
                 continue;

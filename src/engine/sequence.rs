@@ -82,7 +82,7 @@ impl Sequence {
         if let Some(constraint) = &mut self.constraint {
             constraint.mask(logits)?;
         }
-        let chosen = self.chooser.choose(logits, self.draws.draw());
+        let chosen = self.chooser.pick(logits, self.draws.draw());
         if let (Some(constraint), true) = (&mut self.constraint, chosen.is_finite) {
             constraint.accept(chosen.token)?;
         }

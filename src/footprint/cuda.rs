@@ -8,12 +8,8 @@ use crate::model_config::ModelConfig;
 
 /// The driver gives memory in multiples of this, where that is a whole arena.
 pub const CUDA_GRANULE: Bytes = Bytes(2 * MIB);
-/// What a step that is repeated in one launch takes of a GPU; an estimate.
-pub const CUDA_GRAPHS: Bytes = Bytes(32 * MIB);
 /// What the code of all kernels takes: 1.9 MB of it in nine files, each in granules; an estimate.
 const CODE: Bytes = Bytes(24 * MIB);
-/// Page-locked memory of the host for what a GPU answers.
-pub const CUDA_ANSWERS: Bytes = Bytes((CudaChoice::ANSWER * CudaChoice::ANSWERS) as u64);
 /// The most blocks of threads that share out a product of a few tokens, and the f32 that each leaves: what
 /// it has of the first and of the last rows that it shares, for 16 rows and 8 tokens.
 pub const CUDA_FEW_BLOCKS: usize = 512;
@@ -76,13 +72,6 @@ pub struct CudaChoice {
 }
 
 impl CudaChoice {
-    /// Bytes of a chosen token, a flag, and the random number behind it.
-    pub const CHOSEN: usize = 3 * WORD;
-    /// Bytes of the first two, in page-locked memory of the host.
-    pub const ANSWER: usize = 2 * WORD;
-    /// Tokens that are on their way to the host at once: one step runs ahead.
-    pub const ANSWERS: usize = 2;
-
     /// For so many logits.
     pub fn new(logits: usize) -> Self {
         /// Logits of a block, and bytes of what all share and of what each leaves, as in choose.cu.
@@ -94,9 +83,33 @@ impl CudaChoice {
     }
 }
 
+/// What a GPU and the host tell each other of the rows of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CudaRows;
+
+impl CudaRows {
+    /// Words of a row: its token, or what is chosen in place of it; whether no token could be; the random number for
+    /// that; its position, and its sequence. All tokens stand first, then all of the next.
+    pub const WORDS: usize = 5;
+    /// The first two of them go back to the host.
+    pub const ANSWER: usize = 2;
+    /// Steps that are on their way at once: one runs ahead.
+    pub const STEPS: usize = 2;
+
+    /// Bytes of page-locked memory of the host for what a step is told, and for its answer.
+    pub fn of_step(extent: Extent) -> [usize; 2] {
+        [extent.chunk * Self::WORDS * WORD, extent.sequences * Self::ANSWER * WORD]
+    }
+
+    /// The same for all steps on their way.
+    pub fn host(extent: Extent) -> Bytes {
+        Bytes((Self::STEPS * Self::of_step(extent).into_iter().sum::<usize>()) as u64)
+    }
+}
+
 buffers! {
     /// The buffers that a GPU computes a step in, each aligned. Normalized states, queries to up, and the inputs of
-    /// experts are f16, tokens, shares and positions 32 bits wide, all others f32.
+    /// experts are f16, shares, rows and tables 32 bits wide, all others f32.
     CudaBuffers(config, extent) {
         let (hidden, queries, keys, tokens) = (config.hidden_size, config.queries(), config.keys(), extent.chunk);
         let (feed_forward, experts) = feed_forward(config);
@@ -133,27 +146,34 @@ buffers! {
     expert: words(mixed),
     /// The tokens of experts, and their weights.
     shares: words(experts.map_or(0, |experts| 2 * experts.per_token)),
-    logits: bytes(config.vocab_size * WORD),
-    /// Tokens, with room for what is chosen.
-    tokens: bytes((tokens * WORD).max(CudaChoice::CHOSEN)),
+    logits: bytes(extent.logit_rows() * config.vocab_size * WORD),
+    /// What is told of rows; see [`CudaRows`].
+    rows: words(CudaRows::WORDS),
+    /// The numbers of the pages that each sequence has.
+    tables: bytes(extent.sequences * Extent::pages_of(extent.context) * WORD),
     /// The frequencies of all ropes for each sequence, which follow its length.
     frequencies: bytes(extent.sequences * rotated * WORD),
     /// What those leave that share attention or a product.
     parts: bytes(parts.max(CUDA_FEW_BLOCKS * CUDA_FEW_PARTS * WORD)),
     /// How many of them are done; zeros between launches.
     arrivals: bytes(arrivals.max(CUDA_FEW_BLOCKS * WORD)),
-    /// The position of each sequence.
-    positions: bytes(extent.sequences * WORD),
     /// What launches that choose a token leave each other.
     choice: bytes(choice.scratch),
-    /// A bit for each token that occurred.
-    seen: bytes(choice.seen),
+    /// A bit for each token that occurred, of each sequence.
+    seen: bytes(extent.sequences * choice.seen),
+}
+
+/// What steps that are repeated in one launch take of a GPU, those of each size; an estimate.
+pub fn cuda_graphs(extent: Extent) -> Bytes {
+    const FIRST: u64 = 32 * MIB;
+    const NEXT: u64 = 8 * MIB;
+    Bytes(FIRST + NEXT * (extent.step_sizes().count() as u64 - 1))
 }
 
 /// What the driver takes of a GPU by itself, with a context of so many bytes; an estimate but for the last, which is
 /// what an arena may be rounded up by.
-pub fn cuda_driver(context: Bytes) -> [(&'static str, Bytes); 4] {
-    [("context", context), ("code", CODE), ("graphs", CUDA_GRAPHS), ("granule", CUDA_GRANULE)]
+pub fn cuda_driver(context: Bytes, extent: Extent) -> [(&'static str, Bytes); 4] {
+    [("context", context), ("code", CODE), ("graphs", cuda_graphs(extent)), ("granule", CUDA_GRANULE)]
 }
 
 /// What the driver takes of host memory where it drives so many GPUs; an estimate.

@@ -15,8 +15,8 @@ use crate::name::named;
 
 pub use cpu::{ACTIVATION_GROUP, CpuBuffers, host_state, program};
 pub use cuda::{
-    CUDA_ANSWERS, CUDA_FEW_BLOCKS, CUDA_FEW_PARTS, CUDA_GRANULE, CUDA_GRAPHS, CudaAttention, CudaBuffers, CudaChoice,
-    HALF, WORD, cuda_driver, cuda_host, cuda_staging,
+    CUDA_FEW_BLOCKS, CUDA_FEW_PARTS, CUDA_GRANULE, CudaAttention, CudaBuffers, CudaChoice, CudaRows, HALF, WORD,
+    cuda_driver, cuda_graphs, cuda_host, cuda_staging,
 };
 pub use staging::{DIRECT_BLOCK, HostStaging, SLAB_MARGIN, STAGING_SLABS};
 pub use state::{KvLayout, State};
@@ -66,6 +66,17 @@ impl Extent {
     /// Pages of so many tokens.
     pub fn pages_of(tokens: usize) -> usize {
         tokens.div_ceil(PAGE)
+    }
+
+    /// Rows of a step of a token each of so many sequences, with those that pad it: there are few such sizes.
+    pub fn padded(&self, rows: usize) -> usize {
+        rows.next_power_of_two().min(self.sequences)
+    }
+
+    /// The sizes of such steps.
+    pub fn step_sizes(&self) -> impl Iterator<Item = usize> {
+        let sequences = self.sequences;
+        std::iter::successors(Some(1), move |rows| (*rows < sequences).then(|| (2 * rows).min(sequences)))
     }
 }
 

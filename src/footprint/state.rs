@@ -58,19 +58,11 @@ impl KvLayout {
     /// beyond what a plan can hold.
     pub fn new(dtype: KvDtype, (kv_heads, head_dim): (usize, usize), pages: usize) -> Option<Self> {
         let slots = pages.checked_mul(PAGE)?;
-        let vectors = kv_heads.checked_mul(slots)?;
+        let vectors = kv_heads.checked_mul(slots).filter(|vectors| u32::try_from(*vectors).is_ok())?;
         let codes = vectors.checked_mul(dtype.code_bytes(head_dim))?;
         let scales = vectors.checked_mul(dtype.scale_bytes())?;
         let is_sane = codes.checked_add(scales)? as u64 <= MAX_BYTES / 2;
         is_sane.then_some(Self { dtype, slots, is_ring: false, pages, codes, scales })
-    }
-
-    /// A layout of `[kv_heads][slots]`, as GPUs have it of each sequence.
-    pub fn flat(dtype: KvDtype, kv_heads: usize, head_dim: usize, slots: usize) -> Option<Self> {
-        let vectors = kv_heads.checked_mul(slots)?;
-        let codes = vectors.checked_mul(dtype.code_bytes(head_dim))?.checked_next_multiple_of(size_of::<f32>())?;
-        let scales = vectors.checked_mul(dtype.scale_bytes())?;
-        Some(Self { dtype, slots, is_ring: false, pages: 1, codes, scales })
     }
 
     /// What codes and scales take of an arena.

@@ -53,6 +53,8 @@ pub enum Event {
     Failed(Error),
 }
 
+type Requests = Sender<(Request, Listener)>;
+
 /// Who is told of a request: of its end in any case.
 struct Listener {
     on_event: Box<dyn FnMut(Event) + Send>,
@@ -86,7 +88,7 @@ fn over() -> Error {
 #[derive(Clone)]
 pub struct Engine {
     shared: Arc<Shared>,
-    requests: Arc<Mutex<Option<Sender<(Request, Listener)>>>>,
+    requests: Arc<Mutex<Option<Requests>>>,
 }
 
 struct Shared {
@@ -153,7 +155,9 @@ impl Open {
     fn end(mut self, tokenizer: &Tokenizer) {
         let event = match self.output.rest(tokenizer) {
             Ok(rest) => {
-                rest.into_iter().for_each(|piece| self.listener.tell(Event::Piece(piece)));
+                if let Some(piece) = rest {
+                    self.listener.tell(Event::Piece(piece));
+                }
                 Event::Done(self.output.report)
             }
             Err(error) => Event::Failed(error),

@@ -215,15 +215,14 @@ impl Generation<'_> {
 
     /// Gives out the next token.
     fn step(&mut self) -> Result<Option<Piece>> {
-        let token = match self.first.take() {
-            Some(token) => Some(token),
-            None => {
-                let start = if self.model.core.is_ahead() { self.since } else { Instant::now() };
-                let token = self.advance()?;
-                self.since = Instant::now();
-                self.output.report.decode_seconds += (self.since - start).as_secs_f64();
-                token
-            }
+        let token = if let Some(token) = self.first.take() {
+            Some(token)
+        } else {
+            let start = if self.model.core.is_ahead() { self.since } else { Instant::now() };
+            let token = self.advance()?;
+            self.since = Instant::now();
+            self.output.report.decode_seconds += (self.since - start).as_secs_f64();
+            token
         };
         let Some(token) = token else { return Ok(None) };
         let Model { tokenizer, eos_token_ids, plan, .. } = &*self.model;

@@ -11,7 +11,7 @@ use crate::backend::cuda::{self, Cache, Compiling, DeviceMatrix, Gpu, Region, Up
 use crate::bytes::Bytes;
 use crate::device::{DeviceError, DeviceId};
 use crate::error::{Error, ErrorKind, Hint, Result, Setting};
-use crate::footprint::{CUDA_GRANULE, CUDA_GRAPHS, CudaBuffers, Purpose, State};
+use crate::footprint::{CUDA_GRANULE, CudaBuffers, Purpose, State, cuda_graphs};
 use crate::fs;
 use crate::plan::{DevicePlan, Plan};
 
@@ -30,8 +30,8 @@ pub struct GpuArenas {
     /// By the position of the weight in the list that is read.
     pub matrices: HashMap<usize, DeviceMatrix>,
     pub workspace: Arc<Workspace>,
-    /// What each block keeps of each sequence, in the order they run.
-    pub caches: Vec<Vec<Cache>>,
+    /// What each block keeps, in the order they run.
+    pub caches: Vec<Cache>,
 }
 
 impl Arenas {
@@ -85,7 +85,8 @@ impl GpuArenas {
     fn take(device: &DevicePlan, gpu: Arc<Gpu>, plan: &Plan, options: &LoadOptions) -> Result<Self> {
         let (free, _) = gpu.memory()?;
         // The driver has its context and its code by now.
-        let needed = device.allocated() + CUDA_GRANULE + CUDA_GRAPHS;
+        let extent = plan.extent();
+        let needed = device.allocated() + CUDA_GRANULE + cuda_graphs(extent);
         if free < needed {
             let shortfall = DeviceError::Shortfall { device: device.id, planned: needed, free };
             let what = if free + device.driver < device.free {
@@ -115,9 +116,9 @@ impl GpuArenas {
             |(at, region): (&usize, Region)| (*at, DeviceMatrix::new(plan.weights[*at].layout.clone(), region));
         let matrices = here.iter().zip(regions.by_ref()).map(matrix).collect();
         let mut pair = || regions.next().zip(regions.next()).map(<[Region; 2]>::from);
-        let cache = |State::KeysValues(kv)| pair().map(|pair| Cache::of_sequences(kv, &pair, plan.batch));
+        let cache = |State::KeysValues(kv)| pair().map(|pair| Cache::new(kv, &pair));
         let caches = states().filter_map(cache).collect();
-        let workspace = Arc::new(Workspace::new(&gpu, config, plan.batch, &mut regions)?);
+        let workspace = Arc::new(Workspace::new(&gpu, config, extent, &mut regions)?);
         Ok(Self {
             matrices,
             caches,

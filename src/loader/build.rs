@@ -14,7 +14,7 @@ use crate::backend::{Pipeline, Stage};
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
 use crate::error::Result;
-use crate::footprint::{CUDA_ANSWERS, CpuBuffers, Purpose, State};
+use crate::footprint::{CpuBuffers, CudaRows, Purpose, State};
 use crate::plan::{Plan, PlannedModule};
 use crate::quant::MatrixLayout;
 
@@ -55,7 +55,7 @@ pub fn build(
         Ok(vec![0.0f32; bytes.as_usize().unwrap_or(usize::MAX) / size_of::<f32>()])
     })?;
     let buffers: usize = workspace.each().map(|(_, buffer)| size_of_val(&**buffer)).sum();
-    let mut taken = Bytes(buffers as u64) + gpus.values().map(|_| CUDA_ANSWERS).sum();
+    let mut taken = Bytes(buffers as u64) + gpus.values().map(|_| CudaRows::host(plan.extent())).sum();
     let workspace: Arc<Mutex<Workspace>> = Arc::new(Mutex::new(workspace));
 
     let runs = runs(plan);

@@ -8,7 +8,7 @@ use super::options::Conditions;
 use crate::architecture::ModuleKind;
 use crate::bytes::Bytes;
 use crate::device::DeviceId;
-use crate::footprint::{self, Allocation, CUDA_ANSWERS, CpuBuffers, CudaBuffers, HostStaging, Purpose, State};
+use crate::footprint::{self, Allocation, CpuBuffers, CudaBuffers, CudaRows, HostStaging, Purpose, State};
 use crate::machine::{self, Bandwidth, Device, Inventory};
 use crate::model_config::ModelConfig;
 
@@ -164,7 +164,7 @@ impl Fixed<'_> {
                 let workspace = buffers.each().map(|(name, bytes)| (name, *bytes)).map(of(Purpose::Workspace));
                 let staging = footprint::cuda_staging(staging.slab).map(of(Purpose::Staging));
                 let context = inventory.device(device).map_or_else(|| machine::context(None), |device| device.context);
-                let driver = footprint::cuda_driver(context).map(of(Purpose::Driver));
+                let driver = footprint::cuda_driver(context, extent).map(of(Purpose::Driver));
                 workspace.chain(staging).chain(driver).collect()
             }
             DeviceId::Cpu => {
@@ -195,9 +195,8 @@ impl Fixed<'_> {
             all.extend(keeping.map(|module| allocation(Purpose::State, module.path.clone(), module.kv_cache)));
             all.extend(self.buffers(device, in_memory_here().next().is_some(), gpus.clone().count()));
             if device == DeviceId::Cpu {
-                all.extend(
-                    gpus.clone().map(|gpu| allocation(Purpose::Workspace, format!("answers of {gpu}"), CUDA_ANSWERS)),
-                );
+                let rows = CudaRows::host(self.conditions.extent);
+                all.extend(gpus.clone().map(|gpu| allocation(Purpose::Workspace, format!("rows of {gpu}"), rows)));
             }
         }
         all

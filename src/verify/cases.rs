@@ -248,7 +248,7 @@ impl<'a> Choices<'a> {
             region.clear().map(|()| region)
         };
         let (scratch, seen) = (cleared(needed.scratch)?, cleared(needed.seen)?);
-        Ok(Self { gpu, scratch, seen, chosen: buffer(gpu, CudaChoice::CHOSEN)? })
+        Ok(Self { gpu, scratch, seen, chosen: buffer(gpu, 3 * WORD)? })
     }
 
     /// Marks tokens as those that occurred.
@@ -263,7 +263,7 @@ impl<'a> Choices<'a> {
     /// The token, and whether all logits are finite.
     pub fn choose(&self, choice: &Choice, softcap: f32, logits: &[f32], uniform: u32) -> Result<Chosen> {
         self.chosen.part(2 * WORD, WORD).fill(uniform)?;
-        let at = Choosing { scratch: &self.scratch, seen: &self.seen, chosen: &self.chosen };
+        let at = Choosing { scratch: &self.scratch, seen: &self.seen, chosen: &self.chosen, stride: 1 };
         self.gpu.choose(choice, softcap, &floats(self.gpu, logits)?, logits.len(), &at)?;
         let mut words = [0u32; 3];
         self.chosen.read(bytemuck::must_cast_slice_mut(&mut words))?;

@@ -16,7 +16,7 @@ use std::time::Instant;
 use serde::{Serialize, Serializer};
 
 use crate::backend::Choice;
-use crate::backend::cuda::{self, Attention, Gpu, Installation};
+use crate::backend::cuda::{self, Gpu, Installation};
 use crate::device::{DeviceError, DeviceId};
 use crate::error::{Error, Result};
 use crate::fs;
@@ -154,19 +154,21 @@ impl VerifiedGpu {
         }
         self.check(gpu, || gathered(gpu, 300))?;
         self.check(gpu, || scattered(gpu, 300))?;
-        for (heads, kv_heads, head_dim, position, tokens, window, softcap) in [
-            (2, 2, 40, 300, 1, 0, 0.0),
-            (4, 1, 16, 150, 2, 0, 30.0),
-            (4, 1, 64, 300, 1, 100, 0.0),
-            (4, 2, 64, 20, 12, 0, 0.0),
-            (4, 1, 128, 70, 20, 30, 0.0),
-            (2, 1, 256, 10, 9, 0, 0.0),
+        let apart = || vec![(64, 2), (-1, 0), (300, 0), (63, 1)];
+        for (heads, kv_heads, head_dim, places, window, softcap) in [
+            (2, 2, 40, run(300, 1, 1), 0, 0.0),
+            (2, 2, 40, apart(), 0, 0.0),
+            (4, 1, 16, run(150, 2, 1), 0, 30.0),
+            (4, 1, 64, run(300, 1, 1), 100, 0.0),
+            (4, 1, 64, apart(), 100, 0.0),
+            (4, 2, 64, run(20, 12, 1), 0, 0.0),
+            (4, 1, 128, run(70, 20, 1), 30, 0.0),
+            (2, 1, 256, run(60, 9, 1), 0, 0.0),
         ] {
-            let (slots, scale) = (position + tokens + 3, 1.0 / (head_dim as f32).sqrt());
-            let shape = Attention { heads, kv_heads, head_dim, position, tokens, window, scale, softcap };
+            let (shape, room) = case([heads, kv_heads, head_dim], &places, window, softcap);
             for dtype in KvDtype::ALL {
-                self.check(gpu, || stored(gpu, &shape, head_dim / 2, 1.0, slots, dtype))?;
-                self.check(gpu, || attended(gpu, &shape, slots, dtype))?;
+                self.check(gpu, || stored(gpu, &shape, &places, (head_dim / 2, 1.0), room, dtype))?;
+                self.check(gpu, || attended(gpu, &shape, &places, room, dtype))?;
             }
         }
         let drawn = Choice { temperature: 0.8, ..Choice::GREEDY };

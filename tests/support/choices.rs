@@ -19,7 +19,7 @@ struct OnGpu<'a> {
 impl<'a> OnGpu<'a> {
     fn new(gpu: &'a Arc<Gpu>, count: usize) -> Self {
         let needed = CudaChoice::new(count);
-        let [scratch, seen, chosen] = [needed.scratch, needed.seen, CudaChoice::CHOSEN].map(|len| buffer(gpu, len));
+        let [scratch, seen, chosen] = [needed.scratch, needed.seen, 12].map(|len| buffer(gpu, len));
         scratch.clear().unwrap();
         seen.clear().unwrap();
         Self { gpu, scratch, seen, chosen }
@@ -36,7 +36,7 @@ impl<'a> OnGpu<'a> {
     /// The token, and whether all logits are finite.
     fn choose(&self, choice: &Choice, softcap: f32, logits: &Region, uniform: u32) -> (usize, bool) {
         self.chosen.part(8, 4).fill(uniform).unwrap();
-        let choosing = Choosing { scratch: &self.scratch, seen: &self.seen, chosen: &self.chosen };
+        let choosing = Choosing { scratch: &self.scratch, seen: &self.seen, chosen: &self.chosen, stride: 1 };
         self.gpu.choose(choice, softcap, logits, logits.len() / 4, &choosing).unwrap();
         let mut words = [0u32; 3];
         self.chosen.read(bytemuck::cast_slice_mut(&mut words)).unwrap();

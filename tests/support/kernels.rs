@@ -30,6 +30,7 @@ macro_rules! every_case {
             a_token_that_was_chosen_is_penalized
             activations_equal_the_reference
             attention_equals_the_reference
+            attention_of_several_sequences_equals_the_reference
             attention_over_a_ring_equals_the_reference
             attention_over_what_is_no_number_is_none
             a_ring_gives_what_the_whole_context_does
@@ -109,13 +110,6 @@ fn scratch(gpu: &Arc<Gpu>, [parts, arrivals]: [usize; 2]) -> Scratch {
 /// The same for products.
 fn product_scratch(gpu: &Arc<Gpu>) -> Scratch {
     scratch(gpu, [CUDA_FEW_BLOCKS * CUDA_FEW_PARTS * 4, CUDA_FEW_BLOCKS * 4])
-}
-
-/// A position, as kernels read it.
-fn placed(gpu: &Arc<Gpu>, position: usize) -> Region {
-    let region = buffer(gpu, 4);
-    region.fill(position as u32).unwrap();
-    region
 }
 
 fn halves(gpu: &Arc<Gpu>, values: &[f32]) -> Region {

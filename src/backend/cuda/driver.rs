@@ -397,6 +397,20 @@ impl Region {
             .map_err(|e| gpu.failure(&format!("cannot take {} from the host", Bytes(len as u64)), e))
     }
 
+    /// Queues a copy of the start of `pinned` to the whole region on the compute stream.
+    ///
+    /// # Panics
+    /// `pinned` is shorter.
+    pub fn write_behind(&self, pinned: Pinned) -> Result<Copying> {
+        let gpu = self.gpu();
+        gpu.bind()?;
+        let bytes = &pinned[..self.len];
+        // SAFETY: both are that long; `Copying` keeps `pinned` until the copy is done.
+        let queued = unsafe { result::memcpy_htod_async(self.pointer(), bytes, gpu.stream.cu_stream()) };
+        Copying::on(gpu, &gpu.stream, pinned, queued, Wait::Spin)
+            .map_err(|e| gpu.failure("cannot take bytes from the host", e))
+    }
+
     /// Queues a copy of the region to the start of `pinned` on the compute stream.
     ///
     /// # Panics

@@ -4,9 +4,9 @@
 //! Only `driver.rs` and `kernels/launch.rs` have what is unsafe; of `kernels/`, a file of launches stands beside
 //! each of kernels.
 
-mod answers;
 mod compile;
 mod driver;
+mod exchange;
 mod fault;
 mod installation;
 mod kernels;
@@ -24,7 +24,9 @@ pub use installation::{GpuInfo, Installation, Mode, uuids};
 pub use kernels::Choosing;
 pub use modules::fingerprint;
 pub use occupancy::Occupant;
-pub use operands::{Affine, Attention, Cache, DeviceMatrix, GATED, Input, MAX_HEAD_DIM, Norm, Output, Scratch};
+pub use operands::{
+    Affine, Attention, Cache, DeviceMatrix, GATED, Input, MAX_HEAD_DIM, Norm, Output, Rotation, Rows, Scratch,
+};
 pub use stage::CudaStage;
 pub use upload::{InFlight, Upload};
 pub use workspace::Workspace;

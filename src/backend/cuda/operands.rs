@@ -5,7 +5,7 @@ use crate::backend::block::Linear;
 use crate::footprint::{CudaAttention, KvLayout, PAGE};
 pub(super) use crate::footprint::{HALF, WORD};
 use crate::model_config::NormKind;
-use crate::quant::{KvDtype, MatrixLayout};
+use crate::quant::MatrixLayout;
 
 /// The widest head that a kernel takes.
 pub const MAX_HEAD_DIM: usize = 512;
@@ -118,9 +118,7 @@ impl Scratch {
 /// The KV cache of a block.
 #[derive(Clone)]
 pub struct Cache {
-    pub(super) dtype: KvDtype,
-    /// Tokens that there is room for; the one at a position has the slot that is left of it over these.
-    pub(super) slots: usize,
+    pub(super) layout: KvLayout,
     /// Codes and scales of keys, then of values.
     pub(super) regions: [Region; 4],
 }
@@ -130,28 +128,54 @@ impl Cache {
     ///
     /// # Panics
     /// A region is shorter than the layout.
-    pub fn of_sequences(layout: KvLayout, regions: &[Region; 2], sequences: usize) -> Vec<Self> {
-        let pages = layout.slots / PAGE;
-        let [codes, scales] = [layout.codes, layout.scales].map(|bytes| bytes / layout.pages * pages);
-        let of = |at: usize, region: &Region| {
-            [region.part(at * codes, codes), region.part(layout.codes + at * scales, scales)]
-        };
-        let cache = |at| {
-            let [[a, b], [c, d]] = regions.each_ref().map(|region| of(at, region));
-            Self { dtype: layout.dtype, slots: layout.slots, regions: [a, b, c, d] }
-        };
-        (0..sequences).map(cache).collect()
-    }
-
-    /// X
     pub fn new(layout: KvLayout, [keys, values]: &[Region; 2]) -> Self {
         let split = |region: &Region| (region.part(0, layout.codes), region.part(layout.codes, layout.scales));
         let ((key_codes, key_scales), (value_codes, value_scales)) = (split(keys), split(values));
-        Self { dtype: layout.dtype, slots: layout.slots, regions: [key_codes, key_scales, value_codes, value_scales] }
+        Self { layout, regions: [key_codes, key_scales, value_codes, value_scales] }
     }
 }
 
-/// The shape of attention, and where it stands in the sequence.
+/// Where the tokens of a step stand, in a GPU's memory.
+#[derive(Clone)]
+pub struct Rows {
+    /// The position of each token, an i32; −1 where there is none.
+    pub positions: Region,
+    /// The sequence of each, an i32.
+    pub sequences: Region,
+    /// The numbers of the pages that each sequence has, u32, as many of them as a cache has in its slots.
+    pub tables: Region,
+}
+
+impl Rows {
+    /// Those of so many tokens behind the first `start`.
+    #[must_use]
+    pub fn part(&self, start: usize, tokens: usize) -> Self {
+        let part = |region: &Region| region.part(start * WORD, tokens * WORD);
+        Self { positions: part(&self.positions), sequences: part(&self.sequences), tables: self.tables.clone() }
+    }
+
+    fn hold(&self, tokens: usize, cache: &Cache) {
+        holds(&self.positions, [tokens], WORD);
+        holds(&self.sequences, [tokens], WORD);
+        holds(&self.tables, [if cache.layout.is_ring { 0 } else { cache.layout.slots / PAGE }], WORD);
+    }
+}
+
+/// How pairs of elements are rotated: an f32 for each pair, those of each sequence `stride` behind those of the one
+/// before, and the factor of cosines and sines.
+#[derive(Clone)]
+pub struct Rotation {
+    /// Those of the first sequence and of the others.
+    pub frequencies: Region,
+    /// f32 from one sequence to the next.
+    pub stride: usize,
+    /// Pairs that are rotated.
+    pub pairs: usize,
+    /// The factor.
+    pub factor: f32,
+}
+
+/// The shape of attention.
 #[derive(Clone, Copy, Debug)]
 pub struct Attention {
     /// Number of query heads.
@@ -160,10 +184,12 @@ pub struct Attention {
     pub kv_heads: usize,
     /// Width of a head, at most [`MAX_HEAD_DIM`].
     pub head_dim: usize,
-    /// Position of the first token.
-    pub position: usize,
     /// Number of tokens.
     pub tokens: usize,
+    /// Whether they follow on each other in one sequence.
+    pub is_run: bool,
+    /// The most keys up to a token, by which they are shared out.
+    pub keys: usize,
     /// The last keys that a query sees; 0 for all.
     pub window: usize,
     /// Factor of the scores.
@@ -175,27 +201,29 @@ pub struct Attention {
 impl Attention {
     /// The last keys that a query sees of those in a cache.
     pub(super) fn seen(&self, cache: &Cache) -> usize {
-        if self.window == 0 { cache.slots } else { self.window.min(cache.slots) }
+        let slots = cache.layout.slots;
+        if self.window == 0 { slots } else { self.window.min(slots) }
     }
 
-    /// How the keys of a cache are shared out: those of one token the same wherever it stands, so that its launch
-    /// can be repeated for the next one.
+    /// How the keys of a cache are shared out.
     pub(super) fn shares(&self, cache: &Cache) -> CudaAttention {
-        let keys = if self.tokens == 1 { cache.slots } else { cache.slots.min(self.position + self.tokens) };
-        CudaAttention::new(self.heads, self.kv_heads, self.tokens, keys)
+        CudaAttention::new(self.heads, self.kv_heads, self.tokens, self.keys.min(cache.layout.slots))
     }
 
-    pub(super) fn check(&self, query: &Region, cache: &Cache) {
+    pub(super) fn check(&self, query: &Region, cache: &Cache, rows: &Rows) {
+        let KvLayout { dtype, slots, is_ring, pages, .. } = cache.layout;
         // What the first token sees is there yet when the last one has been stored.
-        let is_ring = self.window > 0 && self.tokens + self.window - 1 <= cache.slots;
-        assert!(is_ring || self.position + self.tokens <= cache.slots, "more tokens than the cache holds");
+        let behind = if self.is_run { self.tokens - 1 } else { 0 };
+        let is_held = if is_ring { self.window > 0 && self.window + behind <= slots } else { self.keys <= slots };
+        assert!(is_held, "more tokens than the cache holds");
         assert!(self.head_dim <= MAX_HEAD_DIM, "a head that is too wide");
         assert!(self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads), "heads that share no key-value head");
         holds(query, [self.tokens, self.heads, self.head_dim], HALF);
-        let vectors = [self.kv_heads, cache.slots];
+        rows.hold(self.tokens, cache);
+        let vectors = [pages, self.kv_heads, PAGE];
         for [codes, scales] in cache.regions.as_chunks().0 {
-            holds(codes, vectors, cache.dtype.code_bytes(self.head_dim));
-            holds(scales, vectors, cache.dtype.scale_bytes());
+            holds(codes, vectors, dtype.code_bytes(self.head_dim));
+            holds(scales, vectors, dtype.scale_bytes());
         }
     }
 }

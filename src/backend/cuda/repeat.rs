@@ -18,10 +18,10 @@ pub(super) enum Repeated<K> {
 
 impl<K: PartialEq> Repeated<K> {
     /// Queues what `launch` does, in one call where it is kept: from the second time on. `launch` waits for nothing.
-    pub fn queue(&mut self, gpu: &Gpu, key: K, launch: impl Fn() -> Result<()>) -> Result<()> {
+    pub fn queue(&mut self, gpu: &Gpu, key: K, launch: impl Fn(&K) -> Result<()>) -> Result<()> {
         match self {
             Self::Kept(kept, graph) if *kept == key => return gpu.replay(graph),
-            Self::Launched(launched) if *launched == key => match gpu.capture(&launch) {
+            Self::Launched(launched) if *launched == key => match gpu.capture(|| launch(&key)) {
                 Ok(graph) => {
                     gpu.replay(&graph)?;
                     *self = Self::Kept(key, graph);
@@ -30,10 +30,15 @@ impl<K: PartialEq> Repeated<K> {
                 Err(error) => *self = Self::Apart(Some(error.to_string())),
             },
             // A graph that is of no more use gives its memory back before another takes some.
-            Self::New | Self::Launched(_) | Self::Kept(..) => *self = Self::Launched(key),
+            Self::New | Self::Launched(_) | Self::Kept(..) => {
+                *self = Self::New;
+                launch(&key)?;
+                *self = Self::Launched(key);
+                return Ok(());
+            }
             Self::Apart(_) => {}
         }
-        launch()
+        launch(&key)
     }
 
     /// Why they are launched one by one.

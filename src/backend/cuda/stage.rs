@@ -3,14 +3,16 @@
 
 use std::sync::Arc;
 
+use super::kernels::FEW;
 use super::operands::{HALF, WORD};
 use super::repeat::Repeated;
-use super::workspace::Workspace;
+use super::workspace::{Column, Workspace};
 use super::{Affine, Attention, Cache, Choosing, DeviceMatrix, Input, Norm, Output, Region};
 use crate::backend::block::{self, Block, Dense, FeedForward, Modules};
 use crate::backend::cpu::{route, routed, soft_cap};
 use crate::backend::{Choice, Chosen, DeviceChooser, Hidden, Run, Stage};
 use crate::error::Result;
+use crate::footprint::CudaChoice;
 use crate::model_config::{Experts, Layer, ModelConfig};
 use crate::quant::WeightDtype;
 
@@ -19,31 +21,73 @@ pub struct CudaStage {
     workspace: Arc<Workspace>,
     config: Arc<ModelConfig>,
     modules: Modules<DeviceMatrix>,
-    /// What each block keeps of each sequence.
-    caches: Vec<Vec<Cache>>,
-    /// The launches of one token of a sequence: through the blocks alone.
-    step: Repeated<usize>,
-    /// And those from the embedding to this choice of the next.
-    whole_step: Repeated<(usize, Choice)>,
+    /// What each block keeps of all sequences.
+    caches: Vec<Cache>,
+    /// The launches of a token each of some sequences, of each number of rows: through the blocks alone.
+    steps: Vec<Repeated<()>>,
+    /// And those from the embedding to these choices of the next.
+    whole_steps: Vec<Repeated<Vec<RowChoice>>>,
+    /// That of each sequence.
+    choices: Vec<Choice>,
+}
+
+/// How the token behind a row is chosen; and where it matters which tokens occurred, of which sequence the row is.
+#[derive(Clone, Copy, PartialEq)]
+struct RowChoice {
     choice: Choice,
+    slot: usize,
+}
+
+impl RowChoice {
+    const PADDING: Self = Self { choice: Choice::GREEDY, slot: 0 };
+}
+
+/// Rows that one launch of attention takes.
+#[derive(Clone, Copy)]
+struct Group {
+    tokens: usize,
+    /// Whether they are one sequence's.
+    is_run: bool,
+    /// The most keys up to one of them.
+    keys: usize,
+}
+
+impl Group {
+    /// Of a token each of some sequences; wherever those stand, so that the launches can be repeated for the next ones.
+    fn step(rows: usize, context: usize) -> Self {
+        Self { tokens: rows, is_run: false, keys: context }
+    }
+
+    /// Long runs each alone, short ones with those beside them.
+    fn of(runs: &[Run], context: usize) -> Vec<Self> {
+        let group = |runs: &[Run]| {
+            let keys = runs.iter().map(|run| run.position + run.tokens).max().unwrap_or_default();
+            let tokens = runs.iter().map(|run| run.tokens).sum();
+            if runs.len() == tokens {
+                return Self::step(tokens, context);
+            }
+            Self { tokens, is_run: runs.len() == 1, keys }
+        };
+        runs.chunk_by(|a, b| a.tokens.max(b.tokens) <= FEW).map(group).collect()
+    }
 }
 
 impl CudaStage {
-    /// A stage of `modules`, whose blocks keep what they see of each sequence in `caches`.
+    /// A stage of `modules`, whose blocks keep what they see in `caches`.
     pub fn new(
         config: &Arc<ModelConfig>,
-        (modules, caches): (Modules<DeviceMatrix>, Vec<Vec<Cache>>),
+        (modules, caches): (Modules<DeviceMatrix>, Vec<Cache>),
         workspace: Arc<Workspace>,
     ) -> Self {
-        let config = Arc::clone(config);
+        let (config, extent) = (Arc::clone(config), workspace.extent);
         Self {
             workspace,
             config,
             modules,
             caches,
-            step: Repeated::New,
-            whole_step: Repeated::New,
-            choice: Choice::GREEDY,
+            steps: extent.step_sizes().map(|_| Repeated::New).collect(),
+            whole_steps: extent.step_sizes().map(|_| Repeated::New).collect(),
+            choices: vec![Choice::GREEDY; extent.sequences],
         }
     }
 
@@ -57,12 +101,12 @@ impl CudaStage {
 
     /// `hidden += norm(attention(norm(hidden))); hidden += norm(feed_forward(norm(hidden)))`,
     /// with those norms that the model has.
-    fn run(&self, block: &Block<DeviceMatrix>, caches: &[Cache], hidden: &Region, runs: &[Run]) -> Result<()> {
-        let tokens = runs.iter().map(|run| run.tokens).sum();
+    fn run(&self, block: &Block<DeviceMatrix>, cache: &Cache, hidden: &Region, groups: &[Group]) -> Result<()> {
+        let tokens = groups.iter().map(|group| group.tokens).sum();
         let norm = block.input_norm.as_ref().map(|norm| self.norm_of(norm));
         let branch = Branch::new(self, block.attention_output_norm.as_ref(), hidden, false);
         let input = self.input(hidden, norm.as_ref());
-        self.attention(&block.attention, block.layer, caches, input, &branch, runs)?;
+        self.attention(&block.attention, block.layer, cache, input, &branch, groups)?;
         branch.add(tokens)?;
 
         let norm = block.feed_forward_norm.as_ref().map(|norm| self.norm_of(norm));
@@ -85,14 +129,14 @@ impl CudaStage {
         &self,
         attention: &block::Attention<DeviceMatrix>,
         layer: Layer,
-        caches: &[Cache],
+        cache: &Cache,
         input: Input,
         branch: &Branch,
-        runs: &[Run],
+        groups: &[Group],
     ) -> Result<()> {
         let (w, config) = (&*self.workspace, &self.config);
         let gpu = &*w.gpu;
-        let tokens = runs.iter().map(|run| run.tokens).sum();
+        let tokens = groups.iter().map(|group| group.tokens).sum();
         let (queries, keys) = (config.queries(), config.keys());
         let [query, key, value] = &attention.query_key_value;
         gpu.matmuls(&[(query, &w.query), (key, &w.key), (value, &w.value)], input, tokens, &w.scratch)?;
@@ -107,29 +151,27 @@ impl CudaStage {
         });
         let norms = [query_norm?, key_norm?];
         let norms = norms.each_ref().map(Option::as_ref);
+        let shape = |Group { tokens, is_run, keys }| Attention {
+            heads: config.num_attention_heads,
+            kv_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+            tokens,
+            is_run,
+            keys,
+            window: layer.window.unwrap_or(0),
+            scale: config.attention_scale,
+            softcap: config.attention_softcap.unwrap_or(0.0),
+        };
+        let rows = w.standing(tokens);
+        let all = shape(Group::step(tokens, w.extent.context));
+        let rotation = layer.rope.map(|rope| w.rotation(&config.ropes, rope));
+        gpu.rotate_and_store(&all, [&w.query, &w.key, &w.value], norms, cache, &rows, rotation.as_ref())?;
         let mut start = 0;
-        for (at, run) in runs.iter().enumerate() {
-            let cache = &caches[run.slot];
-            let rows = |region: &Region, width: usize| region.part(start * width * HALF, run.tokens * width * HALF);
-            let [query, attended] = [&w.query, &w.attended].map(|region| rows(region, queries));
-            let [key, value] = [&w.key, &w.value].map(|region| rows(region, keys));
-            let shape = Attention {
-                heads: config.num_attention_heads,
-                kv_heads: config.num_key_value_heads,
-                head_dim: config.head_dim,
-                position: run.position,
-                tokens: run.tokens,
-                window: layer.window.unwrap_or(0),
-                scale: config.attention_scale,
-                softcap: config.attention_softcap.unwrap_or(0.0),
-            };
-            let (position, frequencies) = (w.position(at), layer.rope.map(|rope| w.frequencies(at, rope)));
-            #[expect(clippy::cast_possible_truncation, reason = "angles are f32")]
-            let factor = layer.rope.map_or(1.0, |rope| config.ropes[rope].attention_factor as f32);
-            let rope = frequencies.as_ref().map(|frequencies| (frequencies, factor));
-            gpu.rotate_and_store(&shape, [&query, &key, &value], norms, cache, &position, rope)?;
-            gpu.attend(&shape, &query, cache, &attended, &position, &w.scratch)?;
-            start += run.tokens;
+        for group in groups {
+            let part = |region: &Region| region.part(start * queries * HALF, group.tokens * queries * HALF);
+            let (query, attended, rows) = (part(&w.query), part(&w.attended), rows.part(start, group.tokens));
+            gpu.attend(&shape(*group), &query, cache, &attended, &rows, &w.scratch)?;
+            start += group.tokens;
         }
         branch.matmul(&attention.output, Input::Half(&w.attended), tokens)
     }
@@ -184,43 +226,52 @@ impl CudaStage {
         Ok(())
     }
 
-    /// The logits of one hidden state before the soft cap, with a norm before them or as it is.
-    fn head_of(&self, head: &Affine, states: &Region, norm: Option<&Norm>) -> Result<()> {
+    /// The logits of hidden states before the soft cap, with a norm before them or as they are.
+    fn head_of(&self, head: &Affine, states: &Region, norm: Option<&Norm>, rows: usize) -> Result<()> {
         let w = &*self.workspace;
         let logits = (&w.logits, Output::F32, self.config.logit_scale);
-        w.gpu.matmul(head, self.input(states, norm), 1, logits, &w.scratch)
+        w.gpu.matmul(head, self.input(states, norm), rows, logits, &w.scratch)
     }
 
-    fn choose_one(&self) -> Result<()> {
-        let w = &*self.workspace;
-        let at = Choosing { scratch: &w.choice, seen: &w.seen, chosen: &w.chosen() };
-        let softcap = self.config.logit_softcap.unwrap_or(0.0);
-        w.gpu.choose(&self.choice, softcap, &w.logits, self.config.vocab_size, &at)
+    /// Chooses the token behind each hidden state, in the order of the rows.
+    fn choose_each(&self, head: &Affine, states: &Region, norm: Option<&Norm>, choices: &[RowChoice]) -> Result<()> {
+        let (w, rows, vocabulary) = (&*self.workspace, choices.len(), self.config.vocab_size);
+        let (width, softcap) = (self.config.hidden_size * WORD, self.config.logit_softcap.unwrap_or(0.0));
+        let mut row = 0;
+        for together in choices.chunks(w.extent.logit_rows()) {
+            let states = states.part(row * width, together.len() * width);
+            self.head_of(head, &states, norm, together.len())?;
+            for (at, RowChoice { choice, slot }) in together.iter().enumerate() {
+                let logits = w.logits.part(at * vocabulary * WORD, vocabulary * WORD);
+                let chosen = &w.rows.part(row * WORD, (2 * rows + 1) * WORD);
+                let at = Choosing { scratch: &w.choice, seen: &self.seen(*slot), chosen, stride: rows };
+                w.gpu.choose(choice, softcap, &logits, vocabulary, &at)?;
+                row += 1;
+            }
+        }
+        Ok(())
     }
 
-    /// Puts the random number of the next choice where it is looked for.
-    fn place_draw(&self, draw: u32) -> Result<()> {
-        if self.choice.is_greedy() { Ok(()) } else { self.workspace.chosen().part(2 * WORD, WORD).fill(draw) }
+    /// The bits of the tokens that occurred in a sequence.
+    fn seen(&self, slot: usize) -> Region {
+        let each = CudaChoice::new(self.config.vocab_size).seen;
+        self.workspace.seen.part(slot * each, each)
     }
 
-    /// Runs hidden states through all blocks. The workspace holds the positions; those of one token, its own region
-    /// says too.
-    fn through(&self, states: &Region, runs: &[Run]) -> Result<()> {
+    fn choice_of(&self, slot: usize) -> RowChoice {
+        let choice = self.choices[slot];
+        RowChoice { choice, slot: if choice.is_penalized() { slot } else { 0 } }
+    }
+
+    /// Runs hidden states through all blocks. The workspace holds where they stand.
+    fn through(&self, states: &Region, groups: &[Group]) -> Result<()> {
         let w = &*self.workspace;
         if let Some(positions) = &self.modules.positions {
-            let ids = if let [Run { tokens: 1, .. }] = runs {
-                w.position(0)
-            } else {
-                let rows: Vec<u32> =
-                    runs.iter().flat_map(|run| (run.position..run.position + run.tokens).map(row)).collect();
-                let ids = w.tokens.part(0, size_of_val(&*rows));
-                ids.write(bytemuck::must_cast_slice(&rows))?;
-                ids
-            };
+            let ids = w.column(Column::Position, groups.iter().map(|group| group.tokens).sum());
             w.gpu.embed(positions, &ids, 1.0, states, Output::Add)?;
         }
         let mut blocks = self.modules.blocks.iter().zip(&self.caches);
-        blocks.try_for_each(|(block, caches)| self.run(block, caches, states, runs))
+        blocks.try_for_each(|(block, cache)| self.run(block, cache, states, groups))
     }
 
     /// What a whole step takes, from the embedding to the head, if all of it is here.
@@ -235,41 +286,40 @@ impl CudaStage {
         self.modules.blocks.iter().any(|block| block.layer.has_experts)
     }
 
-    /// Queues a step of one token through the blocks.
-    fn step_through(&mut self, run: Run, states: &Region) -> Result<()> {
-        let mut step = std::mem::take(&mut self.step);
-        let queued = step.queue(&self.workspace.gpu, run.slot, || self.through(states, &[run]));
-        self.step = step;
+    /// Queues a step of a token for each row through the blocks.
+    fn step_through(&mut self, rows: usize) -> Result<()> {
+        let mut step = std::mem::take(&mut self.steps[size(rows)]);
+        let group = Group::step(rows, self.workspace.extent.context);
+        let queued = step.queue(&self.workspace.gpu, (), |()| self.through(&self.states(rows), &[group]));
+        self.steps[size(rows)] = step;
         queued
     }
 
-    /// Queues a step of one token from the embedding to the choice of the next.
-    fn step_whole(&mut self, run: Run, states: &Region) -> Result<()> {
-        let mut step = std::mem::take(&mut self.whole_step);
-        let queued = step.queue(&self.workspace.gpu, (run.slot, self.choice), || {
+    /// Queues a step of a token for each of these from the embedding to the choice of the next.
+    fn step_whole(&mut self, choices: Vec<RowChoice>) -> Result<()> {
+        let rows = choices.len();
+        let mut step = std::mem::take(&mut self.whole_steps[size(rows)]);
+        let queued = step.queue(&self.workspace.gpu, choices, |choices| {
             let Some([embedding, norm, head]) = self.whole() else { unreachable!("the whole model is here") };
-            let (gpu, token) = (&self.workspace.gpu, self.workspace.chosen().part(0, WORD));
-            gpu.embed(embedding, &token, self.config.embedding_scale, states, Output::F32)?;
-            self.through(states, &[run])?;
-            self.head_of(head, states, Some(&self.norm_of(norm)))?;
-            self.choose_one()
+            let (w, states) = (&*self.workspace, self.states(rows));
+            let tokens = w.column(Column::Token, rows);
+            w.gpu.embed(embedding, &tokens, self.config.embedding_scale, &states, Output::F32)?;
+            self.through(&states, &[Group::step(rows, w.extent.context)])?;
+            self.choose_each(head, &states, Some(&self.norm_of(norm)), choices)
         });
-        self.whole_step = step;
+        self.whole_steps[size(rows)] = step;
         queued
     }
 
-    /// Puts positions and frequencies where kernels look for them.
-    fn place(&self, runs: &[Run]) -> Result<()> {
-        self.workspace.place_frequencies(&self.config.ropes, runs)?;
-        let mut positions = runs.iter().enumerate().map(|(at, run)| (self.workspace.position(at), row(run.position)));
-        positions.try_for_each(|(region, position)| region.fill(position))
+    /// The hidden states of so many rows.
+    fn states(&self, rows: usize) -> Region {
+        self.workspace.hidden.part(0, rows * self.config.hidden_size * WORD)
     }
 }
 
-/// A position as kernels take it: it is below the context, which a configuration bounds.
-#[expect(clippy::cast_possible_truncation, reason = "below 2^28")]
-fn row(position: usize) -> u32 {
-    position as u32
+/// Which of [`Extent::step_sizes`](crate::footprint::Extent::step_sizes) so many rows are.
+fn size(rows: usize) -> usize {
+    rows.next_power_of_two().trailing_zeros() as usize
 }
 
 /// What a half of a block gives: onto the hidden state at once, or into a buffer
@@ -311,7 +361,7 @@ impl Stage for CudaStage {
     fn embed(&mut self, tokens: &[u32], hidden: &mut Hidden) -> Result<()> {
         let Some(embedding) = &self.modules.embedding else { return Ok(()) };
         let w = &*self.workspace;
-        let ids = w.tokens.part(0, size_of_val(tokens));
+        let ids = w.rows.part(0, size_of_val(tokens));
         ids.write(bytemuck::must_cast_slice(tokens))?;
         let states = hidden.begin_on_gpu(&w.hidden);
         w.gpu.embed(embedding, &ids, self.config.embedding_scale, &states, Output::F32)
@@ -322,11 +372,14 @@ impl Stage for CudaStage {
             return Ok(());
         }
         let states = hidden.on_gpu(&self.workspace.hidden)?;
-        self.place(runs)?;
-        match runs {
-            [run] if run.tokens == 1 && !self.has_experts() => self.step_through(*run, &states),
-            _ => self.through(&states, runs),
+        let (w, tokens) = (&*self.workspace, hidden.tokens());
+        if tokens == runs.len() && !self.has_experts() {
+            let rows = w.extent.padded(tokens);
+            w.place(&self.config.ropes, runs, rows, None)?;
+            return self.step_through(rows);
         }
+        w.place(&self.config.ropes, runs, tokens, None)?;
+        self.through(&states, &Group::of(runs, w.extent.context))
     }
 
     fn norm(&mut self, hidden: &mut Hidden) -> Result<()> {
@@ -340,14 +393,10 @@ impl Stage for CudaStage {
 
     fn logits(&mut self, hidden: &mut Hidden, logits: &mut [f32]) -> Result<()> {
         let Some(head) = &self.modules.head else { return Ok(()) };
-        let states = hidden.on_gpu(&self.workspace.hidden)?;
-        let width = self.config.hidden_size * WORD;
-        for (row, logits) in logits.chunks_mut(self.config.vocab_size).enumerate() {
-            self.head_of(head, &states.part(row * width, width), None)?;
-            self.workspace.logits.read(bytemuck::must_cast_slice_mut(logits))?;
-            for logit in logits {
-                *logit = soft_cap(*logit, self.config.logit_softcap);
-            }
+        self.head_of(head, &hidden.on_gpu(&self.workspace.hidden)?, None, hidden.tokens())?;
+        self.workspace.logits.read(bytemuck::must_cast_slice_mut(logits))?;
+        for logit in logits {
+            *logit = soft_cap(*logit, self.config.logit_softcap);
         }
         Ok(())
     }
@@ -357,29 +406,28 @@ impl Stage for CudaStage {
             return Ok(());
         }
         let w = Arc::clone(&self.workspace);
-        let run = Run { slot: 0, pages: &[0], position: 0, tokens: 1, length: 1 };
-        let states = w.hidden.part(0, self.config.hidden_size * WORD);
-        self.place(&[run])?;
-        self.place_draw(0)?;
-        // What this leaves of a token is written over when there is one.
-        for _ in ["launched", "kept"] {
-            states.clear()?;
-            w.chosen().clear()?;
-            if self.whole().is_some() {
-                self.step_whole(run, &states)?;
-            } else {
-                self.step_through(run, &states)?;
+        for rows in w.extent.step_sizes() {
+            // All of them pad.
+            w.place(&self.config.ropes, &[], rows, Some((Some(&[]), &[])))?;
+            self.states(rows).clear()?;
+            for _ in ["launched", "kept"] {
+                if self.whole().is_some() {
+                    self.step_whole(vec![RowChoice::PADDING; rows])?;
+                }
+                self.step_through(rows)?;
             }
         }
         w.gpu.synchronize()
     }
 
     fn launch_each_kernel(&mut self) {
-        (self.step, self.whole_step) = (Repeated::Apart(None), Repeated::Apart(None));
+        self.steps.fill_with(|| Repeated::Apart(None));
+        self.whole_steps.fill_with(|| Repeated::Apart(None));
     }
 
     fn why_apart(&self) -> Option<&str> {
-        self.step.why_apart().or_else(|| self.whole_step.why_apart())
+        let whole = self.whole_steps.iter().find_map(|step| step.why_apart());
+        self.steps.iter().find_map(|step| step.why_apart()).or(whole)
     }
 
     fn keeps_halves(&self) -> bool {
@@ -392,27 +440,25 @@ impl Stage for CudaStage {
 }
 
 impl DeviceChooser for CudaStage {
-    fn begin(&mut self, _: usize, choice: &Choice, seen: &[u32]) -> Result<()> {
-        self.choice = *choice;
-        self.workspace.answers().forget()?;
+    fn begin(&mut self, slot: usize, choice: &Choice, seen: &[u32]) -> Result<()> {
+        self.choices[slot] = *choice;
         if choice.is_penalized() {
             let mut bits = vec![0u32; self.config.vocab_size.div_ceil(32)];
             for token in seen {
                 bits[*token as usize / 32] |= 1 << (token % 32);
             }
-            self.workspace.seen.write(bytemuck::must_cast_slice(&bits))?;
+            self.seen(slot).write(bytemuck::must_cast_slice(&bits))?;
         }
         Ok(())
     }
 
     fn choose(&mut self, hidden: &mut Hidden, rows: &[(usize, u32)]) -> Result<()> {
-        let draw = rows[0].1;
-        if let Some(head) = &self.modules.head {
-            self.head_of(head, &hidden.on_gpu(&self.workspace.hidden)?, None)?;
-        }
-        self.place_draw(draw)?;
-        self.choose_one()?;
-        self.workspace.answers().send(&self.workspace.chosen())
+        let Some(head) = &self.modules.head else { return Ok(()) };
+        let w = &*self.workspace;
+        let (choices, draws): (Vec<_>, Vec<_>) = rows.iter().map(|(slot, draw)| (self.choice_of(*slot), *draw)).unzip();
+        w.exchange().tell(&w.column(Column::Draw, rows.len()), &draws)?;
+        self.choose_each(head, &hidden.on_gpu(&w.hidden)?, None, &choices)?;
+        w.exchange().send(&w.rows, rows.len(), rows.len())
     }
 
     fn does_whole_steps(&self) -> bool {
@@ -421,18 +467,15 @@ impl DeviceChooser for CudaStage {
 
     fn step(&mut self, tokens: Option<&[u32]>, runs: &[Run], draws: &[u32]) -> Result<()> {
         let w = Arc::clone(&self.workspace);
-        let (run, draw) = (runs[0], draws[0]);
-        if let Some(tokens) = tokens {
-            w.chosen().part(0, WORD).fill(tokens[0])?;
-        }
-        self.place(&[run])?;
-        self.place_draw(draw)?;
-        let states = w.hidden.part(0, self.config.hidden_size * WORD);
-        self.step_whole(run, &states)?;
-        w.answers().send(&w.chosen())
+        let rows = w.extent.padded(runs.len());
+        w.place(&self.config.ropes, runs, rows, Some((tokens, draws)))?;
+        let mut choices: Vec<_> = runs.iter().map(|run| self.choice_of(run.slot)).collect();
+        choices.resize(rows, RowChoice::PADDING);
+        self.step_whole(choices)?;
+        w.exchange().send(&w.rows, runs.len(), rows)
     }
 
     fn chosen(&mut self) -> Result<Vec<Chosen>> {
-        self.workspace.answers().receive().map(|chosen| vec![chosen])
+        self.workspace.exchange().receive()
     }
 }

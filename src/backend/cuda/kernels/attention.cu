@@ -8,16 +8,18 @@
 // Normalizes every head of the query, in place, and of the key; see norm.cuh. Rotates their pairs
 // (i, i + rotary/2) by the angle position * frequencies[i], times `factor`; the rest of a head stays.
 // Stores key and value in the cache; in int8 with the scale absmax / 127, which makes NaN of all if one is that.
-// frequencies: f32 [rotary / 2]; rotary: even, at most head_dim; 0 rotates nothing.
+// frequencies: f32 [rotary / 2] for each sequence, every `stride`; rotary: even, at most head_dim; 0 rotates nothing.
 // Launch: 128 threads, grid (tokens, heads + 2 * kv_heads).
 #define NORM(of) int of##_kind, const void *of##_weight, int of##_weight_dtype, const void *of##_bias, int of##_bias_dtype, float of##_offset, float of##_epsilon
 #define GIVEN_NORM(of) {of##_kind, of##_weight, of##_weight_dtype, of##_bias, of##_bias_dtype, of##_offset, of##_epsilon}
 KERNEL(128) rotate_and_store(__half* query, const __half* key, const __half* value, NORM(query), NORM(key), byte* keys, float* key_scales, byte* values,
-                             float* value_scales, int kv_dtype, const float* frequencies, int heads, int kv_heads, int head_dim, int rotary, int slots,
-                             const int* position, float factor) {
+                             float* value_scales, int kv_dtype, const float* frequencies, int stride, int heads, int kv_heads, int head_dim, int rotary,
+                             const unsigned* tables, unsigned slots, const int* positions, const int* sequences, float factor) {
     begin();
     __shared__ float head_in[MAX_HEAD], vector[MAX_HEAD], scratch[4];
-    int token = blockIdx.x, head = blockIdx.y, half_width = rotary / 2, at = *position + token;
+    int token = blockIdx.x, head = blockIdx.y, half_width = rotary / 2, at = positions[token], sequence = sequences[token];
+    if (at < 0) return;
+    frequencies += (size_t)sequence * stride;
     bool is_query = head < heads, is_key = !is_query && head < heads + kv_heads;
     if (!is_query) head = (head - heads) % kv_heads;
     const __half* from = is_query ? query + ((size_t)token * heads + head) * head_dim
@@ -50,7 +52,8 @@ KERNEL(128) rotate_and_store(__half* query, const __half* key, const __half* val
         for (int d = threadIdx.x; d < head_dim; d += blockDim.x) query[((size_t)token * heads + head) * head_dim + d] = to_half(vector[d]);
         return;
     }
-    size_t slot = (size_t)head * slots + (unsigned)at % (unsigned)slots;
+    Pages pages = {tables, sequence * (slots / PAGE), (unsigned)kv_heads, (unsigned)head};
+    size_t slot = pages.vector((unsigned)at % slots);
     byte* cache = is_key ? keys : values;
     float scale = largest > 0.0f ? largest / 127.0f : 1.0f;
     if (kv_dtype == INT8 && threadIdx.x == 0) (is_key ? key_scales : value_scales)[slot] = scale;
@@ -98,15 +101,18 @@ struct AttendShared {
     __align__(16) float q[HEADS][MAX_HEAD];
     __align__(16) float weights[SPAN][HEADS];
     __align__(16) float sums[HEADS][SPAN * 8];
+    // Where the vectors of keys stand, in vectors: of those at hand, and of the next ones.
+    unsigned vectors[2][SPAN];
     float scratch[HEADS][SPAN / 32], largest[HEADS], total[HEADS];
 };
 
 // What a thread has of some keys: of the values eight columns, of every `groups`-th of them.
 template <int HEADS>
 struct OverKeys {
-    // The first slot of the head, the one in it where they begin, and how many there are.
-    size_t first_slot;
-    int at, count, groups, group, column;
+    Pages pages;
+    // The slot where they begin, and how many there are.
+    unsigned at;
+    int count, groups, group, column;
     float sums[HEADS][8], largest[HEADS], total[HEADS];
 };
 
@@ -115,16 +121,22 @@ __device__ __forceinline__ void attend_over(OverKeys<HEADS>& p, const Attention&
     const int BATCH = DTYPE == ANY ? 1 : 8;
     int head_dim = a.head_dim;
     bool is_scaled = a.kv_dtype == INT8;
-    for (int at = p.at, left = p.count; left > 0;) {
-        int keys = together(a, SPAN, left, at);
+    unsigned at = p.at;
+    for (int left = p.count, turn = 0; left > 0; left -= SPAN, turn ^= 1) {
+        int keys = min(SPAN, left);
         bool is_mine = (int)threadIdx.x < keys;
-        size_t slot = p.first_slot + at + min((int)threadIdx.x, keys - 1);
+        const unsigned* vectors = s.vectors[turn];
+        size_t slot = vectors[threadIdx.x];
         Stored8<DTYPE> values[BATCH];
         auto load_values = [&](int first) {
 #pragma unroll
-            for (int j = 0; j < BATCH; j++) values[j].load(a, a.values, (p.first_slot + at + min(first + j * p.groups, keys - 1)) * head_dim, p.column);
+            for (int j = 0; j < BATCH; j++) values[j].load(a, a.values, (size_t)vectors[min(first + j * p.groups, SPAN - 1)] * head_dim, p.column);
         };
         load_values(p.group);
+        if (left > SPAN) {
+            at = a.behind(at, SPAN);
+            s.vectors[turn ^ 1][threadIdx.x] = p.pages.vector(a.behind(at, min((int)threadIdx.x, left - SPAN - 1)));
+        }
         float scores[HEADS] = {};
         for (int d = 0; d < head_dim; d += BATCH * 8) {
             Stored8<DTYPE> pieces[BATCH];
@@ -174,7 +186,6 @@ __device__ __forceinline__ void attend_over(OverKeys<HEADS>& p, const Attention&
             if (first < keys) load_values(first);
         }
         __syncthreads();
-        at = next_slot(a, at, keys), left -= keys;
     }
 }
 
@@ -190,12 +201,18 @@ __device__ __forceinline__ void attend(const Attention& a) {
     int token = blockIdx.x / a.splits, split = blockIdx.x % a.splits, kv_head = blockIdx.y / blocks;
     int first_head = blockIdx.y % blocks * HEADS, count = min(HEADS, sharing - first_head);
     size_t first_row = (size_t)token * a.heads + kv_head * sharing + first_head;
-    int behind = a.position + token + 1, first = max(0, behind - a.window);
+    int position = a.positions[token], behind = position + 1, first = max(0, behind - a.window);
+    if (position < 0) {
+#pragma unroll 1
+        for (int i = threadIdx.x; split == 0 && i < count * head_dim; i += SPAN) a.out[first_row * head_dim + i] = to_half(0.0f);
+        return;
+    }
     int length = ((behind - first + a.splits - 1) / a.splits + SPAN - 1) / SPAN * SPAN, splits = (behind - first + length - 1) / length;
     int units = (head_dim + 7) / 8, start = first + split * length;
     if (start >= behind) return;
-    OverKeys<HEADS> p = {(size_t)kv_head * a.slots, (int)((unsigned)start % (unsigned)a.slots), min(length, behind - start),
+    OverKeys<HEADS> p = {a.pages(token, kv_head), (unsigned)start % a.slots, min(length, behind - start),
                          SPAN / units, (int)threadIdx.x / units, (int)threadIdx.x % units * 8};
+    s.vectors[0][threadIdx.x] = p.pages.vector(a.behind(p.at, min((int)threadIdx.x, p.count - 1)));
     for (int h = 0; h < HEADS; h++) p.largest[h] = LEAST;
 #pragma unroll 1
     for (int d = threadIdx.x; d < MAX_HEAD; d += SPAN)
@@ -234,10 +251,11 @@ __device__ __forceinline__ void attend(const Attention& a) {
 #define ATTEND(heads_of_a_block)                                                                                                                        \
     KERNEL(128) attend_##heads_of_a_block(const __half* query, const byte* keys, const float* key_scales, const byte* values, const float* value_scales, \
                                           int kv_dtype, __half* out, float* parts, unsigned* arrivals, int splits, int heads, int kv_heads,             \
-                                          int head_dim, int slots, const int* position, int window, float scale, float softcap) {                      \
+                                          int head_dim, const unsigned* tables, unsigned slots, const int* positions, const int* sequences,             \
+                                          int window, float scale, float softcap) {                                                                    \
         begin();                                                                                                                                        \
         attend<heads_of_a_block>({query, keys, key_scales, values, value_scales, kv_dtype, out, parts, arrivals, splits, heads, kv_heads, head_dim,     \
-                                  slots, *position, window, scale, softcap});                                                                         \
+                                  tables, slots, positions, sequences, window, scale, softcap});                                                       \
     }
 ATTEND(1)
 ATTEND(4)

@@ -4,11 +4,15 @@
 //   cap(s) = softcap * tanh(s / softcap) if softcap is not 0
 //
 // query, key, value, out: f16 [tokens][heads or kv_heads][head_dim]. Query head h reads key-value head
-// h * kv_heads / heads. keys, values: the cache of a block, [kv_heads][slots][head_dim] of kv_dtype, one of
-// bf16, f16, f32 and int8; key_scales, value_scales: f32 [kv_heads][slots] for int8, where an element is its
-// code times its vector's scale, else not used. The token at position p has slot p % slots; window: at most
-// slots. Token t of the call stands at *position + t; it is in the GPU's memory, so that launches can be
-// repeated for the next token.
+// h * kv_heads / heads. keys, values: the cache of a block, [pages][kv_heads][PAGE][head_dim] of kv_dtype, one of
+// bf16, f16, f32 and int8; key_scales, value_scales: f32 [pages][kv_heads][PAGE] for int8, where an element is its
+// code times its vector's scale, else not used.
+//
+// Token t of the call stands at positions[t] of the sequence sequences[t]; both are in the GPU's memory, so that
+// launches can be repeated for the next tokens. At -1 it is none: nothing of it is stored, and its attention is zero.
+// A sequence has slots / PAGE pages: the numbers of those of sequence s are u32 in `tables` from s * slots / PAGE on,
+// or where that is null, they begin with that number and follow on each other. The token at position p has slot
+// p % slots of these; window: at most slots.
 //
 // The keys may be shared out to `splits` blocks, or as many of them as there are keys for. Each leaves its
 // sums, its largest score and its total in `parts`, f32 [tokens][heads][splits][head_dim + 2], and the last to
@@ -17,10 +21,25 @@
 #pragma once
 #include "common.cuh"
 
-// CudaAttention of plan/memory.rs makes no more.
+// CudaAttention of footprint/cuda.rs makes no more.
 #define MAX_SPLITS 1024
 // Below all scores.
 #define LEAST __uint_as_float(0xff800000u)
+// PAGE of footprint/mod.rs.
+#define PAGE 64u
+
+// Where a head's vectors of a sequence stand.
+struct Pages {
+    const unsigned* tables;
+    unsigned first, kv_heads, kv_head;
+
+    // That of a slot, in vectors.
+    __device__ __forceinline__ unsigned vector(unsigned slot) const {
+        unsigned page = first + slot / PAGE;
+        if (tables) page = tables[page];
+        return (page * kv_heads + kv_head) * PAGE + slot % PAGE;
+    }
+};
 
 struct Attention {
     const __half* query;
@@ -32,8 +51,18 @@ struct Attention {
     __half* out;
     float* parts;
     unsigned* arrivals;
-    int splits, heads, kv_heads, head_dim, slots, position, window;
+    int splits, heads, kv_heads, head_dim;
+    const unsigned* tables;
+    unsigned slots;
+    const int *positions, *sequences;
+    int window;
     float scale, softcap;
+
+    __device__ __forceinline__ Pages pages(int token, int kv_head) const {
+        return {tables, sequences[token] * (slots / PAGE), (unsigned)kv_heads, (unsigned)kv_head};
+    }
+    // The slot that follows on `keys` others, no more than there are.
+    __device__ __forceinline__ unsigned behind(unsigned slot, unsigned keys) const { return slot + keys < slots ? slot + keys : slot + keys - slots; }
 };
 
 // What the first `splits` parts of a row, a head of a token, come to.
@@ -56,9 +85,3 @@ __device__ __forceinline__ void add_parts(const Attention& a, size_t row, int sp
         a.out[row * a.head_dim + d] = to_half(sum / total);
     }
 }
-
-// Keys that stand side by side, of `left` from slot `at` on: at most `most` of them.
-__device__ __forceinline__ int together(const Attention& a, int most, int left, int at) { return min(min(most, left), a.slots - at); }
-
-// The slot that follows on `keys` of them.
-__device__ __forceinline__ int next_slot(const Attention& a, int at, int keys) { return at + keys == a.slots ? 0 : at + keys; }

@@ -1,8 +1,8 @@
 // Attention of many tokens by tensor cores; see attention.cuh. For compute capability 8.0 and higher.
 //
-// The rows of a key-value head are those of its query heads for each token in turn. A block takes 64 of them,
-// a warp 16, over all keys that they see or one of `splits` parts of these, KEYS at a time, which pass through
-// shared memory as f16: while the block multiplies keys, the values come in, and the next keys after
+// The tokens follow on each other in one sequence. The rows of a key-value head are those of its query heads for each
+// token in turn. A block takes 64 of them, a warp 16, over all keys that they see or one of `splits` parts of these, KEYS
+// at a time, all of one page, which pass through shared memory as f16: while the block multiplies keys, the values come in, and the next keys after
 // that. The softmax runs along in f32; its weights, relative to the largest score so far, become f16.
 //
 // Keys and values are in shared memory in units of eight columns. Which column of queries and keys stands in
@@ -34,16 +34,16 @@ struct Tile {
         unsigned first = threadIdx.x / UNITS, unit = threadIdx.x % UNITS;
         return &to[(first + i) * UNITS + (unit ^ turn(first + i % 8))];
     }
-    // Queues `keys` vectors from `slot` on, as they are; zero behind them.
-    __device__ __forceinline__ void stage(const Attention& a, size_t slot, int keys, float* scale) const {
+    // Queues `keys` vectors from the one at `vector` on, as they are; zero behind them.
+    __device__ __forceinline__ void stage(const Attention& a, unsigned vector, int keys, float* scale) const {
         unsigned first = threadIdx.x / UNITS, d = threadIdx.x % UNITS * 8, there = d < a.head_dim ? keys : 0;
-        size_t at = (slot + first) * a.head_dim + d;
+        size_t at = (size_t)(vector + first) * a.head_dim + d;
         if (a.kv_dtype == INT8) {
             const byte* from = cache + at;
 #pragma unroll
             for (unsigned i = 0; i < KEYS; i += STEP, from += STEP * a.head_dim) {
                 cp_async_8(place(i), from, first + i < there);
-                scale[i / STEP] = first + i < there ? scales[slot + first + i] : 0.0f;
+                scale[i / STEP] = first + i < there ? scales[vector + first + i] : 0.0f;
             }
         } else {
             const unsigned short* from = (const unsigned short*)cache + at;
@@ -83,13 +83,13 @@ __device__ __forceinline__ void attend_many(const Attention& a, int tokens) {
     int blocks = gridDim.x / a.splits, split = blockIdx.x % a.splits;
     // The last rows see the most keys and come first.
     int block = blocks - 1 - blockIdx.x / a.splits, last_row = min(block * ROWS + ROWS, tokens * sharing) - 1;
-    int first_position = a.position + block * ROWS / sharing, last_position = a.position + last_row / sharing;
+    int position = a.positions[0], first_position = position + block * ROWS / sharing, last_position = position + last_row / sharing;
     // Of rows r and r + 8 of the warp: where they stand in query and out, and the last key that each sees.
     int rows[2], positions[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         rows[h] = block * ROWS + threadIdx.x / 32 * 16 + h * 8 + r;
-        positions[h] = a.position + min(rows[h], last_row) / sharing;
+        positions[h] = position + min(rows[h], last_row) / sharing;
     }
     // Of a row in query and out.
     auto index = [&](int row) { return (size_t)(row / sharing) * a.heads + kv_head * sharing + row % sharing; };
@@ -108,16 +108,17 @@ __device__ __forceinline__ void attend_many(const Attention& a, int tokens) {
     float sums[WIDTH / 8][4] = {}, largest[2] = {LEAST, LEAST}, total[2] = {};
 
     int behind = last_position + 1, first = max(0, first_position + 1 - a.window);
-    int length = ((behind - first + a.splits - 1) / a.splits + KEYS - 1) / KEYS * KEYS;
-    int start = first + split * length, end = min(behind, start + length);
-    int at = (unsigned)start % (unsigned)a.slots, keys_here = together(a, KEYS, end - start, at);
-    size_t first_slot = (size_t)kv_head * a.slots;
+    // Parts begin with a tile of a page.
+    int tiles = first / KEYS * KEYS, length = ((behind - tiles + a.splits - 1) / a.splits + KEYS - 1) / KEYS * KEYS;
+    int start = max(first, tiles + split * length), end = min(behind, tiles + split * length + length), keys_here = min(KEYS - start % KEYS, end - start);
+    Pages pages = a.pages(0, kv_head);
+    unsigned slot = (unsigned)start % a.slots, vector = start < end ? pages.vector(slot) : 0;
     float factor = (a.softcap != 0.0f ? a.softcap : a.scale) * LOG2_E, to_cap = a.scale / a.softcap;
-    if (start < end) tile_of_keys.stage(a, first_slot + at, keys_here, scale);
+    if (start < end) tile_of_keys.stage(a, vector, keys_here, scale);
     while (start < end) {
         tile_of_keys.arrive(a.kv_dtype, scale);
         __syncthreads();
-        tile_of_values.stage(a, first_slot + at, keys_here, scale);
+        tile_of_values.stage(a, vector, keys_here, scale);
         float scores[KEYS / 8][4] = {};
 #pragma unroll
         for (int group = 0; group < groups; group++) {
@@ -133,8 +134,8 @@ __device__ __forceinline__ void attend_many(const Attention& a, int tokens) {
         tile_of_values.arrive(a.kv_dtype, scale);
         __syncthreads();
         int tile_start = start, tile_end = start + keys_here;
-        start = tile_end, at = next_slot(a, at, keys_here), keys_here = together(a, KEYS, end - start, at);
-        if (start < end) tile_of_keys.stage(a, first_slot + at, keys_here, scale);
+        start = tile_end, slot = a.behind(slot, keys_here), keys_here = min(KEYS, end - start);
+        if (start < end) tile_of_keys.stage(a, vector = pages.vector(slot), keys_here, scale);
 
         // In bits: the exponents of two.
         if (a.softcap != 0.0f)
@@ -205,11 +206,11 @@ __device__ __forceinline__ void attend_many(const Attention& a, int tokens) {
 #define ATTEND_MANY(width, keys_of_a_tile)                                                                                                          \
     KERNEL_AT_ONCE(128, 2) attend_many_##width(const __half* query, const byte* keys, const float* key_scales, const byte* values,                   \
                                                const float* value_scales, int kv_dtype, __half* out, float* parts, unsigned* arrivals, int splits,   \
-                                               int heads, int kv_heads, int head_dim, int slots, const int* position, int window, float scale,     \
-                                               float softcap, int tokens) {                                                                         \
+                                               int heads, int kv_heads, int head_dim, const unsigned* tables, unsigned slots, const int* positions, \
+                                               const int* sequences, int window, float scale, float softcap, int tokens) {                         \
         begin();                                                                                                                                     \
         attend_many<width, keys_of_a_tile>({query, keys, key_scales, values, value_scales, kv_dtype, out, parts, arrivals, splits, heads, kv_heads,  \
-                                            head_dim, slots, *position, window, scale, softcap}, tokens);                                         \
+                                            head_dim, tables, slots, positions, sequences, window, scale, softcap}, tokens);                      \
     }
 ATTEND_MANY(64, 64)
 ATTEND_MANY(128, 64)

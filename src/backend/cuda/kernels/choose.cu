@@ -19,7 +19,7 @@ struct Part {
 };
 
 // What blocks and launches leave each other; bins, `best` and `arrivals` are zero between launches. Behind it
-// stand a weight for each block, u64, and a count for each, u32. CudaChoice of plan/memory.rs takes as much.
+// stand a weight for each block, u64, and a count for each, u32. CudaChoice of footprint/cuda.rs takes as much.
 struct Scratch {
     u64 weights[BINS];
     unsigned counts[BINS];
@@ -32,7 +32,7 @@ struct Scratch {
     float largest;
     unsigned arrivals;
 };
-static_assert(sizeof(Scratch) == 24616, "plan/memory.rs says the same");
+static_assert(sizeof(Scratch) == 24616, "footprint/cuda.rs says the same");
 
 // What the threads before this one have together; `total` is what all have.
 __device__ __forceinline__ Part before(Part mine, Part& total) {
@@ -69,13 +69,13 @@ __device__ __forceinline__ void mark(unsigned* seen, unsigned token) {
     if (seen) seen[token / 32] |= 1u << token % 32;
 }
 
-// chosen[0] = the index of the largest of `count` logits, the lowest one among equals; chosen[1] = whether
+// chosen[0] = the index of the largest of `count` logits, the lowest one among equals; chosen[stride] = whether
 // one is not finite, and then that is the one. Before that, in place, a logit l becomes
 // softcap * tanh(l / softcap) if softcap is not 0, and where its bit in `seen` is set, it is divided by the
 // penalty if it is positive, and multiplied by it if not. With `is_choice`, the bit of the chosen one is set.
-// logits: f32 [count]. seen: u32 [count / 32, rounded up], or null. chosen: u32 [2].
+// logits: f32 [count]. seen: u32 [count / 32, rounded up], or null. chosen: u32.
 // Launch: a block of 256 threads for every 1024 logits, as all here.
-KERNEL(THREADS) largest(float* logits, int count, float softcap, unsigned* seen, float penalty, int is_choice, Scratch* scratch, unsigned* chosen) {
+KERNEL(THREADS) largest(float* logits, int count, float softcap, unsigned* seen, float penalty, int is_choice, Scratch* scratch, unsigned* chosen, int stride) {
     begin();
     __shared__ u64 warps[THREADS / 32];
     u64 best = 0;
@@ -101,18 +101,18 @@ KERNEL(THREADS) largest(float* logits, int count, float softcap, unsigned* seen,
     scratch->best = 0;
     unsigned token = ~(unsigned)best;
     scratch->largest = __ldcg(&logits[token]);
-    chosen[0] = token, chosen[1] = best >> 32 == 0xffffffffu;
+    chosen[0] = token, chosen[stride] = best >> 32 == 0xffffffffu;
     if (is_choice) mark(seen, token);
 }
 
 // The likeliest: at most k, and no more than weigh the share `p` of all together. Leaves the bits of the least
 // weight among them, `digit` by `digit`: 11 bits, 11, and 8; those weights that are 0 are left out.
-// Nothing happens where chosen[1] says that a logit is not finite.
-KERNEL(THREADS) cut(const float* logits, int count, float per_temperature, int digit, unsigned k, float p, Scratch* scratch, const unsigned* chosen) {
+// Nothing happens where chosen[stride] says that a logit is not finite.
+KERNEL(THREADS) cut(const float* logits, int count, float per_temperature, int digit, unsigned k, float p, Scratch* scratch, const unsigned* chosen, int stride) {
     begin();
     __shared__ u64 weights[BINS];
     __shared__ unsigned counts[BINS];
-    if (chosen[1]) return;
+    if (chosen[stride]) return;
     const int each = BINS / THREADS;
     int shift = digit == 0 ? 19 : digit == 1 ? 8 : 0, width = digit == 2 ? 8 : 11;
     unsigned above = digit == 0 ? 0 : scratch->key;
@@ -201,12 +201,12 @@ __device__ __forceinline__ Place find(int parts, Parts part, u64 one, unsigned k
     return found;
 }
 
-// chosen[0] = the index of the logit at which the weights up to it pass the share chosen[2] / 2^32 of all. Weights below `least` count
-// for nothing; with `is_cut`, neither do those that `cut` has left out. Sets the bit of the chosen one.
-// Nothing happens where chosen[1] says that a logit is not finite. chosen: u32 [3].
-KERNEL(THREADS) draw(const float* logits, int count, float per_temperature, int is_cut, float least, unsigned* seen, Scratch* scratch, unsigned* chosen) {
+// chosen[0] = the index of the logit at which the weights up to it pass the share chosen[2 * stride] / 2^32 of all. Weights
+// below `least` count for nothing; with `is_cut`, neither do those that `cut` has left out. Sets the bit of the chosen one.
+// Nothing happens where chosen[stride] says that a logit is not finite.
+KERNEL(THREADS) draw(const float* logits, int count, float per_temperature, int is_cut, float least, unsigned* seen, Scratch* scratch, unsigned* chosen, int stride) {
     begin();
-    if (chosen[1]) return;
+    if (chosen[stride]) return;
     u64* weights = (u64*)(scratch + 1);
     unsigned* ties = (unsigned*)(weights + gridDim.x);
     unsigned key = is_cut ? scratch->key : 0, keep = is_cut ? scratch->ties : 0;
@@ -227,7 +227,7 @@ KERNEL(THREADS) draw(const float* logits, int count, float per_temperature, int 
     if (!is_last_block(&scratch->arrivals, gridDim.x)) return;
     u64 one = units(__uint_as_float(key), count);
     auto block = [&](int i) -> Part { return {__ldcg(&weights[i]), __ldcg(&ties[i])}; };
-    Place place = find(gridDim.x, block, one, keep, {0, 0, 0}, chosen + 2);
+    Place place = find(gridDim.x, block, one, keep, {0, 0, 0}, chosen + 2 * stride);
     int first = place.part * SHARE;
     place = find(SHARE, [&](int i) { return logit(first + i); }, one, keep, place, nullptr);
     if (threadIdx.x != 0) return;

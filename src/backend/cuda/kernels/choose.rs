@@ -18,8 +18,10 @@ pub struct Choosing<'a> {
     pub scratch: &'a Region,
     /// A bit for each token that occurred; only looked at where they are penalized.
     pub seen: &'a Region,
-    /// Three u32: the token, whether a logit is not finite, and the uniform number by which it is drawn.
+    /// Three u32, every `stride`: the token, whether a logit is not finite, and the uniform number by which it is drawn.
     pub chosen: &'a Region,
+    /// See `chosen`.
+    pub stride: usize,
 }
 
 impl Gpu {
@@ -33,14 +35,15 @@ impl Gpu {
         holds(logits, [count], WORD);
         holds(at.scratch, [needed.scratch], 1);
         holds(at.seen, [needed.seen], 1);
-        holds(at.chosen, [CudaChoice::CHOSEN], 1);
+        holds(at.chosen, [2 * at.stride + 1], WORD);
         let is_greedy = choice.is_greedy();
         let seen = if choice.is_penalized() { Argument::Region(at.seen) } else { Argument::Null };
         let [logits, scratch, chosen] = [logits, at.scratch, at.chosen].map(Argument::Region);
         // A soft cap keeps the order.
         let softcap = if is_greedy && !choice.is_penalized() { 0.0 } else { softcap };
         let launch = |kernel, arguments: &[Argument]| {
-            let arguments = [&[logits, Argument::int(count)], arguments, &[scratch, chosen]].concat();
+            let arguments =
+                [&[logits, Argument::int(count)], arguments, &[scratch, chosen, Argument::int(at.stride)]].concat();
             self.launch(kernel, (needed.blocks, 1), THREADS, &arguments)
         };
         let [softcap, penalty, top_p, min_p] = [softcap, choice.penalty, choice.top_p, choice.min_p].map(Argument::F32);

@@ -13,4 +13,4 @@ pub use launch::Graph;
 
 /// The most tokens that take the kernels which read each weight once, `few_…` and `mma_few_…`; and those of
 /// attention that do without tensor cores.
-const FEW: usize = 8;
+pub const FEW: usize = 8;
