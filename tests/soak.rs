@@ -197,6 +197,7 @@ fn each_of_very_many_gets_what_it_would_alone() {
 }
 
 #[test]
+#[ignore = "takes minutes"]
 fn each_of_many_on_a_gpu_gets_what_it_would_alone() {
     let Some(library) = fake_cuda::directory() else { return };
     print!("{}", soak(&Serving::on_gpu(library, FERRIS, SMALL, &[]), 200));
@@ -237,12 +238,12 @@ fn memory_that_cannot_be_had_is_not_asked_for() {
 #[test]
 fn a_device_that_fails_ends_all_that_is_open() {
     let Some(library) = fake_cuda::directory() else { return };
-    // Beyond what the load launches, and what the kernels' first use does. Of eight, one has room and seven wait, or
+    // Beyond the steps that the load makes ready. Of eight, one has room and seven wait, or
     // all run.
     for (batch, setting, value) in [
-        ("8", "FAIL_LAUNCH", "3000"),
-        ("8", "FAIL_LAUNCH", "3000:2"),
-        ("8", "FAIL_LAUNCH", "3000:701"),
+        ("8", "FAIL_GRAPH_LAUNCH", "50"),
+        ("8", "FAIL_GRAPH_LAUNCH", "50:2"),
+        ("8", "FAIL_GRAPH_LAUNCH", "50:701"),
         ("1", "FAIL_GRAPH_LAUNCH", "50"),
         ("1", "FAIL_GRAPH_LAUNCH", "50:2"),
     ] {
