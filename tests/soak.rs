@@ -93,7 +93,7 @@ fn questions(serving: &Serving) -> Vec<Question> {
             body["max_tokens"] = 150.into();
             body["ignore_eos"] = true.into();
         }
-        if at % 2 == 0 {
+        if at.is_multiple_of(2) {
             body["temperature"] = 0.9.into();
             body["seed"] = at.into();
             body["n"] = (1 + at / 2 % 2).into();
