@@ -218,7 +218,10 @@ fn a_key_is_asked_for_and_sent() {
 #[ignore = "it writes the picture of the README"]
 fn the_page_as_a_picture() {
     let serving = Serving::start(&["--batch", "8"]);
-    let browser = Browser::open(&serving, 1200, 800).unwrap();
+    let browser = Browser::open(&serving, 1200, 943).unwrap();
+    browser.click("summary");
+    browser.write("#max-tokens", "60");
+    browser.click("summary");
     browser.write("#message", "What is a trait object?");
     browser.click("#send");
     browser.wait(IS_IDLE, |is_idle| *is_idle == true);

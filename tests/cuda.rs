@@ -12,42 +12,26 @@ use evenkeel::backend::{Chooser, Draws, Run};
 use evenkeel::bytes::Bytes;
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device::{DeviceError, DeviceId};
-use evenkeel::engine::Sequence;
 use evenkeel::error::Setting;
 use evenkeel::export::{DEFAULT_SHARD_SIZE, SaveFormat, SaveOptions, save_quantized};
-use evenkeel::footprint::{self, Extent};
+use evenkeel::footprint;
 use evenkeel::generate::{GenerateOptions, Sampling};
 use evenkeel::loader::{LoadEvent, LoadOptions, Model};
 use evenkeel::plan::{Plan, PlanOptions, Quantize};
 use evenkeel::quant::{KvDtype, QuantizeRules, Scheme, WeightDtype};
 use evenkeel::{Cancel, ErrorKind};
-use fake_cuda::FakeCuda;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::json;
 use support::bent::{Bent, Tensor, greedy};
 use support::broken::Broken;
 use support::models::{
-    LOGITS, assert_all_near, assert_is_transformers, assert_near, difference, load, logits, machine, map, options, plan,
+    LOGITS, assert_all_near, assert_is_transformers, assert_near, difference, extent_of, load, logits, machine, map,
+    options, plan, samplings,
 };
 use support::{CHECKPOINTS, expected, fixture, numbers};
 
 const GPUS: &str = "24GiB,8GiB";
-
-fn extent_of(plan: &Plan) -> Extent {
-    Extent { context: plan.context, chunk: plan.chunk, sequences: plan.batch, pages: plan.pages }
-}
-
-/// Nothing is left of what a model took.
-#[track_caller]
-fn assert_nothing_left(fake: &FakeCuda, what: &str) {
-    for device in 0..2 {
-        assert_eq!(fake.stat("live_bytes", device), 0, "{what}");
-    }
-    for counter in ["contexts", "streams", "events", "graphs", "host_bytes"] {
-        assert_eq!(fake.stat(counter, 0), 0, "{what}: {counter}");
-    }
-}
 
 #[test]
 fn models_over_gpus_are_transformers() {
@@ -56,7 +40,7 @@ fn models_over_gpus_are_transformers() {
         [&["cuda:0"], &["cuda:0", "cuda:0", "cuda:1"], &["cpu", "cuda:0", "disk", "cuda:1", "cpu", "cuda:0"]];
     for name in CHECKPOINTS {
         assert_is_transformers(name, &maps, true);
-        assert_nothing_left(fake, name);
+        fake.assert_nothing_left(name);
     }
 }
 
@@ -136,7 +120,7 @@ fn projections_of_a_block_may_each_have_a_scheme() {
             }
         }
     }
-    assert_nothing_left(fake, "mixtures");
+    fake.assert_nothing_left("mixtures");
 }
 
 #[test]
@@ -164,7 +148,7 @@ fn what_is_packed_already_is_what_a_gpu_packs() {
             logits(&mut load(&plan, true).unwrap(), &sequence)
         };
         assert_eq!(run(&packed), run(&original), "{scheme}");
-        assert_nothing_left(fake, scheme.name());
+        fake.assert_nothing_left(scheme.name());
     }
 }
 
@@ -225,7 +209,7 @@ fn a_step_that_is_repeated_gives_what_its_launches_do() {
             assert_eq!(count > 0, graphs, "{name} {streams}: {count}");
         }
         fake.set("STREAMS", "eager");
-        assert_nothing_left(fake, name);
+        fake.assert_nothing_left(name);
     }
 }
 
@@ -313,7 +297,7 @@ fn the_peak_of_every_gpu_is_the_planned_one() {
                     assert!(near, "{name} {scheme} {map}: {} {} {}", device.id, device.planned, device.measured);
                 }
                 drop(model);
-                assert_nothing_left(fake, map);
+                fake.assert_nothing_left(map);
             }
         }
     }
@@ -335,7 +319,7 @@ fn the_failure_of_any_allocation_is_an_error_and_leaves_nothing() {
         };
         assert!([ErrorKind::DoesNotFit, ErrorKind::Shortfall].contains(&error.kind()), "{error}");
         assert!(error.to_string().contains("CUDA_ERROR_OUT_OF_MEMORY (out of memory)"), "{error}");
-        assert_nothing_left(fake, &error.to_string());
+        fake.assert_nothing_left(&error.to_string());
         assert_eq!(leaked(), before, "{error}");
     }
     fake.set("FAIL_ALLOC", "1");
@@ -364,7 +348,7 @@ fn memory_that_is_taken_after_the_plan_is_noticed_before_anything_is() {
     assert_eq!(*cause, DeviceError::Shortfall { device: DeviceId::Cuda(1), planned: needed, free });
     assert_eq!(error.hints()[0].settings(), [Setting::Replan]);
     assert!(error.hints()[0].to_string().starts_with("another process has taken memory; "), "{:?}", error.hints());
-    assert_nothing_left(fake, "nothing was taken");
+    fake.assert_nothing_left("nothing was taken");
     fake.set("USED", "0");
     assert!(load(&plan, false).is_ok());
 }
@@ -383,7 +367,7 @@ fn a_kernel_that_fails_is_named_and_the_next_load_works() {
         let error = load(&plan, false).err().unwrap();
         assert_eq!(error.kind(), ErrorKind::Device);
         assert!(error.to_string().contains(shown), "{error}");
-        assert_nothing_left(fake, "the kernel failed");
+        fake.assert_nothing_left("the kernel failed");
 
         let mut model = load(&plan, false).unwrap();
         fake.set("FAIL_LAUNCH", failure);
@@ -391,7 +375,7 @@ fn a_kernel_that_fails_is_named_and_the_next_load_works() {
         assert_eq!(error.kind(), ErrorKind::Device, "{error}");
         assert!(error.to_string().starts_with("cuda:0 "), "{error}");
         drop(model);
-        assert_nothing_left(fake, "the kernel failed");
+        fake.assert_nothing_left("the kernel failed");
     }
     assert!(load(&plan, false).is_ok());
 }
@@ -413,7 +397,7 @@ fn a_weight_that_is_not_finite_is_named() {
             let error = load(&plan(&checkpoint, scheme, r#"{"": "cuda:1"}"#, None), false).err().unwrap();
             assert_eq!(error.to_string(), format!("tensor `{TENSOR}` has {shown} at row 3, column 5"));
             assert_eq!(error.kind(), ErrorKind::Input);
-            assert_nothing_left(fake, "the load failed");
+            fake.assert_nothing_left("the load failed");
         }
     }
 }
@@ -431,7 +415,7 @@ fn a_load_can_be_stopped() {
         }
     });
     assert_eq!(result.err().unwrap().kind(), ErrorKind::Interrupted);
-    assert_nothing_left(fake, "the load was stopped");
+    fake.assert_nothing_left("the load was stopped");
 }
 
 #[test]
@@ -446,14 +430,6 @@ fn a_pointer_of_another_gpu_is_caught() {
         fake.last_error(),
         "normalize: parameter 9 points to memory of device 1, but the kernel runs on device 0"
     );
-}
-
-/// Settings that a device chooses by: the largest, a draw of all, and one with all bounds.
-fn samplings() -> [Sampling; 3] {
-    let drawn = Sampling { temperature: 0.9, seed: 3, ..Sampling::greedy() };
-    let bounds =
-        Sampling { top_k: Some(30), top_p: Some(0.95), min_p: Some(0.01), repetition_penalty: 1.2, ..drawn.clone() };
-    [Sampling::greedy(), drawn, bounds]
 }
 
 /// The tokens of a generation and why it ended, or the error.
@@ -517,7 +493,7 @@ fn tokens_that_run_ahead_are_those_of_one_step_after_the_other() {
             assert_eq!(ended, (tokens[..=at].to_vec(), "EndOfText".into()), "{what}");
             assert_eq!(generated(&mut model, &options), (tokens.clone(), finish.clone()), "{what}");
         }
-        assert_nothing_left(fake, name);
+        fake.assert_nothing_left(name);
     }
 }
 
@@ -572,7 +548,7 @@ fn a_logit_that_is_no_number_is_reported_behind_its_token() {
         assert_eq!(before, tokens[..=at], "{devices:?}");
         assert_eq!(error, format!("a logit behind token {} is not a number", 3 + at + 1), "{devices:?}");
     }
-    assert_nothing_left(fake, "the model failed");
+    fake.assert_nothing_left("the model failed");
 }
 
 #[test]
@@ -617,137 +593,6 @@ fn a_seed_gives_the_same_tokens_on_a_gpu_and_on_the_cpu() {
         });
         assert_eq!(gpu, cpu, "{sampling:?}");
     }
-}
-
-/// The tokens that a device chooses behind prompts, those of all in the same steps, one of which runs ahead. Each has a
-/// slot, and its pages are far from each other.
-fn chosen_together(model: &mut Model, texts: &[(usize, Vec<u32>, Sampling)], steps: usize) -> Vec<Vec<u32>> {
-    let extent = extent_of(&model.plan);
-    let each = extent.pages / extent.sequences;
-    let page = |slot: usize, at: usize| u32::try_from(extent.pages - 1 - (at * extent.sequences + slot)).unwrap();
-    let pages: Vec<Vec<u32>> = texts.iter().map(|(slot, ..)| (0..each).map(|at| page(*slot, at)).collect()).collect();
-    let mut draws: Vec<_> = texts.iter().map(|(.., sampling)| Draws::new(sampling.seed)).collect();
-    let runs = |tokens: &dyn Fn(usize) -> (usize, usize)| -> Vec<Run> {
-        let run = |(at, (slot, ..)): (usize, &(usize, Vec<u32>, Sampling))| {
-            let (position, tokens) = tokens(at);
-            Run { slot: *slot, pages: &pages[at], position, tokens, length: position + tokens }
-        };
-        texts.iter().enumerate().map(run).collect()
-    };
-    let pipeline = model.core().pipeline();
-    for (slot, prompt, sampling) in texts {
-        pipeline.chooser().unwrap().begin(*slot, &sampling.choice(), prompt).unwrap();
-    }
-    let prompts: Vec<u32> = texts.iter().flat_map(|(_, prompt, _)| prompt.clone()).collect();
-    pipeline.run(&prompts, &runs(&|at| (0, texts[at].1.len()))).unwrap();
-    let mut end = 0;
-    let last = |(_, prompt, _): &(usize, Vec<u32>, Sampling)| {
-        end += prompt.len();
-        end - 1
-    };
-    let rows: Vec<usize> = texts.iter().map(last).collect();
-    let of: Vec<_> = texts.iter().zip(&mut draws).map(|((slot, ..), draws)| (*slot, draws.draw())).collect();
-    pipeline.choose(&rows, &of).unwrap();
-    let chooser = pipeline.chooser().unwrap();
-    let mut tokens = vec![Vec::new(); texts.len()];
-    for step in 0..=steps {
-        if step < steps {
-            let numbers: Vec<u32> = draws.iter_mut().map(Draws::draw).collect();
-            chooser.step(None, &runs(&|at| (texts[at].1.len() + step, 1)), &numbers).unwrap();
-        }
-        for (tokens, chosen) in tokens.iter_mut().zip(chooser.chosen().unwrap()) {
-            assert!(chosen.is_finite);
-            tokens.push(chosen.token);
-        }
-    }
-    // Told in place of those that were chosen last, they give the same.
-    let told: Vec<u32> = tokens.iter().map(|tokens| tokens[steps - 1]).collect();
-    if texts.iter().all(|(.., sampling)| *sampling == Sampling::greedy()) {
-        chooser.step(Some(&told), &runs(&|at| (texts[at].1.len() + steps - 1, 1)), &vec![0; texts.len()]).unwrap();
-        let again: Vec<u32> = chooser.chosen().unwrap().iter().map(|chosen| chosen.token).collect();
-        assert_eq!(again, tokens.iter().map(|tokens| tokens[steps]).collect::<Vec<_>>());
-    }
-    tokens
-}
-
-#[test]
-fn several_sequences_are_chosen_for_as_each_alone() {
-    let Some((fake, _turn)) = fake_cuda::load(GPUS) else { return };
-    for (name, batch, rows, steps, graphs) in [
-        // Three rows and one that pads; in each a page ends.
-        ("parity/llama", 4, 3, 5, "1"),
-        ("parity/gpt2", 4, 3, 4, "0"),
-        ("parity/gemma2", 3, 3, 4, "1"),
-        // More rows than logits have room for, and than those of few tokens.
-        ("parity/llama", 20, 18, 2, "1"),
-    ] {
-        fake.set("GRAPHS", graphs);
-        let checkpoint = Checkpoint::open(fixture(name)).unwrap();
-        let options =
-            PlanOptions { batch: Some(batch), ..options(Scheme::None, &map(&checkpoint, &["cuda:0"]), Some(128)) };
-        let mut model = load(&Plan::new(&checkpoint, &machine(), options).unwrap(), true).unwrap();
-        for device in &model.report.devices {
-            assert_eq!(device.planned, device.measured, "{name}: {}", device.id);
-        }
-        // What is drawn of many may differ by rounding.
-        for mixed in [false, true].into_iter().take(if rows > 3 { 1 } else { 2 }) {
-            let text = |at: usize| {
-                let length = if rows > 3 { 5 + at % 3 } else { 62 - 20 * at };
-                let prompt = (1..=length).map(|token| u32::try_from(token * (at + 2) % 50).unwrap()).collect();
-                (batch - 1 - at, prompt, samplings()[if mixed { at % 3 } else { 0 }].clone())
-            };
-            let texts: Vec<_> = (0..rows).map(text).collect();
-            let before = fake.stat("graph_launches", 0);
-            let together = chosen_together(&mut model, &texts, steps);
-            let repeated = fake.stat("graph_launches", 0) - before;
-            // The load has made ready for the largest, told or chosen; of others the first step is launched.
-            let wanted = if mixed { steps - 1 } else { steps + 1 };
-            assert_eq!(repeated, if graphs == "1" { wanted as u64 } else { 0 }, "{name}, mixed: {mixed}");
-            for (text, together) in texts.iter().zip(together) {
-                let alone = (0, text.1.clone(), text.2.clone());
-                assert_eq!(vec![together], chosen_together(&mut model, &[alone], steps), "{name}, mixed: {mixed}");
-            }
-        }
-    }
-    fake.set("GRAPHS", "1");
-    assert_nothing_left(fake, "sequences");
-}
-
-#[test]
-fn sequences_that_an_engine_runs_on_a_gpu_are_what_they_are_alone() {
-    const NEW: usize = 8;
-    let Some((fake, _turn)) = fake_cuda::load(GPUS) else { return };
-    for (name, devices) in
-        [("parity/llama", &["cuda:0"][..]), ("parity/gemma2", &["cuda:0", "cuda:1"]), ("parity/qwen3_moe", &["cuda:0"])]
-    {
-        let checkpoint = Checkpoint::open(fixture(name)).unwrap();
-        let options = PlanOptions { batch: Some(3), ..options(Scheme::None, &map(&checkpoint, devices), Some(128)) };
-        let mut model = load(&Plan::new(&checkpoint, &machine(), options).unwrap(), true).unwrap();
-        // More than there are places for, some longer than a page.
-        let text = |at: u32| (1..=3 + 17 * at).map(|token| token * (at + 2) % 50).collect::<Vec<u32>>();
-        let texts: Vec<_> = (0..6).map(text).collect();
-        let options = GenerateOptions { max_new_tokens: Some(NEW), ignore_eos: true, ..GenerateOptions::default() };
-        let mut alone = |text: &Vec<u32>| -> Vec<u32> {
-            let generation = model.generate_from(text, options.clone()).unwrap();
-            generation.filter_map(|piece| piece.unwrap().token).collect()
-        };
-        let alone: Vec<_> = texts.iter().map(&mut alone).collect();
-        let core = model.core();
-        core.clear().unwrap();
-        let add = |text: &Vec<u32>| core.add(Sequence::new(text, NEW, &Sampling::greedy())).unwrap();
-        let ids: Vec<u64> = texts.iter().map(add).collect();
-        let (mut tokens, mut ahead) = (vec![Vec::new(); texts.len()], false);
-        for _ in 0..200 {
-            for stepped in core.step().unwrap() {
-                let at = ids.iter().position(|id| *id == stepped.id).unwrap();
-                tokens[at].push(stepped.token.unwrap().0);
-            }
-            ahead |= core.is_ahead();
-        }
-        assert_eq!(tokens, alone, "{name}");
-        assert_eq!(ahead, name == "parity/llama", "{name}");
-    }
-    assert_nothing_left(fake, "sequences");
 }
 
 /// On the CPU the tokens are those of Transformers; see tests/as_found.rs.
@@ -869,5 +714,5 @@ fn what_no_f16_holds_ends_with_an_error_that_says_so() {
         let same = with_larger_values(name, ends, 0);
         assert_eq!(run(&bent).unwrap(), run(&same).unwrap(), "{name}, {ends:?}");
     }
-    assert_nothing_left(fake, "errors");
+    fake.assert_nothing_left("errors");
 }

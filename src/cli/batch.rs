@@ -8,17 +8,14 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use evenkeel::openai::{Api, Failure, Form, Line, Writer, answered, failed};
-use evenkeel::{
-    Bytes, Cancel, EngineOptions, Error, ErrorKind, Event, GenerateOptions, LoadOptions, MIB, PlanOptions, Result,
-    Sampling,
-};
+use evenkeel::{Bytes, Cancel, EngineOptions, Error, ErrorKind, Event, GenerateOptions, MIB, Result, Sampling};
 use indicatif::ProgressBar;
 use serde_json::Value;
 
 use super::args::{BatchArguments, InputFormat};
-use super::model::{self, MOST_SEQUENCES, Need};
+use super::model::{self, ForMany, Need};
 use super::progress::{self, LINES};
-use super::{Exit, Process, sandbox, signal};
+use super::{Exit, Process, signal};
 
 /// The longest line.
 const MAX_LINE: Bytes = Bytes(16 * MIB);
@@ -32,18 +29,10 @@ pub fn run(arguments: &BatchArguments, process: &Process) -> Result<Exit> {
     arguments.sampling.over(&Sampling::greedy()).check()?;
     let input = Input::open(&arguments.input, arguments.input_format, arguments.chat)?;
     let output = Output::open(arguments)?;
-    let options = PlanOptions {
-        batch: arguments.batch,
-        kv_memory: arguments.kv_memory,
-        ..arguments.placement.options(None, process)?
-    };
-    // What runs is to end in its own time.
-    let sandbox = sandbox::of_this_program(Cancel::new())?;
-    let load_options =
-        LoadOptions { sandbox: Some(sandbox.clone()), ..arguments.placement.load_options(cancel.clone(), process)? };
+    let many = ForMany::new(&arguments.placement, &arguments.room, &cancel, process)?;
     let checkpoint = model::open(&arguments.model, Need::Weights, &cancel, process)?;
     model::note_undone(&checkpoint, process);
-    let model = model::load(&checkpoint, &options, Some(MOST_SEQUENCES), &load_options, process)?;
+    let model = many.load(&checkpoint, process)?;
     let sequences = model.plan.batch;
     process.printer.note(&format!("{sequences} sequences at once, of {} tokens each at most", model.plan.context));
     let engine = model.engine(&EngineOptions { max_waiting: usize::MAX })?;
@@ -54,7 +43,7 @@ pub fn run(arguments: &BatchArguments, process: &Process) -> Result<Exit> {
         ignore_eos: arguments.sampling.ignore_eos,
         cancel: Cancel::new(),
     };
-    let api = Api::new(engine, &checkpoint, None, sandbox)?.with_usual(usual);
+    let api = Api::new(engine, &checkpoint, None, many.sandbox)?.with_usual(usual);
     let bar = progress::bar(&process.printer, "answering", input.lines, LINES);
     let (sender, events) = mpsc::channel();
     let batch = Batch { api: &api, output, open: BTreeMap::new(), sender, bar, counts: Counts::default(), process };

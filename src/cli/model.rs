@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use evenkeel::{
     Cancel, Checkpoint, DeviceMap, Error, GenerationDefaults, Hint, Inventory, LoadEvent, LoadOptions, Model, Note,
-    Plan, PlanOptions, Result, Strategy, verify_once,
+    Plan, PlanOptions, Result, Sandbox, Strategy, verify_once,
 };
 use indicatif::ProgressBar;
 
-use super::args::{ModelArguments, PlacementArguments, Places};
+use super::args::{ModelArguments, PlacementArguments, Places, RoomArguments};
 use super::printer::Printer;
 use super::progress::{self, BYTES};
 use super::{Process, sandbox, turn};
@@ -97,7 +97,38 @@ fn from_hub(arguments: &ModelArguments, _: Need, _: &Cancel, _: &Process) -> Res
 }
 
 /// The most sequences at once, where as many are wanted as fit.
-pub const MOST_SEQUENCES: usize = 64;
+const MOST_SEQUENCES: usize = 64;
+
+/// How a model is loaded that answers many at once.
+pub struct ForMany {
+    options: PlanOptions,
+    load_options: LoadOptions,
+    /// Reads texts, and ends in its own time whatever is to stop.
+    pub sandbox: Sandbox,
+}
+
+impl ForMany {
+    pub fn new(
+        placement: &PlacementArguments,
+        room: &RoomArguments,
+        cancel: &Cancel,
+        process: &Process,
+    ) -> Result<Self> {
+        let sandbox = sandbox::of_this_program(Cancel::new())?;
+        Ok(Self {
+            options: PlanOptions { batch: room.batch, kv_memory: room.kv_memory, ..placement.options(None, process)? },
+            load_options: LoadOptions {
+                sandbox: Some(sandbox.clone()),
+                ..placement.load_options(cancel.clone(), process)?
+            },
+            sandbox,
+        })
+    }
+
+    pub fn load(&self, checkpoint: &Checkpoint, process: &Process) -> Result<Model> {
+        load(checkpoint, &self.options, Some(MOST_SEQUENCES), &self.load_options, process)
+    }
+}
 
 /// Plans for this machine as it is now, and loads by the plan: for as many sequences as fit up to `largest`, where
 /// that is given and neither options nor map say it.

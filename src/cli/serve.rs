@@ -4,11 +4,11 @@ use std::sync::atomic::Ordering;
 
 use evenkeel::openai::Api;
 use evenkeel::serve::{ServeOptions, Server};
-use evenkeel::{Cancel, EngineOptions, Error, ErrorKind, LoadOptions, PlanOptions, Result};
+use evenkeel::{Cancel, EngineOptions, Error, ErrorKind, Result};
 
 use super::args::ServeArguments;
-use super::model::{self, MOST_SEQUENCES, Need};
-use super::{Exit, Process, sandbox, signal};
+use super::model::{self, ForMany, Need};
+use super::{Exit, Process, signal};
 
 pub fn run(arguments: &ServeArguments, process: &Process) -> Result<Exit> {
     let cancel = signal::cancel_by_interrupt()?;
@@ -29,23 +29,15 @@ fn serve(arguments: &ServeArguments, cancel: &Cancel, process: &Process) -> Resu
             .hint("`--api-key KEY` or the variable EVENKEEL_API_KEY lets in only those who know the key")
             .hint("`--no-api-key` lets everybody in"));
     }
-    let options = PlanOptions {
-        batch: arguments.batch,
-        kv_memory: arguments.kv_memory,
-        ..arguments.placement.options(None, process)?
-    };
-    // What runs is to end in its own time when the server is to stop.
-    let sandbox = sandbox::of_this_program(Cancel::new())?;
-    let load_options =
-        LoadOptions { sandbox: Some(sandbox.clone()), ..arguments.placement.load_options(cancel.clone(), process)? };
+    let many = ForMany::new(&arguments.placement, &arguments.room, cancel, process)?;
     let server =
         Server::start(&ServeOptions { listen: arguments.listen, key: key.map(str::to_owned), stop: cancel.clone() })?;
     let checkpoint = model::open(&arguments.model, Need::Weights, cancel, process)?;
     model::note_undone(&checkpoint, process);
-    let model = model::load(&checkpoint, &options, Some(MOST_SEQUENCES), &load_options, process)?;
+    let model = many.load(&checkpoint, process)?;
     let engine = model.engine(&EngineOptions { max_waiting: arguments.max_waiting })?;
     let sequences = engine.plan().batch;
-    let api = Api::new(engine, &checkpoint, arguments.served_model_name.clone(), sandbox)?;
+    let api = Api::new(engine, &checkpoint, arguments.served_model_name.clone(), many.sandbox)?;
     let name = api.name().to_owned();
     server.open(api)?;
     let address = server.address();

@@ -122,6 +122,17 @@ pub fn load(devices: &str) -> Option<(&'static FakeCuda, Turn)> {
 }
 
 impl FakeCuda {
+    /// Nothing is left of what a model took.
+    #[track_caller]
+    pub fn assert_nothing_left(&self, what: &str) {
+        for device in 0..2 {
+            assert_eq!(self.stat("live_bytes", device), 0, "{what}");
+        }
+        for counter in ["contexts", "streams", "events", "graphs", "host_bytes"] {
+            assert_eq!(self.stat(counter, 0), 0, "{what}: {counter}");
+        }
+    }
+
     /// Changes a setting; see tests/fake_cuda/README.md.
     pub fn set(&self, key: &str, value: &str) {
         let (key, value) = (CString::new(key).unwrap(), CString::new(value).unwrap());

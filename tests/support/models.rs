@@ -8,6 +8,8 @@ use evenkeel::Result;
 use evenkeel::architecture::ModuleTree;
 use evenkeel::checkpoint::Checkpoint;
 use evenkeel::device_map::DeviceMap;
+use evenkeel::footprint::Extent;
+use evenkeel::generate::Sampling;
 use evenkeel::loader::{LoadOptions, Model};
 use evenkeel::machine::Inventory;
 use evenkeel::plan::{Plan, PlanOptions, Quantize};
@@ -117,4 +119,17 @@ pub fn assert_is_transformers(name: &str, maps: &[&[&str]], separate_buffers: bo
         model.limit_prefill_chunk(3);
         assert_all_near(&format!("{what}, in chunks"), &logits(&mut model, &sequence), &exact, experts);
     }
+}
+
+/// What there is room for.
+pub fn extent_of(plan: &Plan) -> Extent {
+    Extent { context: plan.context, chunk: plan.chunk, sequences: plan.batch, pages: plan.pages }
+}
+
+/// Settings that a device chooses by: the largest, a draw of all, and one with all bounds.
+pub fn samplings() -> [Sampling; 3] {
+    let drawn = Sampling { temperature: 0.9, seed: 3, ..Sampling::greedy() };
+    let bounds =
+        Sampling { top_k: Some(30), top_p: Some(0.95), min_p: Some(0.01), repetition_penalty: 1.2, ..drawn.clone() };
+    [Sampling::greedy(), drawn, bounds]
 }
